@@ -1,0 +1,155 @@
+"""The network of the flow: a FiLM-conditioned transformer that reads distributions over the vocabulary.
+
+    theta        (B, L, K)  input distribution: softmax of the state, or the one-hot of a given token
+    t            (B, L)     time in [0, 1] of each position
+    segment_ids  (B, L)     segment of each position in a packed row, 0 = padding: the one source of the attention mask
+    h, hidden    (B, L, D)  residual stream before and after the body
+    logits       (B, L, K)  p = softmax(logits) is the prediction for each position
+
+The forward pass has three parts: `embed` (theta -> h), `body` (h -> hidden), `head` (hidden -> logits).
+"""
+
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from torch import nn
+
+FORMAT = 1  # of the checkpoint file
+
+
+@dataclass(frozen=True)
+class Config:
+    K: int  # vocabulary size
+    beta1: float  # beta(1), the accuracy that the flow reaches at t = 1
+    d_model: int = 1024
+    n_layers: int = 8
+    n_heads: int = 8
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"model_dim {self.d_model} is not an even multiple of num_heads {self.n_heads}")
+
+    @property
+    def s1(self):
+        """sqrt(K beta1): the square root of the evidence's accuracy at t = 1."""
+        return math.sqrt(self.K * self.beta1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of t at octave-spaced frequencies, through one hidden layer: (B, L) -> (B, L, d_time)."""
+
+    def __init__(self, d_time, n_octaves=8):
+        super().__init__()
+        frequencies = math.pi / 2 * 2.0 ** torch.arange(n_octaves)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * n_octaves, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+
+    def forward(self, t):
+        angle = t[..., None] * self.frequencies
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
+
+
+class FiLM(nn.Module):
+    """RMS-normalise, then scale by (1 + gamma) and shift by beta, both read from the time embedding [Perez et al. 2017]."""
+
+    def __init__(self, d_model, d_time):
+        super().__init__()
+        self.linear = nn.Linear(d_time, 2 * d_model)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, h, time):
+        scale, shift = self.linear(time).chunk(2, -1)
+        return F.rms_norm(h, h.shape[-1:]) * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Attention within segments, rotary positions, queries and keys of unit RMS: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, h, mask, rotations):
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
+        q, k = (apply_rotary_emb(rotations, F.rms_norm(x, x.shape[-1:])) for x in (q, k))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two layers with a squared ReLU between them [So et al. 2021]: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.up = nn.Linear(d_model, 4 * d_model, bias=False)
+        self.down = nn.Linear(4 * d_model, d_model, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, h):
+        return self.down(F.relu(self.up(h)).square())
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then feed-forward, each modulated by the time and added to the stream."""
+
+    def __init__(self, d_model, n_heads, d_time, dropout):
+        super().__init__()
+        self.film_attention, self.film_forward = FiLM(d_model, d_time), FiLM(d_model, d_time)
+        self.attention, self.forward_layer = Attention(d_model, n_heads), FeedForward(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h, time, mask, rotations):
+        h = h + self.dropout(self.attention(self.film_attention(h, time), mask, rotations))
+        return h + self.dropout(self.forward_layer(self.film_forward(h, time)))
+
+
+class BFNTransformer(nn.Module):
+    """The network: theta (B, L, K), t (B, L), segment_ids (B, L) -> logits (B, L, K)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, d_time = config.d_model, max(config.d_model // 4, 16)
+        self.config = config
+        self.embedding = nn.Embedding(config.K, D)
+        self.project = nn.Linear(D, D)
+        self.time = TimeEmbedding(d_time)
+        self.rotary = RotaryEmbedding(D // config.n_heads, cache_if_possible=False)
+        self.blocks = nn.ModuleList(
+            Block(D, config.n_heads, d_time, config.dropout) for _ in range(config.n_layers)
+        )
+        self.film_out = FiLM(D, d_time)
+        self.linear_out = nn.Linear(D, config.K)
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
+    def embed(self, theta):
+        """theta -> h: the average of the embeddings under theta, projected to the model's width."""
+        return self.project(theta @ self.embedding.weight)
+
+    def body(self, h, t, segment_ids):
+        """h -> hidden: the layers, each position attending to its own segment."""
+        mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])  # padding sees padding: no empty row
+        rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
+        time = self.time(t)
+        for block in self.blocks:
+            h = block(h, time, mask, rotations)
+        return self.film_out(h, time)
+
+    def head(self, hidden):
+        """hidden -> logits."""
+        return self.linear_out(hidden)
+
+    def forward(self, theta, t, segment_ids):
+        return self.head(self.body(self.embed(theta), t, segment_ids))

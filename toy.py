@@ -1,0 +1,169 @@
+"""The built-in language: a small unambiguous grammar whose entropy is known exactly.
+
+A sentence starts at "S"; each symbol is replaced by one of its rules, drawn with the rule's weight, until only words
+are left. Number agrees across a phrase with a distracting noun in it, pronouns agree in gender with a name, and a name
+is taken up again at the end. No sentence has two derivations, so the entropy of a sentence is that of its derivation.
+"""
+
+import math
+import random
+from collections import Counter, defaultdict
+from functools import cache
+
+FEMALE = "anna clara emma julia nora".split()
+MALE = "david hugo leo oscar tom".split()
+PEOPLE = "baker doctor farmer king pilot sailor singer teacher".split()
+THINGS = "basket boat clock garden lamp letter mirror violin window".split()
+ADJECTIVES = "blue broken green heavy old quiet small strange young".split()
+TRANSITIVE = "find follow like paint repair see sell want".split()
+INTRANSITIVE = "dance laugh sing sleep wait walk".split()
+PLACES = "behind beside near under".split()
+TIMES = "again often slowly today".split()
+
+
+def _words(words, ending=""):
+    return [(1 / len(words), (word + ending,)) for word in words]
+
+
+def _grammar():
+    """Symbol -> [(weight, symbols)]. A symbol that is no key is a word."""
+    rules = {
+        "S": [(0.15, ("CLAUSE one", "TIME?")), (0.15, ("CLAUSE many", "TIME?")), (0.15, ("REPORT many",))]
+        + [(0.15 / 2, ("REPORT " + gender,)) for gender in ("she", "he")]
+        + [(0.4 / len(FEMALE + MALE), ("RETURN " + name,)) for name in FEMALE + MALE],
+        "PERSON": [(0.5, ("ADJECTIVE?", "NOUN one")), (0.5, ("ADJECTIVE?", "NOUN many"))],
+        "OBJECT": [(0.6, ("the", "ADJECTIVE?", "THING")), (0.4, ("the", "PERSON"))],
+        "ADJECTIVE?": [(0.5, ()), (0.5, ("ADJECTIVE",))],
+        "TIME?": [(0.5, ()), (0.5, ("TIME",))],
+        "PLACE?": [(0.3, ()), (0.7, ("PLACE", "the", "ADJECTIVE?", "THING"))],
+        "ADJECTIVE": _words(ADJECTIVES),
+        "THING": _words(THINGS),
+        "TIME": _words(TIMES),
+        "PLACE": _words(PLACES),
+        "SAY one": _words(["says", "thinks"]),
+        "SAY many": _words(["say", "think"]),
+        "NOUN one": _words(PEOPLE),
+        "NOUN many": _words(PEOPLE, "s"),
+        "VERB one": _words(TRANSITIVE, "s"),
+        "VERB many": _words(TRANSITIVE),
+        "ACT one": _words(INTRANSITIVE, "s"),
+        "ACT many": _words(INTRANSITIVE),
+    }
+    for n in ("one", "many"):  # the number of the subject decides the verb, whatever stands between
+        rules[f"SUBJECT {n}"] = [
+            (0.4, ("the", "ADJECTIVE?", f"NOUN {n}")),
+            (0.3, ("the", f"NOUN {n}", "PLACE", "the", "PERSON")),
+            (0.3, ("the", f"NOUN {n}", "who", f"VERB {n}", "OBJECT")),
+        ]
+        rules[f"CLAUSE {n}"] = [
+            (0.4, (f"SUBJECT {n}", f"ACT {n}")),
+            (0.6, (f"SUBJECT {n}", f"VERB {n}", "OBJECT")),
+        ]
+    for pronoun, names, own in (("she", FEMALE, "her"), ("he", MALE, "his")):
+        rules[f"NAME {pronoun}"] = _words(names)
+        claim = ("SAY one", "that", pronoun, "VERB one", own, "ADJECTIVE?", "THING", "PLACE?")
+        rules[f"REPORT {pronoun}"] = [(1.0, (f"NAME {pronoun}", *claim))]
+    claim = ("SAY many", "that", "they", "VERB many", "their", "ADJECTIVE?", "THING")
+    rules["REPORT many"] = [(1.0, ("SUBJECT many", *claim))]
+    for name in FEMALE + MALE:
+        rules[f"RETURN {name}"] = [(1.0, (name, "VERB one", "OBJECT", "and", "then", name, "ACT one", "TIME?"))]
+    return rules
+
+
+GRAMMAR = _grammar()
+
+
+def sample(rng):
+    """Draw one sentence with `rng`, a random.Random -> list of words."""
+    words, stack = [], ["S"]
+    while stack:
+        symbol = stack.pop()
+        if symbol in GRAMMAR:
+            weights, bodies = zip(*GRAMMAR[symbol])
+            stack.extend(reversed(rng.choices(bodies, weights)[0]))
+        else:
+            words.append(symbol)
+    return words
+
+
+def corpus(n_sentences, seed=0):
+    """`n_sentences` independent draws, one a line -> str."""
+    rng = random.Random(seed)
+    return "".join(" ".join(sample(rng)) + "\n" for _ in range(n_sentences))
+
+
+def vocabulary():
+    """All words of the language, sorted."""
+    return sorted({word for rules in GRAMMAR.values() for _, body in rules for word in body} - GRAMMAR.keys())
+
+
+@cache
+def entropy(symbol="S"):
+    """Entropy in nats of what `symbol` turns into: that of its rule plus that of the rule's symbols."""
+    if symbol not in GRAMMAR:
+        return 0.0
+    return sum(w * (-math.log(w) + sum(map(entropy, body))) for w, body in GRAMMAR[symbol])
+
+
+@cache
+def lengths(symbol="S"):
+    """Exact distribution of the number of words of `symbol` -> {length: probability}."""
+    if symbol not in GRAMMAR:
+        return {1: 1.0}
+    total = Counter()
+    for weight, body in GRAMMAR[symbol]:
+        partial = {0: weight}
+        for part in body:
+            longer = defaultdict(float)
+            for n, p in partial.items():
+                for m, q in lengths(part).items():
+                    longer[n + m] += p * q
+            partial = longer
+        total.update(partial)
+    return dict(total)
+
+
+@cache
+def count(symbol="S"):
+    """Number of distinct sentences."""
+    if symbol not in GRAMMAR:
+        return 1
+    return sum(math.prod(map(count, body)) for _, body in GRAMMAR[symbol])
+
+
+def entropy_given_length():
+    """H(sentence | length) = H(sentence) - H(length) in nats, since a sentence determines its length."""
+    return entropy() + sum(p * math.log(p) for p in lengths().values())
+
+
+def mean_length():
+    """Mean number of words of a sentence."""
+    return sum(n * p for n, p in lengths().items())
+
+
+def probability(words):
+    """Probability of a sentence, a list of words; 0 where it is not grammatical."""
+    words = tuple(words)
+
+    @cache
+    def spans(symbol, start):  # {end: probability that symbol becomes words[start:end]}
+        if symbol not in GRAMMAR:
+            return {start + 1: 1.0} if words[start : start + 1] == (symbol,) else {}
+        ends = Counter()
+        for weight, body in GRAMMAR[symbol]:
+            partial = {start: weight}
+            for part in body:
+                further = defaultdict(float)
+                for i, p in partial.items():
+                    for j, q in spans(part, i).items():
+                        further[j] += p * q
+                partial = further
+            ends.update(partial)
+        return ends
+
+    return spans("S", 0).get(len(words), 0.0)
+
+
+def is_grammatical(sentence):
+    """Whether a sentence, a str, belongs to the language."""
+    return probability(sentence.split()) > 0
