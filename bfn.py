@@ -15,6 +15,7 @@ so the paper's y ~ N(beta (K e_x - 1), beta K I) is used in its shortest form, w
 A network is any callable `network(theta, t) -> logits`. All arithmetic here is float32, whatever the network's dtype.
 """
 
+import hashlib
 import math
 
 import torch
@@ -183,3 +184,11 @@ def sample_ancestral(network, ids, cond_mask, s1, K, n_steps, allowed=None, leng
             eps = draw_rows(torch.randn, (B, L, K), lengths, generators, ids.device)
             z = bayesian_update(z, sender_sample(k, a, K, eps))
     return k
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def mix_seed(*numbers):
+    """One seed out of several numbers, such as (seed, step, micro-batch) -> int in [0, 2^63)."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1

@@ -12,7 +12,8 @@ The forward pass has three parts: `embed` (theta -> h), `body` (h -> hidden), `h
 import hashlib
 import math
 import os
-from dataclasses import asdict, dataclass
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -153,3 +154,54 @@ class BFNTransformer(nn.Module):
 
     def forward(self, theta, t, segment_ids):
         return self.head(self.body(self.embed(theta), t, segment_ids))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint whole or not at all: temporary file, fsync, rename. Raises OSError where it cannot."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}. Earlier checkpoints are intact: make room, run again") from error
+
+
+def read_checkpoint(path, device="cpu"):
+    """Read a checkpoint -> dict of plain types and tensors.
+
+    Raises ValueError for a missing or damaged file, or one of another format.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}: train first, or give another -mdir")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        version = checkpoint["format"]
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}): use another, or delete it") from None
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it")
+    return checkpoint
+
+
+def load(run_dir, which="best", device="cpu"):
+    """Load a trained model: `model, tokenizer, run = load("runs/demo")`.
+
+    which is "best" by validation or "last". The weights are the last EMA's. `model.config` is the Config, and run the
+    rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the training text.
+    Raises ValueError for a missing or damaged checkpoint or a tokenizer that is not the one of the training.
+    """
+    run = read_checkpoint(Path(run_dir) / f"{which}.pt", device)
+    path = Path(run_dir) / "tokenizer.model"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != run["tokenizer_hash"]:
+        raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
+    model = BFNTransformer(Config(**run["config"])).to(device)
+    model.load_state_dict(run["emas"][-1])
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return model.eval(), tokenizer, {k: v for k, v in run.items() if k not in ("model", "emas", "optimizer")}

@@ -1,0 +1,93 @@
+"""What the commands share: flags that must be spelled out, devices, and errors in one line."""
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses unknown and shortened flags; errors are one line and exit code 2.
+
+    argparse alone reads -dpo=0.1 as -d po=0.1, -bs=12 as -b s=12, and -md as -mdir.
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        known = self._option_string_actions  # not public, but argparse has no other list of its flags
+        for word in words:
+            flag = word.split("=", 1)[0]
+            if flag[:1] == "-" and flag not in known and " " not in flag and not _is_number(flag):
+                close = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unknown flag {flag}" + (f" (did you mean {close[0]}?)" if close else ""))
+        return super().parse_args(words, namespace)
+
+    def error(self, message):
+        fail(message)
+
+
+def _is_number(word):
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(kind, least, exclusive=False):
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (least < value if exclusive else least <= value):
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {least}")
+        return value
+
+    return convert
+
+
+count, natural = _number(int, 1), _number(int, 0)  # types for flags: 1, 2, ...; 0, 1, ...
+positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
+
+
+def device(name):
+    """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+        torch.zeros((), device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"no device {name!r} here: use --device=cpu, or cuda where there is a GPU") from None
+    return found
+
+
+def fail(message):
+    """Print one line to standard error and leave with exit code 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(main):
+    """Call main() and turn errors that a user can mend into one line and exit code 2; BFN_DEBUG=1 shows tracebacks."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if os.environ.get("BFN_DEBUG"):
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "out of GPU memory: halve the batch, for example with -bsz, and double -acc to keep the step's size"
+        fail(error)

@@ -1,0 +1,539 @@
+"""Train a Bayesian flow language model on a text file, one example a line.
+
+    python train.py -d=CORPUS.txt -spm=TOKENIZER.model -mdir=RUN_DIR
+
+Run the same command again to resume. Without -d it trains on the built-in language of toy.py.
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import bfn
+import cli
+import data
+import toy
+from model import BFNTransformer, Config, load, read_checkpoint, save_checkpoint
+from sample import FREE, decode, generate, make_template
+
+PRESET_FLAGS = "model_dim num_layers num_heads sequence_length batch_size learning_rate warmup_steps ema_rate".split()
+PRESETS = {
+    #          dim  layers  heads  length  batch   rate  warm-up  average
+    "base":   (1024,   8,     8,     64,    256,   3e-4,  1000,  "0.9999"),
+    "small":  ( 512,   8,     8,     64,    128,   1e-3,   500,  "0.999"),
+    "laptop": ( 256,   8,     4,     64,     32,   2e-3,   200,  "0.999"),
+    "toy":    ( 128,   4,     4,     64,     32,   3e-3,   100,  "0.998"),
+}  # fmt: skip
+TOY_SENTENCES, TOY_STEPS = 60_000, 4_000
+SAMPLING_STEPS = 100  # of the samples shown during training
+VAL_TOKENS = 65_536  # a validation looks at this many tokens at the most
+
+# What a run is: on resume these must be what they were, everything else may change.
+IDENTITY = (
+    "seed model_dim num_layers num_heads dropout_prob beta sequence_length batch_size accumulation_steps ema_rate "
+    "tokenizer vocab_size corpus validation tokenizer_hash"
+).split()
+
+
+# ---------------------------------------------------------------- flags
+
+
+def flags():
+    p = cli.Parser(__doc__.split("\n")[0])
+    add = p.add_argument
+    add("-d", "--data_path", help="text file, one example a line (the built-in language)")
+    add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
+    add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
+    add("--val_path", help="text file for validation (a held-out part of the corpus)")
+    add("--preset", choices=PRESETS, help="defaults for the flags marked * (base; toy for the built-in language)")
+    add("--init_from", help="run folder whose weights, tokenizer and model size to start from")
+    add("--tokenizer", choices=["bpe", "unigram", "char", "word"], default="bpe", help="kind to train (bpe)")
+    add("--vocab_size", type=cli.count, default=8192, help="of the tokenizer to train; char takes all characters (8192)")
+    add("--cache_dir", default=default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("-ep", "--epochs", type=cli.positive, default=10, help="passes over the corpus (10)")
+    add("--max_steps", type=cli.count, help="steps, in place of --epochs")
+    add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch *")
+    add("-acc", "--accumulation_steps", type=cli.count, default=1, help="micro-batches of a step (1)")
+    add("-slen", "--sequence_length", type=cli.count, help="tokens of a row *")
+    add("-mdim", "--model_dim", type=cli.count, help="width *")
+    add("-nl", "--num_layers", type=cli.count, help="layers *")
+    add("-nh", "--num_heads", type=cli.count, help="attention heads *")
+    add("-dop", "--dropout_prob", type=cli.non_negative, default=0.0, help="dropout (0)")
+    add("-b", "--beta", default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
+    add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
+    add("-wus", "--warmup_steps", type=cli.natural, help="steps of linear warm-up, at most a fifth of all *")
+    add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="decay of the matrices (0.01)")
+    add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest gradient norm (1)")
+    add("-ema", "--ema_rate", help="rates of the weight averages, comma-separated; the last is validated and sampled *")
+    add("-lgi", "--log_interval", type=cli.count, default=20, help="steps between log lines (20)")
+    add("-svi", "--save_interval", type=cli.count, default=1000, help="steps between checkpoints (1000)")
+    add("-vli", "--val_interval", type=cli.count, default=1000, help="steps between validations (1000)")
+    add("-smi", "--sample_interval", type=cli.count, default=2000, help="steps between samples (2000)")
+    add("-nex", "--num_examples", type=cli.natural, default=4, help="samples each time, half of them from prompts (4)")
+    add("--seed", type=cli.natural, default=0, help="of everything random (0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile (auto: on CUDA)")
+    return p
+
+
+def default_cache_dir():
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bayesian-flow-lm")
+
+
+def complete(args):
+    """Fill in what the flags leave open: from --init_from, then from the preset. Raises ValueError."""
+    if args.data_path is None:
+        if args.spm_model or args.val_path or args.init_from:
+            raise ValueError("-spm, --val_path and --init_from go with a corpus: give -d")
+        args.preset, args.tokenizer = args.preset or "toy", "word"
+        args.max_steps = args.max_steps or TOY_STEPS
+    if args.init_from:
+        model, _, source = load(args.init_from)
+        for name in ("model_dim", "num_layers", "num_heads"):
+            theirs = source["args"][name]
+            if getattr(args, name) not in (None, theirs):
+                raise ValueError(f"--{name}={getattr(args, name)}, but {args.init_from} has {theirs}: leave the flag out")
+            setattr(args, name, theirs)
+        args.spm_model = args.spm_model or str(Path(args.init_from) / "tokenizer.model")
+    for name, value in zip(PRESET_FLAGS, PRESETS[args.preset or "base"], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    ema_rates(args)
+    return args
+
+
+def ema_rates(args):
+    """ "0.99,0.999" -> [0.99, 0.999]."""
+    try:
+        rates = [float(rate) for rate in args.ema_rate.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(f"--ema_rate={args.ema_rate}: give numbers from 0 to below 1, comma-separated")
+    return rates
+
+
+def make_config(args, K):
+    """Flags and vocabulary size -> Config. Raises ValueError for a beta that is not a positive number."""
+    try:
+        beta1 = bfn.auto_beta1(K) if args.beta == "auto" else float(args.beta)
+    except ValueError:
+        beta1 = 0
+    if not 0 < beta1 < math.inf:
+        raise ValueError(f"--beta={args.beta}: give auto or a positive number")
+    return Config(K, beta1, args.model_dim, args.num_layers, args.num_heads, args.dropout_prob)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def prepare_text(args, run_dir, resume):
+    """Put tokenizer (and the built-in corpus) into the run folder, tokenise -> tokenizer, training and validation Tokens."""
+    corpus = Path(args.data_path or run_dir / "corpus.txt")
+    if args.data_path is None and not resume:
+        corpus.write_text(toy.corpus(TOY_SENTENCES, args.seed))
+    if not corpus.is_file():
+        raise ValueError(f"no text file at {corpus}")
+    path = run_dir / "tokenizer.model"
+    if resume and args.spm_model and data.file_hash(args.spm_model) != data.file_hash(path):
+        raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
+    if not resume:
+        if args.spm_model:
+            data.load_tokenizer(args.spm_model)
+            shutil.copyfile(args.spm_model, path)
+        else:
+            print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
+            path.write_bytes(data.train_tokenizer(corpus, args.tokenizer, args.vocab_size))
+    tokenizer = data.load_tokenizer(path)
+    read = partial(data.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir)
+    if args.val_path:
+        return tokenizer, read(corpus, part="all"), read(args.val_path, part="all")
+    return tokenizer, read(corpus, part="train"), read(corpus, part="val")
+
+
+def check_identity(saved, now, run_dir):
+    """Refuse to resume a run with another model, data, seed or batch. Raises ValueError with both values."""
+    for name in IDENTITY:
+        if saved[name] != now[name]:
+            raise ValueError(f"{run_dir} was trained with {name}={saved[name]}, now it is {now[name]}: change it back or give another -mdir")
+
+
+def word_lengths(tokenizer, tokens, longest=16):
+    """Histogram of tokens in a word, up to `longest`, over the first million tokens -> list of counts by length."""
+    spaced = np.array([tokenizer.id_to_piece(i).startswith("\u2581") for i in range(len(tokenizer))])
+    lengths = np.diff(np.flatnonzero(spaced[tokens.ids[:1_000_000]]))
+    counts = np.bincount(lengths[lengths <= longest], minlength=2)
+    return counts.tolist() if counts.any() else [0, 1]
+
+
+# ---------------------------------------------------------------- one step
+
+
+def make_optimizer(model, args):
+    """AdamW with decay on the matrices only; fused, so that `found_inf` can hold back an update on the device."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=args.weight_decay),
+        dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine that reaches zero after the last step."""
+    warmup = min(args.warmup_steps, args.max_steps // 5)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / (args.max_steps - warmup))
+    return args.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def loss_mask(segment_ids, cond_mask):
+    """Positions that are predicted: neither padding nor given."""
+    return (segment_ids > 0) & ~cond_mask
+
+
+def micro_batch_loss(network, batch, config, n_tokens):
+    """Share of a micro-batch in the step's mean continuous-time loss over its n_tokens predicted tokens, in nats."""
+    ids, segment_ids, cond_mask = batch
+    t = bfn.segment_times(segment_ids)
+    network = partial(network, segment_ids=segment_ids)
+    loss = bfn.continuous_time_loss(network, ids, t, cond_mask, config.s1, config.K)
+    return (loss * loss_mask(segment_ids, cond_mask)).sum() / n_tokens
+
+
+def accumulate_gradients(network, batches, config, seeds, device):
+    """Backpropagate the mean loss of a step's micro-batches, each under its own seed -> loss, a device scalar."""
+    n_tokens = max(1, sum(int(loss_mask(*batch[1:]).sum()) for batch in batches))  # still on the host
+    total = torch.zeros((), device=device)
+    for batch, seed in zip(batches, seeds, strict=True):
+        torch.manual_seed(seed)
+        batch = [x.to(device, non_blocking=True) for x in batch]
+        loss = micro_batch_loss(network, batch, config, n_tokens)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def update_weights(state, rates, args):
+    """Clip, step, average -> gradient norm. A norm that is not finite leaves weights and moments as they are."""
+    model, optimizer = state.model, state.optimizer
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.gradient_clipping)
+    optimizer.found_inf = (~norm.isfinite()).float()  # read by the fused step, on the device
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, args)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for ema, rate in zip(state.emas, rates, strict=True):
+        rate = min(rate, (1 + state.step) / (10 + state.step))  # early averages forget the initial weights
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+    return norm
+
+
+# ---------------------------------------------------------------- validation and samples
+
+
+@torch.no_grad()
+def validate(model, tokens, config, bos_id, args, device):
+    """Bound on the negative log-likelihood of the validation text, bos given and eos scored -> dict of figures.
+
+    The noise is the same each time. Per character: nats a token here, times the tokens a character of all the text.
+    """
+    plan = data.plan_validation(tokens, args.sequence_length)
+    rows = np.arange(min(plan.n_rows, -(-VAL_TOKENS // args.sequence_length)))
+    sums = torch.zeros(3, device=device, dtype=torch.float64)
+    for n, begin in enumerate(range(0, len(rows), args.batch_size)):
+        batch = data.gather_rows(tokens, plan, rows[begin : begin + args.batch_size], args.sequence_length)
+        ids, segment_ids = (torch.from_numpy(x).to(device) for x in batch)
+        cond_mask = (ids == bos_id) & (segment_ids > 0)
+        mask = loss_mask(segment_ids, cond_mask)
+        network = partial(model, segment_ids=segment_ids)
+        torch.manual_seed(bfn.mix_seed("validation", n))
+        t = bfn.segment_times(segment_ids)
+        L_inf = bfn.continuous_time_loss(network, ids, t, cond_mask, config.s1, config.K)
+        L_rec = bfn.reconstruction_loss(network, ids, cond_mask, config.s1, config.K)
+        sums += torch.stack([(L_inf * mask).sum(), (L_rec * mask).sum(), mask.sum()]).double()
+    L_inf, L_rec = (sums[:2] / sums[2]).tolist()
+    n_scored = int(tokens.offsets[-1]) - (bos_id >= 0) * len(tokens.lengths)
+    bits_per_char = (L_inf + L_rec) * n_scored / tokens.n_chars / math.log(2)
+    return dict(L_inf_nats=L_inf, L_rec_nats=L_rec, bound_nats_per_token=L_inf + L_rec, bits_per_char=bits_per_char)
+
+
+def sample_texts(model, tokenizer, val, args, run):
+    """--num_examples lines: half free, half continuing the first third, in brackets, of a validation text."""
+    lines = []
+    for i in range(args.num_examples):
+        template, shown = make_template("", tokenizer, run, bfn.mix_seed(args.seed, i)), ""
+        if i >= args.num_examples // 2:
+            document = val.ids[slice(*val.offsets[i % len(val.lengths) :][:2])][: args.sequence_length]
+            given = document[: len(document) // 3].tolist()
+            template, shown = given + [FREE] * (len(document) - len(given)), f"[{decode(tokenizer, given)}] "
+        (ids,) = generate(model, tokenizer, [template], SAMPLING_STEPS, args.seed, first=i)
+        lines.append(shown + decode(tokenizer, ids))
+    return lines
+
+
+def describe_toy(model, tokenizer, figures, args, run, corpus):
+    """Hold the built-in language's bound against its exact entropy, and check 256 samples -> lines of text."""
+    entropy = toy.entropy_given_length() / (toy.mean_length() + 1) / math.log(2)  # eos is scored too
+    bound = figures["bound_nats_per_token"] / math.log(2)
+    templates = [make_template("", tokenizer, run, bfn.mix_seed("toy", i)) for i in range(256)]
+    texts = [decode(tokenizer, ids) for ids in generate(model, tokenizer, templates, SAMPLING_STEPS, args.seed)]
+    seen = set(corpus.read_text().splitlines())
+    grammatical = [text for text in texts if toy.is_grammatical(text)]
+    new = sum(text not in seen for text in grammatical) / max(1, len(grammatical))
+    return [
+        f"bound {bound:.3f} bits per token, exact entropy given the length {entropy:.3f}: {bound / entropy - 1:+.1%}",
+        f"{len(grammatical) / len(texts):.1%} of {len(texts)} samples are grammatical, {new:.0%} of these not in the training text",
+    ]
+
+
+# ---------------------------------------------------------------- the run
+
+
+@dataclass
+class State:
+    """What training changes; with the run's description, this is a checkpoint."""
+
+    model: BFNTransformer
+    optimizer: torch.optim.Optimizer
+    emas: list  # of copies of the model, one a rate
+    step: int = 0
+    best: float = math.inf  # lowest validation bound so far, nats per token
+
+
+def describe_run(args, config, tokenizer, tokens, val, run_dir):
+    """The part of a checkpoint that does not change during training."""
+    tokenizer_hash = data.file_hash(run_dir / "tokenizer.model")
+    more = dict(corpus=tokens.key, validation=val.key, tokenizer_hash=tokenizer_hash)
+    return dict(
+        args=vars(args),
+        identity={name: {**vars(args), **more}[name] for name in IDENTITY},
+        config=asdict(config),
+        tokenizer_hash=tokenizer_hash,
+        lengths=np.bincount(np.minimum(tokens.lengths, args.sequence_length)).tolist(),
+        word_lengths=word_lengths(tokenizer, tokens),
+    )
+
+
+def build(config, args, device, saved):
+    """A new state, or one restored from a checkpoint or from the averaged weights of --init_from."""
+    torch.manual_seed(args.seed)
+    model = BFNTransformer(config).to(device)
+    if args.init_from and not saved:
+        model.load_state_dict(load(args.init_from, device=device)[0].state_dict())
+    emas = [copy.deepcopy(model).requires_grad_(False).eval() for _ in ema_rates(args)]
+    state = State(model, make_optimizer(model, args), emas)
+    if saved:
+        model.load_state_dict(saved["model"])
+        state.optimizer.load_state_dict(saved["optimizer"])
+        for ema, weights in zip(emas, saved["emas"], strict=True):
+            ema.load_state_dict(weights)
+        state.step, state.best = saved["step"], saved["best"]
+    return state
+
+
+def save(state, run, run_dir, is_best=False):
+    """Write last.pt, and let best.pt be the same file where it is the best so far."""
+    save_checkpoint(
+        run_dir / "last.pt",
+        {
+            **run,
+            "step": state.step,
+            "best": state.best,
+            "model": state.model.state_dict(),
+            "emas": [ema.state_dict() for ema in state.emas],
+            "optimizer": state.optimizer.state_dict(),
+        },
+    )
+    if is_best:
+        temporary = run_dir / "best.pt.tmp"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(run_dir / "last.pt", temporary)  # last.pt is only ever replaced, never changed
+        except OSError:  # a file system without links
+            shutil.copyfile(run_dir / "last.pt", temporary)
+        os.replace(temporary, run_dir / "best.pt")
+
+
+def peak_memory(device):
+    """Largest memory in use so far, in GB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return math.nan
+
+
+def probe(model, loader, config, args, device):
+    """Do a step's work without its update, compiled and in bf16 where possible -> network, seconds a step."""
+    compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    forward = torch.compile(model) if compiled else model
+
+    def network(theta, t, segment_ids):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return forward(theta, t, segment_ids)
+
+    for _ in range(3):
+        begin = time.perf_counter()
+        try:
+            accumulate_gradients(network, [loader.batch(0)], config, [0], device).item()
+        except Exception as error:  # the compiler raises many kinds
+            if forward is model or isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"torch.compile failed ({type(error).__name__}): going on without it", file=sys.stderr)
+            forward = model
+        model.zero_grad(set_to_none=True)
+    return network, (time.perf_counter() - begin) * args.accumulation_steps
+
+
+def open_metrics(run_dir, step):
+    """Open metrics.jsonl, without the lines of steps that a crash undid, and TensorBoard -> write(step, **figures)."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
+    file = open(path, "a", buffering=1)
+    board = None
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(run_dir, purge_step=step + 1)
+
+    def write(step, **figures):
+        file.write(json.dumps(dict(step=step, **figures)) + "\n")
+        for name, value in figures.items() if board else ():
+            board.add_scalar(name, value, step)
+
+    return write
+
+
+def catch_signals():
+    """Note Ctrl-C and SIGTERM in the returned list; a second one leaves at once."""
+    caught = []
+
+    def note(number, _frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        print("\nfinishing this step, then saving (again to leave at once)", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return caught
+
+
+def opening_line(state, loader, config, seconds_per_step, args, device):
+    """Size of the model, memory, tokens, and when the run will end -> a line."""
+    seconds = (args.max_steps - state.step) * seconds_per_step
+    return (
+        f"{sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
+        f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens an epoch "
+        f"({loader.plan(0).fill(args.sequence_length):.1%} of positions), step {state.step} to {args.max_steps} "
+        f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
+    )
+
+
+def next_commands(args):
+    """What to do with a finished run -> a line or two."""
+    again = "python train.py -d=CORPUS.txt --preset=laptop -mdir=runs/mine" if args.data_path is None else "a larger --max_steps trains on"
+    return f"next: python sample.py -mdir={args.model_dir}\n      {again}"
+
+
+def describe(figures):
+    """Validation figures -> a line."""
+    return "validation L_inf {L_inf_nats:.3f} + L_rec {L_rec_nats:.3f} = {bound_nats_per_token:.3f} nats per token, {bits_per_char:.3f} bits per character".format(**figures)
+
+
+def main():
+    args = complete(flags().parse_args())
+    device = cli.device(args.device)
+    torch.set_float32_matmul_precision("high")
+    run_dir = Path(args.model_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved = read_checkpoint(run_dir / "last.pt", device) if (run_dir / "last.pt").exists() else None
+
+    tokenizer, tokens, val = prepare_text(args, run_dir, saved)
+    config = make_config(args, len(tokenizer))
+    loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
+    accumulation, row_length = args.accumulation_steps, args.sequence_length
+    args.max_steps = args.max_steps or math.ceil(args.epochs * loader.rows_per_epoch / args.batch_size / accumulation)
+    run = describe_run(args, config, tokenizer, tokens, val, run_dir)
+    if saved:
+        check_identity(saved["identity"], run["identity"], run_dir)
+    state = build(config, args, device, saved)
+    if state.step >= args.max_steps:
+        print(f"{run_dir} is finished at step {state.step}; {next_commands(args)}")
+        return
+    network, seconds_per_step = probe(state.model, loader, config, args, device)
+    print(opening_line(state, loader, config, seconds_per_step, args, device))
+
+    rates = ema_rates(args)
+    write = open_metrics(run_dir, state.step)
+    caught = catch_signals()
+    batches = data.ahead(loader.batch, range(state.step * accumulation, args.max_steps * accumulation))
+    bar = tqdm(total=args.max_steps, initial=state.step, unit="step", smoothing=0.05, disable=None)
+    log, n_tokens, clock = [], 0, time.perf_counter()
+    while state.step < args.max_steps and not caught:
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        seeds = [bfn.mix_seed(args.seed, state.step, m) for m in range(accumulation)]
+        loss = accumulate_gradients(network, micro_batches, config, seeds, device)
+        norm = update_weights(state, rates, args)
+        log.append(torch.stack([loss, norm]))
+        n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in micro_batches)
+        state.step += 1
+        bar.update()
+
+        step, last = state.step, state.step == args.max_steps
+        if step % args.log_interval == 0 or last:
+            loss, norm = torch.stack(log).mean(0).tolist()  # the only wait for the device
+            if not math.isfinite(loss + norm):
+                raise ValueError(f"loss {loss}, gradient norm {norm} near step {step}; the checkpoints are good: resume with a lower -lr")
+            speed = n_tokens / (time.perf_counter() - clock)
+            fill = n_tokens / (len(log) * accumulation * args.batch_size * row_length)
+            rate = learning_rate(step - 1, args)
+            write(step, loss=loss, grad_norm=norm, learning_rate=rate, tokens_per_s=speed, fill=fill)
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            log, n_tokens, clock = [], 0, time.perf_counter()
+
+        pause, is_best = time.perf_counter(), False
+        if step % args.val_interval == 0 or last:
+            figures = validate(state.emas[-1], val, config, tokenizer.bos_id(), args, device)
+            write(step, **{f"val_{name}": value for name, value in figures.items()})
+            bar.write(f"step {step}: {describe(figures)}")
+            is_best = figures["bound_nats_per_token"] < state.best
+            state.best = min(state.best, figures["bound_nats_per_token"])
+        if step % args.sample_interval == 0 or last:
+            lines = sample_texts(state.emas[-1], tokenizer, val, args, run)
+            bar.write("\n".join("  " + line for line in lines))
+            with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
+                file.write("".join(f"{step}\t{line}\n" for line in lines))
+        if step % args.save_interval == 0 or is_best or last or caught:
+            save(state, run, run_dir, is_best)
+        clock += time.perf_counter() - pause
+    bar.close()
+    if caught:
+        print(f"saved at step {state.step}: run the same command again to go on", file=sys.stderr)
+        os._exit(128 + caught[0])
+    if args.data_path is None:
+        print("\n".join(describe_toy(state.emas[-1], tokenizer, figures, args, run, run_dir / "corpus.txt")))
+    print(next_commands(args))
+
+
+if __name__ == "__main__":
+    cli.run(main)
