@@ -198,6 +198,7 @@ class Tokens:
     offsets: np.ndarray
     n_chars: int  # of the raw text, line breaks not counted
     n_bytes: int
+    n_unknown: int  # tokens that stand for text the tokenizer does not know
     key: str  # identifies the content
 
     @property
@@ -221,7 +222,7 @@ def load_corpus(path, tokenizer_path, cache_dir, part="all"):
     meta = json.loads((folder / "meta.json").read_text())
     ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
     offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
-    return Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], key)
+    return Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown"], key)
 
 
 def _write_cache(path, part, tokenizer, folder):
@@ -241,7 +242,7 @@ def _tokenize(path, part, tokenizer, folder):
     """Encode all pieces of a part on all cores and write ids and offsets as they come -> the cache's description."""
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
     strip = adds_prefix(tokenizer)
-    meta = dict(n_chars=0, n_bytes=0, dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32")
+    meta = dict(n_chars=0, n_bytes=0, n_unknown=0, dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32")
     end = 0
 
     def encode(batch):  # SentencePiece lets go of Python's lock: threads use all cores
@@ -268,6 +269,7 @@ def _tokenize(path, part, tokenizer, folder):
             end += len(ids)
             meta["n_chars"] += sum(len(p.text) for p in batch)
             meta["n_bytes"] += sum(p.n_bytes for p in batch)
+            meta["n_unknown"] += int((ids == tokenizer.unk_id()).sum())
             bar.update(sum(p.n_bytes for p in batch))
     if end == 0:
         raise ValueError(f"{path} has no text" + ("" if part == "all" else f" for the part {part!r}: it is too short"))

@@ -83,8 +83,8 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, h, mask, rotations):
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
-        q, k = (apply_rotary_emb(rotations, F.rms_norm(x, x.shape[-1:])) for x in (q, k))
+        qk, v = self.qkv(h).unflatten(-1, (3 * self.n_heads, -1)).transpose(1, 2).split((2 * self.n_heads, self.n_heads), 1)
+        q, k = apply_rotary_emb(rotations, F.rms_norm(qk, qk.shape[-1:])).chunk(2, 1)  # each (B, H, L, D / H)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
@@ -99,7 +99,8 @@ class FeedForward(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, h):
-        return self.down(F.relu(self.up(h)).square())
+        h = F.relu(self.up(h))
+        return self.down(h * h)  # the derivative of square() is slow on CPUs
 
 
 class Block(nn.Module):
@@ -148,12 +149,12 @@ class BFNTransformer(nn.Module):
             h = block(h, time, mask, rotations)
         return self.film_out(h, time)
 
-    def head(self, hidden):
-        """hidden -> logits."""
-        return self.linear_out(hidden)
+    def head(self, hidden, theta):
+        """hidden -> logits, by Bayes' rule: what the context says of each token, times the evidence theta for it."""
+        return self.linear_out(hidden) + theta.clamp(min=1e-30).log()
 
     def forward(self, theta, t, segment_ids):
-        return self.head(self.body(self.embed(theta), t, segment_ids))
+        return self.head(self.body(self.embed(theta), t, segment_ids), theta)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -6,6 +6,7 @@ A template is a list with one entry a position: the id of a given token, or what
 """
 
 import json
+import os
 import random
 import re
 import sys
@@ -103,8 +104,8 @@ def make_template(prompt, tokenizer, run, seed, length=None):
 def generate(model, tokenizer, templates, n_steps, seed, first=0, watch=None):
     """Yield a list of ids for each template, batch by batch.
 
-    Template i draws its noise from (seed, first + i), whatever its neighbours. watch(t, ids (L,)) sees the most
-    likely tokens of the first template, step by step.
+    Template i draws its noise from (seed, first + i), whatever its neighbours. watch(t, p) sees every step of the
+    first batch.
     """
     device, K = next(model.parameters()).device, model.config.K
     allowed = allowed_tokens(tokenizer).to(device)
@@ -125,7 +126,7 @@ def generate(model, tokenizer, templates, n_steps, seed, first=0, watch=None):
             allowed=allowed[(-padded).clamp(min=0)],
             lengths=lengths,
             generators=[torch.Generator(device).manual_seed(s) for s in seeds],
-            watch=watch and start == 0 and (lambda t, p: watch(t, p[0, : lengths[0]].argmax(-1).tolist())) or None,
+            watch=watch if start == 0 else None,
         )
         yield from (row[:n] for row, n in zip(ids.tolist(), lengths, strict=True))
 
@@ -163,13 +164,16 @@ def main():
     templates = [
         make_template(prompt, tokenizer, run, bfn.mix_seed(args.seed, i), args.length) for i, prompt in enumerate(prompts)
     ]
-    watch = (lambda t, ids: print(f"t={t:.3f}  {decode(tokenizer, ids)}", file=sys.stderr)) if args.trace else None
-    texts = generate(model, tokenizer, templates, args.steps, args.seed, watch=watch)
-    output = open(args.output, "w", encoding="utf-8") if args.output else None
-    for prompt, ids in zip(prompts, tqdm(texts, total=len(prompts), unit="sample", disable=None), strict=True):
-        text = decode(tokenizer, ids)
-        print(text, flush=True)
-        if output:
+    n = len(templates[0])
+
+    def show(t, p):
+        print(f"t = {t:.3f}  {decode(tokenizer, p[0, :n].argmax(-1).tolist())}", file=sys.stderr)
+
+    texts = generate(model, tokenizer, templates, args.steps, args.seed, watch=show if args.trace else None)
+    with open(args.output or os.devnull, "w", encoding="utf-8") as output:
+        for prompt, ids in zip(prompts, tqdm(texts, total=len(prompts), unit="sample", disable=None), strict=True):
+            text = decode(tokenizer, ids)
+            print(text, flush=True)
             print(json.dumps(dict(prompt=prompt, text=text, ids=ids), ensure_ascii=False), file=output, flush=True)
 
 

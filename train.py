@@ -480,6 +480,8 @@ def main():
     if state.step >= args.max_steps:
         print(f"{run_dir} is finished at step {state.step}; {next_commands(args)}")
         return
+    if val.n_unknown:
+        print(f"{val.n_unknown / len(val.ids):.2%} of the validation tokens are unknown to the tokenizer: bits per character are too low", file=sys.stderr)
     network, seconds_per_step = probe(state.model, loader, config, args, device)
     print(opening_line(state, loader, config, seconds_per_step, args, device))
 
@@ -529,7 +531,7 @@ def main():
     bar.close()
     if caught:
         print(f"saved at step {state.step}: run the same command again to go on", file=sys.stderr)
-        os._exit(128 + caught[0])
+        sys.exit(128 + caught[0])
     if args.data_path is None:
         print("\n".join(describe_toy(state.emas[-1], tokenizer, figures, args, run, run_dir / "corpus.txt")))
     print(next_commands(args))

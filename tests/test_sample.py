@@ -1,0 +1,171 @@
+"""Prompts, gaps and the sampling command."""
+
+import hashlib
+import json
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+import data
+import sample
+import toy
+import train
+from model import BFNTransformer, Config, load, save_checkpoint
+from sample import FREE, GAP, WORD_REST, WORD_START, generate, make_template, parse_prompt
+
+WORDS = {"word_lengths": [0, 3, 1], "lengths": [0, 0, 0, 0, 0, 1, 5, 9], "args": {"sequence_length": 32}}
+
+
+def make_run(folder, kind, text):
+    """A run folder with an untrained network of random weights."""
+    folder.mkdir()
+    (folder / "text.txt").write_text(text)
+    (folder / "tokenizer.model").write_bytes(data.train_tokenizer(folder / "text.txt", kind, 300))
+    tokenizer = data.load_tokenizer(folder / "tokenizer.model")
+    torch.manual_seed(0)
+    config = Config(K=len(tokenizer), beta1=0.3, d_model=32, n_layers=1, n_heads=2)
+    model = BFNTransformer(config)
+    torch.nn.init.normal_(model.linear_out.weight)
+    save_checkpoint(
+        folder / "best.pt",
+        dict(
+            WORDS,
+            config=vars(config),
+            tokenizer_hash=hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest(),
+            emas=[model.state_dict()],
+        ),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", params=["bpe", "word", "char"])
+def run_dir(request, tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / request.param, request.param, toy.corpus(300))
+
+
+@pytest.fixture(scope="module")
+def loaded(run_dir):
+    return load(run_dir)
+
+
+def command(monkeypatch, capsys, *argv):
+    """Run sample.py -> its standard output, line by line."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
+    cli.run(sample.main)
+    return capsys.readouterr().out.splitlines()
+
+
+def fill(loaded, prompt, seed=0):
+    model, tokenizer, run = loaded
+    template = make_template(prompt, tokenizer, run, seed)
+    (ids,) = generate(model, tokenizer, [template], 3, seed)
+    return template, ids
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(loaded):
+    assert fill(loaded, "", 1) == fill(loaded, "", 1)
+    assert fill(loaded, "", 1)[1] != fill(loaded, "", 2)[1]
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(loaded):
+    model, tokenizer, run = loaded
+    templates = [make_template("", tokenizer, run, i, length) for i, length in enumerate([9, 14, 9])]
+    together = list(generate(model, tokenizer, templates, 3, seed=5))
+    alone = [next(generate(model, tokenizer, [template], 3, seed=5, first=i)) for i, template in enumerate(templates)]
+    assert together == alone
+
+
+def test_batches_of_one_equal_one_batch(loaded, monkeypatch):
+    model, tokenizer, run = loaded
+    templates = [make_template("the king", tokenizer, run, i, 20) for i in range(3)]
+    whole = list(generate(model, tokenizer, templates, 3, seed=5))
+    monkeypatch.setattr(sample, "STATE_SIZE", 1)
+    assert list(generate(model, tokenizer, templates, 3, seed=5)) == whole
+
+
+@pytest.mark.parametrize("prompt", ["the king", "the ___ sleeps", "the ___{3} sleeps", "___ sleeps today", "the king ___", "___"])
+def test_given_tokens_come_out_unchanged(loaded, prompt):
+    template, ids = fill(loaded, prompt)
+    assert all(token == wanted for token, wanted in zip(ids, template, strict=True) if wanted >= 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_gap_is_filled_with_one_word_and_the_rest_stays(loaded, seed):
+    _, tokenizer, _ = loaded
+    _, ids = fill(loaded, "the ___ sleeps near ___ boat", seed)
+    text = sample.decode(tokenizer, ids)
+    assert re.fullmatch(r"the \S+ sleeps near \S+ boat", text), text
+
+
+def test_a_gap_with_a_count_takes_so_many_tokens(loaded):
+    _, tokenizer, _ = loaded
+    template, closed = parse_prompt("the ___{3} sleeps", tokenizer, [0, 1], random.Random(0))
+    assert closed and template.count(GAP) == 3 and len(template) == len(tokenizer.encode("the sleeps")) + 3
+
+
+def test_special_tokens_are_never_drawn(loaded):
+    model, tokenizer, run = loaded
+    templates = [make_template("", tokenizer, run, i, 30) for i in range(20)]
+    special = {tokenizer.unk_id(), tokenizer.bos_id()}
+    for ids in generate(model, tokenizer, templates, 3, seed=0):
+        assert not special & set(ids[1:] if tokenizer.bos_id() >= 0 else ids)
+    table = sample.allowed_tokens(tokenizer)
+    if tokenizer.eos_id() >= 0:
+        assert [bool(table[-kind, tokenizer.eos_id()]) for kind in (FREE, GAP, WORD_START, WORD_REST)] == [True] + [False] * 3
+
+
+def test_lengths_are_drawn_from_the_training_texts(loaded):
+    model, tokenizer, run = loaded
+    lengths = [len(make_template("", tokenizer, run, seed)) for seed in range(2000)]
+    for length, share in ((5, 1 / 15), (6, 5 / 15), (7, 9 / 15)):
+        assert lengths.count(length) / 2000 == pytest.approx(share, abs=0.04)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(loaded):
+    model, tokenizer, run = loaded
+    with pytest.raises(ValueError, match="trained on 32"):
+        make_template("the ___{40} sleeps", tokenizer, run, 0)
+    with pytest.raises(ValueError, match="leaves nothing of length 3"):
+        make_template("the old king sleeps", tokenizer, run, 0, length=3)
+
+
+def test_text_ends_at_eos(run_dir):
+    tokenizer = data.load_tokenizer(run_dir / "tokenizer.model")
+    the = tokenizer.encode("the")
+    if tokenizer.eos_id() >= 0:
+        assert sample.decode(tokenizer, [tokenizer.bos_id(), *the, tokenizer.eos_id(), *the]) == "the"
+    assert sample.decode(tokenizer, the) == "the"
+
+
+def test_the_command_prints_samples_and_nothing_else(run_dir, monkeypatch, capsys, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("anna ___\n\n___ waits\n")
+    flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=3", "--device=cpu"]
+    lines = command(monkeypatch, capsys, *flags, "--prompt=the", f"--prompt_file={prompts}", f"--output={tmp_path / 'out'}")
+    records = [json.loads(line) for line in open(tmp_path / "out")]
+    assert len(lines) == 6 and lines == [record["text"] for record in records]
+    assert [record["prompt"] for record in records] == ["the"] * 2 + ["anna ___"] * 2 + ["___ waits"] * 2
+    assert lines == command(monkeypatch, capsys, *flags, "--prompt=the", f"--prompt_file={prompts}", "--trace")
+
+
+def test_a_folder_without_a_run_gets_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"-mdir={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(sample.main)
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and "no checkpoint at" in output.err and output.err.count("\n") == 1 and not output.out
+
+
+def test_every_command_of_the_readme_has_flags_that_exist():
+    readme = (Path(train.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"python ((?:train|sample)\.py[^\n`|&#)]*)", readme)
+    assert len(commands) >= 6
+    for line in commands:
+        name, *flags = shlex.split(line.replace("...", ""))
+        {"train.py": train, "sample.py": sample}[name].flags().parse_args(flags)

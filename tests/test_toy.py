@@ -1,0 +1,66 @@
+"""The built-in language: its exact figures against counting and drawing."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+
+import toy
+
+
+def test_weights_sum_to_one():
+    for symbol, rules in toy.GRAMMAR.items():
+        assert sum(weight for weight, _ in rules) == pytest.approx(1), symbol
+
+
+def test_the_vocabulary_has_50_to_200_words_and_the_language_far_more_sentences_than_are_trained_on():
+    assert 50 <= len(toy.vocabulary()) <= 200
+    assert toy.count() > 100_000_000
+
+
+def test_the_probability_of_drawn_sentences_estimates_the_entropy():
+    """-log P averaged over draws; that it agrees with the entropy of derivations shows that no sentence has two."""
+    rng = random.Random(1)
+    costs = [-math.log(toy.probability(toy.sample(rng))) for _ in range(4000)]
+    mean = sum(costs) / len(costs)
+    error = math.sqrt(sum((c - mean) ** 2 for c in costs)) / len(costs)
+    assert mean == pytest.approx(toy.entropy(), abs=4 * error)
+
+
+def test_lengths_are_exact_and_lower_the_entropy():
+    rng = random.Random(2)
+    counts = Counter(len(toy.sample(rng)) for _ in range(20_000))
+    lengths = toy.lengths()
+    assert sum(lengths.values()) == pytest.approx(1)
+    for n, p in lengths.items():
+        assert counts[n] / 20_000 == pytest.approx(p, abs=4 * math.sqrt(p / 20_000))
+    h_length = -sum(p * math.log(p) for p in lengths.values())
+    assert toy.entropy_given_length() == pytest.approx(toy.entropy() - h_length)
+    assert toy.mean_length() == pytest.approx(sum(n * c for n, c in counts.items()) / 20_000, abs=0.1)
+
+
+def test_the_checker_knows_agreement():
+    right = [
+        "the king near the old sailors sleeps",
+        "the kings near the old sailor sleep today",
+        "anna says that she paints her boat",
+        "tom sees the lamp and then tom waits",
+        "the singers who like the boat say that they sell their clock",
+    ]
+    assert all(map(toy.is_grammatical, right))
+    wrong = [
+        "the king near the old sailors sleep",
+        "anna says that he paints his boat",
+        "anna says that she paints his boat",
+        "tom sees the lamp and then leo waits",
+        "the king near the old sailors",
+        "the king sleeps the",
+        "",
+    ]
+    assert not any(map(toy.is_grammatical, wrong))
+    assert all(map(toy.is_grammatical, toy.corpus(500, seed=3).splitlines()))
+
+
+def test_a_seed_gives_one_corpus():
+    assert toy.corpus(50, seed=4) == toy.corpus(50, seed=4) != toy.corpus(50, seed=5)

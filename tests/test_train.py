@@ -1,0 +1,338 @@
+"""The training loop: exact resumption, refusals, and that it learns."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from exact import draw, random_joint
+
+import bfn
+import cli
+import data
+import model as model_file
+import toy
+import train
+
+ROOT = Path(train.__file__).parent
+TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3 --max_steps=8 --tokenizer=word -lr=0.003".split()
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAMPLING_STEPS", 3)
+    path = tmp_path / "corpus.txt"
+    path.write_text(toy.corpus(300))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield path
+    signal.signal(signal.SIGINT, handlers[0])
+    signal.signal(signal.SIGTERM, handlers[1])
+
+
+def command(corpus, run_dir, *more):
+    return ["train.py", f"-d={corpus}", f"-mdir={run_dir}", f"--cache_dir={corpus.parent / 'cache'}", *TINY, *more]
+
+
+@pytest.fixture
+def run(corpus, monkeypatch):
+    """run(run_dir, *flags) trains in this process."""
+
+    def run(run_dir, *more):
+        monkeypatch.setattr(sys, "argv", command(corpus, run_dir, *more))
+        train.main()
+
+    return run
+
+
+def equal(a, b):
+    """Whether two checkpoints are the same in every bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same_run(one, other):
+    """Compare everything that two run folders hold, but for their names and intervals."""
+    for name in ("last.pt", "best.pt"):
+        a, b = (model_file.read_checkpoint(run_dir / name) for run_dir in (one, other))
+        a.pop("args"), b.pop("args")
+        assert a["step"] == b["step"] and equal(a, b)
+    losses = [
+        {line["step"]: line["loss"] for line in map(json.loads, open(run_dir / "metrics.jsonl")) if "loss" in line}
+        for run_dir in (one, other)
+    ]
+    assert losses[0] == losses[1]
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
+    dropout = "-dop=0.1", "-acc=2", "-ema=0.9,0.99"
+    run(tmp_path / "whole", *dropout)
+    for stop_at in (3, 5, 8):  # SIGTERM arrives while the step is computed
+        real = train.update_weights
+
+        def interrupted(state, *args, real=real, stop_at=stop_at):
+            if state.step == stop_at - 1 and stop_at < 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(state, *args)
+
+        train.update_weights = interrupted
+        try:
+            run(tmp_path / "parts", *dropout)
+        except SystemExit as stop:
+            assert stop.code == 128 + signal.SIGTERM
+            assert model_file.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_at
+        finally:
+            train.update_weights = real
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_result(run, corpus, tmp_path):
+    run(tmp_path / "whole", "-svi=1")
+    cut = [sys.executable, str(ROOT / "train.py"), *command(corpus, tmp_path / "parts", "-svi=1")[1:]]
+    rng = random.Random(0)
+    for _ in range(2):
+        process = subprocess.Popen(cut, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 60
+        while not (tmp_path / "parts" / "last.pt").exists() and time.time() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.wait()
+        model_file.read_checkpoint(tmp_path / "parts" / "last.pt")
+    run(tmp_path / "parts", "-svi=1")
+    for name in ("last.pt", "best.pt"):
+        a, b = (model_file.read_checkpoint(tmp_path / part / name) for part in ("whole", "parts"))
+        a.pop("args"), b.pop("args")
+        assert equal(a, b)
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_steps(run, tmp_path, capsys):
+    run(tmp_path / "run")
+    capsys.readouterr()
+    run(tmp_path / "run")
+    assert "is finished at step 8" in capsys.readouterr().out
+    run(tmp_path / "run", "--max_steps=10", "-lgi=2")
+    assert model_file.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 10
+
+
+@pytest.mark.parametrize("flag, values", [("-mdim=64", "32.*64"), ("--seed=1", "0.*1"), ("-bsz=8", "4.*8"), ("-b=0.5", "auto.*0.5")])
+def test_another_model_seed_batch_or_text_is_refused_with_both_values(run, tmp_path, flag, values):
+    run(tmp_path / "run", "--max_steps=1")
+    with pytest.raises(ValueError, match=values):
+        run(tmp_path / "run", flag)
+
+
+def test_another_corpus_is_refused(run, corpus, tmp_path):
+    run(tmp_path / "run", "--max_steps=1")
+    corpus.write_text(corpus.read_text() + "tom waits\n")
+    with pytest.raises(ValueError, match="trained with corpus="):
+        run(tmp_path / "run")
+
+
+def test_fine_tuning_starts_from_the_other_runs_average_and_tokenizer(run, tmp_path):
+    run(tmp_path / "first", "--max_steps=3")
+    source = model_file.read_checkpoint(tmp_path / "first" / "best.pt")
+    run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1", "-lr=1e-9", "-wd=0")
+    tuned = model_file.read_checkpoint(tmp_path / "second" / "last.pt")
+    assert tuned["tokenizer_hash"] == source["tokenizer_hash"]
+    for name, value in source["emas"][-1].items():
+        torch.testing.assert_close(tuned["model"][name], value, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="model_dim=64.*has 32"):
+        run(tmp_path / "third", f"--init_from={tmp_path / 'first'}", "-mdim=64")
+
+
+# ---------------------------------------------------------------- one step
+
+
+def tiny_setup(K=4):
+    torch.manual_seed(0)
+    args = train.complete(train.flags().parse_args(["-d=none", *TINY]))
+    config = train.make_config(args, K)
+    state = train.build(config, args, torch.device("cpu"), None)
+    return args, config, state
+
+
+def batch_of(ids):
+    return ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+
+
+def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch):
+    """On the same noise, and with different numbers of predicted tokens in the two halves."""
+    _, config, state = tiny_setup()
+    torch.nn.init.normal_(state.model.linear_out.weight)
+    monkeypatch.setattr(bfn, "segment_times", lambda segment_ids: torch.full(segment_ids.shape, 0.6))
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.full(shape, 0.1))
+    ids, segment_ids, cond_mask = batch_of(torch.randint(4, (6, 10)))
+    cond_mask[4:, 3:] = True
+    gradients = []
+    for splits in ([6], [2, 4], [3, 3]):
+        batches = list(zip(*(x.split(splits) for x in (ids, segment_ids, cond_mask)), strict=True))
+        train.accumulate_gradients(state.model, batches, config, range(len(splits)), torch.device("cpu"))
+        gradients.append([p.grad.clone() for p in state.model.parameters() if p.requires_grad])
+        state.model.zero_grad()
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
+    args, config, state = tiny_setup()
+    for poison in (float("nan"), float("inf")):
+        before = {name: value.clone() for name, value in state.model.state_dict().items()}
+        train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"))
+        state.model.linear_out.weight.grad[0, 0] = poison
+        assert not train.update_weights(state, [0.9], args).isfinite()
+        assert equal(before, dict(state.model.state_dict()))
+        assert all(v.isfinite().all() for s in state.optimizer.state.values() for v in s.values())
+    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"))
+    assert train.update_weights(state, [0.9], args).isfinite()
+    assert not equal(before, dict(state.model.state_dict()))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, tmp_path, monkeypatch):
+    run(tmp_path / "run", "--max_steps=3")
+    monkeypatch.setattr(bfn, "squared_error_loss", lambda logits, ids, t, s1: logits.sum(-1) * float("nan"))
+    with pytest.raises(ValueError, match="not finite.*lower -lr"):
+        run(tmp_path / "run")
+    saved = model_file.read_checkpoint(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_the_learning_rate_rises_falls_and_never_rises_again():
+    args = train.complete(train.flags().parse_args(["-d=none", "--max_steps=100", "-wus=10", "-lr=2"]))
+    rates = [train.learning_rate(step, args) for step in range(120)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[10] == 2
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and 0 < rates[99] < 0.01 and rates[100] == 0
+
+
+def test_averages_follow_their_rates():
+    args, config, state = tiny_setup()
+    assert train.ema_rates(train.complete(train.flags().parse_args(["-d=none", "-ema=0.9,0.5"]))) == [0.9, 0.5]
+    state.step = 10**6  # past the warm-up
+    state.emas = [state.emas[0]]
+    weight, average = state.model.project.weight, state.emas[0].project.weight
+    with torch.no_grad():
+        weight.fill_(1.0), average.fill_(0.0)
+    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"))
+    train.update_weights(state, [0.9], args)
+    torch.testing.assert_close(average, 0.1 * weight)
+
+
+def test_decay_is_on_matrices_only():
+    args, _, state = tiny_setup()
+    matrices, vectors = state.optimizer.param_groups
+    assert all(p.ndim >= 2 for p in matrices["params"]) and matrices["weight_decay"] == args.weight_decay > 0
+    assert all(p.ndim < 2 for p in vectors["params"]) and vectors["weight_decay"] == 0
+
+
+def test_a_small_joint_distribution_is_learned():
+    """The bound comes near the entropy, and samples follow the distribution."""
+    sequences, P = random_joint(K=4, L=3)
+    args, config, state = tiny_setup(K=4)
+    args.max_steps, args.learning_rate, args.warmup_steps = 400, 0.01, 20
+    for step in range(args.max_steps):
+        batch = batch_of(draw(sequences, P, 256, seed=step))
+        train.accumulate_gradients(state.model, [batch], config, [step], torch.device("cpu"))
+        train.update_weights(state, [0.98], args)
+        state.step += 1
+    ids, segment_ids, given = batch_of(draw(sequences, P, 20_000, seed=-1))
+
+    def network(theta, t):
+        return state.emas[0](theta, t, torch.ones(theta.shape[:2], dtype=torch.long))
+
+    with torch.no_grad():
+        bound = bfn.continuous_time_loss(network, ids, bfn.segment_times(segment_ids), given, config.s1, 4)
+        bound = bound + bfn.reconstruction_loss(network, ids, given, config.s1, 4)
+    entropy = -(P * P.log()).sum().item()
+    assert entropy - 0.05 < bound.sum(-1).mean() < 1.06 * entropy
+    samples = bfn.sample_ancestral(network, torch.zeros_like(ids), given, config.s1, 4, 30)
+    counts = torch.bincount((samples * torch.tensor([16, 4, 1])).sum(-1), minlength=64) / len(ids)
+    assert (counts - P).abs().sum() / 2 < 0.12
+
+
+# ---------------------------------------------------------------- the command
+
+
+def fails(argv, monkeypatch, capsys, main=train.main):
+    """Run a command that must fail -> its one line."""
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    output = capsys.readouterr()
+    lines = [line for line in output.err.splitlines() if "error" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in output.err, output.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("-dpo=0.1", "unknown flag -dpo"),
+        ("-bs=12", "unknown flag -bs .did you mean -bsz"),
+        ("--max_step=3", "unknown flag --max_step "),
+        ("-md=x", "unknown flag -md"),
+        ("-bsz=0", "at least 1"),
+        ("-lr=nought", "not a number"),
+        ("-dop=1.5", "dropout"),
+        ("-ema=2", "ema_rate=2"),
+        ("-b=-1", "beta=-1"),
+        ("--device=tpu", "no device 'tpu'"),
+        ("-mdim=30", "model_dim 30"),
+        ("-spm=missing.model", "no tokenizer at missing.model"),
+        ("--val_path=missing.txt", "no text file at missing.txt"),
+        ("--init_from=missing", "no checkpoint at missing"),
+    ],
+)
+def test_bad_flags_get_one_line(corpus, tmp_path, monkeypatch, capsys, flag, message):
+    import re
+
+    assert re.search(message, fails(command(corpus, tmp_path / "run", flag), monkeypatch, capsys))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "no text file"), (b"", "has no text"), (b"\n \n", "has no text"), (b"word", "too short"), (b"caf\xe9\n" * 9, "not UTF-8")],
+)
+def test_bad_corpora_get_one_line(corpus, tmp_path, monkeypatch, capsys, content, message):
+    bad = tmp_path / "bad.txt"
+    if content is not None:
+        bad.write_bytes(content)
+    assert message in fails([*command(corpus, tmp_path / "run"), f"-d={bad}"], monkeypatch, capsys)
+
+
+def test_a_truncated_checkpoint_gets_one_line_and_stays(run, corpus, tmp_path, monkeypatch, capsys):
+    run(tmp_path / "run", "--max_steps=1")
+    path = tmp_path / "run" / "last.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "damaged" in fails(command(corpus, tmp_path / "run"), monkeypatch, capsys)
+    assert path.stat().st_size == 5000
+
+
+def test_values_come_after_an_equals_sign_or_a_space():
+    parse = train.flags().parse_args
+    assert vars(parse(["-d=a", "-bsz=3"])) == vars(parse(["-d", "a", "--batch_size", "3"]))
+
+
+def test_a_corpus_smaller_than_a_batch_trains(corpus, run, tmp_path):
+    corpus.write_text("a few words in one line and no more than that, so that one batch sees them many times over\n")
+    run(tmp_path / "run", "--tokenizer=char", "--max_steps=2")
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
+def test_an_untouched_tokenizer_without_special_pieces_trains(corpus, run, tmp_path):
+    (tmp_path / "plain.model").write_bytes(data.train_tokenizer(corpus, "char", 0))
+    run(tmp_path / "run", f"-spm={tmp_path / 'plain.model'}", "--max_steps=2")
+    assert data.file_hash(tmp_path / "run" / "tokenizer.model") == data.file_hash(tmp_path / "plain.model")
