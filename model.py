@@ -128,13 +128,15 @@ class BFNTransformer(nn.Module):
         self.project = nn.Linear(D, D)
         self.time = TimeEmbedding(d_time)
         self.rotary = RotaryEmbedding(D // config.n_heads, cache_if_possible=False)
-        self.blocks = nn.ModuleList(
-            Block(D, config.n_heads, d_time, config.dropout) for _ in range(config.n_layers)
-        )
+        self.blocks = nn.ModuleList(Block(D, config.n_heads, d_time, config.dropout) for _ in range(config.n_layers))
         self.film_out = FiLM(D, d_time)
         self.linear_out = nn.Linear(D, config.K)
         nn.init.zeros_(self.linear_out.weight)
         nn.init.zeros_(self.linear_out.bias)
+
+    def layer_matrices(self):
+        """The weights of attention and feed-forward layers."""
+        return [p for block in self.blocks for part in (block.attention, block.forward_layer) for p in part.parameters()]
 
     def embed(self, theta):
         """theta -> h: the average of the embeddings under theta, projected to the model's width."""
@@ -142,7 +144,7 @@ class BFNTransformer(nn.Module):
 
     def body(self, h, t, segment_ids):
         """h -> hidden: the layers, each position attending to its own segment."""
-        mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])  # padding sees padding: no empty row
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no empty row
         rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
         time = self.time(t)
         for block in self.blocks:
@@ -205,4 +207,4 @@ def load(run_dir, which="best", device="cpu"):
     model = BFNTransformer(Config(**run["config"])).to(device)
     model.load_state_dict(run["emas"][-1])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return model.eval(), tokenizer, {k: v for k, v in run.items() if k not in ("model", "emas", "optimizer")}
+    return model.eval(), tokenizer, {k: v for k, v in run.items() if k not in ("model", "emas", "optimizers")}

@@ -31,7 +31,9 @@ def allowed_tokens(tokenizer):
     """Which tokens may be drawn at each kind of position: (5, K) bool, indexed by minus the kind."""
     K = len(tokenizer)
     pieces = [tokenizer.id_to_piece(i) for i in range(K)]
-    text = torch.tensor([not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)) for i in range(K)])
+    text = torch.tensor(
+        [not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)) for i in range(K)]
+    )
     spaced = torch.tensor([piece.startswith("\u2581") for piece in pieces])
     whole = torch.tensor([not tokenizer.is_byte(i) and pieces[i] != "\u2581" for i in range(K)])
     allowed = torch.stack([text, text, text, text & spaced & whole, text & ~spaced & whole])

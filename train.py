@@ -27,17 +27,18 @@ import cli
 import data
 import toy
 from model import BFNTransformer, Config, load, read_checkpoint, save_checkpoint
+from muon import Muon
 from sample import FREE, decode, generate, make_template
 
 PRESET_FLAGS = "model_dim num_layers num_heads sequence_length batch_size learning_rate warmup_steps ema_rate".split()
 PRESETS = {
     #          dim  layers  heads  length  batch   rate  warm-up  average
-    "base":   (1024,   8,     8,     64,    256,   3e-4,  1000,  "0.9999"),
+    "base":   (1024,   8,     8,     64,    256,   1e-3,  1000,  "0.9999"),
     "small":  ( 512,   8,     8,     64,    128,   1e-3,   500,  "0.999"),
-    "laptop": ( 256,   8,     4,     64,     32,   2e-3,   200,  "0.999"),
-    "toy":    ( 128,   4,     4,     64,     32,   3e-3,   100,  "0.998"),
+    "laptop": ( 256,   4,     4,     64,     32,   3e-3,   200,  "0.999"),
+    "toy":    ( 128,   4,     4,     64,     16,   1e-2,   100,  "0.998"),
 }  # fmt: skip
-TOY_SENTENCES, TOY_STEPS = 60_000, 4_000
+TOY_SENTENCES, TOY_STEPS = 60_000, 1_500
 SAMPLING_STEPS = 100  # of the samples shown during training
 VAL_TOKENS = 65_536  # a validation looks at this many tokens at the most
 
@@ -101,7 +102,7 @@ def complete(args):
         args.preset, args.tokenizer = args.preset or "toy", "word"
         args.max_steps = args.max_steps or TOY_STEPS
     if args.init_from:
-        model, _, source = load(args.init_from)
+        source = load(args.init_from)[2]
         for name in ("model_dim", "num_layers", "num_heads"):
             theirs = source["args"][name]
             if getattr(args, name) not in (None, theirs):
@@ -168,7 +169,9 @@ def check_identity(saved, now, run_dir):
     """Refuse to resume a run with another model, data, seed or batch. Raises ValueError with both values."""
     for name in IDENTITY:
         if saved[name] != now[name]:
-            raise ValueError(f"{run_dir} was trained with {name}={saved[name]}, now it is {now[name]}: change it back or give another -mdir")
+            raise ValueError(
+                f"{run_dir} was trained with {name}={saved[name]}, now it is {now[name]}: change it back or give another -mdir"
+            )
 
 
 def word_lengths(tokenizer, tokens, longest=16):
@@ -182,14 +185,17 @@ def word_lengths(tokenizer, tokens, longest=16):
 # ---------------------------------------------------------------- one step
 
 
-def make_optimizer(model, args):
-    """AdamW with decay on the matrices only; fused, so that `found_inf` can hold back an update on the device."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizers(model, args):
+    """Muon for the matrices of the layers, AdamW for the rest, decaying matrices only; both obey `found_inf`."""
+    matrices = model.layer_matrices()
+    taken = set(map(id, matrices))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
-        dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=args.weight_decay),
-        dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0),
+        dict(params=[p for p in rest if p.ndim >= 2], weight_decay=args.weight_decay),
+        dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
     ]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    return [adamw, Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay)]
 
 
 def learning_rate(step, args):
@@ -230,16 +236,16 @@ def accumulate_gradients(network, batches, config, seeds, device):
 
 def update_weights(state, rates, args):
     """Clip, step, average -> gradient norm. A norm that is not finite leaves weights and moments as they are."""
-    model, optimizer = state.model, state.optimizer
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.gradient_clipping)
-    optimizer.found_inf = (~norm.isfinite()).float()  # read by the fused step, on the device
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, args)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.gradient_clipping)
+    for optimizer in state.optimizers:
+        optimizer.found_inf = (~norm.isfinite()).float()  # held back on the device: nothing waits for it
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     for ema, rate in zip(state.emas, rates, strict=True):
         rate = min(rate, (1 + state.step) / (10 + state.step))  # early averages forget the initial weights
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+        torch._foreach_lerp_(list(ema.parameters()), list(state.model.parameters()), 1 - rate)
     return norm
 
 
@@ -309,7 +315,7 @@ class State:
     """What training changes; with the run's description, this is a checkpoint."""
 
     model: BFNTransformer
-    optimizer: torch.optim.Optimizer
+    optimizers: list
     emas: list  # of copies of the model, one a rate
     step: int = 0
     best: float = math.inf  # lowest validation bound so far, nats per token
@@ -336,10 +342,11 @@ def build(config, args, device, saved):
     if args.init_from and not saved:
         model.load_state_dict(load(args.init_from, device=device)[0].state_dict())
     emas = [copy.deepcopy(model).requires_grad_(False).eval() for _ in ema_rates(args)]
-    state = State(model, make_optimizer(model, args), emas)
+    state = State(model, make_optimizers(model, args), emas)
     if saved:
         model.load_state_dict(saved["model"])
-        state.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
         for ema, weights in zip(emas, saved["emas"], strict=True):
             ema.load_state_dict(weights)
         state.step, state.best = saved["step"], saved["best"]
@@ -356,7 +363,7 @@ def save(state, run, run_dir, is_best=False):
             "best": state.best,
             "model": state.model.state_dict(),
             "emas": [ema.state_dict() for ema in state.emas],
-            "optimizer": state.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
         },
     )
     if is_best:
@@ -451,13 +458,19 @@ def opening_line(state, loader, config, seconds_per_step, args, device):
 
 def next_commands(args):
     """What to do with a finished run -> a line or two."""
-    again = "python train.py -d=CORPUS.txt --preset=laptop -mdir=runs/mine" if args.data_path is None else "a larger --max_steps trains on"
+    again = (
+        "python train.py -d=CORPUS.txt --preset=laptop -mdir=runs/mine"
+        if args.data_path is None
+        else "a larger --max_steps trains on"
+    )
     return f"next: python sample.py -mdir={args.model_dir}\n      {again}"
 
 
 def describe(figures):
     """Validation figures -> a line."""
-    return "validation L_inf {L_inf_nats:.3f} + L_rec {L_rec_nats:.3f} = {bound_nats_per_token:.3f} nats per token, {bits_per_char:.3f} bits per character".format(**figures)
+    return "validation L_inf {L_inf_nats:.3f} + L_rec {L_rec_nats:.3f} = {bound_nats_per_token:.3f} nats per token, {bits_per_char:.3f} bits per character".format(
+        **figures
+    )
 
 
 def main():
@@ -481,7 +494,10 @@ def main():
         print(f"{run_dir} is finished at step {state.step}; {next_commands(args)}")
         return
     if val.n_unknown:
-        print(f"{val.n_unknown / len(val.ids):.2%} of the validation tokens are unknown to the tokenizer: bits per character are too low", file=sys.stderr)
+        print(
+            f"{val.n_unknown / len(val.ids):.2%} of the validation tokens are unknown to the tokenizer: bits per character are too low",
+            file=sys.stderr,
+        )
     network, seconds_per_step = probe(state.model, loader, config, args, device)
     print(opening_line(state, loader, config, seconds_per_step, args, device))
 
@@ -505,7 +521,9 @@ def main():
         if step % args.log_interval == 0 or last:
             loss, norm = torch.stack(log).mean(0).tolist()  # the only wait for the device
             if not math.isfinite(loss + norm):
-                raise ValueError(f"loss {loss}, gradient norm {norm} near step {step}; the checkpoints are good: resume with a lower -lr")
+                raise ValueError(
+                    f"loss {loss}, gradient norm {norm} near step {step}; the checkpoints are good: resume with a lower -lr"
+                )
             speed = n_tokens / (time.perf_counter() - clock)
             fill = n_tokens / (len(log) * accumulation * args.batch_size * row_length)
             rate = learning_rate(step - 1, args)

@@ -150,7 +150,9 @@ def test_a_bf16_network_gives_float32_losses():
 
 
 def test_given_positions_show_the_network_a_one_hot_and_time_1():
-    theta, t = bfn.give(torch.full((1, 2, 3), 1 / 3), torch.tensor([[0.2, 0.2]]), torch.tensor([[1, 2]]), torch.tensor([[True, False]]))
+    theta, t = bfn.give(
+        torch.full((1, 2, 3), 1 / 3), torch.tensor([[0.2, 0.2]]), torch.tensor([[1, 2]]), torch.tensor([[True, False]])
+    )
     torch.testing.assert_close(theta, torch.tensor([[[0.0, 1, 0], [1 / 3] * 3]]))
     torch.testing.assert_close(t, torch.tensor([[1.0, 0.2]]))
 

@@ -1,11 +1,13 @@
 """Reading, tokenising, caching, packing and masking."""
 
 import bisect
+import io
 import json
 import threading
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 import data
@@ -143,14 +145,10 @@ def test_a_document_is_bos_tokens_eos_and_decodes_to_its_line(tokens, corpus, to
 def test_a_giant_line_in_pieces_is_nearly_what_it_is_whole(tmp_path, corpus, add_prefix, monkeypatch):
     """Also where the tokenizer puts a space before each text, as most do."""
     text = write(tmp_path / "giant", corpus.read_text().replace("\n", " "))
-    import io
-
-    import sentencepiece
-
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus.read_text().split("\n")), model_writer=model, vocab_size=100, hard_vocab_limit=False,
-        add_dummy_prefix=add_prefix, max_sentence_length=100_000, minloglevel=2, bos_id=-1, eos_id=-1, pad_id=0, unk_id=1,
+        add_dummy_prefix=add_prefix, remove_extra_whitespaces=add_prefix, max_sentence_length=100_000, minloglevel=2, bos_id=-1, eos_id=-1, pad_id=0, unk_id=1,
     )  # fmt: skip
     (tmp_path / "model").write_bytes(model.getvalue())
     tokenizer = data.load_tokenizer(tmp_path / "model")
@@ -164,7 +162,9 @@ def test_a_giant_line_in_pieces_is_nearly_what_it_is_whole(tmp_path, corpus, add
     assert tokenizer.decode(tokens.ids.tolist()).split() == text.read_text().split()
 
 
-def test_the_cache_is_used_again_and_rebuilt_when_corpus_or_tokenizer_change(tokens, corpus, tokenizer_path, tmp_path, monkeypatch):
+def test_the_cache_is_used_again_and_rebuilt_when_corpus_or_tokenizer_change(
+    tokens, corpus, tokenizer_path, tmp_path, monkeypatch
+):
     written = []
     real = data._write_cache
     monkeypatch.setattr(data, "_write_cache", lambda *args: (written.append(args), real(*args)))

@@ -92,7 +92,7 @@ def run_dir(tmp_path, model):
         tokenizer_hash=hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest(),
         emas=[model.state_dict()],
         model={},
-        optimizer={},
+        optimizers=[],
         step=3,
     )
     save_checkpoint(tmp_path / "best.pt", checkpoint)

@@ -89,7 +89,9 @@ def test_batches_of_one_equal_one_batch(loaded, monkeypatch):
     assert list(generate(model, tokenizer, templates, 3, seed=5)) == whole
 
 
-@pytest.mark.parametrize("prompt", ["the king", "the ___ sleeps", "the ___{3} sleeps", "___ sleeps today", "the king ___", "___"])
+@pytest.mark.parametrize(
+    "prompt", ["the king", "the ___ sleeps", "the ___{3} sleeps", "___ sleeps today", "the king ___", "___"]
+)
 def test_given_tokens_come_out_unchanged(loaded, prompt):
     template, ids = fill(loaded, prompt)
     assert all(token == wanted for token, wanted in zip(ids, template, strict=True) if wanted >= 0)
@@ -117,18 +119,20 @@ def test_special_tokens_are_never_drawn(loaded):
         assert not special & set(ids[1:] if tokenizer.bos_id() >= 0 else ids)
     table = sample.allowed_tokens(tokenizer)
     if tokenizer.eos_id() >= 0:
-        assert [bool(table[-kind, tokenizer.eos_id()]) for kind in (FREE, GAP, WORD_START, WORD_REST)] == [True] + [False] * 3
+        assert [bool(table[-kind, tokenizer.eos_id()]) for kind in (FREE, GAP, WORD_START, WORD_REST)] == [True] + [
+            False
+        ] * 3
 
 
 def test_lengths_are_drawn_from_the_training_texts(loaded):
-    model, tokenizer, run = loaded
+    _, tokenizer, run = loaded
     lengths = [len(make_template("", tokenizer, run, seed)) for seed in range(2000)]
     for length, share in ((5, 1 / 15), (6, 5 / 15), (7, 9 / 15)):
         assert lengths.count(length) / 2000 == pytest.approx(share, abs=0.04)
 
 
 def test_a_prompt_that_does_not_fit_is_refused(loaded):
-    model, tokenizer, run = loaded
+    _, tokenizer, run = loaded
     with pytest.raises(ValueError, match="trained on 32"):
         make_template("the ___{40} sleeps", tokenizer, run, 0)
     with pytest.raises(ValueError, match="leaves nothing of length 3"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import data
 import model as model_file
 import toy
 import train
+from muon import orthogonalise
 
 ROOT = Path(train.__file__).parent
 TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3 --max_steps=8 --tokenizer=word -lr=0.003".split()
@@ -128,7 +130,9 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(run, tmp_path, capsy
     assert model_file.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 10
 
 
-@pytest.mark.parametrize("flag, values", [("-mdim=64", "32.*64"), ("--seed=1", "0.*1"), ("-bsz=8", "4.*8"), ("-b=0.5", "auto.*0.5")])
+@pytest.mark.parametrize(
+    "flag, values", [("-mdim=64", "32.*64"), ("--seed=1", "0.*1"), ("-bsz=8", "4.*8"), ("-b=0.5", "auto.*0.5")]
+)
 def test_another_model_seed_batch_or_text_is_refused_with_both_values(run, tmp_path, flag, values):
     run(tmp_path / "run", "--max_steps=1")
     with pytest.raises(ValueError, match=values):
@@ -196,7 +200,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
         state.model.linear_out.weight.grad[0, 0] = poison
         assert not train.update_weights(state, [0.9], args).isfinite()
         assert equal(before, dict(state.model.state_dict()))
-        assert all(v.isfinite().all() for s in state.optimizer.state.values() for v in s.values())
+        assert all(v.isfinite().all() for o in state.optimizers for s in o.state.values() for v in s.values())
     train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"))
     assert train.update_weights(state, [0.9], args).isfinite()
     assert not equal(before, dict(state.model.state_dict()))
@@ -215,7 +219,7 @@ def test_the_learning_rate_rises_falls_and_never_rises_again():
     args = train.complete(train.flags().parse_args(["-d=none", "--max_steps=100", "-wus=10", "-lr=2"]))
     rates = [train.learning_rate(step, args) for step in range(120)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[10] == 2
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and 0 < rates[99] < 0.01 and rates[100] == 0
+    assert all(a >= b for a, b in pairwise(rates[10:])) and 0 < rates[99] < 0.01 and rates[100] == 0
 
 
 def test_averages_follow_their_rates():
@@ -233,9 +237,18 @@ def test_averages_follow_their_rates():
 
 def test_decay_is_on_matrices_only():
     args, _, state = tiny_setup()
-    matrices, vectors = state.optimizer.param_groups
-    assert all(p.ndim >= 2 for p in matrices["params"]) and matrices["weight_decay"] == args.weight_decay > 0
-    assert all(p.ndim < 2 for p in vectors["params"]) and vectors["weight_decay"] == 0
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+    for group in groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (args.weight_decay if p.ndim >= 2 else 0)
+    trained = [p for p in state.model.parameters() if p.requires_grad]
+    assert {id(p) for group in groups for p in group["params"]} == set(map(id, trained))
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 20, 50)))
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_a_small_joint_distribution_is_learned():
@@ -304,7 +317,13 @@ def test_bad_flags_get_one_line(corpus, tmp_path, monkeypatch, capsys, flag, mes
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "no text file"), (b"", "has no text"), (b"\n \n", "has no text"), (b"word", "too short"), (b"caf\xe9\n" * 9, "not UTF-8")],
+    [
+        (None, "no text file"),
+        (b"", "has no text"),
+        (b"\n \n", "has no text"),
+        (b"word", "too short"),
+        (b"caf\xe9\n" * 9, "not UTF-8"),
+    ],
 )
 def test_bad_corpora_get_one_line(corpus, tmp_path, monkeypatch, capsys, content, message):
     bad = tmp_path / "bad.txt"
