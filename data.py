@@ -101,21 +101,20 @@ def _decode(raw, path, position):
 
 
 def split_position(path):
-    """Where a corpus of few lines is cut for validation: the byte after which 5 % remain, moved to a space.
+    """Where a corpus of few lines is cut for validation: after the last space before its last 5 %, as a byte position.
 
     None where there are at least 100 non-blank lines: those are split line by line.
     """
     lines = (piece for piece in read_pieces(path) if piece.last)
     if sum(1 for _ in islice(lines, FEW_LINES)) == FEW_LINES:
         return None
-    start = int(os.path.getsize(path) * (1 - VAL_SHARE["bytes"]))
+    position = int(os.path.getsize(path) * (1 - VAL_SHARE["bytes"]))
     with open(path, "rb") as file:
-        file.seek(start)
-        raw = file.read(PIECE_BYTES)
-    spaces = [at for at in (raw.find(b" "), raw.find(b"\n")) if at >= 0]
-    if spaces:
-        return start + min(spaces) + 1
-    return start + next((i for i, byte in enumerate(raw) if byte & 0xC0 != 0x80), len(raw))
+        file.seek(max(0, position - PIECE_BYTES))
+        raw = file.read(min(position, PIECE_BYTES))
+    if (space := max(raw.rfind(b" "), raw.rfind(b"\n"))) > 0:
+        return position - len(raw) + space + 1
+    return position - len(raw) + _cut(raw)
 
 
 def read_part(path, part):
@@ -144,6 +143,8 @@ def train_tokenizer(path, kind, vocab_size):
     bpe and unigram give back every line unchanged: no normalisation, bytes for what the vocabulary lacks. char is the
     plain character model, without bytes or special pieces. Raises ValueError where SentencePiece cannot build it.
     """
+    if next(read_pieces(path), None) is None:
+        raise ValueError(f"{path} has no text")
     every = 1 + os.path.getsize(path) // TOKENIZER_BYTES
     texts = (piece.text for i, piece in enumerate(read_pieces(path, max_bytes=1000)) if i % every == 0)
     options = dict(

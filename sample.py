@@ -43,9 +43,14 @@ def allowed_tokens(tokenizer):
     return allowed
 
 
-def has_word_pieces(tokenizer):
-    """Whether a token can be a space and more, as opposed to character models, where a space stands alone."""
-    return any(len(p) > 1 and p[0] == "\u2581" for p in map(tokenizer.id_to_piece, range(len(tokenizer))))
+def space_style(tokenizer):
+    """Whether some token is a space and more, and whether some token continues a word -> (bool, bool).
+
+    (True, True) for subwords, (False, True) for characters, (True, False) for whole words.
+    """
+    text = [i for i in range(len(tokenizer)) if not (tokenizer.is_control(i) or tokenizer.is_unknown(i))]
+    pieces = [tokenizer.id_to_piece(i) for i in text if not tokenizer.is_byte(i)]
+    return any(len(p) > 1 and p[0] == "\u2581" for p in pieces), any(p[0] != "\u2581" for p in pieces)
 
 
 def parse_prompt(prompt, tokenizer, word_lengths, rng):
@@ -54,7 +59,7 @@ def parse_prompt(prompt, tokenizer, word_lengths, rng):
     ___ is one word, of as many tokens as a random word of the training text has; ___{3} is three tokens. A space
     before a gap belongs to the gap's first token where the tokenizer joins them.
     """
-    joins, prefix = has_word_pieces(tokenizer), data.adds_prefix(tokenizer)
+    (joins, continues), prefix = space_style(tokenizer), data.adds_prefix(tokenizer)
     texts = re.split(r"___(?:\{(\d+)\})?", prompt)  # text, count or None, text, ...
     template = []
     for i, text in enumerate(texts):
@@ -68,7 +73,7 @@ def parse_prompt(prompt, tokenizer, word_lengths, rng):
         elif text is not None:
             template += [GAP] * int(text)
         else:
-            n = rng.choices(range(len(word_lengths)), word_lengths)[0]
+            n = rng.choices(range(len(word_lengths)), word_lengths)[0] if continues else 1
             if joins:
                 template += [WORD_START if space else WORD_REST] + [WORD_REST] * (n - 1)
             else:

