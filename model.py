@@ -58,6 +58,29 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
 
 
+class PlaceEmbedding(nn.Module):
+    """Where a position stands in its segment, counted from both ends: segment_ids (B, L) -> (B, L, D).
+
+    Rotary attention sees differences of positions alone; the ends tell the network how long the text is.
+    """
+
+    def __init__(self, d_model, n_octaves=8):
+        super().__init__()
+        frequencies = math.pi / 2.0 ** torch.arange(n_octaves)  # half-periods of 1 to 128 positions
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.linear = nn.Linear(4 * n_octaves, d_model)
+
+    def forward(self, segment_ids):
+        i = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+        change = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = F.pad(change, (1, 0), value=True)
+        ends = F.pad(change, (0, 1), value=True)
+        first = torch.where(starts, i, 0).cummax(1).values
+        last = torch.where(ends, i, i.shape[1]).flip(1).cummin(1).values.flip(1)
+        angle = torch.stack([i - first, last - i], -1)[..., None] * self.frequencies  # (B, L, 2, n_octaves)
+        return self.linear(torch.cat([angle.sin(), angle.cos()], -1).flatten(2))
+
+
 class FiLM(nn.Module):
     """RMS-normalise, then scale by (1 + gamma) and shift by beta, both read from the time embedding [Perez et al. 2017]."""
 
@@ -126,6 +149,7 @@ class BFNTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.K, D)
         self.project = nn.Linear(D, D)
+        self.place = PlaceEmbedding(D)
         self.time = TimeEmbedding(d_time)
         self.rotary = RotaryEmbedding(D // config.n_heads, cache_if_possible=False)
         self.blocks = nn.ModuleList(Block(D, config.n_heads, d_time, config.dropout) for _ in range(config.n_layers))
@@ -147,6 +171,7 @@ class BFNTransformer(nn.Module):
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no empty row
         rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
         time = self.time(t)
+        h = h + self.place(segment_ids)
         for block in self.blocks:
             h = block(h, time, mask, rotations)
         return self.film_out(h, time)
