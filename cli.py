@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import signal
 import sys
@@ -46,7 +47,7 @@ def _number(kind, least, exclusive=False):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not (least < value if exclusive else least <= value):
+        if not math.isfinite(value) or not (least < value if exclusive else least <= value):
             raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {least}")
         return value
 
@@ -65,7 +66,9 @@ def device(name):
         found = torch.device(name)
         torch.zeros((), device=found)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"no device {name!r} here: use --device=cpu, or cuda where there is a GPU") from None
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"no device {name!r} here: use --device=cpu, or cuda where there is a GPU")
     return found
 
 
@@ -85,9 +88,8 @@ def run(main):
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("BFN_DEBUG"):
+    except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if os.environ.get("BFN_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "out of GPU memory: halve the batch, for example with -bsz, and double -acc to keep the step's size"
-        fail(error)
+        fail("out of memory: halve -bsz, and double -acc to keep the size of a step" if out_of_memory else error)

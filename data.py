@@ -162,8 +162,9 @@ def train_tokenizer(path, kind, vocab_size):
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **options)
     except RuntimeError as error:
+        size = f"of {vocab_size} pieces " if kind != "char" else ""
         reason = str(error).split("] ")[-1].strip() or "no reason given"
-        raise ValueError(f"no {kind} tokenizer of {vocab_size} pieces from {path}: {reason}") from None
+        raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
     return model.getvalue()
 
 
@@ -179,7 +180,7 @@ def load_tokenizer(path):
 
 def adds_prefix(tokenizer):
     """Whether the tokenizer puts a space before a text that has none, so that a continuation must not bring its own."""
-    return tokenizer.encode("a") == tokenizer.encode(" a")
+    return tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
 
 
 def file_hash(path):
@@ -244,7 +245,7 @@ def _tokenize(path, part, tokenizer, folder):
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
     strip = adds_prefix(tokenizer)
     meta = dict(n_chars=0, n_bytes=0, n_unknown=0, dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32")
-    end = 0
+    end = end_of_last = 0
 
     def encode(batch):  # SentencePiece lets go of Python's lock: threads use all cores
         texts = [p.text if p.first or not strip else p.text.removeprefix(" ") for p in batch]
@@ -266,7 +267,9 @@ def _tokenize(path, part, tokenizer, folder):
         offsets_file.write(np.int64(0).tobytes())
         for batch, ids, ends in ahead(encode, batches, depth=4 * os.cpu_count(), threads=os.cpu_count()):
             ids_file.write(ids.tobytes())
-            offsets_file.write((end + ends)[[p.last for p in batch]].astype(np.int64).tobytes())
+            documents = np.unique((end + ends)[[p.last for p in batch]])  # a line of no tokens is no document
+            offsets_file.write(documents[documents > end_of_last].astype(np.int64).tobytes())
+            end_of_last = documents[-1] if len(documents) else end_of_last
             end += len(ids)
             meta["n_chars"] += sum(len(p.text) for p in batch)
             meta["n_bytes"] += sum(p.n_bytes for p in batch)
@@ -391,10 +394,10 @@ def gather_rows(tokens, plan, rows, row_length):
     window = np.repeat(first, counts) + within
     lengths = plan.lengths[window]
     row = np.repeat(np.arange(len(rows)), counts)
-    ends = np.cumsum(lengths)
-    row_base = np.repeat((ends - lengths)[np.cumsum(counts) - counts], counts) if len(window) else ends
-    column = (ends - lengths) - row_base  # of each window's first token
-    offset = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+    begins = np.cumsum(lengths) - lengths
+    first_of_row = np.minimum(np.cumsum(counts) - counts, len(window) - 1)  # an empty row at the end has none
+    column = begins - np.repeat(begins[first_of_row], counts)  # of each window's first token
+    offset = np.arange(lengths.sum()) - np.repeat(begins, lengths)
     at = np.repeat(row * row_length + column, lengths) + offset
     ids, segment_ids = np.zeros((2, len(rows), row_length), dtype=np.int64)
     ids.reshape(-1)[at] = tokens.ids[np.repeat(plan.starts[window], lengths) + offset]

@@ -201,15 +201,17 @@ def save_checkpoint(path, checkpoint):
         raise OSError(f"cannot write {path}: {error}. Earlier checkpoints are intact: make room, run again") from error
 
 
-def read_checkpoint(path, device="cpu"):
-    """Read a checkpoint -> dict of plain types and tensors.
+def read_checkpoint(path):
+    """Read a checkpoint -> dict of plain types and of tensors on the CPU.
 
     Raises ValueError for a missing or damaged file, or one of another format.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: train first, or give another -mdir")
+        other = Path(path).with_name("last.pt")
+        hint = "nothing is validated yet, take --checkpoint=last" if other.exists() else "train first, or give another -mdir"
+        raise ValueError(f"no checkpoint at {path}: {hint}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format"]
     except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}): use another, or delete it") from None
@@ -225,11 +227,11 @@ def load(run_dir, which="best", device="cpu"):
     rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the training text.
     Raises ValueError for a missing or damaged checkpoint or a tokenizer that is not the one of the training.
     """
-    run = read_checkpoint(Path(run_dir) / f"{which}.pt", device)
+    run = read_checkpoint(Path(run_dir) / f"{which}.pt")
     path = Path(run_dir) / "tokenizer.model"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != run["tokenizer_hash"]:
         raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
-    model = BFNTransformer(Config(**run["config"])).to(device)
+    model = BFNTransformer(Config(**run["config"]))
     model.load_state_dict(run["emas"][-1])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return model.eval(), tokenizer, {k: v for k, v in run.items() if k not in ("model", "emas", "optimizers")}
+    return model.to(device).eval(), tokenizer, {k: v for k, v in run.items() if k not in ("model", "emas", "optimizers")}

@@ -10,7 +10,7 @@ import os
 import random
 import re
 import sys
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from tqdm import tqdm
@@ -27,8 +27,9 @@ STATE_SIZE = 1 << 24  # elements of the state (B, L, K) in a batch: a few tensor
 # ---------------------------------------------------------------- templates
 
 
+@lru_cache(maxsize=4)
 def allowed_tokens(tokenizer):
-    """Which tokens may be drawn at each kind of position: (5, K) bool, indexed by minus the kind."""
+    """Which tokens may be drawn at each kind of position: (5, K) bool, indexed by minus the kind; 0 is given, anything."""
     K = len(tokenizer)
     pieces = [tokenizer.id_to_piece(i) for i in range(K)]
     text = torch.tensor(
@@ -36,13 +37,14 @@ def allowed_tokens(tokenizer):
     )
     spaced = torch.tensor([piece.startswith("\u2581") for piece in pieces])
     whole = torch.tensor([not tokenizer.is_byte(i) and pieces[i] != "\u2581" for i in range(K)])
-    allowed = torch.stack([text, text, text, text & spaced & whole, text & ~spaced & whole])
+    allowed = torch.stack([torch.ones_like(text), text, text, text & spaced & whole, text & ~spaced & whole])
     if tokenizer.eos_id() >= 0:
         allowed[-FREE, tokenizer.eos_id()] = True
     allowed[~allowed.any(1)] = text  # a vocabulary without spaces, say
     return allowed
 
 
+@lru_cache(maxsize=4)
 def space_style(tokenizer):
     """Whether some token is a space and more, and whether some token continues a word -> (bool, bool).
 
@@ -51,6 +53,16 @@ def space_style(tokenizer):
     text = [i for i in range(len(tokenizer)) if not (tokenizer.is_control(i) or tokenizer.is_unknown(i))]
     pieces = [tokenizer.id_to_piece(i) for i in text if not tokenizer.is_byte(i)]
     return any(len(p) > 1 and p[0] == "\u2581" for p in pieces), any(p[0] != "\u2581" for p in pieces)
+
+
+def continue_text(text, tokenizer):
+    """Tokens of a text after a gap, for a tokenizer that puts a space before every text. Raises ValueError if it must."""
+    ids = tokenizer.encode(text.removeprefix(" "))
+    if ids and not text.startswith(" "):
+        if tokenizer.id_to_piece(ids[0]) != "\u2581":
+            raise ValueError(f"this tokenizer cannot join {text!r} to a gap: put a space between them")
+        ids = ids[1:]
+    return ids
 
 
 def parse_prompt(prompt, tokenizer, word_lengths, rng):
@@ -67,11 +79,9 @@ def parse_prompt(prompt, tokenizer, word_lengths, rng):
             space = text.endswith(" ") or (not text and i == 0 and prefix)
             if joins:
                 text = text.removesuffix(" ")
-            if prefix and i > 0:
-                text = text.removeprefix(" ")
-            template += tokenizer.encode(text)
+            template += tokenizer.encode(text) if i == 0 or not prefix else continue_text(text, tokenizer)
         elif text is not None:
-            template += [GAP] * int(text)
+            template += [GAP] * min(int(text), 1_000_000)
         else:
             n = rng.choices(range(len(word_lengths)), word_lengths)[0] if continues else 1
             if joins:
@@ -92,6 +102,8 @@ def make_template(prompt, tokenizer, run, seed, length=None):
     limit = run["args"]["sequence_length"]
     if closed:
         template = bos + body + eos
+        if all(kind >= 0 for kind in template):
+            raise ValueError(f"{prompt!r} has a gap of no tokens: nothing is left to sample")
         limit = length or limit
         if len(template) > limit:
             raise ValueError(f"{prompt!r} takes {len(template)} tokens, the model was trained on {limit}")

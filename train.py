@@ -61,10 +61,10 @@ def flags():
     add("--val_path", help="text file for validation (a held-out part of the corpus)")
     add("--preset", choices=PRESETS, help="defaults for the flags marked * (base; toy for the built-in language)")
     add("--init_from", help="run folder whose weights, tokenizer and model size to start from")
-    add("--tokenizer", choices=["bpe", "unigram", "char", "word"], default="bpe", help="kind to train (bpe)")
+    add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind to train (bpe)")
     add("--vocab_size", type=cli.count, default=8192, help="of the tokenizer to train; char takes all characters (8192)")
     add("--cache_dir", default=default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
-    add("-ep", "--epochs", type=cli.positive, default=10, help="passes over the corpus (10)")
+    add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--max_steps", type=cli.count, help="steps, in place of --epochs")
     add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch *")
     add("-acc", "--accumulation_steps", type=cli.count, default=1, help="micro-batches of a step (1)")
@@ -97,10 +97,11 @@ def default_cache_dir():
 def complete(args):
     """Fill in what the flags leave open: from --init_from, then from the preset. Raises ValueError."""
     if args.data_path is None:
-        if args.spm_model or args.val_path or args.init_from:
-            raise ValueError("-spm, --val_path and --init_from go with a corpus: give -d")
+        if args.spm_model or args.val_path or args.init_from or args.tokenizer:
+            raise ValueError("-spm, --tokenizer, --val_path and --init_from go with a corpus: give -d")
         args.preset, args.tokenizer = args.preset or "toy", "word"
-        args.max_steps = args.max_steps or TOY_STEPS
+        args.max_steps = args.max_steps or (None if args.epochs else TOY_STEPS)
+    args.tokenizer, args.epochs = args.tokenizer or "bpe", args.epochs or 10
     if args.init_from:
         source = load(args.init_from)[2]
         for name in ("model_dim", "num_layers", "num_heads"):
@@ -108,7 +109,10 @@ def complete(args):
             if getattr(args, name) not in (None, theirs):
                 raise ValueError(f"--{name}={getattr(args, name)}, but {args.init_from} has {theirs}: leave the flag out")
             setattr(args, name, theirs)
-        args.spm_model = args.spm_model or str(Path(args.init_from) / "tokenizer.model")
+        if args.spm_model and data.file_hash(args.spm_model) != source["tokenizer_hash"]:
+            raise ValueError(f"{args.spm_model} is not the tokenizer of {args.init_from}: leave -spm out")
+        args.spm_model = str(Path(args.init_from) / "tokenizer.model")
+        args.beta = source["args"]["beta"] if args.beta == "auto" else args.beta
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset or "base"], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -130,9 +134,11 @@ def ema_rates(args):
 def make_config(args, K):
     """Flags and vocabulary size -> Config. Raises ValueError for a beta that is not a positive number."""
     try:
-        beta1 = bfn.auto_beta1(K) if args.beta == "auto" else float(args.beta)
+        beta1 = 0.0 if args.beta == "auto" else float(args.beta)
     except ValueError:
-        beta1 = 0
+        beta1 = -1.0
+    if args.beta == "auto":
+        beta1 = bfn.auto_beta1(K)
     if not 0 < beta1 < math.inf:
         raise ValueError(f"--beta={args.beta}: give auto or a positive number")
     return Config(K, beta1, args.model_dim, args.num_layers, args.num_heads, args.dropout_prob)
@@ -168,7 +174,7 @@ def prepare_text(args, run_dir, resume):
 def check_identity(saved, now, run_dir):
     """Refuse to resume a run with another model, data, seed or batch. Raises ValueError with both values."""
     for name in IDENTITY:
-        if saved[name] != now[name]:
+        if name in now and saved[name] != now[name]:
             raise ValueError(
                 f"{run_dir} was trained with {name}={saved[name]}, now it is {now[name]}: change it back or give another -mdir"
             )
@@ -177,7 +183,9 @@ def check_identity(saved, now, run_dir):
 def word_lengths(tokenizer, tokens, longest=16):
     """Histogram of tokens in a word, up to `longest`, over the first million tokens -> list of counts by length."""
     spaced = np.array([tokenizer.id_to_piece(i).startswith("\u2581") for i in range(len(tokenizer))])
-    lengths = np.diff(np.flatnonzero(spaced[tokens.ids[:1_000_000]]))
+    begins = np.flatnonzero(spaced[tokens.ids[:1_000_000]])
+    document = np.searchsorted(tokens.offsets, begins, side="right")
+    lengths = np.diff(begins)[document[1:] == document[:-1]]  # not across line ends
     counts = np.bincount(lengths[lengths <= longest], minlength=2)
     return counts.tolist() if counts.any() else [0, 1]
 
@@ -346,7 +354,8 @@ def build(config, args, device, saved):
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(moments)
+            now = optimizer.state_dict()["param_groups"]  # a new weight decay counts
+            optimizer.load_state_dict({**moments, "param_groups": now})
         for ema, weights in zip(emas, saved["emas"], strict=True):
             ema.load_state_dict(weights)
         state.step, state.best = saved["step"], saved["best"]
@@ -354,26 +363,23 @@ def build(config, args, device, saved):
 
 
 def save(state, run, run_dir, is_best=False):
-    """Write last.pt, and let best.pt be the same file where it is the best so far."""
-    save_checkpoint(
-        run_dir / "last.pt",
-        {
-            **run,
-            "step": state.step,
-            "best": state.best,
-            "model": state.model.state_dict(),
-            "emas": [ema.state_dict() for ema in state.emas],
-            "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
-        },
-    )
+    """Write last.pt; where it is the best so far, write best.pt first and let last.pt be the same file.
+
+    A crash between the two leaves the older last.pt: the run repeats its last steps and writes best.pt again.
+    """
+    path = run_dir / ("best.pt" if is_best else "last.pt")
+    moments = [optimizer.state_dict() for optimizer in state.optimizers]
+    averages = [ema.state_dict() for ema in state.emas]
+    changing = dict(step=state.step, best=state.best, model=state.model.state_dict(), emas=averages, optimizers=moments)
+    save_checkpoint(path, {**run, **changing})
     if is_best:
-        temporary = run_dir / "best.pt.tmp"
+        temporary = run_dir / "last.pt.tmp"
         temporary.unlink(missing_ok=True)
         try:
-            os.link(run_dir / "last.pt", temporary)  # last.pt is only ever replaced, never changed
+            os.link(path, temporary)  # checkpoints are only ever replaced, never changed
         except OSError:  # a file system without links
-            shutil.copyfile(run_dir / "last.pt", temporary)
-        os.replace(temporary, run_dir / "best.pt")
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, run_dir / "last.pt")
 
 
 def peak_memory(device):
@@ -410,12 +416,22 @@ def probe(model, loader, config, args, device):
     return network, (time.perf_counter() - begin) * args.accumulation_steps
 
 
+def drop_undone(path, step_of, step):
+    """Remove the lines of a log that belong to steps which a crash undid; lines that are not whole go as well."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        with suppress(ValueError, KeyError):
+            kept += [line] * (step_of(line) <= step)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def open_metrics(run_dir, step):
-    """Open metrics.jsonl, without the lines of steps that a crash undid, and TensorBoard -> write(step, **figures)."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
-    file = open(path, "a", buffering=1)
+    """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures)."""
+    drop_undone(run_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], step)
+    drop_undone(run_dir / "samples.txt", lambda line: int(line.split("\t")[0]), step)
+    file = open(run_dir / "metrics.jsonl", "a", buffering=1)
     board = None
     with suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
@@ -438,7 +454,7 @@ def catch_signals():
         if caught:
             os._exit(128 + number)
         caught.append(number)
-        print("\nfinishing this step, then saving (again to leave at once)", file=sys.stderr)
+        os.write(2, b"\nfinishing this step, then saving (again to leave at once)\n")  # print is not safe in a handler
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
@@ -479,8 +495,9 @@ def main():
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    saved = read_checkpoint(run_dir / "last.pt", device) if (run_dir / "last.pt").exists() else None
-
+    saved = read_checkpoint(run_dir / "last.pt") if (run_dir / "last.pt").exists() else None
+    if saved:
+        check_identity(saved["identity"], vars(args), run_dir)
     tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     config = make_config(args, len(tokenizer))
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
@@ -490,6 +507,7 @@ def main():
     if saved:
         check_identity(saved["identity"], run["identity"], run_dir)
     state = build(config, args, device, saved)
+    del saved  # it holds a second copy of everything
     if state.step >= args.max_steps:
         print(f"{run_dir} is finished at step {state.step}; {next_commands(args)}")
         return

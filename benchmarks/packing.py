@@ -1,6 +1,6 @@
 """Measure the text side on a corpus: tokenising, how full packed rows are, and how fast batches are made.
 
-    python benchmarks/packing.py -d=CORPUS.txt -spm=TOKENIZER.model
+python benchmarks/packing.py -d=CORPUS.txt -spm=TOKENIZER.model
 """
 
 import sys
@@ -45,7 +45,9 @@ def main():
         begin = time.perf_counter()
         data.load_corpus(args.data_path, args.spm_model, cache_dir)
         print(f"found it in the cache in {time.perf_counter() - begin:.2f} s\n")
-        print("| length | a window a row | best fit, whole lines | packed | tokens in 128 rows | plan, s | batches, tokens/s |")
+        print(
+            "| length | a window a row | best fit, whole lines | packed | tokens in 128 rows | plan, s | batches, tokens/s |"
+        )
         print("|---|---|---|---|---|---|---|")
         for row_length in LENGTHS:
             begin = time.perf_counter()

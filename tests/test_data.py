@@ -184,6 +184,17 @@ def test_tokenising_that_breaks_off_leaves_no_cache(corpus, tokenizer_path, tmp_
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_line_that_turns_into_no_tokens_is_no_document(tmp_path, monkeypatch):
+    corpus = write(tmp_path / "text", "abc\nx\nabc\n")
+    (tmp_path / "model").write_bytes(data.train_tokenizer(corpus, "char", 0))
+    tokenizer = data.load_tokenizer(tmp_path / "model")
+    real = type(tokenizer).encode_as_numpy
+    monkeypatch.setattr(
+        type(tokenizer), "encode_as_numpy", lambda self, texts: [r[r != self.piece_to_id("x")] for r in real(self, texts)]
+    )
+    assert data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache").lengths.tolist() == [3, 3]
+
+
 def test_missing_and_empty_corpora_are_refused(tokenizer_path, tmp_path):
     with pytest.raises(ValueError, match="no text file at"):
         data.load_corpus(tmp_path / "missing", tokenizer_path, tmp_path)
@@ -268,6 +279,14 @@ def test_an_epoch_of_batches_visits_each_token_once_and_runs_on_into_the_next(to
     first_epoch = ids[: loader.rows_per_epoch][segment_ids[: loader.rows_per_epoch] > 0]
     assert torch.equal(first_epoch.sort().values, torch.from_numpy(np.sort(tokens.ids.astype(np.int64))))
     assert (segment_ids[loader.rows_per_epoch :].sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("lengths", [[1000], [96], [70, 70, 70], [1], [3, 64, 65]])
+def test_every_batch_of_a_small_corpus_can_be_made(lengths):
+    """Rows that hold nothing included: an epoch's last row may be empty."""
+    loader = data.Loader(fake_tokens(lengths), 64, 4, seed=0)
+    tokens_seen = sum(int((loader.batch(n)[1] > 0).sum()) for n in range(3 * loader.rows_per_epoch))
+    assert tokens_seen == 4 * 3 * sum(lengths)
 
 
 def test_segments_are_numbered_in_order_and_padding_is_zero(tokens):

@@ -1,6 +1,7 @@
 """Prompts, gaps and the sampling command."""
 
 import hashlib
+import io
 import json
 import random
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 import cli
@@ -112,6 +114,36 @@ def test_a_gap_with_a_count_takes_so_many_tokens(loaded):
     assert tokenizer.decode([token for token in template if token >= 0]).split() == ["the", "sleeps"]
 
 
+def test_text_right_after_a_gap_gets_no_space(tmp_path):
+    """Also with a tokenizer that puts a space before every text; where it cannot do without, it says so."""
+    corpus = ["the king, then the queen s sleeps", "a king s hat, a queen"] * 20
+    for kind, text in (("char", "the ___s"), ("bpe", "the ___, then")):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        template, _ = parse_prompt(text, tokenizer, [0, 1], random.Random(0))
+        filled = [token if token >= 0 else tokenizer.encode("k")[-1] for token in template]
+        assert tokenizer.decode(filled).split() == text.replace("___", "k").split()
+    with pytest.raises(ValueError, match="cannot join 's'"):
+        word = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus),
+            model_writer=word,
+            model_type="word",
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        parse_prompt("king___s", sentencepiece.SentencePieceProcessor(model_proto=word.getvalue()), [0, 1], random.Random(0))
+
+
 def test_special_tokens_are_never_drawn(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, 30) for i in range(20)]
@@ -136,6 +168,8 @@ def test_a_prompt_that_does_not_fit_is_refused(loaded):
     _, tokenizer, run = loaded
     with pytest.raises(ValueError, match="trained on 32"):
         make_template("the ___{40} sleeps", tokenizer, run, 0)
+    with pytest.raises(ValueError, match="gap of no tokens"):
+        make_template("the ___{0} sleeps", tokenizer, run, 0)
     with pytest.raises(ValueError, match="leaves nothing of length 3"):
         make_template("the old king sleeps", tokenizer, run, 0, length=3)
 

@@ -121,6 +121,40 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_result(run, 
         assert equal(a, b)
 
 
+def test_a_crash_between_the_two_files_of_a_best_step_loses_neither(run, tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+    real, calls = os.replace, []
+
+    def crash(source, target):
+        if Path(target).name == "last.pt" and len(calls := calls_of("last.pt", target)) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    def calls_of(name, target):
+        calls.append(target)
+        return [call for call in calls if Path(call).name == name]
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts")
+    monkeypatch.setattr(os, "replace", real)
+    run(tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_weight_decay_may_change_when_a_run_goes_on(run, tmp_path):
+    run(tmp_path / "run", "--max_steps=1")
+    run(tmp_path / "run", "--max_steps=2", "-wd=0.5")
+    groups = [g for o in model_file.read_checkpoint(tmp_path / "run" / "last.pt")["optimizers"] for g in o["param_groups"]]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5]
+
+
+def test_word_lengths_are_counted_within_lines(corpus, tmp_path):
+    (tmp_path / "model").write_bytes(data.train_tokenizer(corpus, "word", 500))
+    tokens = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
+    assert train.word_lengths(data.load_tokenizer(tmp_path / "model"), tokens)[2:] == []
+
+
 def test_a_finished_run_says_so_and_goes_on_with_more_steps(run, tmp_path, capsys):
     run(tmp_path / "run")
     capsys.readouterr()
@@ -154,6 +188,10 @@ def test_fine_tuning_starts_from_the_other_runs_average_and_tokenizer(run, tmp_p
     assert tuned["tokenizer_hash"] == source["tokenizer_hash"]
     for name, value in source["emas"][-1].items():
         torch.testing.assert_close(tuned["model"][name], value, atol=1e-6, rtol=0)
+    other = tmp_path / "other.model"
+    other.write_bytes(data.train_tokenizer(tmp_path / "corpus.txt", "char", 0))
+    with pytest.raises(ValueError, match="not the tokenizer of"):
+        run(tmp_path / "third", f"--init_from={tmp_path / 'first'}", f"-spm={other}")
     with pytest.raises(ValueError, match="model_dim=64.*has 32"):
         run(tmp_path / "third", f"--init_from={tmp_path / 'first'}", "-mdim=64")
 
@@ -299,6 +337,8 @@ def fails(argv, monkeypatch, capsys, main=train.main):
         ("-md=x", "unknown flag -md"),
         ("-bsz=0", "at least 1"),
         ("-lr=nought", "not a number"),
+        ("-ep=inf", "inf must be"),
+        ("--device=meta", "no device 'meta'"),
         ("-dop=1.5", "dropout"),
         ("-ema=2", "ema_rate=2"),
         ("-b=-1", "beta=-1"),
