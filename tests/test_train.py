@@ -123,16 +123,13 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_result(run, 
 
 def test_a_crash_between_the_two_files_of_a_best_step_loses_neither(run, tmp_path, monkeypatch):
     run(tmp_path / "whole")
-    real, calls = os.replace, []
+    real, targets = os.replace, []
 
     def crash(source, target):
-        if Path(target).name == "last.pt" and len(calls := calls_of("last.pt", target)) == 2:
+        targets.append(Path(target).name)
+        if targets.count("last.pt") == 2:  # after the best.pt of the first validation
             raise KeyboardInterrupt
         real(source, target)
-
-    def calls_of(name, target):
-        calls.append(target)
-        return [call for call in calls if Path(call).name == name]
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
