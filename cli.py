@@ -41,7 +41,7 @@ def _is_number(word):
     return True
 
 
-def _number(kind, least, exclusive=False):
+def _number(kind, least, exclusive=False, below=math.inf):
     def convert(text):
         try:
             value = kind(text)
@@ -49,6 +49,8 @@ def _number(kind, least, exclusive=False):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         if not math.isfinite(value) or not (least < value if exclusive else least <= value):
             raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {least}")
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"{text} must be below {below}")
         return value
 
     return convert
@@ -56,6 +58,16 @@ def _number(kind, least, exclusive=False):
 
 count, natural = _number(int, 1), _number(int, 0)  # types for flags: 1, 2, ...; 0, 1, ...
 positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
+share = _number(float, 0, below=1)
+
+
+def shares(text):
+    """ "0.99,0.999" -> [0.99, 0.999]."""
+    return [share(part) for part in text.split(",")]
+
+
+def auto_or_positive(text):
+    return text if text == "auto" else positive(text)
 
 
 def device(name):

@@ -77,9 +77,10 @@ def parse_prompt(prompt, tokenizer, word_lengths, rng):
     for i, text in enumerate(texts):
         if i % 2 == 0:
             space = text.endswith(" ") or (not text and i == 0 and prefix)
-            if joins:
-                text = text.removesuffix(" ")
-            template += tokenizer.encode(text) if i == 0 or not prefix else continue_text(text, tokenizer)
+            body = text.removesuffix(" ")  # the tokenizer may strip it
+            template += tokenizer.encode(body) if i == 0 or not prefix else continue_text(body, tokenizer)
+            if body != text and not joins:
+                template.append(tokenizer.piece_to_id("\u2581"))
         elif text is not None:
             template += [GAP] * min(int(text), 1_000_000)
         else:

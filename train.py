@@ -33,10 +33,10 @@ from sample import FREE, decode, generate, make_template
 PRESET_FLAGS = "model_dim num_layers num_heads sequence_length batch_size learning_rate warmup_steps ema_rate".split()
 PRESETS = {
     #          dim  layers  heads  length  batch   rate  warm-up  average
-    "base":   (1024,   8,     8,     64,    256,   1e-3,  1000,  "0.9999"),
-    "small":  ( 512,   8,     8,     64,    128,   1e-3,   500,  "0.999"),
-    "laptop": ( 256,   4,     4,     64,     32,   3e-3,   200,  "0.999"),
-    "toy":    ( 128,   4,     4,     64,     16,   1e-2,   100,  "0.998"),
+    "base":   (1024,   8,     8,     64,    256,   1e-3,  1000,  [0.9999]),
+    "small":  ( 512,   8,     8,     64,    128,   1e-3,   500,  [0.999]),
+    "laptop": ( 256,   4,     4,     64,     32,   3e-3,   200,  [0.999]),
+    "toy":    ( 128,   4,     4,     64,     16,   1e-2,   100,  [0.998]),
 }  # fmt: skip
 TOY_SENTENCES, TOY_STEPS = 60_000, 1_500
 SAMPLING_STEPS = 100  # of the samples shown during training
@@ -72,13 +72,18 @@ def flags():
     add("-mdim", "--model_dim", type=cli.count, help="width *")
     add("-nl", "--num_layers", type=cli.count, help="layers *")
     add("-nh", "--num_heads", type=cli.count, help="attention heads *")
-    add("-dop", "--dropout_prob", type=cli.non_negative, default=0.0, help="dropout (0)")
-    add("-b", "--beta", default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
+    add("-dop", "--dropout_prob", type=cli.share, default=0.0, help="dropout (0)")
+    add("-b", "--beta", type=cli.auto_or_positive, default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
     add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
     add("-wus", "--warmup_steps", type=cli.natural, help="steps of linear warm-up, at most a fifth of all *")
     add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="decay of the matrices (0.01)")
     add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest gradient norm (1)")
-    add("-ema", "--ema_rate", help="rates of the weight averages, comma-separated; the last is validated and sampled *")
+    add(
+        "-ema",
+        "--ema_rate",
+        type=cli.shares,
+        help="rates of the weight averages, comma-separated; the last is validated and sampled *",
+    )
     add("-lgi", "--log_interval", type=cli.count, default=20, help="steps between log lines (20)")
     add("-svi", "--save_interval", type=cli.count, default=1000, help="steps between checkpoints (1000)")
     add("-vli", "--val_interval", type=cli.count, default=1000, help="steps between validations (1000)")
@@ -116,31 +121,12 @@ def complete(args):
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset or "base"], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    ema_rates(args)
     return args
 
 
-def ema_rates(args):
-    """ "0.99,0.999" -> [0.99, 0.999]."""
-    try:
-        rates = [float(rate) for rate in args.ema_rate.split(",")]
-    except ValueError:
-        rates = []
-    if not rates or not all(0 <= rate < 1 for rate in rates):
-        raise ValueError(f"--ema_rate={args.ema_rate}: give numbers from 0 to below 1, comma-separated")
-    return rates
-
-
 def make_config(args, K):
-    """Flags and vocabulary size -> Config. Raises ValueError for a beta that is not a positive number."""
-    try:
-        beta1 = 0.0 if args.beta == "auto" else float(args.beta)
-    except ValueError:
-        beta1 = -1.0
-    if args.beta == "auto":
-        beta1 = bfn.auto_beta1(K)
-    if not 0 < beta1 < math.inf:
-        raise ValueError(f"--beta={args.beta}: give auto or a positive number")
+    """Flags and vocabulary size -> Config. Raises ValueError for sizes that do not go together."""
+    beta1 = bfn.auto_beta1(K) if args.beta == "auto" else args.beta
     return Config(K, beta1, args.model_dim, args.num_layers, args.num_heads, args.dropout_prob)
 
 
@@ -242,7 +228,7 @@ def accumulate_gradients(network, batches, config, seeds, device):
     return total
 
 
-def update_weights(state, rates, args):
+def update_weights(state, args):
     """Clip, step, average -> gradient norm. A norm that is not finite leaves weights and moments as they are."""
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.gradient_clipping)
     for optimizer in state.optimizers:
@@ -251,7 +237,7 @@ def update_weights(state, rates, args):
             group["lr"] = learning_rate(state.step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    for ema, rate in zip(state.emas, rates, strict=True):
+    for ema, rate in zip(state.emas, args.ema_rate, strict=True):
         rate = min(rate, (1 + state.step) / (10 + state.step))  # early averages forget the initial weights
         torch._foreach_lerp_(list(ema.parameters()), list(state.model.parameters()), 1 - rate)
     return norm
@@ -349,7 +335,7 @@ def build(config, args, device, saved):
     model = BFNTransformer(config).to(device)
     if args.init_from and not saved:
         model.load_state_dict(load(args.init_from, device=device)[0].state_dict())
-    emas = [copy.deepcopy(model).requires_grad_(False).eval() for _ in ema_rates(args)]
+    emas = [copy.deepcopy(model).requires_grad_(False).eval() for _ in args.ema_rate]
     state = State(model, make_optimizers(model, args), emas)
     if saved:
         model.load_state_dict(saved["model"])
@@ -519,7 +505,6 @@ def main():
     network, seconds_per_step = probe(state.model, loader, config, args, device)
     print(opening_line(state, loader, config, seconds_per_step, args, device))
 
-    rates = ema_rates(args)
     write = open_metrics(run_dir, state.step)
     caught = catch_signals()
     batches = data.ahead(loader.batch, range(state.step * accumulation, args.max_steps * accumulation))
@@ -529,7 +514,7 @@ def main():
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [bfn.mix_seed(args.seed, state.step, m) for m in range(accumulation)]
         loss = accumulate_gradients(network, micro_batches, config, seeds, device)
-        norm = update_weights(state, rates, args)
+        norm = update_weights(state, args)
         log.append(torch.stack([loss, norm]))
         n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in micro_batches)
         state.step += 1
