@@ -36,7 +36,7 @@ PRESETS = {
     "base":   (1024,   8,     8,     64,    256,   1e-3,  1000,  [0.9999]),
     "small":  ( 512,   8,     8,     64,    128,   1e-3,   500,  [0.999]),
     "laptop": ( 256,   4,     4,     64,     32,   3e-3,   200,  [0.999]),
-    "toy":    ( 128,   4,     4,     64,     16,   1e-2,   100,  [0.998]),
+    "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
 }  # fmt: skip
 TOY_SENTENCES, TOY_STEPS = 60_000, 1_500
 SAMPLING_STEPS = 100  # of the samples shown during training

@@ -1,6 +1,7 @@
 """The training loop: exact resumption, refusals, and that it learns."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ import data
 import model as model_file
 import toy
 import train
+from model import BFNTransformer
 from muon import orthogonalise
 
 ROOT = Path(train.__file__).parent
@@ -311,7 +313,34 @@ def test_a_small_joint_distribution_is_learned():
     assert (counts - P).abs().sum() / 2 < 0.12
 
 
+def test_bits_per_character_count_eos_but_not_bos_and_characters_of_the_raw_text(corpus, tmp_path, monkeypatch):
+    """At one nat a token, L_rec nothing."""
+    (tmp_path / "model").write_bytes(data.train_tokenizer(corpus, "word", 500))
+    tokenizer = data.load_tokenizer(tmp_path / "model")
+    args, _, _ = tiny_setup()
+    config = train.make_config(args, len(tokenizer))
+    monkeypatch.setattr(bfn, "continuous_time_loss", lambda network, ids, *rest: torch.ones(ids.shape))
+    monkeypatch.setattr(bfn, "reconstruction_loss", lambda network, ids, *rest: torch.zeros(ids.shape))
+    tokens = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
+    figures = train.validate(BFNTransformer(config), tokens, config, tokenizer.bos_id(), args, torch.device("cpu"))
+    lines = corpus.read_text().splitlines()
+    assert figures["bound_nats_per_token"] == pytest.approx(1)
+    expected = sum(len(line.split()) + 1 for line in lines) / sum(map(len, lines)) / math.log(2)
+    assert figures["bits_per_char"] == pytest.approx(expected)
+
+
 # ---------------------------------------------------------------- the command
+
+
+def test_a_compiler_that_fails_is_done_without(run, tmp_path, monkeypatch, capsys):
+    def broken(*inputs):
+        raise RuntimeError("no compiler")
+
+    run(tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    run(tmp_path / "compiled", "--compile=on")
+    assert "torch.compile failed" in capsys.readouterr().err
+    assert_same_run(tmp_path / "plain", tmp_path / "compiled")
 
 
 def fails(argv, monkeypatch, capsys, main=train.main):
