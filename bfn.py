@@ -100,6 +100,11 @@ def squared_error_loss(logits, ids, t, s1):
     return s1**2 * t * (1 - 2 * p_x + p.square().sum(-1))
 
 
+def cross_entropy(logits, ids):
+    """-log p_x in nats: logits (B, L, K), ids (B, L) -> (B, L)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none").view_as(ids)
+
+
 def continuous_time_loss(network, ids, t, cond_mask, s1, K):
     """One draw of the integrand of L_inf at times t (B, L) -> (B, L); its mean over noise and t ~ U(0, 1) is L_inf."""
     logits = predict(network, flow(ids, t, s1, K), t, ids, cond_mask)
@@ -124,7 +129,7 @@ def reconstruction_loss(network, ids, cond_mask, s1, K):
     """One draw of L_rec = -log p_x at theta(t = 1) -> (B, L)."""
     t = torch.ones(ids.shape, device=ids.device)
     logits = predict(network, flow(ids, t, s1, K), t, ids, cond_mask)
-    return F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view_as(ids)
+    return cross_entropy(logits, ids)
 
 
 # ---------------------------------------------------------------- update and sampler

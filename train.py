@@ -38,7 +38,8 @@ PRESETS = {
     "laptop": ( 256,   4,     4,     64,     32,   3e-3,   200,  [0.999]),
     "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
 }  # fmt: skip
-TOY_SENTENCES, TOY_STEPS = 60_000, 1_500
+CROSS_ENTROPY = 2.0  # weight of the cross-entropy beside the continuous-time loss
+TOY_SENTENCES, TOY_STEPS = 60_000, 1_100
 SAMPLING_STEPS = 100  # of the samples shown during training
 VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
 
@@ -207,11 +208,16 @@ def loss_mask(segment_ids, cond_mask):
 
 
 def micro_batch_loss(network, batch, config, n_tokens):
-    """Share of a micro-batch in the step's mean continuous-time loss over its n_tokens predicted tokens, in nats."""
+    """Share of a micro-batch in the step's mean loss over its n_tokens predicted tokens, in nats.
+
+    The continuous-time loss, plus the cross-entropy at the same t: the former vanishes as t -> 0, where the context
+    alone decides, and the latter teaches it there.
+    """
     ids, segment_ids, cond_mask = batch
     t = bfn.segment_times(segment_ids)
-    network = partial(network, segment_ids=segment_ids)
-    loss = bfn.continuous_time_loss(network, ids, t, cond_mask, config.s1, config.K)
+    z = bfn.flow(ids, t, config.s1, config.K)
+    logits = bfn.predict(partial(network, segment_ids=segment_ids), z, t, ids, cond_mask)
+    loss = bfn.squared_error_loss(logits, ids, t, config.s1) + CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
     return (loss * loss_mask(segment_ids, cond_mask)).sum() / n_tokens
 
 
