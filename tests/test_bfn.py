@@ -109,7 +109,7 @@ def total_variation(n_steps, n=40_000, given=None):
 
 
 def test_the_ancestral_sampler_reproduces_the_exact_joint():
-    """DESIGN: 0.123, 0.059 and 0.016 at 5, 10 and 50 steps, where 0.0135 is the error of 40,000 perfect draws."""
+    """Known: 0.123, 0.059 and 0.016 at 5, 10 and 50 steps, where 0.0135 is the error of 40,000 perfect draws."""
     assert total_variation(50) < 0.03 < total_variation(10) < total_variation(5) < 0.2
 
 
