@@ -41,7 +41,7 @@ def _is_number(word):
     return True
 
 
-def _number(kind, least, exclusive=False, below=math.inf):
+def _number(kind, least, exclusive=False, below=math.inf, most=math.inf):
     def convert(text):
         try:
             value = kind(text)
@@ -51,6 +51,8 @@ def _number(kind, least, exclusive=False, below=math.inf):
             raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {least}")
         if value >= below:
             raise argparse.ArgumentTypeError(f"{text} must be below {below}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} must be at most {most}")
         return value
 
     return convert
@@ -58,7 +60,7 @@ def _number(kind, least, exclusive=False, below=math.inf):
 
 count, natural = _number(int, 1), _number(int, 0)  # types for flags: 1, 2, ...; 0, 1, ...
 positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
-share = _number(float, 0, below=1)
+share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
 
 
 def shares(text):

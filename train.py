@@ -38,8 +38,8 @@ PRESETS = {
     "laptop": ( 256,   4,     4,     64,     32,   3e-3,   200,  [0.999]),
     "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
 }  # fmt: skip
-CROSS_ENTROPY = 2.0  # weight of the cross-entropy beside the continuous-time loss
-TOY_SENTENCES, TOY_STEPS = 60_000, 1_100
+CROSS_ENTROPY = 5.0  # weight of the cross-entropy beside the continuous-time loss
+TOY_SENTENCES, TOY_STEPS = 60_000, 1_200
 SAMPLING_STEPS = 100  # of the samples shown during training
 VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
 
@@ -76,6 +76,12 @@ def flags():
     add("-dop", "--dropout_prob", type=cli.share, default=0.0, help="dropout (0)")
     add("-b", "--beta", type=cli.auto_or_positive, default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
     add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
+    add(
+        "--position_times",
+        type=cli.zero_to_one,
+        default=0.5,
+        help="share of texts in which each position has its own t (0.5)",
+    )
     add("-wus", "--warmup_steps", type=cli.natural, help="steps of linear warm-up, at most a fifth of all *")
     add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="decay of the matrices (0.01)")
     add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest gradient norm (1)")
@@ -207,28 +213,28 @@ def loss_mask(segment_ids, cond_mask):
     return (segment_ids > 0) & ~cond_mask
 
 
-def micro_batch_loss(network, batch, config, n_tokens):
+def micro_batch_loss(network, batch, config, n_tokens, position_share):
     """Share of a micro-batch in the step's mean loss over its n_tokens predicted tokens, in nats.
 
     The continuous-time loss, plus the cross-entropy at the same t: the former vanishes as t -> 0, where the context
-    alone decides, and the latter teaches it there.
+    alone decides, and the latter teaches it there. So do neighbours of other times, in `position_share` of the segments.
     """
     ids, segment_ids, cond_mask = batch
-    t = bfn.segment_times(segment_ids)
+    t = bfn.draw_times(segment_ids, position_share)
     z = bfn.flow(ids, t, config.s1, config.K)
     logits = bfn.predict(partial(network, segment_ids=segment_ids), z, t, ids, cond_mask)
     loss = bfn.squared_error_loss(logits, ids, t, config.s1) + CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
     return (loss * loss_mask(segment_ids, cond_mask)).sum() / n_tokens
 
 
-def accumulate_gradients(network, batches, config, seeds, device):
+def accumulate_gradients(network, batches, config, seeds, device, position_share=0.0):
     """Backpropagate the mean loss of a step's micro-batches, each under its own seed -> loss, a device scalar."""
     n_tokens = max(1, sum(int(loss_mask(*batch[1:]).sum()) for batch in batches))  # still on the host
     total = torch.zeros((), device=device)
     for batch, seed in zip(batches, seeds, strict=True):
         torch.manual_seed(seed)
         batch = [x.to(device, non_blocking=True) for x in batch]
-        loss = micro_batch_loss(network, batch, config, n_tokens)
+        loss = micro_batch_loss(network, batch, config, n_tokens, position_share)
         loss.backward()
         total += loss.detach()
     return total
@@ -268,7 +274,7 @@ def validate(model, tokens, config, bos_id, args, device):
         mask = loss_mask(segment_ids, cond_mask)
         network = partial(model, segment_ids=segment_ids)
         torch.manual_seed(bfn.mix_seed("validation", n))
-        t = bfn.segment_times(segment_ids)
+        t = bfn.draw_times(segment_ids)
         L_inf = bfn.continuous_time_loss(network, ids, t, cond_mask, config.s1, config.K)
         L_rec = bfn.reconstruction_loss(network, ids, cond_mask, config.s1, config.K)
         sums += torch.stack([(L_inf * mask).sum(), (L_rec * mask).sum(), mask.sum()]).double()
@@ -389,21 +395,23 @@ def probe(model, loader, config, args, device):
     """Do a step's work without its update, compiled and in bf16 where possible -> network, seconds a step."""
     compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    forward = torch.compile(model) if compiled else model
+    for block in model.blocks if compiled else ():
+        block.compile()  # one program for all layers: a fraction of the time that the whole model takes to compile
 
     def network(theta, t, segment_ids):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return forward(theta, t, segment_ids)
+            return model(theta, t, segment_ids)
 
     for _ in range(3):
         begin = time.perf_counter()
         try:
             accumulate_gradients(network, [loader.batch(0)], config, [0], device).item()
         except Exception as error:  # the compiler raises many kinds
-            if forward is model or isinstance(error, torch.OutOfMemoryError):
+            if not compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             print(f"torch.compile failed ({type(error).__name__}): going on without it", file=sys.stderr)
-            forward = model
+            torch.compiler.set_stance("force_eager")
+            compiled = False
         model.zero_grad(set_to_none=True)
     return network, (time.perf_counter() - begin) * args.accumulation_steps
 
@@ -519,7 +527,7 @@ def main():
     while state.step < args.max_steps and not caught:
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [bfn.mix_seed(args.seed, state.step, m) for m in range(accumulation)]
-        loss = accumulate_gradients(network, micro_batches, config, seeds, device)
+        loss = accumulate_gradients(network, micro_batches, config, seeds, device, args.position_times)
         norm = update_weights(state, args)
         log.append(torch.stack([loss, norm]))
         n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in micro_batches)

@@ -184,12 +184,12 @@ def test_text_ends_at_eos(run_dir):
 
 def test_the_command_prints_samples_and_nothing_else(run_dir, monkeypatch, capsys, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("anna ___\n\n___ waits\n")
+    prompts.write_text("anna ___\n\n___ walks\n")
     flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=3", "--device=cpu"]
     lines = command(monkeypatch, capsys, *flags, "--prompt=the", f"--prompt_file={prompts}", f"--output={tmp_path / 'out'}")
     records = [json.loads(line) for line in open(tmp_path / "out")]
     assert len(lines) == 6 and lines == [record["text"] for record in records]
-    assert [record["prompt"] for record in records] == ["the"] * 2 + ["anna ___"] * 2 + ["___ waits"] * 2
+    assert [record["prompt"] for record in records] == ["the"] * 2 + ["anna ___"] * 2 + ["___ walks"] * 2
     assert lines == command(monkeypatch, capsys, *flags, "--prompt=the", f"--prompt_file={prompts}", "--trace")
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 import toy
+import train
 
 
 def test_weights_sum_to_one():
@@ -16,7 +17,7 @@ def test_weights_sum_to_one():
 
 def test_the_vocabulary_has_50_to_200_words_and_the_language_far_more_sentences_than_are_trained_on():
     assert 50 <= len(toy.vocabulary()) <= 200
-    assert toy.count() > 100_000_000
+    assert toy.count() > 100 * train.TOY_SENTENCES
 
 
 def test_the_probability_of_drawn_sentences_estimates_the_entropy():
@@ -42,19 +43,19 @@ def test_lengths_are_exact_and_lower_the_entropy():
 
 def test_the_checker_knows_agreement():
     right = [
-        "the king near the old sailors sleeps",
-        "the kings near the old sailor sleep today",
-        "anna says that she paints her boat near the clock",
-        "tom sees the lamp and then tom waits",
+        "the king near the old singers sleeps",
+        "the kings near the old singer sleep today",
+        "anna says that she wants her boat near the clock",
+        "hugo sees the lamp and then hugo walks",
         "the singers beside the big king like the boat",
     ]
     assert all(map(toy.is_grammatical, right))
     wrong = [
-        "the king near the old sailors sleep",
-        "anna says that he paints his boat",
-        "anna says that she paints his boat",
-        "tom sees the lamp and then leo waits",
-        "the king near the old sailors",
+        "the king near the old singers sleep",
+        "anna says that he wants his boat",
+        "anna says that she wants his boat",
+        "hugo sees the lamp and then leo walks",
+        "the king near the old singers",
         "the king sleeps the",
         "",
     ]
