@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
             flag = word.split("=", 1)[0]
             if flag[:1] == "-" and flag not in known and " " not in flag and not _is_number(flag):
                 close = difflib.get_close_matches(flag, known, n=1)
-                self.error(f"unknown flag {flag}" + (f" (did you mean {close[0]}?)" if close else ""))
+                hint = f"did you mean {close[0]}?" if close else "a value that begins with a dash is written --flag=VALUE"
+                self.error(f"unknown flag {flag} ({hint})")
         return super().parse_args(words, namespace)
 
     def error(self, message):
@@ -41,13 +42,13 @@ def _is_number(word):
     return True
 
 
-def _number(kind, least, exclusive=False, below=math.inf, most=math.inf):
+def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not math.isfinite(value) or not (least < value if exclusive else least <= value):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
+        if not (least < value if exclusive else least <= value):
             raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {least}")
         if value >= below:
             raise argparse.ArgumentTypeError(f"{text} must be below {below}")
@@ -58,7 +59,7 @@ def _number(kind, least, exclusive=False, below=math.inf, most=math.inf):
     return convert
 
 
-count, natural = _number(int, 1), _number(int, 0)  # types for flags: 1, 2, ...; 0, 1, ...
+natural, count, several = (_number(int, least) for least in (0, 1, 2))  # types for flags: 0, 1, ...; 1, 2, ...; 2, 3, ...
 positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
 share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
 
@@ -106,4 +107,4 @@ def run(main):
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if os.environ.get("BFN_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        fail("out of memory: halve -bsz, and double -acc to keep the size of a step" if out_of_memory else error)
+        fail("out of memory: a smaller batch (-bsz), length or model takes less" if out_of_memory else error)

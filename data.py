@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 PIECE_BYTES = 1 << 16  # longer lines are tokenised in pieces of this size, cut at spaces
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 FEW_LINES = 100  # a corpus of fewer lines is split for validation by bytes
 VAL_SHARE = {"lines": 0.02, "bytes": 0.05}
 TOKENIZER_BYTES = 20_000_000  # how much text a tokenizer is trained on
@@ -183,6 +183,12 @@ def adds_prefix(tokenizer):
     return tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
 
 
+def unknown_bytes(text, tokenizer):
+    """How many bytes of a text the tokenizer turns into unknown tokens."""
+    pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
+    return sum(len(piece.replace("\u2581", "").encode()) for i, piece in pieces if i == tokenizer.unk_id())
+
+
 def file_hash(path):
     """sha256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
@@ -190,6 +196,11 @@ def file_hash(path):
 
 
 # ---------------------------------------------------------------- the token cache
+
+
+def default_cache_dir():
+    """Where tokenised corpora are kept: bayesian-flow-lm in the user's cache folder."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bayesian-flow-lm")
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,7 @@ class Tokens:
     offsets: np.ndarray
     n_chars: int  # of the raw text, line breaks not counted
     n_bytes: int
-    n_unknown: int  # tokens that stand for text the tokenizer does not know
+    n_unknown_bytes: int  # of text that the tokenizer does not know
     key: str  # identifies the content
 
     @property
@@ -219,12 +230,24 @@ def load_corpus(path, tokenizer_path, cache_dir, part="all"):
     key = f"{file_hash(path)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}"
     key = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = Path(cache_dir) / key
-    if not (folder / "meta.json").exists():
+    if (tokens := _read_cache(folder, key)) is None:
+        shutil.rmtree(folder, ignore_errors=True)
         _write_cache(path, part, load_tokenizer(tokenizer_path), folder)
-    meta = json.loads((folder / "meta.json").read_text())
-    ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
-    offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
-    return Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown"], key)
+        tokens = _read_cache(folder, key)
+    return tokens
+
+
+def _read_cache(folder, key):
+    """Map a cache -> Tokens, or None where it is missing or not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
+        offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
+    except (OSError, ValueError, KeyError):
+        return None
+    if len(ids) != meta["n_tokens"] or len(offsets) != meta["n_documents"] + 1 or offsets[-1] != len(ids):
+        return None
+    return Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
 
 
 def _write_cache(path, part, tokenizer, folder):
@@ -234,6 +257,9 @@ def _write_cache(path, part, tokenizer, folder):
     try:
         meta = _tokenize(path, part, tokenizer, temporary)
         (temporary / "meta.json").write_text(json.dumps(meta))
+        for name in ("ids.bin", "offsets.bin", "meta.json"):
+            with open(temporary / name, "rb") as file:
+                os.fsync(file.fileno())
         if not folder.exists():
             os.rename(temporary, folder)
     finally:
@@ -244,7 +270,9 @@ def _tokenize(path, part, tokenizer, folder):
     """Encode all pieces of a part on all cores and write ids and offsets as they come -> the cache's description."""
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
     strip = adds_prefix(tokenizer)
-    meta = dict(n_chars=0, n_bytes=0, n_unknown=0, dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32")
+    meta = dict(
+        n_chars=0, n_bytes=0, n_unknown_bytes=0, n_documents=0, dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    )
     end = end_of_last = 0
 
     def encode(batch):  # SentencePiece lets go of Python's lock: threads use all cores
@@ -268,16 +296,19 @@ def _tokenize(path, part, tokenizer, folder):
         for batch, ids, ends in ahead(encode, batches, depth=4 * os.cpu_count(), threads=os.cpu_count()):
             ids_file.write(ids.tobytes())
             documents = np.unique((end + ends)[[p.last for p in batch]])  # a line of no tokens is no document
-            offsets_file.write(documents[documents > end_of_last].astype(np.int64).tobytes())
+            documents = documents[documents > end_of_last]
+            offsets_file.write(documents.astype(np.int64).tobytes())
+            meta["n_documents"] += len(documents)
             end_of_last = documents[-1] if len(documents) else end_of_last
             end += len(ids)
             meta["n_chars"] += sum(len(p.text) for p in batch)
             meta["n_bytes"] += sum(p.n_bytes for p in batch)
-            meta["n_unknown"] += int((ids == tokenizer.unk_id()).sum())
+            if (ids == tokenizer.unk_id()).any():
+                meta["n_unknown_bytes"] += sum(unknown_bytes(p.text, tokenizer) for p in batch)
             bar.update(sum(p.n_bytes for p in batch))
     if end == 0:
         raise ValueError(f"{path} has no text" + ("" if part == "all" else f" for the part {part!r}: it is too short"))
-    return meta
+    return dict(meta, n_tokens=end)
 
 
 # ---------------------------------------------------------------- packing
@@ -405,23 +436,30 @@ def gather_rows(tokens, plan, rows, row_length):
     return ids, segment_ids
 
 
+def places(segment_ids):
+    """Each position's place in its segment, from 0, and the segment's size: (B, L) -> (B, L), (B, L), int64 arrays."""
+    B, L = segment_ids.shape
+    of_segment = (np.arange(B)[:, None], segment_ids)
+    size = np.zeros((B, L + 1), dtype=np.int64)
+    np.add.at(size, of_segment, 1)
+    first = segment_ids != np.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    position = np.arange(L) - np.maximum.accumulate(np.where(first, np.arange(L), 0), axis=1)
+    return position, size[of_segment]
+
+
 def draw_cond_mask(segment_ids, rng):
     """Choose what is given: nothing in half of the segments, else a random span or random positions -> (B, L) bool.
 
     The share of a segment that is given is uniform on (0, 1).
     """
     B, L = segment_ids.shape
-    table = (np.arange(B)[:, None], segment_ids)  # looks a position's segment up in a (B, L + 1) array
-    size = np.zeros((B, L + 1), dtype=np.int64)
-    np.add.at(size, table, 1)
-    first = segment_ids != np.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    position = np.arange(L) - np.maximum.accumulate(np.where(first, np.arange(L), 0), axis=1)
-    kind, share, place = rng.random((3, B, L + 1))
+    position, size = places(segment_ids)
+    of_segment = (np.arange(B)[:, None], segment_ids)  # looks a position's segment up in a (B, L + 1) array
+    kind, share, place = (draw[of_segment] for draw in rng.random((3, B, L + 1)))
     n = (share * size).astype(np.int64)
     begin = (place * (size - n + 1)).astype(np.int64)
-    span = (begin[table] <= position) & (position < (begin + n)[table])
-    scattered = rng.random((B, L)) < share[table]
-    kind = kind[table]
+    span = (begin <= position) & (position < begin + n)
+    scattered = rng.random((B, L)) < share
     return np.where(kind < 0.5, False, np.where(kind < 0.75, span, scattered)) & (segment_ids > 0)
 
 

@@ -12,7 +12,7 @@ The forward pass has three parts: `embed` (theta -> h), `body` (h -> hidden), `h
 import hashlib
 import math
 import os
-import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import nn
 
-FORMAT = 1  # of the checkpoint file
+FORMAT = 2  # of the checkpoint file and the network in it
 
 
 @dataclass(frozen=True)
@@ -208,22 +208,31 @@ def read_checkpoint(path):
     """
     if not os.path.isfile(path):
         other = Path(path).with_name("last.pt")
-        hint = "nothing is validated yet, take --checkpoint=last" if other.exists() else "train first, or give another -mdir"
+        hint = (
+            "nothing is validated yet, take --checkpoint=last"
+            if other.is_file()
+            else "train first, or give another run folder"
+        )
         raise ValueError(f"no checkpoint at {path}: {hint}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch.load itself checks no sums
+                raise zipfile.BadZipFile(part)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = checkpoint["format"]
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}): use another, or delete it") from None
+        version = int(checkpoint["format"])
+    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__}): rename best.pt, if that is whole, to last.pt"
+        ) from None
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it")
     return checkpoint
 
 
-def load(run_dir, which="best", device="cpu"):
+def load(run_dir, which="best", device="cpu", ema=-1):
     """Load a trained model: `model, tokenizer, run = load("runs/demo")`.
 
-    which is "best" by validation or "last". The weights are the last EMA's. `model.config` is the Config, and run the
+    which is "best" by validation or "last"; ema is the index of a weight average, the last by default. `model.config` is the Config, and run the
     rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the training text.
     Raises ValueError for a missing or damaged checkpoint or a tokenizer that is not the one of the training.
     """
@@ -232,6 +241,8 @@ def load(run_dir, which="best", device="cpu"):
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != run["tokenizer_hash"]:
         raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
     model = BFNTransformer(Config(**run["config"]))
-    model.load_state_dict(run["emas"][-1])
+    if not -len(run["emas"]) <= ema < len(run["emas"]):
+        raise ValueError(f"{run_dir} has {len(run['emas'])} weight averages, counted from 0: there is no {ema}")
+    model.load_state_dict(run["emas"][ema])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     return model.to(device).eval(), tokenizer, {k: v for k, v in run.items() if k not in ("model", "emas", "optimizers")}

@@ -65,12 +65,22 @@ def continue_text(text, tokenizer):
     return ids
 
 
+def shorten(prompt):
+    """A prompt as error messages show it."""
+    return ascii(prompt) if len(prompt) <= 60 else ascii(prompt[:60]) + "..."
+
+
 def parse_prompt(prompt, tokenizer, word_lengths, rng):
     """Turn text with gaps into a template -> (template without bos and eos, whether it had a gap).
 
     ___ is one word, of as many tokens as a random word of the training text has; ___{3} is three tokens. A space
-    before a gap belongs to the gap's first token where the tokenizer joins them.
+    before a gap belongs to the gap's first token where the tokenizer joins them. Raises ValueError for a gap that is
+    written otherwise, and for text that is not Unicode.
     """
+    if re.search(r"____|___\{(?!\d+\})", prompt):
+        raise ValueError(f"{shorten(prompt)}: a gap is ___ or ___{{N}}")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise ValueError(f"{shorten(prompt)} is not UTF-8: convert it, say with iconv")
     (joins, continues), prefix = space_style(tokenizer), data.adds_prefix(tokenizer)
     texts = re.split(r"___(?:\{(\d+)\})?", prompt)  # text, count or None, text, ...
     template = []
@@ -104,17 +114,19 @@ def make_template(prompt, tokenizer, run, seed, length=None):
     if closed:
         template = bos + body + eos
         if all(kind >= 0 for kind in template):
-            raise ValueError(f"{prompt!r} has a gap of no tokens: nothing is left to sample")
+            raise ValueError(f"{shorten(prompt)} has a gap of no tokens: nothing is left to sample")
         limit = length or limit
         if len(template) > limit:
-            raise ValueError(f"{prompt!r} takes {len(template)} tokens, the model was trained on {limit}")
+            raise ValueError(f"{shorten(prompt)} takes {len(template)} tokens, the model was trained on {limit}")
         return template
     given = bos + body
     if length is None:
         weights = [n * (i > len(given)) for i, n in enumerate(run["lengths"])]
         length = rng.choices(range(len(weights)), weights)[0] if any(weights) else limit
     if length <= len(given):
-        raise ValueError(f"{prompt!r} takes {len(given)} tokens and leaves nothing of length {length}: raise --length")
+        raise ValueError(
+            f"{shorten(prompt)} takes {len(given)} tokens and leaves nothing of length {length}: raise --length"
+        )
     return given + [FREE] * (length - len(given))
 
 
@@ -155,7 +167,7 @@ def decode(tokenizer, ids):
     """ids -> one line of text, up to the first eos."""
     if tokenizer.eos_id() in ids:
         ids = ids[: ids.index(tokenizer.eos_id())]
-    return tokenizer.decode([i for i in ids if i != tokenizer.bos_id()]).replace("\n", " ")
+    return " ".join(tokenizer.decode([i for i in ids if i != tokenizer.bos_id()]).splitlines())
 
 
 def flags():
@@ -178,8 +190,13 @@ def main():
     args = flags().parse_args()
     model, tokenizer, run = load(args.model_dir, args.checkpoint, cli.device(args.device))
     prompts = list(args.prompt)
-    if args.prompt_file:
+    if args.prompt_file is not None:
         prompts += [piece.text for piece in data.read_pieces(args.prompt_file)]
+        if not prompts:
+            raise ValueError(f"no prompts in {args.prompt_file}")
+    for prompt in prompts:
+        if data.unknown_bytes(prompt.replace("_", ""), tokenizer):
+            print(f"the tokenizer does not know all characters or words of {shorten(prompt)}", file=sys.stderr)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
     templates = [
         make_template(prompt, tokenizer, run, bfn.mix_seed(args.seed, i), args.length) for i, prompt in enumerate(prompts)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import bfn
 import cli
 import data
+import evaluate
 import toy
 from model import BFNTransformer, Config, load, read_checkpoint, save_checkpoint
 from muon import Muon
@@ -46,7 +47,7 @@ VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
 # What a run is: on resume these must be what they were, everything else may change.
 IDENTITY = (
     "seed model_dim num_layers num_heads dropout_prob beta sequence_length batch_size accumulation_steps ema_rate "
-    "tokenizer vocab_size corpus validation tokenizer_hash"
+    "tokenizer vocab_size tokenizer_hash corpus validation"
 ).split()
 
 
@@ -64,12 +65,12 @@ def flags():
     add("--init_from", help="run folder whose weights, tokenizer and model size to start from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind to train (bpe)")
     add("--vocab_size", type=cli.count, default=8192, help="of the tokenizer to train; char takes all characters (8192)")
-    add("--cache_dir", default=default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--max_steps", type=cli.count, help="steps, in place of --epochs")
     add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch *")
     add("-acc", "--accumulation_steps", type=cli.count, default=1, help="micro-batches of a step (1)")
-    add("-slen", "--sequence_length", type=cli.count, help="tokens of a row *")
+    add("-slen", "--sequence_length", type=cli.several, help="tokens of a row *")
     add("-mdim", "--model_dim", type=cli.count, help="width *")
     add("-nl", "--num_layers", type=cli.count, help="layers *")
     add("-nh", "--num_heads", type=cli.count, help="attention heads *")
@@ -102,12 +103,8 @@ def flags():
     return p
 
 
-def default_cache_dir():
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bayesian-flow-lm")
-
-
-def complete(args):
-    """Fill in what the flags leave open: from --init_from, then from the preset. Raises ValueError."""
+def complete(args, saved=None):
+    """Fill in what the flags leave open: from --init_from (or the checkpoint), then from the preset. Raises ValueError."""
     if args.data_path is None:
         if args.spm_model or args.val_path or args.init_from or args.tokenizer:
             raise ValueError("-spm, --tokenizer, --val_path and --init_from go with a corpus: give -d")
@@ -115,20 +112,27 @@ def complete(args):
         args.max_steps = args.max_steps or (None if args.epochs else TOY_STEPS)
     args.tokenizer, args.epochs = args.tokenizer or "bpe", args.epochs or 10
     if args.init_from:
-        source = load(args.init_from)[2]
-        for name in ("model_dim", "num_layers", "num_heads"):
-            theirs = source["args"][name]
-            if getattr(args, name) not in (None, theirs):
-                raise ValueError(f"--{name}={getattr(args, name)}, but {args.init_from} has {theirs}: leave the flag out")
-            setattr(args, name, theirs)
-        if args.spm_model and data.file_hash(args.spm_model) != source["tokenizer_hash"]:
-            raise ValueError(f"{args.spm_model} is not the tokenizer of {args.init_from}: leave -spm out")
-        args.spm_model = str(Path(args.init_from) / "tokenizer.model")
-        args.beta = source["args"]["beta"] if args.beta == "auto" else args.beta
+        start_from(args, saved or load(args.init_from)[2])
+    elif args.spm_model:
+        args.tokenizer = args.vocab_size = None
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset or "base"], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
+
+
+def start_from(args, source):
+    """Take model size, tokenizer and beta from the run of --init_from. Raises ValueError where a flag disagrees."""
+    for name in ("model_dim", "num_layers", "num_heads"):
+        theirs = source["args"][name]
+        if getattr(args, name) not in (None, theirs):
+            raise ValueError(f"--{name}={getattr(args, name)}, but {args.init_from} has {theirs}: leave the flag out")
+        setattr(args, name, theirs)
+    if args.spm_model and data.file_hash(args.spm_model) != source["tokenizer_hash"]:
+        raise ValueError(f"{args.spm_model} is not the tokenizer of {args.init_from}: leave -spm out")
+    args.spm_model = str(Path(args.init_from) / "tokenizer.model")
+    args.tokenizer = args.vocab_size = None
+    args.beta = source["args"]["beta"] if args.beta == "auto" else args.beta
 
 
 def make_config(args, K):
@@ -144,24 +148,43 @@ def prepare_text(args, run_dir, resume):
     """Put tokenizer (and the built-in corpus) into the run folder, tokenise -> tokenizer, training and validation Tokens."""
     corpus = Path(args.data_path or run_dir / "corpus.txt")
     if args.data_path is None and not resume:
-        corpus.write_text(toy.corpus(TOY_SENTENCES, args.seed))
+        put(corpus, toy.corpus(TOY_SENTENCES, args.seed).encode())
     if not corpus.is_file():
         raise ValueError(f"no text file at {corpus}")
     path = run_dir / "tokenizer.model"
-    if resume and args.spm_model and data.file_hash(args.spm_model) != data.file_hash(path):
+    if resume and args.spm_model and not args.init_from and data.file_hash(args.spm_model) != data.file_hash(path):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
     if not resume:
         if args.spm_model:
             data.load_tokenizer(args.spm_model)
-            shutil.copyfile(args.spm_model, path)
+            put(path, Path(args.spm_model).read_bytes())
         else:
             print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
-            path.write_bytes(data.train_tokenizer(corpus, args.tokenizer, args.vocab_size))
+            put(path, data.train_tokenizer(corpus, args.tokenizer, args.vocab_size))
     tokenizer = data.load_tokenizer(path)
     read = partial(data.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir)
     if args.val_path:
         return tokenizer, read(corpus, part="all"), read(args.val_path, part="all")
     return tokenizer, read(corpus, part="train"), read(corpus, part="val")
+
+
+def find_checkpoint(run_dir):
+    """Make the run folder -> its last checkpoint, or None. Raises ValueError where it is a file or has only best.pt."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is a file: give another -mdir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if (run_dir / "last.pt").exists():
+        return read_checkpoint(run_dir / "last.pt")
+    if (run_dir / "best.pt").exists():
+        raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to go on, or give another -mdir")
+    return None
+
+
+def put(path, content):
+    """Write a file of the run folder. Raises ValueError where another one has its name: nothing of the user's is lost."""
+    if path.exists() and path.read_bytes() != content:
+        raise ValueError(f"{path} is there already, and is not of this run: move it away or give another -mdir")
+    path.write_bytes(content)
 
 
 def check_identity(saved, now, run_dir):
@@ -258,30 +281,11 @@ def update_weights(state, args):
 # ---------------------------------------------------------------- validation and samples
 
 
-@torch.no_grad()
-def validate(model, tokens, config, bos_id, args, device):
-    """Bound on the negative log-likelihood of the validation text, bos given and eos scored -> dict of figures.
-
-    The noise is the same each time. Per character: nats a token here, times the tokens a character of all the text.
-    """
-    plan = data.plan_validation(tokens, args.sequence_length)
-    rows = np.arange(min(plan.n_rows, -(-VAL_TOKENS // args.sequence_length)))
-    sums = torch.zeros(3, device=device, dtype=torch.float64)
-    for n, begin in enumerate(range(0, len(rows), args.batch_size)):
-        batch = data.gather_rows(tokens, plan, rows[begin : begin + args.batch_size], args.sequence_length)
-        ids, segment_ids = (torch.from_numpy(x).to(device) for x in batch)
-        cond_mask = (ids == bos_id) & (segment_ids > 0)
-        mask = loss_mask(segment_ids, cond_mask)
-        network = partial(model, segment_ids=segment_ids)
-        torch.manual_seed(bfn.mix_seed("validation", n))
-        t = bfn.draw_times(segment_ids)
-        L_inf = bfn.continuous_time_loss(network, ids, t, cond_mask, config.s1, config.K)
-        L_rec = bfn.reconstruction_loss(network, ids, cond_mask, config.s1, config.K)
-        sums += torch.stack([(L_inf * mask).sum(), (L_rec * mask).sum(), mask.sum()]).double()
-    L_inf, L_rec = (sums[:2] / sums[2]).tolist()
-    n_scored = int(tokens.offsets[-1]) - (bos_id >= 0) * len(tokens.lengths)
-    bits_per_char = (L_inf + L_rec) * n_scored / tokens.n_chars / math.log(2)
-    return dict(L_inf_nats=L_inf, L_rec_nats=L_rec, bound_nats_per_token=L_inf + L_rec, bits_per_char=bits_per_char)
+def validate(model, tokens, bos_id, args, device):
+    """Bound on at most VAL_TOKENS of the validation text, on the same noise each time -> dict of figures."""
+    options = dict(n_draws=2, seed="validation", max_tokens=VAL_TOKENS, batch_size=args.batch_size)
+    scores = evaluate.score(model, tokens, args.sequence_length, bos_id, device, **options)
+    return evaluate.likelihood(scores, tokens, bos_id)
 
 
 def sample_texts(model, tokenizer, val, args, run):
@@ -419,18 +423,18 @@ def probe(model, loader, config, args, device):
 def drop_undone(path, step_of, step):
     """Remove the lines of a log that belong to steps which a crash undid; lines that are not whole go as well."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-        with suppress(ValueError, KeyError):
-            kept += [line] * (step_of(line) <= step)
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            kept += [line + b"\n"] * (step_of(line) <= step)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
 
 
 def open_metrics(run_dir, step):
     """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures)."""
     drop_undone(run_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], step)
-    drop_undone(run_dir / "samples.txt", lambda line: int(line.split("\t")[0]), step)
+    drop_undone(run_dir / "samples.txt", lambda line: int(line.split(b"\t")[0]), step)
     file = open(run_dir / "metrics.jsonl", "a", buffering=1)
     board = None
     with suppress(ImportError):
@@ -447,7 +451,7 @@ def open_metrics(run_dir, step):
 
 
 def catch_signals():
-    """Note Ctrl-C and SIGTERM in the returned list; a second one leaves at once."""
+    """Note Ctrl-C, SIGTERM and SIGHUP in the returned list; a second one leaves at once."""
     caught = []
 
     def note(number, _frame):
@@ -456,8 +460,9 @@ def catch_signals():
         caught.append(number)
         os.write(2, b"\nfinishing this step, then saving (again to leave at once)\n")  # print is not safe in a handler
 
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last, of a closed terminal, is not on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), note)
     return caught
 
 
@@ -484,18 +489,18 @@ def next_commands(args):
 
 def describe(figures):
     """Validation figures -> a line."""
-    return "validation L_inf {L_inf_nats:.3f} + L_rec {L_rec_nats:.3f} = {bound_nats_per_token:.3f} nats per token, {bits_per_char:.3f} bits per character".format(
+    return "validation L_inf {L_inf_nats_per_token:.3f} + L_rec {L_rec_nats_per_token:.3f} = {bound_nats_per_token:.3f} +- {monte_carlo_error_nats_per_token:.3f} nats per token, {bits_per_char:.3f} bits per character".format(
         **figures
     )
 
 
 def main():
-    args = complete(flags().parse_args())
+    args = flags().parse_args()
     device = cli.device(args.device)
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    saved = read_checkpoint(run_dir / "last.pt") if (run_dir / "last.pt").exists() else None
+    saved = find_checkpoint(run_dir)
+    args = complete(args, saved)
     if saved:
         check_identity(saved["identity"], vars(args), run_dir)
     tokenizer, tokens, val = prepare_text(args, run_dir, saved)
@@ -511,11 +516,6 @@ def main():
     if state.step >= args.max_steps:
         print(f"{run_dir} is finished at step {state.step}; {next_commands(args)}")
         return
-    if val.n_unknown:
-        print(
-            f"{val.n_unknown / len(val.ids):.2%} of the validation tokens are unknown to the tokenizer: bits per character are too low",
-            file=sys.stderr,
-        )
     network, seconds_per_step = probe(state.model, loader, config, args, device)
     print(opening_line(state, loader, config, seconds_per_step, args, device))
 
@@ -539,7 +539,7 @@ def main():
             loss, norm = torch.stack(log).mean(0).tolist()  # the only wait for the device
             if not math.isfinite(loss + norm):
                 raise ValueError(
-                    f"loss {loss}, gradient norm {norm}: not finite near step {step}; the checkpoints are good: resume with a lower -lr"
+                    f"loss {loss}, gradient norm {norm}: not finite near step {step}: resume with a lower -lr; if that is no better, start from best.pt, renamed to last.pt"
                 )
             speed = n_tokens / (time.perf_counter() - clock)
             fill = n_tokens / (len(log) * accumulation * args.batch_size * row_length)
@@ -548,20 +548,22 @@ def main():
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             log, n_tokens, clock = [], 0, time.perf_counter()
 
-        pause, is_best = time.perf_counter(), False
+        pause, news, is_best = time.perf_counter(), [], False
         if step % args.val_interval == 0 or last:
-            figures = validate(state.emas[-1], val, config, tokenizer.bos_id(), args, device)
+            figures = validate(state.emas[-1], val, tokenizer.bos_id(), args, device)
             write(step, **{f"val_{name}": value for name, value in figures.items()})
-            bar.write(f"step {step}: {describe(figures)}")
+            news.append(f"step {step}: {describe(figures)}")
             is_best = figures["bound_nats_per_token"] < state.best
             state.best = min(state.best, figures["bound_nats_per_token"])
-        if step % args.sample_interval == 0 or last:
-            lines = sample_texts(state.emas[-1], tokenizer, val, args, run)
-            bar.write("\n".join("  " + line for line in lines))
-            with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
-                file.write("".join(f"{step}\t{line}\n" for line in lines))
         if step % args.save_interval == 0 or is_best or last or caught:
             save(state, run, run_dir, is_best)
+        if step % args.sample_interval == 0 or last:
+            lines = sample_texts(state.emas[-1], tokenizer, val, args, run)
+            with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
+                file.write("".join(f"{step}\t{line}\n" for line in lines))
+            news += ["  " + line for line in lines]
+        for line in news:
+            bar.write(line)
         clock += time.perf_counter() - pause
     bar.close()
     if caught:

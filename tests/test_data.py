@@ -3,6 +3,7 @@
 import bisect
 import io
 import json
+import os
 import threading
 
 import numpy as np
@@ -174,6 +175,15 @@ def test_the_cache_is_used_again_and_rebuilt_when_corpus_or_tokenizer_change(
     assert len(longer.lengths) == len(tokens.lengths) + 1 and len(written) == 1
     tokenizer_path.write_bytes(data.train_tokenizer(corpus, "unigram", 400))
     assert data.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key != longer.key and len(written) == 2
+
+
+@pytest.mark.parametrize("name, size", [("ids.bin", 100), ("ids.bin", 0), ("offsets.bin", 16), ("meta.json", 5)])
+def test_a_damaged_cache_is_rebuilt(corpus, tokenizer_path, tmp_path, name, size):
+    whole = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    os.truncate(tmp_path / "cache" / whole.key / name, size)
+    again = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    assert again.ids.tolist() and again.offsets[-1] == len(again.ids)
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / whole.key]
 
 
 def test_tokenising_that_breaks_off_leaves_no_cache(corpus, tokenizer_path, tmp_path):

@@ -1,6 +1,5 @@
 """Prompts, gaps and the sampling command."""
 
-import hashlib
 import io
 import json
 import random
@@ -8,42 +7,20 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
-import torch
+from runs import make_run
 
 import cli
 import data
+import evaluate
 import sample
 import toy
 import train
-from model import BFNTransformer, Config, load, save_checkpoint
+from model import load
 from sample import FREE, GAP, WORD_REST, WORD_START, generate, make_template, parse_prompt
-
-WORDS = {"word_lengths": [0, 3, 1], "lengths": [0, 0, 0, 0, 0, 1, 5, 9], "args": {"sequence_length": 32}}
-
-
-def make_run(folder, kind, text):
-    """A run folder with an untrained network of random weights."""
-    folder.mkdir()
-    (folder / "text.txt").write_text(text)
-    (folder / "tokenizer.model").write_bytes(data.train_tokenizer(folder / "text.txt", kind, 300))
-    tokenizer = data.load_tokenizer(folder / "tokenizer.model")
-    torch.manual_seed(0)
-    config = Config(K=len(tokenizer), beta1=0.3, d_model=32, n_layers=1, n_heads=2)
-    model = BFNTransformer(config)
-    torch.nn.init.normal_(model.linear_out.weight)
-    save_checkpoint(
-        folder / "best.pt",
-        dict(
-            WORDS,
-            config=vars(config),
-            tokenizer_hash=hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest(),
-            emas=[model.state_dict()],
-        ),
-    )
-    return folder
 
 
 @pytest.fixture(scope="module", params=["bpe", "word", "char"])
@@ -174,6 +151,30 @@ def test_a_prompt_that_does_not_fit_is_refused(loaded):
         make_template("the old king sleeps", tokenizer, run, 0, length=3)
 
 
+@pytest.mark.parametrize("prompt", ["a ___{-1}", "a ___{} b", "____", "___{3", "caf\udce9"])
+def test_gaps_written_otherwise_and_text_that_is_not_unicode_are_refused(loaded, prompt):
+    _, tokenizer, run = loaded
+    with pytest.raises(ValueError, match="a gap is ___ or|is not UTF-8"):
+        make_template(prompt, tokenizer, run, seed=0)
+
+
+def test_a_sample_is_one_line(loaded):
+    tokenizer = SimpleNamespace(eos_id=lambda: -1, bos_id=lambda: -1, decode=lambda ids: "a\u2028b\x0cc\r\nd")
+    assert sample.decode(tokenizer, []) == "a b c d"
+
+
+def test_a_file_without_prompts_gets_one_line_and_unknown_words_a_warning(run_dir, monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty").write_text("\n \n")
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, capsys, f"-mdir={run_dir}", f"--prompt_file={tmp_path / 'empty'}")
+    assert stop.value.code == 2 and "no prompts in" in capsys.readouterr().err
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py", f"-mdir={run_dir}", "--num_samples=1", "--steps=2", "--prompt=the \u5468"]
+    )
+    sample.main()
+    assert ("does not know" in capsys.readouterr().err) == (run_dir.name != "bpe")
+
+
 def test_text_ends_at_eos(run_dir):
     tokenizer = data.load_tokenizer(run_dir / "tokenizer.model")
     the = tokenizer.encode("the")
@@ -203,10 +204,10 @@ def test_a_folder_without_a_run_gets_one_line(monkeypatch, capsys, tmp_path):
 
 def test_every_command_of_the_readme_has_flags_that_exist():
     readme = (Path(train.__file__).parent / "README.md").read_text()
-    commands = re.findall(r"python ((?:train|sample)\.py[^\n`|&#)]*)", readme)
+    commands = re.findall(r"python ((?:train|sample|evaluate)\.py[^\n`|&#)]*)", readme)
     assert len(commands) >= 6
     for line in commands:
         name, *flags = shlex.split(line)
         if flags == ["--help"]:
             continue
-        {"train.py": train, "sample.py": sample}[name].flags().parse_args(flags)
+        {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}[name].flags().parse_args(flags)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,10 +35,11 @@ def corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAMPLING_STEPS", 3)
     path = tmp_path / "corpus.txt"
     path.write_text(toy.corpus(300))
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
     yield path
-    signal.signal(signal.SIGINT, handlers[0])
-    signal.signal(signal.SIGTERM, handlers[1])
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 def command(corpus, run_dir, *more):
@@ -180,6 +182,59 @@ def test_another_corpus_is_refused(run, corpus, tmp_path):
         run(tmp_path / "run")
 
 
+def test_a_file_of_the_users_is_never_written_over(run, corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.model").write_text("mine")
+    with pytest.raises(ValueError, match="tokenizer.model is there already"):
+        run(tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.model").read_text() == "mine"
+    (tmp_path / "run" / "corpus.txt").write_text("mine")
+    with pytest.raises(ValueError, match="corpus.txt is there already"):
+        train.prepare_text(train.complete(train.flags().parse_args([])), tmp_path / "run", None)
+    assert (tmp_path / "run" / "corpus.txt").read_text() == "mine"
+
+
+def test_a_run_that_lost_its_last_checkpoint_is_not_begun_again_over_the_best(run, tmp_path):
+    run(tmp_path / "run", "--max_steps=4")
+    (tmp_path / "run" / "last.pt").unlink()
+    with pytest.raises(ValueError, match="rename it to last.pt"):
+        run(tmp_path / "run")
+    (tmp_path / "run" / "best.pt").rename(tmp_path / "run" / "last.pt")
+    run(tmp_path / "run")
+    assert model_file.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
+
+
+def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
+    path = tmp_path / "samples.txt"
+    odd = "1\tone\u2028line\x0cwith\x85breaks\r"
+    path.write_bytes(f"{odd}\n5\nno step\n2\ttwo\n3\tundone\n".encode() + b"\xff")
+    train.drop_undone(path, lambda line: int(line.split(b"\t")[0]), 2)
+    assert path.read_bytes() == f"{odd}\n2\ttwo\n".encode()
+    path.write_text('5\n[]\n{"step": 1}\n{"step": 2')
+    train.drop_undone(path, lambda line: json.loads(line)["step"], 2)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_samples_are_taken_after_the_save(run, tmp_path, monkeypatch):
+    """So that output which cannot be written, to a closed pipe say, costs nothing."""
+
+    def fail(*anything):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(train, "sample_texts", fail)
+    with pytest.raises(BrokenPipeError):
+        run(tmp_path / "run")
+    assert model_file.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
+
+
+def test_a_fine_tuned_run_resumes_without_the_run_it_came_from(run, tmp_path):
+    run(tmp_path / "first", "--max_steps=1")
+    run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1")
+    shutil.rmtree(tmp_path / "first")
+    run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=2")
+    assert model_file.read_checkpoint(tmp_path / "second" / "last.pt")["step"] == 2
+
+
 def test_fine_tuning_starts_from_the_other_runs_average_and_tokenizer(run, tmp_path):
     run(tmp_path / "first", "--max_steps=3")
     source = model_file.read_checkpoint(tmp_path / "first" / "best.pt")
@@ -320,10 +375,10 @@ def test_bits_per_character_count_eos_but_not_bos_and_characters_of_the_raw_text
     tokenizer = data.load_tokenizer(tmp_path / "model")
     args, _, _ = tiny_setup()
     config = train.make_config(args, len(tokenizer))
-    monkeypatch.setattr(bfn, "continuous_time_loss", lambda network, ids, *rest: torch.ones(ids.shape))
+    monkeypatch.setattr(bfn, "squared_error_loss", lambda logits, ids, *rest: torch.ones(ids.shape))
     monkeypatch.setattr(bfn, "reconstruction_loss", lambda network, ids, *rest: torch.zeros(ids.shape))
     tokens = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
-    figures = train.validate(BFNTransformer(config), tokens, config, tokenizer.bos_id(), args, torch.device("cpu"))
+    figures = train.validate(BFNTransformer(config), tokens, tokenizer.bos_id(), args, torch.device("cpu"))
     lines = corpus.read_text().splitlines()
     assert figures["bound_nats_per_token"] == pytest.approx(1)
     expected = sum(len(line.split()) + 1 for line in lines) / sum(map(len, lines)) / math.log(2)
@@ -367,7 +422,11 @@ def fails(argv, monkeypatch, capsys, main=train.main):
         ("--max_step=3", "unknown flag --max_step "),
         ("-md=x", "unknown flag -md"),
         ("-bsz=0", "at least 1"),
-        ("-lr=nought", "not a number"),
+        ("-lr=nought", "is no number"),
+        ("-bsz=4.0", "is no whole number"),
+        ("-slen=1", "at least 2"),
+        ("--max_steps=99999999999999999999", "at most 2147483647"),
+        ("-9x", "written --flag=VALUE"),
         ("-ep=inf", "inf must be"),
         ("--device=meta", "no device 'meta'"),
         ("-dop=1.5", "dropout.*below 1"),

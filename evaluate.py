@@ -1,0 +1,333 @@
+"""Measure a trained model: the bound on the likelihood of a text with its errors, and the quality of samples.
+
+    python evaluate.py -mdir=RUN_DIR -d=TEXT.txt
+
+The text is cut into N windows, and noise and a time are drawn for each of them R times:
+
+    t      (R, N)  time of a window in a draw
+    loss   (R, N)  nats, summed over the window's scored tokens: integrand of L_inf, or of L_n
+    n      (N,)    scored tokens of a window: all but bos and what --given gives
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import bfn
+import cli
+import data
+import plot
+import quality
+from model import load
+from sample import decode, generate, make_template
+
+MOST_DRAWS = 64
+REC_DRAWS = 2  # L_rec varies little: this many draws are enough
+TIME_BINS = 50
+UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: the byte, and whether another one follows
+
+
+# ---------------------------------------------------------------- draws
+
+
+def nothing_given(segment_ids):
+    return np.zeros_like(segment_ids, dtype=bool)
+
+
+def parse_given(text):
+    """ "prefix:0.5" or "around:0.2" -> function from segment_ids (B, L) to the mask of what is given (B, L).
+
+    prefix:S gives the first share S of every window; around:S gives all but a gap of share S in the middle.
+    """
+    kind, _, share = text.partition(":")
+    if kind not in ("prefix", "around"):
+        raise ValueError(f"--given={text}: write prefix:SHARE or around:SHARE")
+    share = cli.share(share)
+
+    def prefix(segment_ids):
+        position, size = data.places(segment_ids)
+        return position < np.round(share * size)
+
+    def around(segment_ids):
+        position, size = data.places(segment_ids)
+        gap = np.maximum(1, np.round(share * size))
+        begin = (size - gap) // 2
+        return (position < begin) | (position >= begin + gap)
+
+    return prefix if kind == "prefix" else around
+
+
+@dataclass
+class Scores:
+    """Draws for the windows of a text; windows that were not looked at have n = 0."""
+
+    t: np.ndarray  # (R, N)
+    loss: np.ndarray  # (R, N)
+    cross_entropy: np.ndarray  # (R, N) of the output at t, nats
+    reconstruction: np.ndarray  # (REC_DRAWS or fewer, N)
+    n: np.ndarray  # (N,)
+    document: np.ndarray  # (N,) which document of the text a window belongs to
+
+    @property
+    def nats_per_token(self):
+        """L_inf (or L_n) and L_rec, nats per scored token."""
+        return self.loss.mean(0).sum() / self.n.sum(), self.reconstruction.mean(0).sum() / self.n.sum()
+
+    def curves(self):
+        """Loss and cross-entropy per token by time, (TIME_BINS,) each, nan where no draw fell."""
+        where = time_bin(self.t)
+        n = np.bincount(where.ravel(), np.broadcast_to(self.n, where.shape).ravel(), TIME_BINS)
+        with np.errstate(invalid="ignore"):
+            return [np.bincount(where.ravel(), x.ravel(), TIME_BINS) / n for x in (self.loss, self.cross_entropy)]
+
+    def monte_carlo_variance(self):
+        """Variance of the text's total bound over noise and times, given the text, nats^2.
+
+        Times are spread evenly, so what the mean curve over t explains is no error: residuals count. nan for one draw.
+        """
+        if len(self.loss) < 2:
+            return math.nan
+        residual = self.loss - self.n * np.nan_to_num(self.curves()[0])[time_bin(self.t)]
+        return sum(x.var(0, ddof=1).sum() / len(x) for x in (residual, self.reconstruction))
+
+    def monte_carlo_error(self):
+        """Standard error of the bound from noise and times, nats per token."""
+        return math.sqrt(self.monte_carlo_variance()) / self.n.sum()
+
+    def text_error(self):
+        """Standard error from the choice of text, nats per token, by documents -> (error, number of them).
+
+        A text of one document is taken window by window. The Monte-Carlo variance is subtracted.
+        """
+        total = self.loss.mean(0) + self.reconstruction.mean(0)
+        cluster = self.document if len(np.unique(self.document[self.n > 0])) > 1 else np.arange(len(self.n))
+        n = np.bincount(cluster, self.n)
+        residual = np.bincount(cluster, total)[n > 0] - sum(self.nats_per_token) * n[n > 0]
+        many = len(residual)
+        variance = np.square(residual).sum() * many / max(1, many - 1) - np.nan_to_num(self.monte_carlo_variance())
+        return math.sqrt(max(0.0, variance)) / self.n.sum(), many
+
+
+def time_bin(t):
+    return np.minimum((t * TIME_BINS).astype(int), TIME_BINS - 1)
+
+
+@torch.no_grad()
+def one_draw(model, tokens, plan, rows, window, bos_id, seed, device, given, n_steps, with_rec, tick):
+    """Draw noise and times once for some rows of a plan -> dict of (N,) arrays, sums over a window's scored tokens."""
+    K, s1, n_windows = model.config.K, model.config.s1, len(plan.starts)
+    sums = dict.fromkeys(("t", "loss", "cross_entropy", "reconstruction", "n"), 0.0)
+    for batch in rows:
+        ids, segment_ids = data.gather_rows(tokens, plan, batch, window)
+        cond_mask = ((ids == bos_id) | given(segment_ids)) & (segment_ids > 0)
+        scored = (segment_ids > 0) & ~cond_mask
+        at = (plan.row_starts[batch][:, None] + segment_ids - 1)[scored]
+        ids, segment_ids, cond_mask = (torch.from_numpy(x).to(device) for x in (ids, segment_ids, cond_mask))
+        network = partial(model, segment_ids=segment_ids)
+        torch.manual_seed(bfn.mix_seed(seed, int(batch[0])))
+        t = bfn.draw_times(segment_ids)
+        if n_steps:
+            i = (t * n_steps).long().clamp(max=n_steps - 1) + 1
+            t = (i - 1) / n_steps
+        logits = bfn.predict(network, bfn.flow(ids, t, s1, K), t, ids, cond_mask)
+        loss = bfn.n_step_error(logits, ids, i, n_steps, s1) if n_steps else bfn.squared_error_loss(logits, ids, t, s1)
+        figures = dict(t=t, loss=loss, cross_entropy=bfn.cross_entropy(logits, ids), n=torch.ones_like(t))
+        if with_rec:
+            figures["reconstruction"] = bfn.reconstruction_loss(network, ids, cond_mask, s1, K)
+        for name, value in figures.items():
+            sums[name] = sums[name] + np.bincount(at, value.cpu().double().numpy()[scored], n_windows)
+        tick()
+    sums["t"] = sums["t"] / np.maximum(1, sums["n"])
+    return sums
+
+
+def score(
+    model, tokens, window, bos_id, device, *, error=None, n_draws=1, n_steps=None, given=nothing_given, seed=0,
+    max_tokens=None, batch_size=32, progress=False,
+):  # fmt: skip
+    """Estimate the bound of a text: `n_draws` draws, or as many as an `error` in nats per token takes -> Scores.
+
+    model is any callable (theta, t, segment_ids) -> logits with a `config`. Every token of the text is in one window;
+    `max_tokens` looks at that many alone, in windows from all over the text.
+    """
+    plan = data.plan_validation(tokens, window)
+    n_rows = min(plan.n_rows, -(-(max_tokens or len(tokens.ids)) // window)) if max_tokens else plan.n_rows
+    rows = np.split(np.arange(n_rows), range(batch_size, n_rows, batch_size))
+    document = np.searchsorted(tokens.offsets, plan.starts, side="right") - 1
+    draws, wanted = [], 2 if error else n_draws
+    with tqdm(total=wanted * len(rows), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
+        while len(draws) < wanted:
+            r = len(draws)
+            at = bfn.mix_seed(seed, "evaluate", r)
+            draws.append(
+                one_draw(model, tokens, plan, rows, window, bos_id, at, device, given, n_steps, r < REC_DRAWS, bar.update)
+            )
+            t, loss, cross_entropy = (np.stack([d[name] for d in draws]) for name in ("t", "loss", "cross_entropy"))
+            reconstruction = np.stack([d["reconstruction"] for d in draws[:REC_DRAWS]])
+            scores = Scores(t, loss, cross_entropy, reconstruction, draws[0]["n"], document)
+            if scores.n.sum() == 0:
+                raise ValueError("nothing of this text is left to score: give less of it")
+            if error and len(draws) == wanted and scores.monte_carlo_error() > error:
+                more = math.ceil(wanted * (scores.monte_carlo_error() / error) ** 2)
+                wanted = min(MOST_DRAWS, max(wanted + 1, more))
+                bar.total = wanted * len(rows)
+            if len(draws) == MOST_DRAWS:
+                break
+    return scores
+
+
+# ---------------------------------------------------------------- figures
+
+
+def likelihood(scores, tokens, bos_id, conditional=False):
+    """Figures of a scored text, units in their names -> dict. Those per character and byte are of the raw text.
+
+    Text that the tokenizer does not know costs UNKNOWN_BITS a byte besides. There are no figures per character where
+    part of the text was given. Where not all windows were scored, tokens per character are those of the whole text.
+    """
+    diffusion, reconstruction = scores.nats_per_token
+    n_scored = int(tokens.offsets[-1]) - (bos_id >= 0) * len(tokens.lengths)
+    spelling = UNKNOWN_BITS * math.log(2) * tokens.n_unknown_bytes / n_scored
+    bound = diffusion + reconstruction + spelling
+    text_error, n_clusters = scores.text_error()
+    figures = dict(
+        L_inf_nats_per_token=diffusion,
+        L_rec_nats_per_token=reconstruction,
+        unknown_nats_per_token=spelling,
+        bound_nats_per_token=bound,
+        bound_bits_per_token=bound / math.log(2),
+        monte_carlo_error_nats_per_token=scores.monte_carlo_error(),
+        text_error_nats_per_token=text_error,
+        perplexity_per_token=math.exp(min(bound, 700.0)),
+    )
+    if not conditional:
+        figures |= dict(
+            bits_per_char=bound / math.log(2) * n_scored / tokens.n_chars,
+            bits_per_byte=bound / math.log(2) * n_scored / tokens.n_bytes,
+        )
+    counts = dict(n_tokens_scored=int(scores.n.sum()), n_clusters=n_clusters, n_draws=len(scores.loss))
+    return {name: float(value) for name, value in figures.items()} | counts  # checkpoints hold plain types alone
+
+
+def table(figures, n_steps):
+    """Likelihood figures as lines of text."""
+    per = {"nats/token": 1.0, "bits/token": 1 / math.log(2)}
+    if "bits_per_char" in figures:
+        per["bits/char"] = figures["bits_per_char"] / figures["bound_nats_per_token"]
+        per["bits/byte"] = figures["bits_per_byte"] / figures["bound_nats_per_token"]
+    rows = {f"L_{n_steps or 'inf'}": "L_inf_nats_per_token", "L_rec": "L_rec_nats_per_token"}
+    rows |= {"unknown text": "unknown_nats_per_token"} if figures["unknown_nats_per_token"] else {}
+    rows |= {"bound": "bound_nats_per_token", "  +- noise, times": "monte_carlo_error_nats_per_token"}
+    rows |= {"  +- choice of text": "text_error_nats_per_token"}
+    lines = [" " * 20 + "".join(f"{name:>12}" for name in per)]
+    lines += [f"{row:20}" + "".join(f"{figures[name] * x:12.4f}" for x in per.values()) for row, name in rows.items()]
+    return [*lines, f"perplexity per token {figures['perplexity_per_token']:.2f}"]
+
+
+def write_by_time(scores, path, title):
+    """Write the loss and the output's cross-entropy by time as a CSV file and a picture beside it."""
+    t = (np.arange(TIME_BINS) + 0.5) / TIME_BINS
+    loss, cross_entropy = scores.curves()
+    path = Path(path)
+    lines = ["t,loss_nats_per_token,cross_entropy_nats_per_token"]
+    lines += [f"{a:.4f},{b:.6f},{c:.6f}" for a, b, c in zip(t, loss, cross_entropy, strict=True)]
+    path.with_suffix(".csv").write_text("\n".join(lines) + "\n")
+    series = {"loss (its mean is L_inf)": (t, loss), "cross-entropy of the output": (t, cross_entropy)}
+    plot.lines(path.with_suffix(".png"), series, "t", "nats per token", title)
+
+
+def lossy_share(path, tokenizer, n_lines=1000):
+    """Share of a text's first pieces that the tokenizer does not give back unchanged."""
+    texts = [piece.text for piece, _ in zip(data.read_pieces(path), range(n_lines))]
+    known = [text for text in texts if tokenizer.unk_id() not in tokenizer.encode(text)]
+    return sum(tokenizer.decode(tokenizer.encode(text)) != text for text in known) / max(1, len(known))
+
+
+# ---------------------------------------------------------------- samples
+
+
+def sample_quality(model, tokenizer, run, tokens, args):
+    """Hold --samples generated texts against as many held-out ones and the training text -> {name: {figure: (value, low, high)}}."""
+    corpus = args.corpus or run["args"]["data_path"] or Path(args.model_dir) / "corpus.txt"
+    if not os.path.isfile(corpus):
+        raise ValueError(f"--samples needs the training text, which is not at {corpus}: say where it is with --corpus")
+    reference = quality.Reference.fit(corpus, tokenizer)
+    templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i)) for i in range(args.samples)]
+    batches = generate(model, tokenizer, templates, args.steps, args.seed)
+    ids = list(tqdm(batches, total=len(templates), unit="sample", desc="sampling", disable=None))
+    generated = [decode(tokenizer, row) for row in ids]
+    limit = run["args"]["sequence_length"]
+    plan = data.plan_validation(tokens, limit)
+    chosen = np.random.default_rng(args.seed).permutation(len(plan.starts))[: args.samples]
+    real = [tokens.ids[s : s + n].tolist() for s, n in zip(plan.starts[chosen], plan.lengths[chosen], strict=True)]
+    real = [decode(tokenizer, row) for row in real]
+    return {
+        f"samples, {args.steps + 1} calls": quality.figures(generated, reference, args.seed),
+        "real text": quality.figures(real, reference, args.seed),
+    }
+
+
+def flags():
+    p = cli.Parser(__doc__.split("\n")[0])
+    add = p.add_argument
+    add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
+    add("-d", "--data_path", required=True, help="text file, one example a line")
+    add("--checkpoint", choices=["best", "last"], default="best", help="best by validation, or last (best)")
+    add("--ema", type=int, default=-1, help="which of the averages to measure, counted from 0 (-1: the last)")
+    add("--window", type=cli.count, help="tokens scored together (the training's sequence length)")
+    add("--se", type=cli.positive, default=0.005, help="Monte-Carlo error to reach, nats per token (0.005)")
+    add("--n_steps", type=cli.count, help="the discrete-time bound for N steps in place of the continuous one")
+    add("--given", help="score the rest, given prefix:SHARE of each window, or all around:SHARE in its middle")
+    add("--max_tokens", type=cli.count, help="look at this many tokens of the text (all)")
+    add("-bsz", "--batch_size", type=cli.count, default=32, help="windows at a time (32)")
+    add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
+    add("--samples", type=cli.natural, default=0, help="also judge this many generated texts (0)")
+    add("--steps", type=cli.count, default=100, help="sampling steps for --samples (100)")
+    add("--corpus", help="training text that --samples are held against (the one trained on)")
+    add("--json", action="store_true", help="print one JSON object in place of the tables")
+    add("--seed", type=cli.natural, default=0, help="of everything random (0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    return p
+
+
+def main():
+    args = flags().parse_args()
+    given = parse_given(args.given) if args.given else nothing_given
+    device = cli.device(args.device)
+    model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
+    tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir)
+    if lossy := lossy_share(args.data_path, tokenizer):
+        print(
+            f"the tokenizer changes {lossy:.1%} of the lines (spaces, letter forms): figures per character and byte are of the changed text's tokens",
+            file=sys.stderr,
+        )
+    window, bos_id = args.window or run["args"]["sequence_length"], tokenizer.bos_id()
+    options = dict(error=args.se, n_steps=args.n_steps, given=given, seed=args.seed, max_tokens=args.max_tokens)
+    scores = score(model, tokens, window, bos_id, device, **options, batch_size=args.batch_size, progress=True)
+    figures = likelihood(scores, tokens, bos_id, conditional=bool(args.given))
+    judged = sample_quality(model, tokenizer, run, tokens, args) if args.samples else {}
+    if args.by_time:
+        write_by_time(scores, args.by_time, f"{args.model_dir}, step {run['step']}")
+    if args.json:
+        print(json.dumps({**figures, **({"samples": judged} if judged else {})}))
+        return
+    print(
+        f"{args.data_path}: {len(tokens.lengths):,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
+        f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
+    )
+    print("\n".join(table(figures, args.n_steps)))
+    if judged:
+        print("\n".join(quality.table(judged)))
+
+
+if __name__ == "__main__":
+    cli.run(main)
