@@ -162,13 +162,17 @@ class BFNTransformer(nn.Module):
         """The weights of attention and feed-forward layers."""
         return [p for block in self.blocks for part in (block.attention, block.forward_layer) for p in part.parameters()]
 
+    def attention_mask(self, segment_ids):
+        """Which positions (column) a position (row) sees, those of its segment: (B, 1, L, L) bool."""
+        return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no empty row
+
     def embed(self, theta):
         """theta -> h: the average of the embeddings under theta, projected to the model's width."""
         return self.project(theta @ self.embedding.weight)
 
     def body(self, h, t, segment_ids):
         """h -> hidden: the layers, each position attending to its own segment."""
-        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no empty row
+        mask = self.attention_mask(segment_ids)
         rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
         time = self.time(t)
         h = h + self.place(segment_ids)

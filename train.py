@@ -289,16 +289,16 @@ def validate(model, tokens, bos_id, args, device):
 
 
 def sample_texts(model, tokenizer, val, args, run):
-    """--num_examples lines: half free, half continuing the first third, in brackets, of a validation text."""
-    lines = []
+    """--num_examples lines: half free, half continuing the first third, in brackets, of a validation window."""
+    lines, plan = [], data.plan_validation(val, args.sequence_length)
     for i in range(args.num_examples):
         template, shown = make_template("", tokenizer, run, bfn.mix_seed(args.seed, i)), ""
         if i >= args.num_examples // 2:
-            document = val.ids[slice(*val.offsets[i % len(val.lengths) :][:2])][: args.sequence_length]
-            given = document[: len(document) // 3].tolist()
-            template, shown = given + [FREE] * (len(document) - len(given)), f"[{decode(tokenizer, given)}] "
+            window = val.ids[plan.starts[i % len(plan.starts)] :][: plan.lengths[i % len(plan.starts)]].tolist()
+            given = window[: len(window) // 3]
+            template, shown = given + [FREE] * (len(window) - len(given)), f"[{decode(tokenizer, given)}] "
         (ids,) = generate(model, tokenizer, [template], SAMPLING_STEPS, args.seed, first=i)
-        lines.append(shown + decode(tokenizer, ids))
+        lines.append(shown + decode(tokenizer, ids[len(given) if shown else 0 :]))
     return lines
 
 

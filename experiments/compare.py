@@ -1,0 +1,292 @@
+"""Train named variants for the same minutes or tokens, and compare their bounds in one table and one picture.
+
+    python experiments/compare.py --minutes=3 base no_skip adamw                      (built-in language)
+    python experiments/compare.py --minutes=12 --seeds=3 base autoregressive \\
+        -d=wiki8.train.txt --val_path=wiki8.valid.txt --flags="--preset=laptop --tokenizer=char -slen=128 -bsz=16"
+
+A variant is a function that changes the network, the loss or the optimizer before training starts. Every variant and
+seed runs in a process of its own, one after another. The learning rate falls to zero at the end of the budget.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bfn
+import cli
+import data
+import evaluate
+import model as model_file
+import plot
+import train
+
+N_POINTS = 8  # of the curve over time
+VAL_TOKENS = 32_768
+
+# ---------------------------------------------------------------- variants: each changes args or patches a module
+
+
+def base(args):
+    """The defaults."""
+
+
+def no_skip(args):
+    """Output without log theta."""
+    model_file.BFNTransformer.head = lambda self, hidden, theta: self.linear_out(hidden)
+
+
+def adamw(args):
+    """AdamW for all parameters, at 3e-3."""
+    args.learning_rate = 3e-3
+
+    def make_optimizers(model, args):
+        groups = [[p for p in model.parameters() if p.requires_grad and (p.ndim >= 2) == matrix] for matrix in (True, False)]
+        decays = (args.weight_decay, 0.0)
+        groups = [dict(params=group, weight_decay=decay) for group, decay in zip(groups, decays, strict=True)]
+        return [torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)]
+
+    train.make_optimizers = make_optimizers
+
+
+def segment_times(args):
+    """One t for all positions of a text, always."""
+    args.position_times = 0.0
+
+
+def position_times(args):
+    """A t of its own for every position, always."""
+    args.position_times = 1.0
+
+
+def no_cross_entropy(args):
+    """The continuous-time loss alone."""
+    train.CROSS_ENTROPY = 0.0
+
+
+def cross_entropy_2(args):
+    """Cross-entropy of weight 2."""
+    train.CROSS_ENTROPY = 2.0
+
+
+def cross_entropy_20(args):
+    """Cross-entropy of weight 20."""
+    train.CROSS_ENTROPY = 20.0
+
+
+def half_batch(args):
+    """Half the rows a step."""
+    args.batch_size //= 2
+
+
+def double_batch(args):
+    """Twice the rows a step."""
+    args.batch_size *= 2
+
+
+def half_rate(args):
+    """Half the learning rate."""
+    args.learning_rate /= 2
+
+
+def double_rate(args):
+    """Twice the learning rate."""
+    args.learning_rate *= 2
+
+
+def nothing_given(args):
+    """No text is partly given in training."""
+    data.draw_cond_mask = lambda segment_ids, rng: evaluate.nothing_given(segment_ids)
+
+
+def autoregressive(args):
+    """The same body, causal: what not being autoregressive costs."""
+    network = model_file.BFNTransformer
+    network.head = lambda self, hidden, theta: self.linear_out(hidden)
+    plain_mask = network.attention_mask
+
+    def attention_mask(self, segment_ids):
+        L = segment_ids.shape[1]
+        return plain_mask(self, segment_ids) & torch.ones(L, L, dtype=torch.bool, device=segment_ids.device).tril()
+
+    def forward(self, theta, t, segment_ids):
+        before = F.pad(theta, (0, 0, 1, 0))[:, :-1]
+        same = F.pad(segment_ids, (1, 0))[:, :-1] == segment_ids
+        return self.head(self.body(self.embed(before * same[..., None]), torch.ones_like(t), segment_ids), theta)
+
+    def predict(network, z, t, ids, cond_mask):
+        return network(F.one_hot(ids, z.shape[-1]).float(), t).float()
+
+    network.attention_mask, network.forward, bfn.predict = attention_mask, forward, predict
+    bfn.squared_error_loss = lambda logits, ids, t, s1: bfn.cross_entropy(logits, ids)
+    bfn.reconstruction_loss = lambda network, ids, *rest: torch.zeros(ids.shape, device=ids.device)
+    data.draw_cond_mask = lambda segment_ids, rng: evaluate.nothing_given(segment_ids)
+    train.CROSS_ENTROPY = 0.0
+
+
+VARIANTS = {
+    f.__name__: f
+    for f in (
+        base, no_skip, adamw, segment_times, position_times, no_cross_entropy, cross_entropy_2, cross_entropy_20,
+        half_batch, double_batch, half_rate, double_rate, nothing_given, autoregressive,
+    )
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- one run
+
+
+class Budget:
+    """Seconds or tokens that a run may spend, and the share of them that is spent. Validation costs nothing."""
+
+    def __init__(self, minutes, n_tokens):
+        self.seconds, self.n_tokens = minutes * 60, n_tokens
+        self.spent_seconds, self.spent_tokens = 0.0, 0
+
+    @property
+    def progress(self):
+        return self.spent_tokens / self.n_tokens if self.n_tokens else self.spent_seconds / self.seconds
+
+
+def spend(budget, step, measure, label):
+    """Call step() -> tokens until the budget is spent, and measure() N_POINTS times -> curve [[minutes, tokens, bits]]."""
+    curve = []
+    with tqdm(total=100, desc=label, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
+        while budget.progress < 1:
+            begin = time.perf_counter()
+            budget.spent_tokens += step()
+            budget.spent_seconds += time.perf_counter() - begin
+            bar.update(min(100.0, 100 * budget.progress) - bar.n)
+            if budget.progress >= (len(curve) + 1) / N_POINTS:
+                curve.append([budget.spent_seconds / 60, budget.spent_tokens, measure()])
+    return curve
+
+
+def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
+    """Train one variant -> its record."""
+    VARIANTS[name](args)
+    device, budget = cli.device(args.device), Budget(minutes, n_tokens)
+    config = train.make_config(args, len(tokenizer))
+    state = train.build(config, args, device, None)
+    loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
+    network, _ = train.probe(state.model, loader, config, args, device)
+    warm_up = train.learning_rate
+    args.max_steps = 1 << 30
+
+    def learning_rate(step, args):
+        return warm_up(step, args) * (1 + math.cos(math.pi * min(1.0, budget.progress))) / 2
+
+    train.learning_rate = learning_rate
+
+    def step():
+        batch = loader.batch(state.step)
+        seeds = [bfn.mix_seed(args.seed, state.step, 0)]
+        train.accumulate_gradients(network, [batch], config, seeds, device, args.position_times)
+        train.update_weights(state, args)
+        state.step += 1
+        return int((batch[1] > 0).sum())
+
+    def measure():
+        options = dict(n_draws=2, max_tokens=VAL_TOKENS, batch_size=args.batch_size)
+        scores = evaluate.score(state.emas[-1], val, args.sequence_length, tokenizer.bos_id(), device, **options)
+        return evaluate.likelihood(scores, val, tokenizer.bos_id())
+
+    curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
+    return record(name, args.seed, state.model, curve, tokenizer)
+
+
+def record(name, seed, model, curve, tokenizer):
+    """What is kept of a run: figures of its last point, and the curve."""
+    n_parameters = sum(p.numel() for p in model.parameters())
+    points = [(minutes, n_tokens, figures["bits_per_char"]) for minutes, n_tokens, figures in curve]
+    last = curve[-1]
+    return dict(name=name, seed=seed, n_parameters=n_parameters, minutes=last[0], n_tokens=last[1], curve=points, **last[2])
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def table(records):
+    """Mean and spread over seeds of each variant, best first -> Markdown lines."""
+    groups = {}
+    for r in records:
+        groups.setdefault(r["name"], []).append(r)
+    mean = {name: sum(r["bits_per_char"] for r in rs) / len(rs) for name, rs in groups.items()}
+    lines = [
+        "| variant | what | bits per character | L_inf + L_rec, nats per token | minutes | tokens | seeds |",
+        "|" + "---|" * 7,
+    ]
+    for name in sorted(groups, key=mean.get):
+        rs = groups[name]
+        spread = max(r["bits_per_char"] for r in rs) - min(r["bits_per_char"] for r in rs)
+        shown = f"{mean[name]:.3f}" + (f" +- {spread / 2:.3f}" if len(rs) > 1 else "")
+        L_inf, L_rec, minutes, n_tokens = (
+            sum(r[k] for r in rs) / len(rs) for k in ("L_inf_nats_per_token", "L_rec_nats_per_token", "minutes", "n_tokens")
+        )
+        what = VARIANTS[name].__doc__.rstrip(".") if name in VARIANTS else ""
+        lines.append(
+            f"| {name} | {what} | {shown} | {L_inf:.3f} + {L_rec:.3f} | {minutes:.1f} | {n_tokens / 1e6:.2f} M | {len(rs)} |"
+        )
+    return lines
+
+
+def prepare(args, folder):
+    """Tokenizer and Tokens of the text, in the folder of the comparison -> tokenizer, training and validation Tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "tokenizer.model").exists():  # of an earlier run
+        args.spm_model = folder / "tokenizer.model"
+    return train.prepare_text(args, folder, None)
+
+
+def main():
+    p = cli.Parser(__doc__.split("\n")[0])
+    p.add_argument("variants", nargs="+", choices=VARIANTS, help="what to compare")
+    p.add_argument("--minutes", type=cli.positive, default=3.0, help="of training, validation not counted (3)")
+    p.add_argument("--tokens", type=cli.count, help="tokens of training, in place of minutes")
+    p.add_argument("--seeds", type=cli.count, default=1, help="runs of each variant (1)")
+    p.add_argument("-d", "--data_path", help="text file (the built-in language)")
+    p.add_argument("--val_path", help="text file for validation")
+    p.add_argument("--flags", default="", help="more flags of train.py, for all variants")
+    p.add_argument("--output", default="runs/compare", help="folder for results.json, .md and .png (runs/compare)")
+    p.add_argument("--one", type=cli.natural, help="run one variant with this seed in this process and print its record")
+    args = p.parse_args()
+    folder, files = Path(args.output), [f"-d={args.data_path}"] * bool(args.data_path)
+    files += [f"--val_path={args.val_path}"] * bool(args.val_path)
+    if args.one is not None:
+        seed = [f"--seed={args.one}"]
+        flags = train.complete(train.flags().parse_args([*files, *args.flags.split(), *seed]))
+        text = train.complete(train.flags().parse_args([*files, *args.flags.split()]))  # the same for all seeds
+        print(json.dumps(run(args.variants[0], flags, args.minutes, args.tokens, *prepare(text, folder))))
+        return
+    records, shared = [], [word for word in sys.argv[1:] if word not in args.variants]
+    for seed in range(args.seeds):
+        for name in args.variants:
+            command = [sys.executable, __file__, name, f"--one={seed}", *shared]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if output.returncode:
+                raise ValueError(f"variant {name}, seed {seed} failed: see above")
+            records.append(json.loads(output.stdout.splitlines()[-1]))
+            (folder / "results.json").write_text(json.dumps(records, indent=1))
+    show(records, folder)
+
+
+def show(records, folder):
+    """Write the table and the picture, and print the table."""
+    lines = table(records)
+    (folder / "results.md").write_text("\n".join(lines) + "\n")
+    series = {f"{r['name']} {r['seed']}": tuple(zip(*((m, b) for m, _, b in r["curve"]), strict=True)) for r in records}
+    plot.lines(folder / "results.png", series, "minutes of training", "bits per character", "validation bound")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli.run(main)

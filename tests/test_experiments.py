@@ -1,0 +1,80 @@
+"""The harness: variants run, and the autoregressive baseline is a distribution."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bfn
+import data
+import model
+import toy
+import train
+
+ROOT = Path(train.__file__).parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import compare
+
+PATCHED = [
+    (model.BFNTransformer, "head attention_mask forward"),
+    (bfn, "predict squared_error_loss reconstruction_loss"),
+    (data, "draw_cond_mask"),
+    (train, "CROSS_ENTROPY make_optimizers"),
+]
+
+
+@pytest.fixture
+def unpatched(monkeypatch):
+    """Undo what a variant changes."""
+    for owner, names in PATCHED:
+        for name in names.split():
+            monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+def test_the_autoregressive_baseline_is_a_distribution_over_sequences(unpatched):
+    """The probabilities of all sequences sum to one, so its loss is a likelihood that the bound may be held against."""
+    compare.autoregressive(SimpleNamespace())
+    torch.manual_seed(0)
+    network = model.BFNTransformer(model.Config(K=3, beta1=0.5, d_model=32, n_layers=2, n_heads=2))
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ids = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    packed = torch.cat([ids.flip(0), ids], 1)  # beside another segment
+    segment_ids = torch.tensor([1] * 4 + [2] * 4).expand_as(packed)
+    nothing = torch.zeros_like(packed, dtype=torch.bool)
+    with torch.no_grad():
+        t = torch.rand(packed.shape)
+        loss = bfn.continuous_time_loss(partial(network, segment_ids=segment_ids), packed, t, nothing, 1.0, 3)
+    for segment in (loss[:, :4], loss[:, 4:]):
+        assert (-segment.sum(-1)).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_every_variant_changes_what_it_says(unpatched):
+    for name, variant in compare.VARIANTS.items():
+        args = SimpleNamespace(learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0)
+        before = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]
+        variant(args)
+        after = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]
+        assert (before == after) == (name == "base"), name
+        for (owner, n), value in zip(((o, n) for o, names in PATCHED for n in names.split()), before[1], strict=True):
+            setattr(owner, n, value)
+
+
+def test_a_comparison_writes_its_table_and_picture(tmp_path):
+    flags = f"-mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
+    command = [sys.executable, ROOT / "experiments" / "compare.py", "base", "no_cross_entropy", "--tokens=4000"]
+    done = subprocess.run(
+        [*command, f"--output={tmp_path}", f"--flags={flags}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert [r["name"] for r in records] == ["base", "no_cross_entropy"]
+    assert all(4000 <= r["n_tokens"] < 4300 and len(r["curve"]) == compare.N_POINTS for r in records)
+    assert (tmp_path / "results.md").read_text() == done.stdout and done.stdout.count("|") > 20
+    assert (tmp_path / "results.png").stat().st_size > 5000
