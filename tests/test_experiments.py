@@ -67,11 +67,11 @@ def test_every_variant_changes_what_it_says(unpatched):
 
 
 def test_a_comparison_writes_its_table_and_picture(tmp_path):
-    flags = f"-mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
+    (tmp_path / "corpus.txt").write_text(toy.corpus(300))
+    flags = f"--preset=toy --tokenizer=word -mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
     command = [sys.executable, ROOT / "experiments" / "compare.py", "base", "no_cross_entropy", "--tokens=4000"]
-    done = subprocess.run(
-        [*command, f"--output={tmp_path}", f"--flags={flags}"], capture_output=True, text=True, check=False
-    )
+    command += [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path}", f"--flags={flags}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "results.json").read_text())
     assert [r["name"] for r in records] == ["base", "no_cross_entropy"]
