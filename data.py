@@ -234,6 +234,8 @@ def load_corpus(path, tokenizer_path, cache_dir, part="all"):
         shutil.rmtree(folder, ignore_errors=True)
         _write_cache(path, part, load_tokenizer(tokenizer_path), folder)
         tokens = _read_cache(folder, key)
+    if tokens is None:
+        raise ValueError(f"{folder} is damaged and cannot be replaced: delete it")
     return tokens
 
 
@@ -258,7 +260,7 @@ def _write_cache(path, part, tokenizer, folder):
         meta = _tokenize(path, part, tokenizer, temporary)
         (temporary / "meta.json").write_text(json.dumps(meta))
         for name in ("ids.bin", "offsets.bin", "meta.json"):
-            with open(temporary / name, "rb") as file:
+            with open(temporary / name, "r+b") as file:
                 os.fsync(file.fileno())
         if not folder.exists():
             os.rename(temporary, folder)

@@ -9,6 +9,7 @@ The text is cut into N windows, and noise and a time are drawn for each of them 
     n      (N,)    scored tokens of a window: all but bos and what --given gives
 """
 
+import argparse
 import json
 import math
 import os
@@ -30,8 +31,8 @@ from model import load
 from sample import decode, generate, make_template
 
 MOST_DRAWS = 64
-REC_DRAWS = 2  # L_rec varies little: this many draws are enough
 TIME_BINS = 50
+FIGURES = ("t", "loss", "cross_entropy", "reconstruction", "n")
 UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: the byte, and whether another one follows
 
 
@@ -49,7 +50,7 @@ def parse_given(text):
     """
     kind, _, share = text.partition(":")
     if kind not in ("prefix", "around"):
-        raise ValueError(f"--given={text}: write prefix:SHARE or around:SHARE")
+        raise argparse.ArgumentTypeError(f"{text!r}: write prefix:SHARE or around:SHARE")
     share = cli.share(share)
 
     def prefix(segment_ids):
@@ -67,36 +68,47 @@ def parse_given(text):
 
 @dataclass
 class Scores:
-    """Draws for the windows of a text; windows that were not looked at have n = 0."""
+    """R draws for N windows of a text."""
 
     t: np.ndarray  # (R, N)
     loss: np.ndarray  # (R, N)
     cross_entropy: np.ndarray  # (R, N) of the output at t, nats
-    reconstruction: np.ndarray  # (REC_DRAWS or fewer, N)
+    reconstruction: np.ndarray  # (R, N)
     n: np.ndarray  # (N,)
     document: np.ndarray  # (N,) which document of the text a window belongs to
+    n_steps: int | None  # None for the continuous-time loss
 
     @property
     def nats_per_token(self):
         """L_inf (or L_n) and L_rec, nats per scored token."""
         return self.loss.mean(0).sum() / self.n.sum(), self.reconstruction.mean(0).sum() / self.n.sum()
 
-    def curves(self):
-        """Loss and cross-entropy per token by time, (TIME_BINS,) each, nan where no draw fell."""
-        where = time_bin(self.t)
-        n = np.bincount(where.ravel(), np.broadcast_to(self.n, where.shape).ravel(), TIME_BINS)
+    def by_time(self, n_bins=TIME_BINS):
+        """Loss and cross-entropy per token by time -> which bin each draw is in (R, N), two curves (n_bins,).
+
+        A curve is nan where no draw fell.
+        """
+        n_bins = min(n_bins, self.n_steps or n_bins)
+        at = np.minimum((self.t * n_bins + 1e-4).astype(int), n_bins - 1)  # steps of L_n lie on the bins' edges
+        n = np.bincount(at.ravel(), np.broadcast_to(self.n, at.shape).ravel(), n_bins)
         with np.errstate(invalid="ignore"):
-            return [np.bincount(where.ravel(), x.ravel(), TIME_BINS) / n for x in (self.loss, self.cross_entropy)]
+            return at, *(np.bincount(at.ravel(), x.ravel(), n_bins) / n for x in (self.loss, self.cross_entropy))
+
+    def residuals(self):
+        """Losses without what the mean curve over t explains, for times are spread evenly: (R, N), and their variance's
+        correction for the curve's bins."""
+        n_draws = self.loss.size
+        n_bins = int(np.clip(n_draws // 20, 1, TIME_BINS))
+        at, curve, _ = self.by_time(n_bins)
+        return self.loss - self.n * np.nan_to_num(curve)[at], n_draws / max(1, n_draws - len(curve))
 
     def monte_carlo_variance(self):
-        """Variance of the text's total bound over noise and times, given the text, nats^2.
-
-        Times are spread evenly, so what the mean curve over t explains is no error: residuals count. nan for one draw.
-        """
+        """Variance of the text's total bound over noise and times, given the text, nats^2. nan for one draw."""
         if len(self.loss) < 2:
             return math.nan
-        residual = self.loss - self.n * np.nan_to_num(self.curves()[0])[time_bin(self.t)]
-        return sum(x.var(0, ddof=1).sum() / len(x) for x in (residual, self.reconstruction))
+        residual, correction = self.residuals()
+        spread = correction * residual.var(0, ddof=1) + self.reconstruction.var(0, ddof=1)
+        return spread.sum() / len(self.loss)
 
     def monte_carlo_error(self):
         """Standard error of the bound from noise and times, nats per token."""
@@ -105,52 +117,21 @@ class Scores:
     def text_error(self):
         """Standard error from the choice of text, nats per token, by documents -> (error, number of them).
 
-        A text of one document is taken window by window. The Monte-Carlo variance is subtracted.
+        A text of one document is taken window by window; nan where there is only one. The Monte-Carlo variance is subtracted.
         """
-        total = self.loss.mean(0) + self.reconstruction.mean(0)
-        cluster = self.document if len(np.unique(self.document[self.n > 0])) > 1 else np.arange(len(self.n))
-        n = np.bincount(cluster, self.n)
-        residual = np.bincount(cluster, total)[n > 0] - sum(self.nats_per_token) * n[n > 0]
-        many = len(residual)
-        variance = np.square(residual).sum() * many / max(1, many - 1) - np.nan_to_num(self.monte_carlo_variance())
+        excess = self.residuals()[0].mean(0) + self.reconstruction.mean(0) - self.n * self.nats_per_token[1]
+        several = len(np.unique(self.document[self.n > 0])) > 1
+        cluster = self.document if several else np.arange(len(self.n))
+        excess = np.bincount(cluster, excess)[np.bincount(cluster, self.n) > 0]
+        many = len(excess)
+        if many < 2:
+            return math.nan, many
+        variance = np.square(excess).sum() * many / (many - 1) - np.nan_to_num(self.monte_carlo_variance())
         return math.sqrt(max(0.0, variance)) / self.n.sum(), many
 
 
-def time_bin(t):
-    return np.minimum((t * TIME_BINS).astype(int), TIME_BINS - 1)
-
-
-@torch.no_grad()
-def one_draw(model, tokens, plan, rows, window, bos_id, seed, device, given, n_steps, with_rec, tick):
-    """Draw noise and times once for some rows of a plan -> dict of (N,) arrays, sums over a window's scored tokens."""
-    K, s1, n_windows = model.config.K, model.config.s1, len(plan.starts)
-    sums = dict.fromkeys(("t", "loss", "cross_entropy", "reconstruction", "n"), 0.0)
-    for batch in rows:
-        ids, segment_ids = data.gather_rows(tokens, plan, batch, window)
-        cond_mask = ((ids == bos_id) | given(segment_ids)) & (segment_ids > 0)
-        scored = (segment_ids > 0) & ~cond_mask
-        at = (plan.row_starts[batch][:, None] + segment_ids - 1)[scored]
-        ids, segment_ids, cond_mask = (torch.from_numpy(x).to(device) for x in (ids, segment_ids, cond_mask))
-        network = partial(model, segment_ids=segment_ids)
-        torch.manual_seed(bfn.mix_seed(seed, int(batch[0])))
-        t = bfn.draw_times(segment_ids)
-        if n_steps:
-            i = (t * n_steps).long().clamp(max=n_steps - 1) + 1
-            t = (i - 1) / n_steps
-        logits = bfn.predict(network, bfn.flow(ids, t, s1, K), t, ids, cond_mask)
-        loss = bfn.n_step_error(logits, ids, i, n_steps, s1) if n_steps else bfn.squared_error_loss(logits, ids, t, s1)
-        figures = dict(t=t, loss=loss, cross_entropy=bfn.cross_entropy(logits, ids), n=torch.ones_like(t))
-        if with_rec:
-            figures["reconstruction"] = bfn.reconstruction_loss(network, ids, cond_mask, s1, K)
-        for name, value in figures.items():
-            sums[name] = sums[name] + np.bincount(at, value.cpu().double().numpy()[scored], n_windows)
-        tick()
-    sums["t"] = sums["t"] / np.maximum(1, sums["n"])
-    return sums
-
-
 def score(
-    model, tokens, window, bos_id, device, *, error=None, n_draws=1, n_steps=None, given=nothing_given, seed=0,
+    model, tokens, window, bos_id, device, *, error=None, n_draws=2, n_steps=None, given=nothing_given, seed=0,
     max_tokens=None, batch_size=32, progress=False,
 ):  # fmt: skip
     """Estimate the bound of a text: `n_draws` draws, or as many as an `error` in nats per token takes -> Scores.
@@ -159,29 +140,66 @@ def score(
     `max_tokens` looks at that many alone, in windows from all over the text.
     """
     plan = data.plan_validation(tokens, window)
-    n_rows = min(plan.n_rows, -(-(max_tokens or len(tokens.ids)) // window)) if max_tokens else plan.n_rows
-    rows = np.split(np.arange(n_rows), range(batch_size, n_rows, batch_size))
-    document = np.searchsorted(tokens.offsets, plan.starts, side="right") - 1
-    draws, wanted = [], 2 if error else n_draws
-    with tqdm(total=wanted * len(rows), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
+    n_rows = min(plan.n_rows, -(-max_tokens // window)) if max_tokens else plan.n_rows
+    n_windows = int(plan.row_starts[n_rows])
+    document = np.searchsorted(tokens.offsets, plan.starts[:n_windows], side="right") - 1
+    draws, wanted, most = [], 2 if error else n_draws, MOST_DRAWS if error else n_draws
+    batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
+    with tqdm(total=wanted * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         while len(draws) < wanted:
-            r = len(draws)
-            at = bfn.mix_seed(seed, "evaluate", r)
-            draws.append(
-                one_draw(model, tokens, plan, rows, window, bos_id, at, device, given, n_steps, r < REC_DRAWS, bar.update)
-            )
-            t, loss, cross_entropy = (np.stack([d[name] for d in draws]) for name in ("t", "loss", "cross_entropy"))
-            reconstruction = np.stack([d["reconstruction"] for d in draws[:REC_DRAWS]])
-            scores = Scores(t, loss, cross_entropy, reconstruction, draws[0]["n"], document)
-            if scores.n.sum() == 0:
+            draw = {name: np.zeros(n_windows) for name in FIGURES}
+            draw_seed = bfn.mix_seed(seed, "evaluate", len(draws))
+            for rows in batches:
+                part = score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given, draw_seed)
+                for name in FIGURES:
+                    draw[name][plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]] = part[name]
+                bar.update()
+            draws.append(draw)
+            stacked = {name: np.stack([draw[name] for draw in draws]) for name in FIGURES}
+            n = stacked.pop("n")[0]
+            if n.sum() == 0:
                 raise ValueError("nothing of this text is left to score: give less of it")
+            stacked["t"] /= np.maximum(1, n)
+            scores = Scores(**stacked, n=n, document=document, n_steps=n_steps)
             if error and len(draws) == wanted and scores.monte_carlo_error() > error:
                 more = math.ceil(wanted * (scores.monte_carlo_error() / error) ** 2)
-                wanted = min(MOST_DRAWS, max(wanted + 1, more))
-                bar.total = wanted * len(rows)
-            if len(draws) == MOST_DRAWS:
-                break
+                wanted = min(most, max(wanted + 1, more))
+                bar.total = wanted * len(batches)
+    if error and scores.monte_carlo_error() > error:
+        print(f"the error is {scores.monte_carlo_error():.4f} after {most} draws, not {error}", file=sys.stderr)
     return scores
+
+
+@torch.no_grad()
+def score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given, seed):
+    """One draw for a range of rows -> {figure: sums over the scored tokens of each of their windows}.
+
+    Window w takes t = frac(u + w * golden ratio), with one u for the whole text: the times of a draw are spread evenly.
+    """
+    K, s1 = model.config.K, model.config.s1
+    ids, segment_ids = data.gather_rows(tokens, plan, np.asarray(rows), window)
+    cond_mask = ((ids == bos_id) | given(segment_ids)) & (segment_ids > 0)
+    scored = (segment_ids > 0) & ~cond_mask
+    first = plan.row_starts[rows[0]]
+    at = plan.row_starts[np.asarray(rows)][:, None] + segment_ids - 1  # window of each position
+    t = torch.from_numpy(((seed / 2**63 + at * bfn.GOLDEN) % 1).astype(np.float32)).to(device)
+    ids, segment_ids, cond_mask = (torch.from_numpy(x).to(device) for x in (ids, segment_ids, cond_mask))
+    network = partial(model, segment_ids=segment_ids)
+    torch.manual_seed(bfn.mix_seed(seed, int(first)))
+    if n_steps:
+        i = (t * n_steps).long().clamp(max=n_steps - 1) + 1
+        t = (i - 1) / n_steps
+    logits = bfn.predict(network, bfn.flow(ids, t, s1, K), t, ids, cond_mask)
+    figures = dict(
+        t=t,
+        loss=bfn.n_step_error(logits, ids, i, n_steps, s1) if n_steps else bfn.squared_error_loss(logits, ids, t, s1),
+        cross_entropy=bfn.cross_entropy(logits, ids),
+        reconstruction=bfn.reconstruction_loss(network, ids, cond_mask, s1, K),
+        n=torch.ones_like(t),
+    )
+    n_windows = plan.row_starts[rows[-1] + 1] - first
+    at = (at - first)[scored]
+    return {name: np.bincount(at, x.cpu().double().numpy()[scored], n_windows) for name, x in figures.items()}
 
 
 # ---------------------------------------------------------------- figures
@@ -198,8 +216,7 @@ def likelihood(scores, tokens, bos_id, conditional=False):
     spelling = UNKNOWN_BITS * math.log(2) * tokens.n_unknown_bytes / n_scored
     bound = diffusion + reconstruction + spelling
     text_error, n_clusters = scores.text_error()
-    figures = dict(
-        L_inf_nats_per_token=diffusion,
+    figures = {f"L_{scores.n_steps or 'inf'}_nats_per_token": diffusion} | dict(
         L_rec_nats_per_token=reconstruction,
         unknown_nats_per_token=spelling,
         bound_nats_per_token=bound,
@@ -223,7 +240,7 @@ def table(figures, n_steps):
     if "bits_per_char" in figures:
         per["bits/char"] = figures["bits_per_char"] / figures["bound_nats_per_token"]
         per["bits/byte"] = figures["bits_per_byte"] / figures["bound_nats_per_token"]
-    rows = {f"L_{n_steps or 'inf'}": "L_inf_nats_per_token", "L_rec": "L_rec_nats_per_token"}
+    rows = {f"L_{n_steps or 'inf'}": f"L_{n_steps or 'inf'}_nats_per_token", "L_rec": "L_rec_nats_per_token"}
     rows |= {"unknown text": "unknown_nats_per_token"} if figures["unknown_nats_per_token"] else {}
     rows |= {"bound": "bound_nats_per_token", "  +- noise, times": "monte_carlo_error_nats_per_token"}
     rows |= {"  +- choice of text": "text_error_nats_per_token"}
@@ -233,15 +250,17 @@ def table(figures, n_steps):
 
 
 def write_by_time(scores, path, title):
-    """Write the loss and the output's cross-entropy by time as a CSV file and a picture beside it."""
-    t = (np.arange(TIME_BINS) + 0.5) / TIME_BINS
-    loss, cross_entropy = scores.curves()
-    path = Path(path)
+    """Write the loss and the output's cross-entropy by time as PATH.csv and PATH.png."""
+    _, loss, cross_entropy = scores.by_time()
+    t = (np.arange(len(loss)) + 0.5 * (scores.n_steps is None)) / len(loss)
+    t, loss, cross_entropy = (x[~np.isnan(loss)] for x in (t, loss, cross_entropy))
     lines = ["t,loss_nats_per_token,cross_entropy_nats_per_token"]
     lines += [f"{a:.4f},{b:.6f},{c:.6f}" for a, b, c in zip(t, loss, cross_entropy, strict=True)]
-    path.with_suffix(".csv").write_text("\n".join(lines) + "\n")
-    series = {"loss (its mean is L_inf)": (t, loss), "cross-entropy of the output": (t, cross_entropy)}
-    plot.lines(path.with_suffix(".png"), series, "t", "nats per token", title)
+    Path(f"{path}.csv").write_text("\n".join(lines) + "\n")
+    name = f"loss (its mean is L_{scores.n_steps or 'inf'})"
+    plot.lines(
+        f"{path}.png", {name: (t, loss), "cross-entropy of the output": (t, cross_entropy)}, "t", "nats per token", title
+    )
 
 
 def lossy_share(path, tokenizer, n_lines=1000):
@@ -254,24 +273,29 @@ def lossy_share(path, tokenizer, n_lines=1000):
 # ---------------------------------------------------------------- samples
 
 
-def sample_quality(model, tokenizer, run, tokens, args):
-    """Hold --samples generated texts against as many held-out ones and the training text -> {name: {figure: (value, low, high)}}."""
+def find_corpus(args, run):
+    """The training text that samples are held against, and which part of it was trained on. Raises ValueError."""
     corpus = args.corpus or run["args"]["data_path"] or Path(args.model_dir) / "corpus.txt"
     if not os.path.isfile(corpus):
         raise ValueError(f"--samples needs the training text, which is not at {corpus}: say where it is with --corpus")
-    reference = quality.Reference.fit(corpus, tokenizer)
-    templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i)) for i in range(args.samples)]
-    batches = generate(model, tokenizer, templates, args.steps, args.seed)
-    ids = list(tqdm(batches, total=len(templates), unit="sample", desc="sampling", disable=None))
+    return corpus, "all" if run["args"]["val_path"] else "train"
+
+
+def sample_quality(model, tokenizer, run, tokens, corpus, part, args):
+    """Hold generated texts against windows of the text, as many and as long -> {name: {figure: (value, low, high)}}."""
+    reference = quality.Reference.fit(corpus, tokenizer, part)
+    plan = data.plan_validation(tokens, run["args"]["sequence_length"])
+    long_enough = np.flatnonzero(plan.lengths > 1)
+    chosen = np.random.default_rng(args.seed).permutation(long_enough)[: args.samples]
+    spans = list(zip(plan.starts[chosen].tolist(), plan.lengths[chosen].tolist(), strict=True))
+    real = [decode(tokenizer, tokens.ids[start : start + n].tolist()) for start, n in spans]
+    templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i), n) for i, (_, n) in enumerate(spans)]
+    ids = generate(model, tokenizer, templates, args.steps, args.seed)
+    ids = tqdm(ids, total=len(templates), unit="sample", desc="sampling", disable=None)
     generated = [decode(tokenizer, row) for row in ids]
-    limit = run["args"]["sequence_length"]
-    plan = data.plan_validation(tokens, limit)
-    chosen = np.random.default_rng(args.seed).permutation(len(plan.starts))[: args.samples]
-    real = [tokens.ids[s : s + n].tolist() for s, n in zip(plan.starts[chosen], plan.lengths[chosen], strict=True)]
-    real = [decode(tokenizer, row) for row in real]
     return {
-        f"samples, {args.steps + 1} calls": quality.figures(generated, reference, args.seed),
-        "real text": quality.figures(real, reference, args.seed),
+        f"{len(real)} samples, {args.steps + 1} calls": quality.figures(generated, reference, args.seed),
+        f"{len(real)} real texts": quality.figures(real, reference, args.seed),
     }
 
 
@@ -285,7 +309,12 @@ def flags():
     add("--window", type=cli.count, help="tokens scored together (the training's sequence length)")
     add("--se", type=cli.positive, default=0.005, help="Monte-Carlo error to reach, nats per token (0.005)")
     add("--n_steps", type=cli.count, help="the discrete-time bound for N steps in place of the continuous one")
-    add("--given", help="score the rest, given prefix:SHARE of each window, or all around:SHARE in its middle")
+    add(
+        "--given",
+        type=parse_given,
+        default=nothing_given,
+        help="score the rest, given prefix:SHARE of each window, or all around:SHARE in its middle",
+    )
     add("--max_tokens", type=cli.count, help="look at this many tokens of the text (all)")
     add("-bsz", "--batch_size", type=cli.count, default=32, help="windows at a time (32)")
     add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
@@ -301,9 +330,11 @@ def flags():
 
 def main():
     args = flags().parse_args()
-    given = parse_given(args.given) if args.given else nothing_given
     device = cli.device(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
+    corpus, part = find_corpus(args, run) if args.samples else (None, None)
+    if args.by_time:
+        Path(args.by_time).parent.mkdir(parents=True, exist_ok=True)
     tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir)
     if lossy := lossy_share(args.data_path, tokenizer):
         print(
@@ -311,21 +342,22 @@ def main():
             file=sys.stderr,
         )
     window, bos_id = args.window or run["args"]["sequence_length"], tokenizer.bos_id()
-    options = dict(error=args.se, n_steps=args.n_steps, given=given, seed=args.seed, max_tokens=args.max_tokens)
+    options = dict(error=args.se, n_steps=args.n_steps, given=args.given, seed=args.seed, max_tokens=args.max_tokens)
     scores = score(model, tokens, window, bos_id, device, **options, batch_size=args.batch_size, progress=True)
-    figures = likelihood(scores, tokens, bos_id, conditional=bool(args.given))
-    judged = sample_quality(model, tokenizer, run, tokens, args) if args.samples else {}
+    figures = likelihood(scores, tokens, bos_id, conditional=args.given is not nothing_given)
     if args.by_time:
         write_by_time(scores, args.by_time, f"{args.model_dir}, step {run['step']}")
+    if not args.json:
+        print(
+            f"{args.data_path}: {len(tokens.lengths):,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
+            f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
+        )
+        print("\n".join(table(figures, args.n_steps)))
+    judged = sample_quality(model, tokenizer, run, tokens, corpus, part, args) if args.samples else {}
     if args.json:
+        figures = {name: None if math.isnan(value) else value for name, value in figures.items()}  # JSON knows no nan
         print(json.dumps({**figures, **({"samples": judged} if judged else {})}))
-        return
-    print(
-        f"{args.data_path}: {len(tokens.lengths):,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
-        f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
-    )
-    print("\n".join(table(figures, args.n_steps)))
-    if judged:
+    elif judged:
         print("\n".join(quality.table(judged)))
 
 

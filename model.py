@@ -224,10 +224,12 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile(part)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = int(checkpoint["format"])
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
-        raise ValueError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}): rename best.pt, if that is whole, to last.pt"
-        ) from None
+        best = Path(path).with_name("best.pt")
+        hint = f"rename {best}, if that is whole, to last.pt" if best.is_file() and best != Path(path) else "use another"
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}): {hint}") from None
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it")
     return checkpoint

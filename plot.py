@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def lines(path, series, x_label, y_label, title, log_x=False):
+def lines(path, series, x_label, y_label, title):
     """Draw {label: (x, y)} as lines into a picture file; the ending of `path` decides its kind."""
     import matplotlib  # takes a second to import
 
@@ -13,7 +13,7 @@ def lines(path, series, x_label, y_label, title, log_x=False):
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for label, (x, y) in series.items():
         axes.plot(x, y, label=label, linewidth=1.8)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title, xscale="log" if log_x else "linear")
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -27,16 +27,16 @@ class Reference:
     tokenizer: object
 
     @classmethod
-    def fit(cls, corpus, tokenizer):
-        """Count a text file. Characters get 6-grams, larger vocabularies 3-grams."""
+    def fit(cls, corpus, tokenizer, part="all"):
+        """Count a part of a text file. Vocabularies under 400, characters say, get 6-grams, larger ones 3-grams."""
         K, order = len(tokenizer), 6 if len(tokenizer) < 400 else 3
         words, rows, n_chars = set(), [], 0
-        for piece in data.read_pieces(corpus):
+        for piece in data.read_part(corpus, part):
             words.update(piece.text.split())
             if n_chars < REFERENCE_CHARS:
                 rows.append(piece.text)
                 n_chars += len(piece.text)
-        stream = _stream(tokenizer.encode(rows), K, order)
+        stream = _stream(tokenizer.encode_as_numpy(rows), K, order)
         counts, followers = [], []
         for n in range(1, order + 1):
             keys = _keys(stream, n, K)
@@ -65,8 +65,8 @@ class Reference:
 
 def _stream(rows, K, order):
     """Token rows in one line, each with order - 1 marks (id K) before it and after the last."""
-    marks = [K] * (order - 1)
-    return np.array([i for row in rows for i in (*marks, *row)] + marks, dtype=np.int64)
+    marks = np.full(order - 1, K)
+    return np.concatenate([part for row in rows for part in (marks, row)] + [marks]).astype(np.int64)
 
 
 def _keys(stream, n, K):

@@ -21,6 +21,7 @@ import data
 from model import load
 
 FREE, GAP, WORD_START, WORD_REST = -1, -2, -3, -4  # any text; no end of text; first, later token of a word
+GAP_MARK = r"___(?:\{(\d+)\})?"
 STATE_SIZE = 1 << 24  # elements of the state (B, L, K) in a batch: a few tensors of 64 MB each
 
 
@@ -82,7 +83,7 @@ def parse_prompt(prompt, tokenizer, word_lengths, rng):
     if any("\ud800" <= c <= "\udfff" for c in prompt):
         raise ValueError(f"{shorten(prompt)} is not UTF-8: convert it, say with iconv")
     (joins, continues), prefix = space_style(tokenizer), data.adds_prefix(tokenizer)
-    texts = re.split(r"___(?:\{(\d+)\})?", prompt)  # text, count or None, text, ...
+    texts = re.split(GAP_MARK, prompt)  # text, count or None, text, ...
     template = []
     for i, text in enumerate(texts):
         if i % 2 == 0:
@@ -194,13 +195,14 @@ def main():
         prompts += [piece.text for piece in data.read_pieces(args.prompt_file)]
         if not prompts:
             raise ValueError(f"no prompts in {args.prompt_file}")
-    for prompt in prompts:
-        if data.unknown_bytes(prompt.replace("_", ""), tokenizer):
-            print(f"the tokenizer does not know all characters or words of {shorten(prompt)}", file=sys.stderr)
+    unique = prompts
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
     templates = [
         make_template(prompt, tokenizer, run, bfn.mix_seed(args.seed, i), args.length) for i, prompt in enumerate(prompts)
     ]
+    for prompt in unique:
+        if data.unknown_bytes(re.sub(GAP_MARK, " ", prompt), tokenizer):
+            print(f"the tokenizer does not know all characters or words of {shorten(prompt)}", file=sys.stderr)
     n = len(templates[0])
 
     def show(t, p):

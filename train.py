@@ -184,7 +184,9 @@ def put(path, content):
     """Write a file of the run folder. Raises ValueError where another one has its name: nothing of the user's is lost."""
     if path.exists() and path.read_bytes() != content:
         raise ValueError(f"{path} is there already, and is not of this run: move it away or give another -mdir")
-    path.write_bytes(content)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def check_identity(saved, now, run_dir):
@@ -250,7 +252,7 @@ def micro_batch_loss(network, batch, config, n_tokens, position_share):
     return (loss * loss_mask(segment_ids, cond_mask)).sum() / n_tokens
 
 
-def accumulate_gradients(network, batches, config, seeds, device, position_share=0.0):
+def accumulate_gradients(network, batches, config, seeds, device, position_share):
     """Backpropagate the mean loss of a step's micro-batches, each under its own seed -> loss, a device scalar."""
     n_tokens = max(1, sum(int(loss_mask(*batch[1:]).sum()) for batch in batches))  # still on the host
     total = torch.zeros((), device=device)
@@ -273,9 +275,15 @@ def update_weights(state, args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     for ema, rate in zip(state.emas, args.ema_rate, strict=True):
-        rate = min(rate, (1 + state.step) / (10 + state.step))  # early averages forget the initial weights
-        torch._foreach_lerp_(list(ema.parameters()), list(state.model.parameters()), 1 - rate)
+        average_weights(ema, state.model, rate, state.step)
     return norm
+
+
+def average_weights(ema, model, rate, step):
+    """Move the averaged weights towards the model's; early averages forget the initial weights sooner."""
+    rate = min(rate, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
 
 
 # ---------------------------------------------------------------- validation and samples
@@ -283,7 +291,7 @@ def update_weights(state, args):
 
 def validate(model, tokens, bos_id, args, device):
     """Bound on at most VAL_TOKENS of the validation text, on the same noise each time -> dict of figures."""
-    options = dict(n_draws=2, seed="validation", max_tokens=VAL_TOKENS, batch_size=args.batch_size)
+    options = dict(seed="validation", max_tokens=VAL_TOKENS, batch_size=args.batch_size)
     scores = evaluate.score(model, tokens, args.sequence_length, bos_id, device, **options)
     return evaluate.likelihood(scores, tokens, bos_id)
 
@@ -409,7 +417,7 @@ def probe(model, loader, config, args, device):
     for _ in range(3):
         begin = time.perf_counter()
         try:
-            accumulate_gradients(network, [loader.batch(0)], config, [0], device).item()
+            accumulate_gradients(network, [loader.batch(0)], config, [0], device, args.position_times).item()
         except Exception as error:  # the compiler raises many kinds
             if not compiled or isinstance(error, torch.OutOfMemoryError):
                 raise

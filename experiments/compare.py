@@ -5,11 +5,13 @@
         -d=wiki8.train.txt --val_path=wiki8.valid.txt --flags="--preset=laptop --tokenizer=char -slen=128 -bsz=16"
 
 A variant is a function that changes the network, the loss or the optimizer before training starts. Every variant and
-seed runs in a process of its own, one after another. The learning rate falls to zero at the end of the budget.
+seed runs in a process of its own, one after another. The learning rate falls to zero at the end of the budget. Records are
+added to those already in the folder.
 """
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -157,18 +159,33 @@ class Budget:
         return self.spent_tokens / self.n_tokens if self.n_tokens else self.spent_seconds / self.seconds
 
 
+def rate_share(progress):
+    """The schedule of every run: a tenth of the budget to warm up, then a cosine to zero."""
+    warm_up = 0.1
+    if progress < warm_up:
+        return progress / warm_up
+    return (1 + math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up)))) / 2
+
+
 def spend(budget, step, measure, label):
-    """Call step() -> tokens until the budget is spent, and measure() N_POINTS times -> curve [[minutes, tokens, bits]]."""
+    """Call step() -> tokens until the budget is spent, and measure() N_POINTS times -> curve [[minutes, tokens, figures]]."""
     curve = []
-    with tqdm(total=100, desc=label, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
+    with tqdm(total=100, desc=label, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}", disable=None) as bar:
         while budget.progress < 1:
             begin = time.perf_counter()
             budget.spent_tokens += step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             budget.spent_seconds += time.perf_counter() - begin
             bar.update(min(100.0, 100 * budget.progress) - bar.n)
             if budget.progress >= (len(curve) + 1) / N_POINTS:
                 curve.append([budget.spent_seconds / 60, budget.spent_tokens, measure()])
     return curve
+
+
+def bound(model, val, window, bos_id, device):
+    """The bound on VAL_TOKENS of the validation text, on the same noise for every model -> figures."""
+    return evaluate.likelihood(evaluate.score(model, val, window, bos_id, device, max_tokens=VAL_TOKENS), val, bos_id)
 
 
 def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
@@ -179,13 +196,7 @@ def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
     network, _ = train.probe(state.model, loader, config, args, device)
-    warm_up = train.learning_rate
-    args.max_steps = 1 << 30
-
-    def learning_rate(step, args):
-        return warm_up(step, args) * (1 + math.cos(math.pi * min(1.0, budget.progress))) / 2
-
-    train.learning_rate = learning_rate
+    train.learning_rate = lambda step, args: args.learning_rate * rate_share(budget.progress)
 
     def step():
         batch = loader.batch(state.step)
@@ -196,15 +207,12 @@ def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
         return int((batch[1] > 0).sum())
 
     def measure():
-        options = dict(n_draws=2, max_tokens=VAL_TOKENS, batch_size=args.batch_size)
-        scores = evaluate.score(state.emas[-1], val, args.sequence_length, tokenizer.bos_id(), device, **options)
-        return evaluate.likelihood(scores, val, tokenizer.bos_id())
+        return bound(state.emas[-1], val, args.sequence_length, tokenizer.bos_id(), device)
 
-    curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
-    return record(name, args.seed, state.model, curve, tokenizer)
+    return record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
 
 
-def record(name, seed, model, curve, tokenizer):
+def record(name, seed, model, curve):
     """What is kept of a run: figures of its last point, and the curve."""
     n_parameters = sum(p.numel() for p in model.parameters())
     points = [(minutes, n_tokens, figures["bits_per_char"]) for minutes, n_tokens, figures in curve]
@@ -216,7 +224,7 @@ def record(name, seed, model, curve, tokenizer):
 
 
 def table(records):
-    """Mean and spread over seeds of each variant, best first -> Markdown lines."""
+    """Mean and standard error over seeds of each variant, best first -> Markdown lines."""
     groups = {}
     for r in records:
         groups.setdefault(r["name"], []).append(r)
@@ -227,8 +235,8 @@ def table(records):
     ]
     for name in sorted(groups, key=mean.get):
         rs = groups[name]
-        spread = max(r["bits_per_char"] for r in rs) - min(r["bits_per_char"] for r in rs)
-        shown = f"{mean[name]:.3f}" + (f" +- {spread / 2:.3f}" if len(rs) > 1 else "")
+        bits = [r["bits_per_char"] for r in rs]
+        shown = f"{mean[name]:.3f}" + (f" +- {statistics.stdev(bits) / len(bits) ** 0.5:.3f}" if len(bits) > 1 else "")
         L_inf, L_rec, minutes, n_tokens = (
             sum(r[k] for r in rs) / len(rs) for k in ("L_inf_nats_per_token", "L_rec_nats_per_token", "minutes", "n_tokens")
         )
@@ -242,8 +250,6 @@ def table(records):
 def prepare(args, folder):
     """Tokenizer and Tokens of the text, in the folder of the comparison -> tokenizer, training and validation Tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "tokenizer.model").exists():  # of an earlier run
-        args.spm_model = folder / "tokenizer.model"
     return train.prepare_text(args, folder, None)
 
 
@@ -267,25 +273,27 @@ def main():
         text = train.complete(train.flags().parse_args([*files, *args.flags.split()]))  # the same for all seeds
         print(json.dumps(run(args.variants[0], flags, args.minutes, args.tokens, *prepare(text, folder))))
         return
-    records, shared = [], [word for word in sys.argv[1:] if word not in args.variants]
+    shared = [f"--minutes={args.minutes}", f"--flags={args.flags}", f"--output={folder}", *files]
+    shared += [f"--tokens={args.tokens}"] * bool(args.tokens)
     for seed in range(args.seeds):
         for name in args.variants:
             command = [sys.executable, __file__, name, f"--one={seed}", *shared]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if output.returncode:
                 raise ValueError(f"variant {name}, seed {seed} failed: see above")
-            records.append(json.loads(output.stdout.splitlines()[-1]))
-            (folder / "results.json").write_text(json.dumps(records, indent=1))
-    show(records, folder)
+            keep(json.loads(output.stdout.splitlines()[-1]), folder)
+    print((folder / "results.md").read_text(), end="")
 
 
-def show(records, folder):
-    """Write the table and the picture, and print the table."""
-    lines = table(records)
-    (folder / "results.md").write_text("\n".join(lines) + "\n")
+def keep(new, folder):
+    """Add a record to those of a folder, in place of an older one of the same name and seed; renew table and picture."""
+    path = folder / "results.json"
+    records = json.loads(path.read_text()) if path.exists() else []
+    records = [r for r in records if (r["name"], r["seed"]) != (new["name"], new["seed"])] + [new]
+    path.write_text(json.dumps(records, indent=1))
+    (folder / "results.md").write_text("\n".join(table(records)) + "\n")
     series = {f"{r['name']} {r['seed']}": tuple(zip(*((m, b) for m, _, b in r["curve"]), strict=True)) for r in records}
     plot.lines(folder / "results.png", series, "minutes of training", "bits per character", "validation bound")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

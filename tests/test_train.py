@@ -277,7 +277,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch):
     gradients = []
     for splits in ([6], [2, 4], [3, 3]):
         batches = list(zip(*(x.split(splits) for x in (ids, segment_ids, cond_mask)), strict=True))
-        train.accumulate_gradients(state.model, batches, config, range(len(splits)), torch.device("cpu"))
+        train.accumulate_gradients(state.model, batches, config, range(len(splits)), torch.device("cpu"), 0.0)
         gradients.append([p.grad.clone() for p in state.model.parameters() if p.requires_grad])
         state.model.zero_grad()
     for other in gradients[1:]:
@@ -289,12 +289,12 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     args, config, state = tiny_setup()
     for poison in (float("nan"), float("inf")):
         before = {name: value.clone() for name, value in state.model.state_dict().items()}
-        train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"))
+        train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), 0.0)
         state.model.linear_out.weight.grad[0, 0] = poison
         assert not train.update_weights(state, args).isfinite()
         assert equal(before, dict(state.model.state_dict()))
         assert all(v.isfinite().all() for o in state.optimizers for s in o.state.values() for v in s.values())
-    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"))
+    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), 0.0)
     assert train.update_weights(state, args).isfinite()
     assert not equal(before, dict(state.model.state_dict()))
 
@@ -323,7 +323,7 @@ def test_averages_follow_their_rates():
     weight, average = state.model.project.weight, state.emas[0].project.weight
     with torch.no_grad():
         weight.fill_(1.0), average.fill_(0.0)
-    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"))
+    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), 0.0)
     train.update_weights(state, args)
     torch.testing.assert_close(average, 0.1 * weight)
 
@@ -351,7 +351,7 @@ def test_a_small_joint_distribution_is_learned():
     args.max_steps, args.learning_rate, args.warmup_steps, args.ema_rate = 400, 0.01, 20, [0.98]
     for step in range(args.max_steps):
         batch = batch_of(draw(sequences, P, 256, seed=step))
-        train.accumulate_gradients(state.model, [batch], config, [step], torch.device("cpu"))
+        train.accumulate_gradients(state.model, [batch], config, [step], torch.device("cpu"), 0.0)
         train.update_weights(state, args)
         state.step += 1
     ids, segment_ids, given = batch_of(draw(sequences, P, 20_000, seed=-1))
