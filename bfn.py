@@ -51,24 +51,6 @@ def auto_beta1(K, accuracy=0.955):
 # ---------------------------------------------------------------- the network's input
 
 
-def draw_times(segment_ids, position_share=0.0):
-    """Draw one t ~ U(0, 1) for each segment, spread evenly over the batch: (B, L) -> (B, L) float32.
-
-    The j-th segment takes frac(u + j * golden ratio): uniform for each, of low discrepancy together, and computed
-    without knowing how many there are. `segment_ids` (B, L) numbers a row's segments in order. In a random
-    `position_share` of the segments every position has a t ~ U(0, 1) of its own instead.
-    """
-    first = torch.ones_like(segment_ids, dtype=torch.bool)
-    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    j = first.flatten().cumsum(0).view_as(segment_ids)
-    u = torch.rand((), device=segment_ids.device, dtype=torch.float64)
-    t = (u + j * GOLDEN).frac().float()
-    if position_share:
-        mixed = torch.rand(j.numel() + 1, device=t.device)[j] < position_share
-        t = torch.where(mixed, torch.rand_like(t), t)
-    return t
-
-
 def flow(ids, t, s1, K, eps=None):
     """Draw the state at time t [section 1 of the paper's discrete case, eqs. 182-185]: z = s eps + s^2 e_x, s = s1 t.
 

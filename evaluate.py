@@ -95,8 +95,10 @@ class Scores:
             return at, *(np.bincount(at.ravel(), x.ravel(), n_bins) / n for x in (self.loss, self.cross_entropy))
 
     def residuals(self):
-        """Losses without what the mean curve over t explains, for times are spread evenly: (R, N), and their variance's
-        correction for the curve's bins."""
+        """Losses without what the mean curve over t explains -> (R, N), factor that corrects their variance for the fit.
+
+        Times are spread evenly, so what t alone decides is no error. Few draws get few bins.
+        """
         n_draws = self.loss.size
         n_bins = int(np.clip(n_draws // 20, 1, TIME_BINS))
         at, curve, _ = self.by_time(n_bins)
@@ -117,7 +119,7 @@ class Scores:
     def text_error(self):
         """Standard error from the choice of text, nats per token, by documents -> (error, number of them).
 
-        A text of one document is taken window by window; nan where there is only one. The Monte-Carlo variance is subtracted.
+        A text of one document is taken window by window; nan where there is one. The Monte-Carlo variance is subtracted.
         """
         excess = self.residuals()[0].mean(0) + self.reconstruction.mean(0) - self.n * self.nats_per_token[1]
         several = len(np.unique(self.document[self.n > 0])) > 1
@@ -143,7 +145,7 @@ def score(
     n_rows = min(plan.n_rows, -(-max_tokens // window)) if max_tokens else plan.n_rows
     n_windows = int(plan.row_starts[n_rows])
     document = np.searchsorted(tokens.offsets, plan.starts[:n_windows], side="right") - 1
-    draws, wanted, most = [], 2 if error else n_draws, MOST_DRAWS if error else n_draws
+    draws, wanted = [], 2 if error else n_draws
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
     with tqdm(total=wanted * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         while len(draws) < wanted:
@@ -163,10 +165,10 @@ def score(
             scores = Scores(**stacked, n=n, document=document, n_steps=n_steps)
             if error and len(draws) == wanted and scores.monte_carlo_error() > error:
                 more = math.ceil(wanted * (scores.monte_carlo_error() / error) ** 2)
-                wanted = min(most, max(wanted + 1, more))
+                wanted = min(MOST_DRAWS, max(wanted + 1, more))
                 bar.total = wanted * len(batches)
     if error and scores.monte_carlo_error() > error:
-        print(f"the error is {scores.monte_carlo_error():.4f} after {most} draws, not {error}", file=sys.stderr)
+        print(f"the error is {scores.monte_carlo_error():.4f} after {wanted} draws, not {error}", file=sys.stderr)
     return scores
 
 

@@ -26,10 +26,12 @@ import bfn
 import cli
 import data
 import evaluate
+import plot
 import toy
 from model import BFNTransformer, Config, load, read_checkpoint, save_checkpoint
 from muon import Muon
 from sample import FREE, decode, generate, make_template
+from times import N_BINS, Times
 
 PRESET_FLAGS = "model_dim num_layers num_heads sequence_length batch_size learning_rate warmup_steps ema_rate".split()
 PRESETS = {
@@ -77,6 +79,8 @@ def flags():
     add("-dop", "--dropout_prob", type=cli.share, default=0.0, help="dropout (0)")
     add("-b", "--beta", type=cli.auto_or_positive, default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
     add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
+    kinds = ["uniform", "stratified", "learned"]
+    add("--times", choices=kinds, default="stratified", help="how training times are drawn (stratified)")
     add(
         "--position_times",
         type=cli.zero_to_one,
@@ -238,30 +242,33 @@ def loss_mask(segment_ids, cond_mask):
     return (segment_ids > 0) & ~cond_mask
 
 
-def micro_batch_loss(network, batch, config, n_tokens, position_share):
+def micro_batch_loss(network, batch, config, n_tokens, times):
     """Share of a micro-batch in the step's mean loss over its n_tokens predicted tokens, in nats.
 
     The continuous-time loss, plus the cross-entropy at the same t: the former vanishes as t -> 0, where the context
-    alone decides, and the latter teaches it there. So do neighbours of other times, in `position_share` of the segments.
+    alone decides, and the latter teaches it there.
     """
     ids, segment_ids, cond_mask = batch
-    t = bfn.draw_times(segment_ids, position_share)
+    t, weight = times.draw(segment_ids)
     z = bfn.flow(ids, t, config.s1, config.K)
     logits = bfn.predict(partial(network, segment_ids=segment_ids), z, t, ids, cond_mask)
     loss = bfn.squared_error_loss(logits, ids, t, config.s1) + CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
-    return (loss * loss_mask(segment_ids, cond_mask)).sum() / n_tokens
+    mask = loss_mask(segment_ids, cond_mask)
+    times.learn(t, loss.detach(), mask)
+    return (weight * loss * mask).sum() / n_tokens
 
 
-def accumulate_gradients(network, batches, config, seeds, device, position_share):
+def accumulate_gradients(network, batches, config, seeds, device, times):
     """Backpropagate the mean loss of a step's micro-batches, each under its own seed -> loss, a device scalar."""
     n_tokens = max(1, sum(int(loss_mask(*batch[1:]).sum()) for batch in batches))  # still on the host
     total = torch.zeros((), device=device)
     for batch, seed in zip(batches, seeds, strict=True):
         torch.manual_seed(seed)
         batch = [x.to(device, non_blocking=True) for x in batch]
-        loss = micro_batch_loss(network, batch, config, n_tokens, position_share)
+        loss = micro_batch_loss(network, batch, config, n_tokens, times)
         loss.backward()
         total += loss.detach()
+    times.fold()
     return total
 
 
@@ -335,6 +342,7 @@ class State:
     model: BFNTransformer
     optimizers: list
     emas: list  # of copies of the model, one a rate
+    times: Times
     step: int = 0
     best: float = math.inf  # lowest validation bound so far, nats per token
 
@@ -360,7 +368,7 @@ def build(config, args, device, saved):
     if args.init_from and not saved:
         model.load_state_dict(load(args.init_from, device=device)[0].state_dict())
     emas = [copy.deepcopy(model).requires_grad_(False).eval() for _ in args.ema_rate]
-    state = State(model, make_optimizers(model, args), emas)
+    state = State(model, make_optimizers(model, args), emas, Times(args.times, args.position_times, device))
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
@@ -369,6 +377,7 @@ def build(config, args, device, saved):
         for ema, weights in zip(emas, saved["emas"], strict=True):
             ema.load_state_dict(weights)
         state.step, state.best = saved["step"], saved["best"]
+        state.times.curve.copy_(saved["times"])
     return state
 
 
@@ -380,7 +389,8 @@ def save(state, run, run_dir, is_best=False):
     path = run_dir / ("best.pt" if is_best else "last.pt")
     moments = [optimizer.state_dict() for optimizer in state.optimizers]
     averages = [ema.state_dict() for ema in state.emas]
-    changing = dict(step=state.step, best=state.best, model=state.model.state_dict(), emas=averages, optimizers=moments)
+    changing = dict(step=state.step, best=state.best, times=state.times.curve, emas=averages, optimizers=moments)
+    changing["model"] = state.model.state_dict()
     save_checkpoint(path, {**run, **changing})
     if is_best:
         temporary = run_dir / "last.pt.tmp"
@@ -414,10 +424,11 @@ def probe(model, loader, config, args, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return model(theta, t, segment_ids)
 
+    times = Times(args.times, args.position_times, device)  # nothing is learned here
     for _ in range(3):
         begin = time.perf_counter()
         try:
-            accumulate_gradients(network, [loader.batch(0)], config, [0], device, args.position_times).item()
+            accumulate_gradients(network, [loader.batch(0)], config, [0], device, times).item()
         except Exception as error:  # the compiler raises many kinds
             if not compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -456,6 +467,14 @@ def open_metrics(run_dir, step):
             board.add_scalar(name, value, step)
 
     return write
+
+
+def plot_times(times, path):
+    """Draw what is known of the loss by time, and the density that times are drawn from."""
+    t = (np.arange(N_BINS) + 0.5) / N_BINS
+    density = times.density().tolist() if times.kind == "learned" else [1.0] * N_BINS
+    series = {"root mean square of the loss, nats": (t, times.curve.sqrt().tolist()), "density of t": (t, density)}
+    plot.lines(path, series, "t", "", "training loss by time")
 
 
 def catch_signals():
@@ -535,7 +554,7 @@ def main():
     while state.step < args.max_steps and not caught:
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [bfn.mix_seed(args.seed, state.step, m) for m in range(accumulation)]
-        loss = accumulate_gradients(network, micro_batches, config, seeds, device, args.position_times)
+        loss = accumulate_gradients(network, micro_batches, config, seeds, device, state.times)
         norm = update_weights(state, args)
         log.append(torch.stack([loss, norm]))
         n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in micro_batches)
@@ -561,6 +580,7 @@ def main():
             figures = validate(state.emas[-1], val, tokenizer.bos_id(), args, device)
             write(step, **{f"val_{name}": value for name, value in figures.items()})
             news.append(f"step {step}: {describe(figures)}")
+            plot_times(state.times, run_dir / "times.png")
             is_best = figures["bound_nats_per_token"] < state.best
             state.best = min(state.best, figures["bound_nats_per_token"])
         if step % args.save_interval == 0 or is_best or last or caught:

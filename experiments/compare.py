@@ -70,6 +70,16 @@ def position_times(args):
     args.position_times = 1.0
 
 
+def learned_times(args):
+    """Times drawn where the loss is."""
+    args.times = "learned"
+
+
+def uniform_times(args):
+    """Independent times, not spread evenly."""
+    args.times = "uniform"
+
+
 def no_cross_entropy(args):
     """The continuous-time loss alone."""
     train.CROSS_ENTROPY = 0.0
@@ -138,7 +148,7 @@ def autoregressive(args):
 VARIANTS = {
     f.__name__: f
     for f in (
-        base, no_skip, adamw, segment_times, position_times, no_cross_entropy, cross_entropy_2, cross_entropy_20,
+        base, no_skip, adamw, segment_times, position_times, learned_times, uniform_times, no_cross_entropy, cross_entropy_2, cross_entropy_20,
         half_batch, double_batch, half_rate, double_rate, nothing_given, autoregressive,
     )
 }  # fmt: skip
@@ -201,7 +211,7 @@ def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
     def step():
         batch = loader.batch(state.step)
         seeds = [bfn.mix_seed(args.seed, state.step, 0)]
-        train.accumulate_gradients(network, [batch], config, seeds, device, args.position_times)
+        train.accumulate_gradients(network, [batch], config, seeds, device, state.times)
         train.update_weights(state, args)
         state.step += 1
         return int((batch[1] > 0).sum())

@@ -7,7 +7,11 @@ import torch
 import data
 from model import BFNTransformer, Config, save_checkpoint
 
-WORDS = {"word_lengths": [0, 3, 1], "lengths": [0, 0, 0, 0, 0, 1, 5, 9], "args": {"sequence_length": 32, "data_path": None, "val_path": "val.txt"}}
+WORDS = {
+    "word_lengths": [0, 3, 1],
+    "lengths": [0, 0, 0, 0, 0, 1, 5, 9],
+    "args": {"sequence_length": 32, "data_path": None, "val_path": "val.txt"},
+}
 
 
 def make_run(folder, kind, text):

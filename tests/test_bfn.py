@@ -157,28 +157,6 @@ def test_given_positions_show_the_network_a_one_hot_and_time_1():
     torch.testing.assert_close(t, torch.tensor([[1.0, 0.2]]))
 
 
-def test_each_segment_has_one_time_and_the_times_are_uniform():
-    segment_ids = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 4, 5, 6]])
-    t = bfn.draw_times(segment_ids)
-    assert t[0, 0] == t[0, 1] and t[0, 2] == t[0, 3] == t[0, 4] and len(t.unique()) == 9
-    draws = torch.stack([bfn.draw_times(segment_ids) for _ in range(4000)])
-    torch.testing.assert_close(draws.mean(0), torch.full((2, 6), 0.5), atol=0.03, rtol=0)
-    torch.testing.assert_close(draws.var(0), torch.full((2, 6), 1 / 12), atol=0.01, rtol=0)
-    many = bfn.draw_times(torch.arange(1, 1001)[None]).sort().values  # 1,000 segments leave no large hole
-    assert many.diff(dim=-1).max() < 3 / 1000
-
-
-def test_in_a_share_of_the_segments_each_position_has_its_own_uniform_time():
-    segment_ids = torch.arange(1, 1001).repeat_interleave(3).view(10, 300)
-    t = bfn.draw_times(segment_ids, 0.3).view(1000, 3)
-    apart = t[:, 0] != t[:, 1]
-    assert torch.equal(apart, t[:, 1] != t[:, 2])  # all of a segment or nothing
-    assert apart.float().mean().item() == pytest.approx(0.3, abs=0.06)
-    assert torch.corrcoef(t[apart].T).sub(torch.eye(3)).abs().max() < 0.25
-    for column in t.T:
-        torch.testing.assert_close(column.sort().values, torch.linspace(0, 1, 1000), atol=0.06, rtol=0)
-
-
 @pytest.mark.parametrize("K, beta1", [(2, 2.874), (27, 0.5628), (256, 0.0847), (8192, 0.00381), (50257, 0.000716)])
 def test_auto_beta1_gives_the_evidence_the_same_accuracy_at_every_vocabulary_size(K, beta1):
     assert bfn.auto_beta1(K) == pytest.approx(beta1, rel=3e-3)

@@ -25,6 +25,7 @@ import toy
 import train
 from model import BFNTransformer
 from muon import orthogonalise
+from times import Times, draw_evenly
 
 ROOT = Path(train.__file__).parent
 TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3 --max_steps=8 --tokenizer=word -lr=0.003".split()
@@ -85,7 +86,7 @@ def assert_same_run(one, other):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
-    dropout = "-dop=0.1", "-acc=2", "-ema=0.9,0.99"
+    dropout = "-dop=0.1", "-acc=2", "-ema=0.9,0.99", "--times=learned"
     run(tmp_path / "whole", *dropout)
     for stop_at in (3, 5, 8):  # SIGTERM arrives while the step is computed
         real = train.update_weights
@@ -270,14 +271,14 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch):
     """On the same noise, and with different numbers of predicted tokens in the two halves."""
     _, config, state = tiny_setup()
     torch.nn.init.normal_(state.model.linear_out.weight)
-    monkeypatch.setattr(bfn, "draw_times", lambda segment_ids, share: torch.full(segment_ids.shape, 0.6))
+    monkeypatch.setattr(Times, "draw", lambda self, segment_ids: torch.full((2, *segment_ids.shape), 0.6))
     monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.full(shape, 0.1))
     ids, segment_ids, cond_mask = batch_of(torch.randint(4, (6, 10)))
     cond_mask[4:, 3:] = True
     gradients = []
     for splits in ([6], [2, 4], [3, 3]):
         batches = list(zip(*(x.split(splits) for x in (ids, segment_ids, cond_mask)), strict=True))
-        train.accumulate_gradients(state.model, batches, config, range(len(splits)), torch.device("cpu"), 0.0)
+        train.accumulate_gradients(state.model, batches, config, range(len(splits)), torch.device("cpu"), state.times)
         gradients.append([p.grad.clone() for p in state.model.parameters() if p.requires_grad])
         state.model.zero_grad()
     for other in gradients[1:]:
@@ -289,12 +290,16 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     args, config, state = tiny_setup()
     for poison in (float("nan"), float("inf")):
         before = {name: value.clone() for name, value in state.model.state_dict().items()}
-        train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), 0.0)
+        train.accumulate_gradients(
+            state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), state.times
+        )
         state.model.linear_out.weight.grad[0, 0] = poison
         assert not train.update_weights(state, args).isfinite()
         assert equal(before, dict(state.model.state_dict()))
         assert all(v.isfinite().all() for o in state.optimizers for s in o.state.values() for v in s.values())
-    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), 0.0)
+    train.accumulate_gradients(
+        state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), state.times
+    )
     assert train.update_weights(state, args).isfinite()
     assert not equal(before, dict(state.model.state_dict()))
 
@@ -323,7 +328,9 @@ def test_averages_follow_their_rates():
     weight, average = state.model.project.weight, state.emas[0].project.weight
     with torch.no_grad():
         weight.fill_(1.0), average.fill_(0.0)
-    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), 0.0)
+    train.accumulate_gradients(
+        state.model, [batch_of(torch.randint(4, (2, 8)))], config, [0], torch.device("cpu"), state.times
+    )
     train.update_weights(state, args)
     torch.testing.assert_close(average, 0.1 * weight)
 
@@ -351,7 +358,7 @@ def test_a_small_joint_distribution_is_learned():
     args.max_steps, args.learning_rate, args.warmup_steps, args.ema_rate = 400, 0.01, 20, [0.98]
     for step in range(args.max_steps):
         batch = batch_of(draw(sequences, P, 256, seed=step))
-        train.accumulate_gradients(state.model, [batch], config, [step], torch.device("cpu"), 0.0)
+        train.accumulate_gradients(state.model, [batch], config, [step], torch.device("cpu"), state.times)
         train.update_weights(state, args)
         state.step += 1
     ids, segment_ids, given = batch_of(draw(sequences, P, 20_000, seed=-1))
@@ -360,7 +367,7 @@ def test_a_small_joint_distribution_is_learned():
         return state.emas[0](theta, t, torch.ones(theta.shape[:2], dtype=torch.long))
 
     with torch.no_grad():
-        bound = bfn.continuous_time_loss(network, ids, bfn.draw_times(segment_ids), given, config.s1, 4)
+        bound = bfn.continuous_time_loss(network, ids, draw_evenly(segment_ids), given, config.s1, 4)
         bound = bound + bfn.reconstruction_loss(network, ids, given, config.s1, 4)
     entropy = -(P * P.log()).sum().item()
     assert entropy - 0.05 < bound.sum(-1).mean() < 1.15 * entropy

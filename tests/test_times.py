@@ -1,0 +1,77 @@
+"""Drawing training times."""
+
+import pytest
+import torch
+
+from times import N_BINS, UNIFORM_SHARE, Times, draw_evenly
+
+
+def test_each_segment_has_one_time_and_the_times_are_uniform():
+    segment_ids = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 4, 5, 6]])
+    t = draw_evenly(segment_ids)
+    assert t[0, 0] == t[0, 1] and t[0, 2] == t[0, 3] == t[0, 4] and len(t.unique()) == 9
+    draws = torch.stack([draw_evenly(segment_ids) for _ in range(4000)])
+    torch.testing.assert_close(draws.mean(0), torch.full((2, 6), 0.5), atol=0.03, rtol=0)
+    torch.testing.assert_close(draws.var(0), torch.full((2, 6), 1 / 12), atol=0.01, rtol=0)
+    many = draw_evenly(torch.arange(1, 100_001)[None]).sort().values  # many segments leave no large hole
+    assert many.diff(dim=-1).max() < 3 / 100_000
+
+
+def test_in_a_share_of_the_segments_each_position_has_its_own_uniform_time():
+    segment_ids = torch.arange(1, 1001).repeat_interleave(3).view(10, 300)
+    t = draw_evenly(segment_ids, position_share=0.3).view(1000, 3)
+    apart = t[:, 0] != t[:, 1]
+    assert torch.equal(apart, t[:, 1] != t[:, 2])  # all of a segment or nothing
+    assert apart.float().mean().item() == pytest.approx(0.3, abs=0.06)
+    assert torch.corrcoef(t[apart].T).sub(torch.eye(3)).abs().max() < 0.25
+    for column in t.T:
+        torch.testing.assert_close(column.sort().values, torch.linspace(0, 1, 1000), atol=0.06, rtol=0)
+
+
+def learned(curve, kind="learned"):
+    times = Times(kind, 0.0)
+    times.curve = curve
+    return times
+
+
+def test_learned_times_follow_the_density_and_keep_the_mean():
+    """Whatever the curve, an average of weighted losses is that over uniform times; and t increases with u."""
+    torch.manual_seed(0)
+    times = learned(torch.linspace(3, 0, N_BINS).square())
+    segment_ids = torch.arange(1, 100_001)[None]
+    t, weight = times.draw(segment_ids)
+    counts = torch.histc(t, N_BINS, 0, 1) / 100_000 * N_BINS
+    torch.testing.assert_close(counts, times.density(), atol=0.01, rtol=0)
+    assert weight.max() <= 1 / UNIFORM_SHARE + 1e-4 and times.density().mean().item() == pytest.approx(1)
+    for f in (torch.ones_like, torch.square, torch.sin, lambda t: (t > 0.9).float()):
+        assert (weight * f(t)).mean().item() == pytest.approx(f(torch.linspace(0, 1, 10_001)).mean().item(), abs=2e-3)
+
+
+def test_times_drawn_where_the_loss_is_vary_less():
+    """The loss of one segment: uniform against learned, for a loss that falls from 10 to 0."""
+    torch.manual_seed(1)
+
+    def loss(t):
+        return 10 * (1 - t).pow(3)
+
+    times = Times("learned", 0.0)
+    segment_ids = torch.arange(1, 2001)[None]
+    for _ in range(600):
+        t, _ = times.draw(segment_ids)
+        times.learn(t, loss(t), torch.ones_like(t, dtype=torch.bool))
+        times.fold()
+    t, weight = times.draw(segment_ids)
+    u = torch.rand(2000)
+    assert loss(u).var() > 4 * (weight * loss(t)).var()
+    assert (weight * loss(t)).mean().item() == pytest.approx(2.5, abs=0.02)
+
+
+def test_what_is_learned_is_the_mean_square_of_the_losses_that_count():
+    times = Times("learned", 0.0)
+    t = torch.tensor([[0.0, 0.0, 0.999, 0.5]])
+    mask = torch.tensor([[True, True, True, False]])
+    for _ in range(2000):
+        times.learn(t, torch.tensor([[1.0, 3.0, 4.0, 100.0]]), mask)
+        times.fold()
+    assert times.curve[[0, -1]].tolist() == pytest.approx([5, 16], rel=1e-3)
+    assert (times.curve[1:-1] == 1).all()

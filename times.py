@@ -1,0 +1,81 @@
+"""Training times: one for each text or each position, spread evenly over the batch, and drawn where the loss is.
+
+segment_ids (B, L)     segment of each position, numbered in order within its row
+t, weight   (B, L)     float32, times in [0, 1], and what their losses are to be multiplied by
+curve       (N_BINS,)  mean square of the loss by time
+"""
+
+import torch
+
+from bfn import GOLDEN
+
+N_BINS = 64
+MEMORY = 0.99  # of the curve, a step
+UNIFORM_SHARE = 0.3  # of the learned density: no time is forgotten, no weight is above 1 / 0.3
+
+
+def segment_numbers(segment_ids):
+    """Number the segments of a batch from 1 in reading order: (B, L) -> (B, L) int64."""
+    first = torch.ones_like(segment_ids, dtype=torch.bool)
+    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return first.flatten().cumsum(0).view_as(segment_ids)
+
+
+def draw_evenly(segment_ids, kind="stratified", position_share=0.0):
+    """Draw u ~ U(0, 1) for each segment: (B, L) -> (B, L) float32.
+
+    "stratified": the j-th segment takes frac(u + j * golden ratio): uniform for each, of low discrepancy together, and
+    computed without knowing how many there are. "uniform": independent. In a random `position_share` of the segments
+    every position has an independent u of its own.
+    """
+    j, device = segment_numbers(segment_ids), segment_ids.device
+    if kind == "uniform":
+        u = torch.rand(j.numel() + 1, device=device)[j]
+    else:
+        u = (torch.rand((), device=device, dtype=torch.float64) + j.double() * GOLDEN).frac().float()
+    if position_share:
+        mixed = torch.rand(j.numel() + 1, device=device)[j] < position_share
+        u = torch.where(mixed, torch.rand_like(u), u)
+    return u
+
+
+class Times:
+    """Draws times, and learns where the loss is: `draw`, then `learn` from the losses, then `fold` once a step.
+
+    kind "learned" draws t from the density q(t), in proportion to the root of the mean square loss at t and mixed with a
+    uniform share, and divides losses by q(t): importance sampling, which changes the variance of the loss, not its mean.
+    """
+
+    def __init__(self, kind, position_share, device="cpu"):
+        self.kind, self.position_share = kind, position_share
+        self.curve = torch.ones(N_BINS, device=device)
+        self.sums = torch.zeros(2, N_BINS, device=device)  # of squared losses and of draws in this step
+
+    def density(self):
+        """q, constant in each bin, of mean 1: (N_BINS,)."""
+        q = self.curve.sqrt()
+        return UNIFORM_SHARE + (1 - UNIFORM_SHARE) * q / q.mean().clamp(min=1e-12)
+
+    def draw(self, segment_ids):
+        """segment_ids (B, L) -> t (B, L), weight (B, L)."""
+        u = draw_evenly(segment_ids, "uniform" if self.kind == "uniform" else "stratified", self.position_share)
+        if self.kind != "learned":
+            return u, torch.ones_like(u)
+        q = self.density()
+        Q = torch.cat([q.new_zeros(1), q.cumsum(0) / q.sum()])  # (N_BINS + 1,), increasing from 0 to 1
+        at = (torch.searchsorted(Q, u, right=True) - 1).clamp(0, N_BINS - 1)
+        t = (at + (u - Q[at]) / (Q[at + 1] - Q[at])) / N_BINS
+        return t.clamp(0, 1), q.mean() / q[at]
+
+    def learn(self, t, loss, mask):
+        """Take in losses (B, L), before weighting, at times t (B, L) where mask (B, L) is True."""
+        at = (t * N_BINS).long().clamp(max=N_BINS - 1).flatten()
+        self.sums[0].scatter_add_(0, at, (loss.square() * mask).flatten())
+        self.sums[1].scatter_add_(0, at, mask.float().flatten())
+
+    def fold(self):
+        """Move the curve towards the mean of this step's losses, in the bins that had any."""
+        squares, count = self.sums
+        rate = (1 - MEMORY) * (count > 0)
+        self.curve += rate * (squares / count.clamp(min=1) - self.curve)
+        self.sums.zero_()
