@@ -21,9 +21,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-GOLDEN = (math.sqrt(5) - 1) / 2
-
-
 # ---------------------------------------------------------------- choosing beta(1)
 
 

@@ -162,8 +162,8 @@ def train_tokenizer(path, kind, vocab_size):
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **options)
     except RuntimeError as error:
-        size = f"of {vocab_size} pieces " if kind != "char" else ""
-        reason = str(error).split("] ")[-1].strip() or "no reason given"
+        size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
+        reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
         raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
     return model.getvalue()
 

@@ -119,7 +119,8 @@ class Scores:
     def text_error(self):
         """Standard error from the choice of text, nats per token, by documents -> (error, number of them).
 
-        A text of one document is taken window by window; nan where there is one. The Monte-Carlo variance is subtracted.
+        A text of one document is taken window by window. The Monte-Carlo variance is subtracted; nan where nothing is
+        left, or where there is one window.
         """
         excess = self.residuals()[0].mean(0) + self.reconstruction.mean(0) - self.n * self.nats_per_token[1]
         several = len(np.unique(self.document[self.n > 0])) > 1
@@ -129,7 +130,7 @@ class Scores:
         if many < 2:
             return math.nan, many
         variance = np.square(excess).sum() * many / (many - 1) - np.nan_to_num(self.monte_carlo_variance())
-        return math.sqrt(max(0.0, variance)) / self.n.sum(), many
+        return (math.sqrt(variance) / self.n.sum() if variance > 0 else math.nan), many
 
 
 def score(
@@ -184,7 +185,7 @@ def score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given
     scored = (segment_ids > 0) & ~cond_mask
     first = plan.row_starts[rows[0]]
     at = plan.row_starts[np.asarray(rows)][:, None] + segment_ids - 1  # window of each position
-    t = torch.from_numpy(((seed / 2**63 + at * bfn.GOLDEN) % 1).astype(np.float32)).to(device)
+    t = torch.from_numpy(((seed / 2**63 + at * data.GOLDEN) % 1).astype(np.float32)).to(device)
     ids, segment_ids, cond_mask = (torch.from_numpy(x).to(device) for x in (ids, segment_ids, cond_mask))
     network = partial(model, segment_ids=segment_ids)
     torch.manual_seed(bfn.mix_seed(seed, int(first)))

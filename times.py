@@ -7,7 +7,7 @@ curve       (N_BINS,)  mean square of the loss by time
 
 import torch
 
-from bfn import GOLDEN
+from data import GOLDEN
 
 N_BINS = 64
 MEMORY = 0.99  # of the curve, a step

@@ -121,7 +121,7 @@ def test_the_character_model_has_the_characters_and_unk_alone(tmp_path):
 
 def test_a_tokenizer_that_cannot_be_is_refused_in_words(tmp_path):
     path = write(tmp_path / "text", "".join(map(chr, range(0x4E00, 0x5000))))
-    with pytest.raises(ValueError, match="no bpe tokenizer of 20 pieces"):
+    with pytest.raises(ValueError, match="no bpe tokenizer with --vocab_size=20"):
         data.train_tokenizer(path, "bpe", 20)
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         data.load_tokenizer(path)
