@@ -21,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+import kernels
 
 FORMAT = 2  # of the checkpoint file and the network in it
 
@@ -108,7 +112,10 @@ class Attention(nn.Module):
     def forward(self, h, mask, rotations):
         qk, v = self.qkv(h).unflatten(-1, (3 * self.n_heads, -1)).transpose(1, 2).split((2 * self.n_heads, self.n_heads), 1)
         q, k = apply_rotary_emb(rotations, F.rms_norm(qk, qk.shape[-1:])).chunk(2, 1)  # each (B, H, L, D / H)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if isinstance(mask, BlockMask):
+            attended = flex_attention(q, k, v, block_mask=mask)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
@@ -143,6 +150,9 @@ class Block(nn.Module):
 class BFNTransformer(nn.Module):
     """The network: theta (B, L, K), t (B, L), segment_ids (B, L) -> logits (B, L, K)."""
 
+    flex = False  # attend without an L x L mask, which wants compiled blocks
+    recompute = False  # keep no activations within a block: compute them again for the gradient
+
     def __init__(self, config):
         super().__init__()
         D, d_time = config.d_model, max(config.d_model // 4, 16)
@@ -163,7 +173,14 @@ class BFNTransformer(nn.Module):
         return [p for block in self.blocks for part in (block.attention, block.forward_layer) for p in part.parameters()]
 
     def attention_mask(self, segment_ids):
-        """Which positions (column) a position (row) sees, those of its segment: (B, 1, L, L) bool."""
+        """Which positions (column) a position (row) sees, those of its segment: (B, 1, L, L) bool, or a BlockMask."""
+        if self.flex:
+            B, L = segment_ids.shape
+
+            def same_segment(b, h, q, k):
+                return segment_ids[b, q] == segment_ids[b, k]
+
+            return create_block_mask(same_segment, B, None, L, L, segment_ids.device)
         return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no empty row
 
     def embed(self, theta):
@@ -177,15 +194,35 @@ class BFNTransformer(nn.Module):
         time = self.time(t)
         h = h + self.place(segment_ids)
         for block in self.blocks:
-            h = block(h, time, mask, rotations)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, time, mask, rotations, use_reentrant=False)
+            else:
+                h = block(h, time, mask, rotations)
         return self.film_out(h, time)
 
     def head(self, hidden, theta):
         """hidden -> logits, by Bayes' rule: what the context says of each token, times the evidence theta for it."""
-        return self.linear_out(hidden) + theta.clamp(min=1e-30).log()
+        return self.linear_out(hidden) + theta.clamp(min=1e-37).log()
 
     def forward(self, theta, t, segment_ids):
         return self.head(self.body(self.embed(theta), t, segment_ids), theta)
+
+    def fused_loss(self, ids, t, cond_mask, segment_ids, rows, keys, scale, entropy_weight):
+        """The training loss of a batch without a (tokens, K) tensor, for the flow with the noise of `keys` (B, L, 2).
+
+            sum over predicted positions of scale (squared_error_loss + entropy_weight cross_entropy)
+
+        rows (n,) are the predicted positions, counted through the batch. scale (B, L) -> scalar, and the losses (B, L)
+        without gradient, 0 where nothing is predicted.
+        """
+        ids, keys, t_rows, scale = ids.flatten(), keys.flatten(0, 1)[rows], t.flatten()[rows], scale.flatten()[rows]
+        s = self.config.s1 * t_rows
+        h = self.project(kernels.noisy_embedding(self.embedding.weight, ids, rows, keys, s)).view(*t.shape, -1)
+        hidden = self.body(h, t.masked_fill(cond_mask, 1.0), segment_ids).flatten(0, 1)[rows]
+        output = self.linear_out.weight, self.linear_out.bias
+        squared_weight = self.config.s1 * s  # s1^2 t
+        loss, losses = kernels.linear_errors(hidden, *output, ids[rows], keys, s, squared_weight, scale, entropy_weight)
+        return loss, torch.zeros_like(t).flatten().index_copy(0, rows, losses).view_as(t)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -6,13 +6,17 @@ demonstration took 20 times as long. Here it is float32 (TF32 where allowed), al
 
 import torch
 
+# Odd quintics a x + b x^3 + c x^5, each with the least largest distance from 1 on the range that the one before leaves of
+# [0.01, 1]. Three of them leave [0.73, 1.27], which takes five of Jordan's [Amsel et al. 2025, arXiv 2505.16932].
+QUINTICS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
-def orthogonalise(X, n_iterations=5):
-    """Push the singular values of matrices (n, rows <= columns) towards 1 by a quintic Newton-Schulz iteration."""
+
+def orthogonalise(X):
+    """Push the singular values of matrices (n, rows <= columns) towards 1, all of one matrix at once."""
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(n_iterations):
+    for a, b, c in QUINTICS:
         A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        X = a * X + (b * A + c * A @ A) @ X
     return X
 
 

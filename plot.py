@@ -3,8 +3,8 @@
 from pathlib import Path
 
 
-def lines(path, series, x_label, y_label, title):
-    """Draw {label: (x, y)} as lines into a picture file; the ending of `path` decides its kind."""
+def lines(path, series, x_label, y_label, title, log=False):
+    """Draw {label: (x, y)} as lines into a picture file, both axes logarithmic where asked; `path`'s ending decides its kind."""
     import matplotlib  # takes a second to import
 
     matplotlib.use("Agg")
@@ -14,6 +14,8 @@ def lines(path, series, x_label, y_label, title):
     for label, (x, y) in series.items():
         axes.plot(x, y, label=label, linewidth=1.8)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    if log:
+        axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

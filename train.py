@@ -15,7 +15,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ import bfn
 import cli
 import data
 import evaluate
+import kernels
 import plot
 import toy
 from model import BFNTransformer, Config, load, read_checkpoint, save_checkpoint
@@ -42,6 +43,9 @@ PRESETS = {
     "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
 }  # fmt: skip
 CROSS_ENTROPY = 5.0  # weight of the cross-entropy beside the continuous-time loss
+FUSED_FROM = 1000  # tokens of the vocabulary: below, the plain operations are faster
+COMPILED_FROM = 256  # width, on a CPU: below, compiling gains nothing
+FLEX_FROM = 256  # length of rows: below, the mask is small
 TOY_SENTENCES, TOY_STEPS = 60_000, 1_200
 SAMPLING_STEPS = 100  # of the samples shown during training
 VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
@@ -103,7 +107,10 @@ def flags():
     add("-nex", "--num_examples", type=cli.natural, default=4, help="samples each time, half of them from prompts (4)")
     add("--seed", type=cli.natural, default=0, help="of everything random (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile (auto: on CUDA)")
+    choices = ["auto", "on", "off"]
+    add("--compile", choices=choices, default="auto", help="torch.compile (auto: on CUDA, and from width 256)")
+    add("--fused", choices=choices, default="auto", help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")
+    add("--recompute", action="store_true", help="keep no activations within layers: less memory, a third more time")
     return p
 
 
@@ -242,30 +249,38 @@ def loss_mask(segment_ids, cond_mask):
     return (segment_ids > 0) & ~cond_mask
 
 
-def micro_batch_loss(network, batch, config, n_tokens, times):
+def micro_batch_loss(network, batch, rows, config, n_tokens, times, fused):
     """Share of a micro-batch in the step's mean loss over its n_tokens predicted tokens, in nats.
 
     The continuous-time loss, plus the cross-entropy at the same t: the former vanishes as t -> 0, where the context
-    alone decides, and the latter teaches it there.
+    alone decides, and the latter teaches it there. rows (n,) are the predicted positions, counted through the batch.
     """
     ids, segment_ids, cond_mask = batch
-    t, weight = times.draw(segment_ids)
-    z = bfn.flow(ids, t, config.s1, config.K)
-    logits = bfn.predict(partial(network, segment_ids=segment_ids), z, t, ids, cond_mask)
-    loss = bfn.squared_error_loss(logits, ids, t, config.s1) + CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
     mask = loss_mask(segment_ids, cond_mask)
-    times.learn(t, loss.detach(), mask)
-    return (weight * loss * mask).sum() / n_tokens
+    t, weight = times.draw(segment_ids)
+    keys = kernels.draw_keys(*ids.shape, device=ids.device)
+    scale = weight * mask / n_tokens
+    if fused:
+        loss, losses = network.fused_loss(ids, t, cond_mask, segment_ids, rows, keys, scale, CROSS_ENTROPY)
+    else:
+        z = bfn.flow(ids, t, config.s1, config.K, kernels.noise(keys, config.K))
+        logits = bfn.predict(partial(network, segment_ids=segment_ids), z, t, ids, cond_mask)
+        losses = bfn.squared_error_loss(logits, ids, t, config.s1) + CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
+        loss = (scale * losses).sum()
+    times.learn(t, losses.detach(), mask)
+    return loss
 
 
-def accumulate_gradients(network, batches, config, seeds, device, times):
+def accumulate_gradients(network, batches, config, seeds, device, times, fused=False):
     """Backpropagate the mean loss of a step's micro-batches, each under its own seed -> loss, a device scalar."""
-    n_tokens = max(1, sum(int(loss_mask(*batch[1:]).sum()) for batch in batches))  # still on the host
+    rows = [loss_mask(*batch[1:]).flatten().nonzero().squeeze(1) for batch in batches]  # still on the host
+    n_tokens = max(1, sum(map(len, rows)))
     total = torch.zeros((), device=device)
-    for batch, seed in zip(batches, seeds, strict=True):
+    for batch, predicted, seed in zip(batches, rows, seeds, strict=True):
         torch.manual_seed(seed)
-        batch = [x.to(device, non_blocking=True) for x in batch]
-        loss = micro_batch_loss(network, batch, config, n_tokens, times)
+        *batch, predicted = (x.to(device, non_blocking=True) for x in (*batch, predicted))
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+            loss = micro_batch_loss(network, batch, predicted, config, n_tokens, times, fused)
         loss.backward()
         total += loss.detach()
     times.fold()
@@ -413,30 +428,73 @@ def peak_memory(device):
     return math.nan
 
 
-def probe(model, loader, config, args, device):
-    """Do a step's work without its update, compiled and in bf16 where possible -> network, seconds a step."""
-    compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    for block in model.blocks if compiled else ():
-        block.compile()  # one program for all layers: a fraction of the time that the whole model takes to compile
+@cache
+def fast_bf16(device):
+    """Whether the device multiplies bfloat16 matrices fast: every recent GPU, few CPUs, which are asked."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return matmul_peak(device, torch.bfloat16) > 2 * matmul_peak(device, torch.float32)
 
-    def network(theta, t, segment_ids):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return model(theta, t, segment_ids)
 
+@cache
+def matmul_peak(device, dtype):
+    """Floating-point operations a second that large matrix products reach here."""
+    n = 8192 if device.type == "cuda" else 512
+    a, seconds = torch.ones(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(5):
+        synchronise(device)
+        begin = time.perf_counter()
+        a @ a
+        synchronise(device)
+        seconds = min(seconds, time.perf_counter() - begin)
+    return 2 * n**3 / seconds
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def model_flops(config, row_length):
+    """Floating-point operations that a token takes in training, forward and backward, without recomputation.
+
+    2 a weight forward and 4 backward (2 for the embedding, whose input needs no gradient), and 12 L D a layer for
+    attention over the whole row.
+    """
+    D, d_time = config.d_model, max(config.d_model // 4, 16)
+    layer = 12 * D**2 + 4 * d_time * D
+    return 6 * (config.n_layers * (layer + 2 * row_length * D) + D**2 + 2 * d_time * D) + 10 * config.K * D
+
+
+def prepare_network(model, args, device):
+    """Choose compilation, attention and fused operations by the flags, the device and the sizes -> whether to fuse."""
+    fused = model.config.K >= FUSED_FROM if args.fused == "auto" else args.fused == "on"
+    wide = device.type == "cuda" or args.model_dim >= COMPILED_FROM
+    model.recompute = args.recompute
+    if args.compile == "on" or (args.compile == "auto" and wide):
+        model.flex = device.type == "cuda" and args.sequence_length >= FLEX_FROM
+        for block in model.blocks:
+            block.compile()  # one program for all layers: a fraction of the time that the whole model takes to compile
+        if fused:
+            kernels.compile_chunks()
+    return fused
+
+
+def probe(model, loader, config, args, device, fused):
+    """Do a step's work without its update -> seconds a step. Where the compiler fails, go on without it."""
     times = Times(args.times, args.position_times, device)  # nothing is learned here
     for _ in range(3):
         begin = time.perf_counter()
         try:
-            accumulate_gradients(network, [loader.batch(0)], config, [0], device, times).item()
+            accumulate_gradients(model, [loader.batch(0)], config, [0], device, times, fused).item()
         except Exception as error:  # the compiler raises many kinds
-            if not compiled or isinstance(error, torch.OutOfMemoryError):
+            if args.compile == "off" or isinstance(error, torch.OutOfMemoryError):
                 raise
             print(f"torch.compile failed ({type(error).__name__}): going on without it", file=sys.stderr)
             torch.compiler.set_stance("force_eager")
-            compiled = False
+            args.compile, model.flex = "off", False
         model.zero_grad(set_to_none=True)
-    return network, (time.perf_counter() - begin) * args.accumulation_steps
+    return (time.perf_counter() - begin) * args.accumulation_steps
 
 
 def drop_undone(path, step_of, step):
@@ -543,7 +601,8 @@ def main():
     if state.step >= args.max_steps:
         print(f"{run_dir} is finished at step {state.step}; {next_commands(args)}")
         return
-    network, seconds_per_step = probe(state.model, loader, config, args, device)
+    fused = prepare_network(state.model, args, device)
+    seconds_per_step = probe(state.model, loader, config, args, device, fused)
     print(opening_line(state, loader, config, seconds_per_step, args, device))
 
     write = open_metrics(run_dir, state.step)
@@ -554,7 +613,7 @@ def main():
     while state.step < args.max_steps and not caught:
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [bfn.mix_seed(args.seed, state.step, m) for m in range(accumulation)]
-        loss = accumulate_gradients(network, micro_batches, config, seeds, device, state.times)
+        loss = accumulate_gradients(state.model, micro_batches, config, seeds, device, state.times, fused)
         norm = update_weights(state, args)
         log.append(torch.stack([loss, norm]))
         n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in micro_batches)
@@ -571,8 +630,11 @@ def main():
             speed = n_tokens / (time.perf_counter() - clock)
             fill = n_tokens / (len(log) * accumulation * args.batch_size * row_length)
             rate = learning_rate(step - 1, args)
-            write(step, loss=loss, grad_norm=norm, learning_rate=rate, tokens_per_s=speed, fill=fill)
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            peak = matmul_peak(device, torch.bfloat16 if fast_bf16(device) else torch.float32)
+            share, memory = speed * model_flops(config, row_length) / peak, peak_memory(device)
+            speeds = dict(tokens_per_s=speed, utilisation=share, peak_memory_gb=memory)
+            write(step, loss=loss, grad_norm=norm, learning_rate=rate, fill=fill, **speeds)
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {share:.0%} of peak, {memory:.1f} GB")
             log, n_tokens, clock = [], 0, time.perf_counter()
 
         pause, news, is_best = time.perf_counter(), [], False

@@ -205,13 +205,14 @@ def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
     config = train.make_config(args, len(tokenizer))
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
-    network, _ = train.probe(state.model, loader, config, args, device)
+    fused = train.prepare_network(state.model, args, device)
+    train.probe(state.model, loader, config, args, device, fused)
     train.learning_rate = lambda step, args: args.learning_rate * rate_share(budget.progress)
 
     def step():
         batch = loader.batch(state.step)
         seeds = [bfn.mix_seed(args.seed, state.step, 0)]
-        train.accumulate_gradients(network, [batch], config, seeds, device, state.times)
+        train.accumulate_gradients(state.model, [batch], config, seeds, device, state.times, fused)
         train.update_weights(state, args)
         state.step += 1
         return int((batch[1] > 0).sum())

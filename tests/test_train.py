@@ -272,7 +272,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch):
     _, config, state = tiny_setup()
     torch.nn.init.normal_(state.model.linear_out.weight)
     monkeypatch.setattr(Times, "draw", lambda self, segment_ids: torch.full((2, *segment_ids.shape), 0.6))
-    monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.full(shape, 0.1))
+    monkeypatch.setattr(train.kernels, "noise", lambda keys, K: torch.full((*keys.shape[:-1], K), 0.1))
     ids, segment_ids, cond_mask = batch_of(torch.randint(4, (6, 10)))
     cond_mask[4:, 3:] = True
     gradients = []

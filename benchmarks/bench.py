@@ -1,0 +1,297 @@
+"""Measure speed and memory of every variant, each in a process of its own, beside the machine's matrix multiplication.
+
+    python benchmarks/bench.py --quick
+    python benchmarks/bench.py operations step --output=runs/bench
+
+Writes results.json, results.md and pictures. Times are medians over repetitions; memory is the most that a call needs
+above what it starts with: weights, gradients and optimizer state. Ratios are to the first variant of a case.
+"""
+
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bfn
+import cli
+import data
+import kernels
+import plot
+import toy
+import train
+from model import BFNTransformer, Config
+
+VOCABULARIES = (27, 1024, 8192, 32_000, 50_257)
+
+# ---------------------------------------------------------------- measuring
+
+
+def memory_now(device, peak=False):
+    """Memory in use, or the most since `forget_peak`, in MB; of this process on a CPU (Linux alone, else 0)."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / 1e6
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM" if peak else "VmRSS"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return 0.0
+
+
+def forget_peak(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(call, device, n_tokens, repetitions, flops=0.0):
+    """Call twice to warm up, then `repetitions` times -> {figure: value}."""
+    begin = time.perf_counter()
+    call(), call()
+    train.synchronise(device)
+    warm_up = time.perf_counter() - begin
+    forget_peak(device)
+    before, seconds = memory_now(device), []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        call()
+        train.synchronise(device)
+        seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds)
+    peak = train.matmul_peak(device, torch.bfloat16 if train.fast_bf16(device) else torch.float32)
+    return dict(
+        seconds=median,
+        tokens_per_s=n_tokens / median,
+        memory_mb=memory_now(device, peak=True) - before,
+        share_of_peak=flops / median / peak,
+        warm_up_s=warm_up,
+    )
+
+
+# ---------------------------------------------------------------- cases: figures of one variant
+
+
+def operations(device, repetitions, variant, K, n_tokens, width):
+    """Input and loss alone, forward and backward."""
+    torch.manual_seed(0)
+    E, W = (torch.nn.Parameter(0.02 * torch.randn(K, width, device=device)) for _ in range(2))
+    bias = torch.nn.Parameter(torch.zeros(K, device=device))
+    for p in (E, W, bias):
+        p.grad = torch.zeros_like(p)
+    ids, t = torch.randint(K, (1, n_tokens), device=device), torch.rand(1, n_tokens, device=device)
+    s1, scale = 5.9, torch.full((n_tokens,), 1 / n_tokens, device=device)
+    rows = torch.arange(n_tokens, device=device)
+
+    def plain():
+        theta = bfn.flow(ids, t, s1, K).softmax(-1)
+        logits = (theta @ E) @ W.T + bias + theta.clamp(min=1e-37).log()
+        losses = bfn.squared_error_loss(logits, ids, t, s1) + train.CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
+        (losses * scale).sum().backward()
+
+    def fused():
+        keys, s = kernels.draw_keys(n_tokens, device=device), s1 * t[0]
+        h = kernels.noisy_embedding(E, ids[0], rows, keys, s)
+        kernels.linear_errors(h, W, bias, ids[0], keys, s, s1 * s, scale, train.CROSS_ENTROPY)[0].backward()
+
+    call = fused if "fused" in variant else plain
+    if variant == "plain, compiled":
+        call = torch.compile(plain, dynamic=False)
+    elif variant == "fused, compiled":
+        kernels.compile_chunks()
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.fast_bf16(device)):
+            call()
+
+    return measure(step, device, n_tokens, repetitions, 10 * K * width * n_tokens)
+
+
+def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_length=64, update=True):
+    """A whole training step of the network, on packed rows."""
+    flags = ["-d=none", f"-slen={row_length}", f"-bsz={n_tokens // row_length}", f"-nl={n_layers}", f"-mdim={width}"]
+    flags += ["--max_steps=1000", f"--fused={'on' if 'fused' in variant else 'off'}"]
+    flags += [f"--compile={'on' if 'compiled' in variant else 'off'}"]
+    args = train.complete(train.flags().parse_args(flags))
+    config = train.make_config(args, K)
+    state = train.build(config, args, device, None)
+    fused = train.prepare_network(state.model, args, device)
+    if fused:
+        for p in state.model.parameters():
+            p.grad = torch.zeros_like(p)
+    torch.manual_seed(0)
+    segment_ids = 1 + (torch.rand(n_tokens // row_length, row_length) < 0.05).cumsum(1)
+    batch = torch.randint(K, segment_ids.shape), segment_ids, torch.zeros_like(segment_ids, dtype=torch.bool)
+
+    def call():
+        train.accumulate_gradients(state.model, [batch], config, [0], device, state.times, fused)
+        if update:
+            train.update_weights(state, args)
+
+    return measure(call, device, n_tokens, repetitions, train.model_flops(config, row_length) * n_tokens)
+
+
+def attention(device, repetitions, variant, row_length, n_tokens=8192, n_heads=8, width=64):
+    """Attention alone over packed rows, forward and backward (forward alone on a CPU, where flex has no more)."""
+    B, dtype = n_tokens // row_length, torch.bfloat16 if train.fast_bf16(device) else torch.float32
+    q, k, v = (torch.randn(B, n_heads, row_length, width, device=device, dtype=dtype) for _ in range(3))
+    segments = (1 + (torch.rand(B, row_length) < 0.05).cumsum(1)).to(device)
+    train_it = device.type == "cuda"
+    q.requires_grad_(train_it)
+    flex = torch.compile(flex_attention, dynamic=False)
+    make_mask = torch.compile(create_block_mask, dynamic=False) if train_it else create_block_mask
+
+    def call():
+        with torch.set_grad_enabled(train_it):
+            if variant == "flex":
+                same = lambda b, h, i, j: segments[b, i] == segments[b, j]
+                out = flex(q, k, v, block_mask=make_mask(same, B, None, row_length, row_length, device))
+            else:
+                mask = (segments[:, None, :, None] == segments[:, None, None]) if variant == "boolean mask" else None
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            if train_it:
+                out.sum().backward()
+
+    return measure(call, device, n_tokens, repetitions)
+
+
+def text(device, repetitions, variant, n_sentences=50_000):
+    """Tokenising, and making batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, tokenizer = Path(folder) / "corpus.txt", Path(folder) / "tokenizer.model"
+        corpus.write_text(toy.corpus(n_sentences) * 4)
+        tokenizer.write_bytes(data.train_tokenizer(corpus, "bpe", 1000))
+        tokens = data.load_corpus(corpus, tokenizer, Path(folder) / "cache")
+        if variant == "tokenise":
+            caches = iter(range(1000))
+            call = lambda: data.load_corpus(corpus, tokenizer, Path(folder) / f"cache{next(caches)}")
+            return measure(call, device, len(tokens.ids), repetitions)
+        loader, n = data.Loader(tokens, 64, 128, seed=0), iter(range(10**6))
+        return measure(lambda: [loader.batch(next(n)) for _ in range(20)], device, 20 * 128 * 64, repetitions)
+
+
+def sampling(device, repetitions, variant, K, rows, length=64, width=256, n_layers=4):
+    """Sampling texts; `variant` is the number of steps."""
+    steps = int(variant.split()[0])
+    model = BFNTransformer(Config(K, bfn.auto_beta1(K), width, n_layers, 8)).to(device).eval()
+    ids = torch.zeros(rows, length, dtype=torch.long, device=device)
+    network = partial(model, segment_ids=torch.ones_like(ids))
+    call = partial(bfn.sample_ancestral, network, ids, torch.zeros_like(ids, dtype=torch.bool), model.config.s1, K, steps)
+    return measure(call, device, rows * length, repetitions)
+
+
+CASES = {f.__name__: f for f in (operations, step, attention, text, sampling)}
+FORMS = "plain", "plain, compiled", "fused", "fused, compiled"
+
+
+def plan(names, quick, cuda):
+    """What to run -> [(case, variant, {sizes})]."""
+    width, tokens = (1024, 65_536) if cuda else (256, 2048)
+    large = dict(K=32_000, n_tokens=65_536, width=1024) if cuda else dict(K=32_000, n_tokens=4096, width=512)
+    small = dict(K=27, n_tokens=65_536, width=768) if cuda else dict(K=27, n_tokens=2048, width=256, n_layers=4)
+    jobs = [("operations", form, dict(K=K, n_tokens=tokens, width=width)) for K in VOCABULARIES for form in FORMS]
+    jobs += [("step", form, sizes) for sizes in (large, small) for form in FORMS]
+    for change in (dict(n_tokens=tokens // 2), dict(n_tokens=2 * tokens), dict(row_length=256), dict(row_length=1024)):
+        jobs.append(("step", FORMS[-1], dict(dict(K=8192, n_tokens=tokens, width=width, n_layers=4), **change)))
+    jobs += [
+        ("attention", form, dict(row_length=n)) for n in (64, 256, 1024) for form in ("boolean mask", "no mask", "flex")
+    ]
+    jobs += [("text", form, {}) for form in ("tokenise", "load")]
+    jobs += [("sampling", f"{n} steps", dict(K=K, rows=rows)) for K in (27, 8192) for rows in (1, 16) for n in (10, 50)]
+    if quick:
+        jobs = [
+            ("operations", form, dict(K=K, n_tokens=1024, width=256)) for K in (27, 8192) for form in (FORMS[0], FORMS[3])
+        ]
+        jobs += [("step", form, dict(K=8192, n_tokens=1024, width=256, n_layers=2)) for form in (FORMS[0], FORMS[3])]
+    return [job for job in jobs if job[0] in names]
+
+
+# ---------------------------------------------------------------- results
+
+
+def table(results):
+    """Markdown lines, with ratios to the first variant of the same case and sizes."""
+    lines = [
+        "| case | sizes | variant | seconds | tokens/s | speed, ratio | memory, MB | ratio | share of matmul peak |",
+        "|" + "---|" * 9,
+    ]
+    first = {}
+    for r in results:
+        sizes = ", ".join(f"{name} {value:,}" for name, value in r["sizes"].items())
+        reference = first.setdefault((r["case"], sizes), r)
+        lines.append(
+            f"| {r['case']} | {sizes} | {r['variant']} | {r['seconds']:.3g} | {r['tokens_per_s']:,.0f} "
+            f"| {reference['seconds'] / r['seconds']:.2f} | {r['memory_mb']:,.0f} "
+            f"| {r['memory_mb'] / max(reference['memory_mb'], 1e-9):.2f} | {r['share_of_peak']:.0%} |"
+        )
+    return lines
+
+
+def pictures(results, folder):
+    """Speed and memory of input and loss over the size of the vocabulary."""
+    for figure, label in (("tokens_per_s", "tokens/s"), ("memory_mb", "MB above the state")):
+        series = {}
+        for r in results:
+            if r["case"] == "operations":
+                xs, ys = series.setdefault(r["variant"], ([], []))
+                xs.append(r["sizes"]["K"]), ys.append(r[figure])
+        if series:
+            title = "input and loss, forward and backward"
+            plot.lines(folder / f"{figure}.png", series, "tokens of the vocabulary", label, title, log=True)
+
+
+def main():
+    p = cli.Parser(__doc__.split("\n")[0])
+    p.add_argument("cases", nargs="*", help=f"which of {', '.join(CASES)} (all)")
+    p.add_argument("--quick", action="store_true", help="a few small cases, within two minutes")
+    p.add_argument("--repetitions", type=cli.count, default=5, help="of each measurement (5)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
+    p.add_argument("--output", default="runs/bench", help="folder for results and pictures (runs/bench)")
+    p.add_argument("--one", help="one job as JSON, run in this process")
+    args = p.parse_args()
+    device = cli.device(args.device)
+    torch.set_float32_matmul_precision("high")
+    if args.one:
+        case, variant, sizes = json.loads(args.one)
+        print(json.dumps(CASES[case](device, args.repetitions, variant, **sizes)))
+        return
+    if unknown := set(args.cases) - set(CASES):
+        raise ValueError(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
+    folder, results = Path(args.output), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for case, variant, sizes in tqdm(plan(args.cases or CASES, args.quick, device.type == "cuda"), disable=None):
+        command = [sys.executable, __file__, f"--one={json.dumps([case, variant, sizes])}", f"--device={device}"]
+        command += [f"--repetitions={args.repetitions}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            print(f"{case}, {variant}, {sizes}: {reason}", file=sys.stderr)
+            continue
+        results.append(dict(case=case, variant=variant, sizes=sizes, **json.loads(done.stdout.splitlines()[-1])))
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+    peak = train.matmul_peak(device, torch.bfloat16 if train.fast_bf16(device) else torch.float32)
+    lines = [f"matrix multiplication: {peak / 1e9:,.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads", ""]
+    lines += table(results)
+    (folder / "results.md").write_text("\n".join(lines) + "\n")
+    pictures(results, folder)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli.run(main)
