@@ -124,7 +124,7 @@ def reconstruction_loss(network, ids, cond_mask, s1, K):
     return cross_entropy(logits, ids)
 
 
-# ---------------------------------------------------------------- update and sampler
+# ---------------------------------------------------------------- the Bayesian update
 
 
 def sender_sample(ids, a, K, eps=None):
@@ -137,17 +137,79 @@ def bayesian_update(z, y):
     return z + y
 
 
-def draw_rows(draw, shape, lengths, generators, device):
-    """`draw` (torch.randn or torch.rand) for each row from its own generator and for its own length, zero-padded.
+# ---------------------------------------------------------------- solvers: one step of the state from time u to v > u
+
+
+def ancestral(z, p, dp, u, v, s1, draws):
+    """z + a eps + a^2 e_k,  k ~ p,  a^2 = s1^2 (v^2 - u^2) [Graves et al. 2023, algorithm 9]."""
+    a = torch.tensor(s1 * math.sqrt(v * v - u * u), device=z.device)
+    return bayesian_update(z, sender_sample(draws.tokens(p), a, z.shape[-1], draws.normal(z.shape)))
+
+
+def sde1(z, p, dp, u, v, s1, draws):
+    """z + a eps + a^2 p,  a^2 = s1^2 (v^2 - u^2) [Xue et al. 2024, SDE-solver 1]."""
+    a = s1 * math.sqrt(v * v - u * u)
+    return z + a * draws.normal(z.shape) + a * a * p
+
+
+def sde2(z, p, dp, u, v, s1, draws):
+    """SDE-1 + s1^2 / 3 h^2 (u + 2 v) dp,  h = v - u [Xue et al. 2024, SDE-solver 2]."""
+    return sde1(z, p, dp, u, v, s1, draws) + s1**2 / 3 * (v - u) ** 2 * (u + 2 * v) * dp
+
+
+def ode1(z, p, dp, u, v, s1, draws):
+    """(v / u) z + s1^2 v h p,  h = v - u, u > 0 [Xue et al. 2024, ODE-solver 1]. All noise is that of the start."""
+    return v / u * z + s1**2 * v * (v - u) * p
+
+
+def ode2(z, p, dp, u, v, s1, draws):
+    """ODE-1 + s1^2 v h^2 / 2 dp,  h = v - u [Xue et al. 2024, ODE-solver 2]."""
+    return ode1(z, p, dp, u, v, s1, draws) + s1**2 * v * (v - u) ** 2 / 2 * dp
+
+
+SOLVERS = {f.__name__: f for f in (ancestral, sde1, sde2, ode1, ode2)}
+ODE_START = 1e-3  # time at which an ODE begins, from z = s1 u eps
+
+
+def commit(p, ids, given, to_predict, share, draws):
+    """Draw the positions of least entropy and give them from now on, until `share` of each row's are -> ids, given.
+
+    The state stays as it is. One position a call is exact for an exact network: the chain rule, in an order that the
+    texts so far decide [for masked models: Chang et al. 2022, "MaskGIT"].
+    """
+    certain = entropy(p).masked_fill(given, torch.inf).argsort(1).argsort(1)  # rank of each position, 0 = least entropy
+    n = (to_predict.sum(1) * share).long() - (given & to_predict).sum(1)
+    now = (certain < n[:, None]) & to_predict & ~given
+    return torch.where(now, draws.tokens(p), ids), given | now
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class Draws:
+    """Random numbers for rows of tokens (B, L), each row's from its own generator and for its own length.
 
     A row's numbers depend on neither its neighbours nor the padding. With generators None: one draw of the whole shape.
     """
-    if generators is None:
-        return draw(shape, device=device)
-    noise = torch.zeros(shape, device=device)
-    for row, n, generator in zip(noise, lengths, generators, strict=True):
-        row[:n] = draw((n, *shape[2:]), generator=generator, device=device)
-    return noise
+
+    def __init__(self, lengths=None, generators=None, device="cpu"):
+        self.lengths, self.generators, self.device = lengths, generators, device
+
+    def _draw(self, draw, shape, dtype=torch.float32):
+        if self.generators is None:
+            return draw(shape, device=self.device, dtype=dtype)
+        numbers = torch.zeros(shape, device=self.device, dtype=dtype)
+        for row, n, generator in zip(numbers, self.lengths, self.generators, strict=True):
+            row[:n] = draw((n, *shape[2:]), generator=generator, device=self.device, dtype=dtype)
+        return numbers
+
+    def normal(self, shape):
+        """Standard normal numbers of a shape (B, L, ...)."""
+        return self._draw(torch.randn, shape)
+
+    def tokens(self, p):
+        """Draw k ~ p by inverting the cumulative distribution in float64: (B, L, K) -> (B, L) int64."""
+        return sample_categorical(p, self._draw(torch.rand, p.shape[:-1], torch.float64))
 
 
 def sample_categorical(p, u):
@@ -157,30 +219,85 @@ def sample_categorical(p, u):
     return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
 
 
-@torch.no_grad()
-def sample_ancestral(network, ids, cond_mask, s1, K, n_steps, allowed=None, lengths=None, generators=None, watch=None):
-    """Ancestral sampling [Graves et al. 2023, algorithm 9]: n_steps + 1 network calls -> ids (B, L).
+def entropy(p):
+    """-sum_k p_k log p_k in nats: (..., K) -> (...)."""
+    return torch.special.entr(p).sum(-1)
 
-        k ~ p(theta, t),    z <- z + a_i eps + a_i^2 e_k,    a_i = s1 sqrt(2i - 1) / n;    at the end k ~ p at t = 1
 
-    ids (B, L) are read where cond_mask is True and come back unchanged there. allowed, broadcastable to (B, L, K),
-    is False for tokens never to be drawn. lengths and generators: see `draw_rows`. watch(t, p) sees every step.
+def sharpen(logits, temperature=1.0, top_p=1.0):
+    """softmax(logits / temperature), of which the likeliest tokens that sum to `top_p` are kept -> (B, L, K)."""
+    p = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        largest, at = p.sort(-1, descending=True)
+        kept = largest.cumsum(-1) - largest < top_p  # the token that crosses top_p is in
+        p = torch.zeros_like(p).scatter(-1, at, largest * kept)
+        p /= p.sum(-1, keepdim=True)
+    return p
+
+
+def time_grid(solver, n_steps, curve=None):
+    """Times of the network calls, from 0 to 1 -> list, n_steps + 1 long, but n_steps for "commit".
+
+    They are even, or where `curve`, the loss in even bins of time, is given: each step has the same share of the root of
+    the loss, mixed with an even third. "commit" makes all its calls at time 0.
     """
+    if solver == "commit":
+        return [0.0] * n_steps
+    even = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
+    if curve is not None:
+        density = torch.as_tensor(curve, dtype=torch.float64).clamp(min=0).sqrt()
+        density = 1 / 3 + 2 / 3 * density / density.mean().clamp(min=1e-12)
+        Q = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])
+        at = (torch.searchsorted(Q, even, right=True) - 1).clamp(0, len(density) - 1)
+        even = (at + (even - Q[at]) / (Q[at + 1] - Q[at])) / len(density)
+    times = even.tolist()
+    if solver.startswith("ode"):
+        times[0] = min(ODE_START, times[1] / 10)
+    return times[:-1] + [1.0]
+
+
+@torch.no_grad()
+def sample(
+    network, ids, cond_mask, s1, K, times, solver="ancestral", *, hint=None, hint_time=0.0, allowed=None, temperature=1.0,
+    top_p=1.0, argmax=False, until=0.0, draws=None, watch=None,
+):  # fmt: skip
+    """Carry all positions from ignorance to text, calling the network at `times` -> ids (B, L), calls (B,).
+
+    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit". The
+    network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to (B, L, K), is evidence of the user's;
+    where it is what a flow brings until hint_time, accuracies add and the network is told sqrt(t^2 + hint_time^2).
+    allowed (..., K) is False for tokens never to be drawn. A row whose output has a mean entropy under `until` nats is read
+    out at once; argmax reads out the likeliest tokens. watch(t, p, given) sees every call.
+    """
+    draws = draws or Draws(device=ids.device)
     B, L = ids.shape
     z = torch.zeros(B, L, K, device=ids.device)
-    for i in range(1, n_steps + 2):
-        t = torch.full((B, L), (i - 1) / n_steps, device=ids.device)
-        logits = predict(network, z, t, ids, cond_mask)
-        p = (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(-1)
-        u = draw_rows(torch.rand, (B, L), lengths, generators, ids.device)
-        k = torch.where(cond_mask, ids, sample_categorical(p, u))
+    if times[0]:
+        z += s1 * times[0] * draws.normal((B, L, K))
+    given, to_predict, dp, before = cond_mask, ~cond_mask, torch.zeros((), device=ids.device), None
+    result, calls, open_rows = ids, torch.zeros(B, dtype=torch.long), torch.ones(B, 1, dtype=torch.bool, device=ids.device)
+    for i, u in enumerate(times):
+        t = torch.full((B, L), min(1.0, math.hypot(u, hint_time)), device=ids.device)
+        logits = predict(network, z if hint is None else z + hint, t, ids, given)
+        p = sharpen(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), temperature, top_p)
+        calls += open_rows[:, 0].cpu()
         if watch is not None:
-            watch((i - 1) / n_steps, p)
-        if i <= n_steps:
-            a = torch.tensor(s1 * math.sqrt(2 * i - 1) / n_steps, device=ids.device)
-            eps = draw_rows(torch.randn, (B, L, K), lengths, generators, ids.device)
-            z = bayesian_update(z, sender_sample(k, a, K, eps))
-    return k
+            watch(u, p, given)
+        mean_entropy = (entropy(p) * ~given).sum(1) / (~given).sum(1).clamp(min=1)
+        last = i + 1 == len(times)
+        if until or last:  # not only where a row ends: its draws must not depend on the others
+            k = torch.where(given, ids, p.argmax(-1) if argmax else draws.tokens(p))
+            read_out = open_rows & ((mean_entropy < until) | last)[:, None]
+            result, open_rows = torch.where(read_out, k, result), open_rows & ~read_out
+            if not open_rows.any():
+                break
+        if solver == "commit":
+            ids, given = commit(p, ids, given, to_predict, (i + 1) / len(times), draws)
+        else:
+            dp = (p - before[0]) / (u - before[1]) if before else dp
+            before = (p, u)
+            z = SOLVERS[solver](z, p, dp, u, times[i + 1], s1, draws)
+    return result, calls
 
 
 # ---------------------------------------------------------------- randomness

@@ -28,7 +28,7 @@ import data
 import plot
 import quality
 from model import load
-from sample import decode, generate, make_template
+from sample import Options, decode, generate, make_template
 
 MOST_DRAWS = 64
 TIME_BINS = 50
@@ -293,11 +293,11 @@ def sample_quality(model, tokenizer, run, tokens, corpus, part, args):
     spans = list(zip(plan.starts[chosen].tolist(), plan.lengths[chosen].tolist(), strict=True))
     real = [decode(tokenizer, tokens.ids[start : start + n].tolist()) for start, n in spans]
     templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i), n) for i, (_, n) in enumerate(spans)]
-    ids = generate(model, tokenizer, templates, args.steps, args.seed)
-    ids = tqdm(ids, total=len(templates), unit="sample", desc="sampling", disable=None)
-    generated = [decode(tokenizer, row) for row in ids]
+    samples = generate(model, tokenizer, templates, args.seed, Options(args.solver, args.steps))
+    samples = list(tqdm(samples, total=len(templates), unit="sample", desc="sampling", disable=None))
+    generated = [decode(tokenizer, ids) for ids, _ in samples]
     return {
-        f"{len(real)} samples, {args.steps + 1} calls": quality.figures(generated, reference, args.seed),
+        f"{len(real)} samples, {samples[0][1]} calls": quality.figures(generated, reference, args.seed),
         f"{len(real)} real texts": quality.figures(real, reference, args.seed),
     }
 
@@ -322,7 +322,8 @@ def flags():
     add("-bsz", "--batch_size", type=cli.count, default=32, help="windows at a time (32)")
     add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also judge this many generated texts (0)")
-    add("--steps", type=cli.count, default=100, help="sampling steps for --samples (100)")
+    add("--solver", choices=["commit", *bfn.SOLVERS], default=Options.solver, help=f"for --samples ({Options.solver})")
+    add("--steps", type=cli.count, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
     add("--corpus", help="training text that --samples are held against (the one trained on)")
     add("--json", action="store_true", help="print one JSON object in place of the tables")
     add("--seed", type=cli.natural, default=0, help="of everything random (0)")

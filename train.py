@@ -47,7 +47,6 @@ FUSED_FROM = 1000  # tokens of the vocabulary: below, the plain operations are f
 COMPILED_FROM = 256  # width, on a CPU: below, compiling gains nothing
 FLEX_FROM = 256  # length of rows: below, the mask is small
 TOY_SENTENCES, TOY_STEPS = 60_000, 1_200
-SAMPLING_STEPS = 100  # of the samples shown during training
 VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
 
 # What a run is: on resume these must be what they were, everything else may change.
@@ -312,10 +311,10 @@ def average_weights(ema, model, rate, step):
 
 
 def validate(model, tokens, bos_id, args, device):
-    """Bound on at most VAL_TOKENS of the validation text, on the same noise each time -> dict of figures."""
+    """Bound on at most VAL_TOKENS of the validation text, on the same noise each time -> dict of figures, loss by time."""
     options = dict(seed="validation", max_tokens=VAL_TOKENS, batch_size=args.batch_size)
     scores = evaluate.score(model, tokens, args.sequence_length, bos_id, device, **options)
-    return evaluate.likelihood(scores, tokens, bos_id)
+    return evaluate.likelihood(scores, tokens, bos_id), np.nan_to_num(scores.by_time(20)[1]).tolist()
 
 
 def sample_texts(model, tokenizer, val, args, run):
@@ -327,7 +326,7 @@ def sample_texts(model, tokenizer, val, args, run):
             window = val.ids[plan.starts[i % len(plan.starts)] :][: plan.lengths[i % len(plan.starts)]].tolist()
             given = window[: len(window) // 3]
             template, shown = given + [FREE] * (len(window) - len(given)), f"[{decode(tokenizer, given)}] "
-        (ids,) = generate(model, tokenizer, [template], SAMPLING_STEPS, args.seed, first=i)
+        ((ids, _),) = generate(model, tokenizer, [template], args.seed, first=i)
         lines.append(shown + decode(tokenizer, ids[len(given) if shown else 0 :]))
     return lines
 
@@ -337,7 +336,7 @@ def describe_toy(model, tokenizer, figures, args, run, corpus):
     entropy = toy.entropy_given_length() / (toy.mean_length() + 1) / math.log(2)  # eos is scored too
     bound = figures["bound_nats_per_token"] / math.log(2)
     templates = [make_template("", tokenizer, run, bfn.mix_seed("toy", i)) for i in range(256)]
-    texts = [decode(tokenizer, ids) for ids in generate(model, tokenizer, templates, SAMPLING_STEPS, args.seed)]
+    texts = [decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, templates, args.seed)]
     seen = set(corpus.read_text().splitlines())
     grammatical = [text for text in texts if toy.is_grammatical(text)]
     new = sum(text not in seen for text in grammatical) / max(1, len(grammatical))
@@ -360,6 +359,7 @@ class State:
     times: Times
     step: int = 0
     best: float = math.inf  # lowest validation bound so far, nats per token
+    loss_by_time: list | None = None  # of the last validation, in even bins
 
 
 def describe_run(args, config, tokenizer, tokens, val, run_dir):
@@ -391,7 +391,7 @@ def build(config, args, device, saved):
             optimizer.load_state_dict({**moments, "param_groups": now})
         for ema, weights in zip(emas, saved["emas"], strict=True):
             ema.load_state_dict(weights)
-        state.step, state.best = saved["step"], saved["best"]
+        state.step, state.best, state.loss_by_time = saved["step"], saved["best"], saved["loss_by_time"]
         state.times.curve.copy_(saved["times"])
     return state
 
@@ -405,7 +405,7 @@ def save(state, run, run_dir, is_best=False):
     moments = [optimizer.state_dict() for optimizer in state.optimizers]
     averages = [ema.state_dict() for ema in state.emas]
     changing = dict(step=state.step, best=state.best, times=state.times.curve, emas=averages, optimizers=moments)
-    changing["model"] = state.model.state_dict()
+    changing |= dict(model=state.model.state_dict(), loss_by_time=state.loss_by_time)
     save_checkpoint(path, {**run, **changing})
     if is_best:
         temporary = run_dir / "last.pt.tmp"
@@ -639,7 +639,7 @@ def main():
 
         pause, news, is_best = time.perf_counter(), [], False
         if step % args.val_interval == 0 or last:
-            figures = validate(state.emas[-1], val, tokenizer.bos_id(), args, device)
+            figures, state.loss_by_time = validate(state.emas[-1], val, tokenizer.bos_id(), args, device)
             write(step, **{f"val_{name}": value for name, value in figures.items()})
             news.append(f"step {step}: {describe(figures)}")
             plot_times(state.times, run_dir / "times.png")

@@ -188,11 +188,12 @@ def text(device, repetitions, variant, n_sentences=50_000):
 
 def sampling(device, repetitions, variant, K, rows, length=64, width=256, n_layers=4):
     """Sampling texts; `variant` is the number of steps."""
-    steps = int(variant.split()[0])
+    times = bfn.time_grid("sde2", int(variant.split()[0]))
     model = BFNTransformer(Config(K, bfn.auto_beta1(K), width, n_layers, 8)).to(device).eval()
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
     network = partial(model, segment_ids=torch.ones_like(ids))
-    call = partial(bfn.sample_ancestral, network, ids, torch.zeros_like(ids, dtype=torch.bool), model.config.s1, K, steps)
+    nothing = torch.zeros_like(ids, dtype=torch.bool)
+    call = partial(bfn.sample, network, ids, nothing, model.config.s1, K, times, "sde2", draws=bfn.Draws(device=device))
     return measure(call, device, rows * length, repetitions)
 
 

@@ -3,11 +3,11 @@
 import torch
 
 
-def random_joint(K=4, L=3, seed=0):
-    """A peaked random distribution over K^L sequences -> (sequences (K^L, L), probabilities (K^L,))."""
+def random_joint(K=4, L=3, seed=0, spread=2.0):
+    """A random distribution, the more peaked the larger `spread`, over K^L sequences -> (sequences (K^L, L), probabilities (K^L,))."""
     generator = torch.Generator().manual_seed(seed)
     sequences = torch.cartesian_prod(*[torch.arange(K)] * L)
-    return sequences, (2 * torch.randn(K**L, generator=generator)).softmax(0)
+    return sequences, (spread * torch.randn(K**L, generator=generator)).softmax(0)
 
 
 def entropy(probabilities):

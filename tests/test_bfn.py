@@ -1,6 +1,7 @@
 """The flow, its losses and its sampler against closed forms and the exact network."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import bfn
 SEQUENCES, P = random_joint()
 EXACT = ExactNetwork(SEQUENCES, P)
 K, L, H = 4, 3, entropy(P)
+_, FLAT_P = random_joint(seed=1, spread=1.0)  # of 3.64 nats, for the samplers: the published comparisons are on such
+FLAT = ExactNetwork(SEQUENCES, FLAT_P)
 
 
 def nothing_given(ids):
@@ -95,33 +98,150 @@ def test_many_small_updates_equal_one_flow_sample_in_mean_and_variance():
     torch.testing.assert_close(z.var(0), flow.var(0), atol=0.1, rtol=0)
 
 
-def total_variation(n_steps, n=40_000, given=None):
+def frequencies(samples):
+    return torch.bincount((samples * K ** torch.arange(L - 1, -1, -1)).sum(-1), minlength=K**L) / len(samples)
+
+
+def condition(weights):
+    """P given what is known of it, as weights of the sequences."""
+    return FLAT_P * weights / (FLAT_P * weights).sum()
+
+
+def total_variation(n_steps, solver="ancestral", n=40_000, given=None, truth=None, **options):
     torch.manual_seed(5)
     ids, cond_mask = torch.zeros(n, L, dtype=torch.long), torch.zeros(n, L, dtype=torch.bool)
-    truth = P
     if given is not None:
         ids[:, 1], cond_mask[:, 1] = given, True
-        truth = torch.where(SEQUENCES[:, 1] == given, P, 0.0)
-        truth = truth / truth.sum()
-    samples = bfn.sample_ancestral(EXACT, ids, cond_mask, 6.0, K, n_steps)
-    counts = torch.bincount((samples * K ** torch.arange(L - 1, -1, -1)).sum(-1), minlength=K**L)
-    return (counts / n - truth).abs().sum().item() / 2
+        truth = condition((SEQUENCES[:, 1] == given).float())
+    times = bfn.time_grid(solver, n_steps)
+    samples, _ = bfn.sample(FLAT, ids, cond_mask, 6.0, K, times, solver, **options)
+    return (frequencies(samples) - (FLAT_P if truth is None else truth)).abs().sum().item() / 2
 
 
-def test_the_ancestral_sampler_reproduces_the_exact_joint():
-    """Known: 0.123, 0.059 and 0.016 at 5, 10 and 50 steps, where 0.0135 is the error of 40,000 perfect draws."""
-    assert total_variation(50) < 0.03 < total_variation(10) < total_variation(5) < 0.2
+@pytest.mark.parametrize(
+    "solver, at_3, at_10",
+    [
+        ("ancestral", 0.18, 0.059),
+        ("sde1", 0.1, 0.039),
+        ("sde2", 0.079, 0.015),
+        ("ode1", 0.092, 0.029),
+        ("ode2", 0.083, 0.018),
+    ],
+)
+def test_every_solver_reproduces_the_exact_joint_as_well_as_is_known(solver, at_3, at_10):
+    """Total variations known for a joint of 3.46 nats, where 0.0135 is the error of 40,000 perfect draws."""
+    assert total_variation(3, solver) < 1.2 * at_3
+    assert total_variation(10, solver) < 1.2 * at_10 + 0.005
+    assert total_variation(50, solver) < 0.025
+
+
+def test_the_second_order_sde_errs_less_than_the_first_and_that_less_than_the_ancestral_sampler():
+    assert total_variation(5, "sde2") < total_variation(5, "sde1") < total_variation(5, "ancestral")
+
+
+def test_committing_one_position_a_call_is_exact_and_all_at_once_is_not():
+    assert total_variation(L, "commit") < 0.02
+    independent = torch.stack([torch.stack([FLAT_P[SEQUENCES[:, d] == k].sum() for k in range(K)]) for d in range(L)])
+    product = torch.stack([independent[d, SEQUENCES[:, d]] for d in range(L)]).prod(0)
+    assert total_variation(1, "commit", truth=product) < 0.02 < total_variation(1, "commit")
+
+
+@pytest.mark.parametrize("solver, order", [("ode1", 1), ("ode2", 2)])
+def test_the_error_of_an_ode_falls_with_its_order_in_the_steps(solver, order):
+    s1, ids, nothing = 3.0, torch.zeros(200, L, dtype=torch.long), torch.zeros(200, L, dtype=torch.bool)
+
+    def end(n_steps):
+        times, states = torch.linspace(0.2, 1, n_steps + 1).tolist(), []
+
+        def network(theta, t):
+            states.append(theta.log())
+            return FLAT(theta, t)
+
+        torch.manual_seed(6)
+        bfn.sample(network, ids, nothing, s1, K, times, solver)
+        return states[-1]
+
+    fine = end(640)
+    errors = [(end(n) - fine).square().mean().sqrt().item() for n in (10, 20, 40)]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert all(order - 0.25 < slope < order + 0.35 for slope in slopes), slopes
 
 
 def test_given_tokens_come_back_and_the_rest_follows_the_conditional_distribution():
-    assert total_variation(50, given=2) < 0.03
+    for solver, n_steps in (("ancestral", 50), ("ode2", 50), ("commit", 2)):
+        assert total_variation(n_steps, solver, given=2) < 0.03
+
+
+@pytest.mark.parametrize("solver, n_steps", [("sde2", 30), ("ode2", 30), ("commit", 3)])
+def test_a_hint_gives_the_distribution_under_the_same_evidence(solver, n_steps):
+    """The solver moves z alone: added to z itself, an ODE would amplify the hint."""
+    hint = torch.zeros(1, L, K)
+    hint[0, 0] = torch.tensor([0.1, 0.6, 0.2, 0.1]).log()
+    truth = condition(hint[0, 0].exp()[SEQUENCES[:, 0]])
+    assert (truth - FLAT_P).abs().sum() / 2 > 0.1
+    assert total_variation(n_steps, solver, truth=truth, hint=hint) < 0.03
+
+
+@pytest.mark.parametrize("solver, n_steps", [("sde2", 30), ("ode2", 30), ("commit", 3)])
+def test_a_banned_token_leaves_the_distribution_of_the_others(solver, n_steps):
+    """Where the network knows of it: the hint says what `allowed` enforces."""
+    allowed = torch.tensor([True, False, True, True])
+    hint = torch.zeros(1, 1, K).masked_fill(~allowed, -100.0)
+    truth = condition((SEQUENCES != 1).all(1).float())
+    assert total_variation(n_steps, solver, truth=truth, hint=hint, allowed=allowed) < 0.03
+
+
+@pytest.mark.parametrize("solver, n_steps", [("sde2", 30), ("ode2", 30), ("commit", 3)])
+def test_sampling_from_a_draft_follows_the_distribution_given_its_evidence(solver, n_steps):
+    torch.manual_seed(7)
+    draft, strength = torch.tensor([[0, 2, 1]]), 0.3
+    evidence = bfn.flow(draft, torch.full(draft.shape, strength), 6.0, K)
+    truth = condition(sum(evidence[0, d, SEQUENCES[:, d]] for d in range(L)).exp())
+    assert (truth - FLAT_P).abs().sum() / 2 > 0.3
+    assert total_variation(n_steps, solver, truth=truth, hint=evidence, hint_time=strength) < 0.03
+
+
+def test_a_sharper_output_has_the_probabilities_of_its_definition():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    torch.testing.assert_close(bfn.sharpen(logits, 0.5), torch.tensor([25.0, 9, 4]) / 38)
+    torch.testing.assert_close(bfn.sharpen(logits, 1.0, 0.7), torch.tensor([5.0, 3, 0]) / 8)
+    torch.testing.assert_close(bfn.sharpen(logits, 1.0, 0.1), torch.tensor([1.0, 0, 0]))
+
+
+def test_a_row_ends_when_its_output_is_certain_and_takes_no_noise_from_others():
+    ids, nothing = torch.zeros(2, L, dtype=torch.long), torch.zeros(2, L, dtype=torch.bool)
+
+    def network(theta, t):  # the first row is certain from t = 0.5 on
+        logits = torch.zeros(theta.shape)
+        logits[: len(theta) - 1, :, 1] = 100.0 * (t[0, 0] >= 0.5)
+        return logits
+
+    def run(rows):
+        generators = [torch.Generator().manual_seed(i) for i in range(2)][-rows:]
+        draws = bfn.Draws([L] * rows, generators)
+        return bfn.sample(
+            network, ids[:rows], nothing[:rows], 3.0, K, bfn.time_grid("sde1", 10), "sde1", until=0.1, draws=draws
+        )
+
+    samples, calls = run(2)
+    assert calls.tolist() == [6, 11] and samples[0].tolist() == [1] * L
+    assert torch.equal(samples[1], run(1)[0][0])
+
+
+def test_a_time_grid_takes_small_steps_where_the_loss_is():
+    assert bfn.time_grid("sde2", 4) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert bfn.time_grid("commit", 3) == [0, 0, 0] and bfn.time_grid("ode1", 4)[0] > 0
+    times = bfn.time_grid("sde2", 20, curve=[0, 0, 1, 0])
+    within = sum(0.5 <= t < 0.75 for t in times)
+    assert within > 12 and all(a < b for a, b in pairwise(times)) and times[0] == 0 and times[-1] == 1
 
 
 def test_disallowed_tokens_are_never_drawn():
     ids = torch.zeros(500, L, dtype=torch.long)
     allowed = torch.tensor([True, False, True, False])
-    samples = bfn.sample_ancestral(EXACT, ids, nothing_given(ids), 6.0, K, 5, allowed=allowed)
-    assert set(samples.unique().tolist()) == {0, 2}
+    for solver in ("ancestral", "commit"):
+        samples, _ = bfn.sample(EXACT, ids, nothing_given(ids), 6.0, K, bfn.time_grid(solver, 5), solver, allowed=allowed)
+        assert set(samples.unique().tolist()) == {0, 2}
 
 
 @pytest.mark.parametrize("t", [0.0, 1e-6, 1.0])
@@ -140,7 +260,9 @@ def test_losses_are_finite_at_the_ends_of_time_for_50000_tokens_and_s1_12(t, cer
     assert bfn.continuous_time_loss(network, ids, times, given, s1, K).isfinite().all()
     assert bfn.reconstruction_loss(network, ids, given, s1, K).isfinite().all()
     assert bfn.n_step_loss(network, ids, torch.ones_like(ids), 1, given, s1, K).isfinite().all()
-    assert (bfn.sample_ancestral(network, ids, given, s1, K, 2)[0, 0]) == 7
+    for solver in (*bfn.SOLVERS, "commit"):
+        samples, _ = bfn.sample(network, ids, given, s1, K, bfn.time_grid(solver, 2), solver)
+        assert samples[0, 0] == 7 and 0 <= samples[0, 1] < K
 
 
 def test_a_bf16_network_gives_float32_losses():
@@ -180,6 +302,6 @@ def test_a_rows_noise_depends_on_its_generator_alone():
     def generators(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    alone = bfn.draw_rows(torch.randn, (1, 5, 4), [5], generators(8), "cpu")
-    beside = bfn.draw_rows(torch.randn, (2, 9, 4), [9, 5], generators(3, 8), "cpu")
+    alone = bfn.Draws([5], generators(8)).normal((1, 5, 4))
+    beside = bfn.Draws([9, 5], generators(3, 8)).normal((2, 9, 4))
     assert torch.equal(alone[0], beside[1, :5]) and not beside[1, 5:].any()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import sentencepiece
+import torch
 from runs import make_run
 
 import cli
@@ -20,7 +21,9 @@ import sample
 import toy
 import train
 from model import load
-from sample import FREE, GAP, WORD_REST, WORD_START, generate, make_template, parse_prompt
+from sample import FREE, GAP, WORD_REST, WORD_START, Options, generate, make_template, parse_prompt
+
+FEW = Options(steps=3)
 
 
 @pytest.fixture(scope="module", params=["bpe", "word", "char"])
@@ -43,7 +46,7 @@ def command(monkeypatch, capsys, *argv):
 def fill(loaded, prompt, seed=0):
     model, tokenizer, run = loaded
     template = make_template(prompt, tokenizer, run, seed)
-    (ids,) = generate(model, tokenizer, [template], 3, seed)
+    ((ids, _),) = generate(model, tokenizer, [template], seed, FEW)
     return template, ids
 
 
@@ -55,17 +58,17 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(loaded):
 def test_a_sample_does_not_depend_on_its_neighbours(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, length) for i, length in enumerate([9, 14, 9])]
-    together = list(generate(model, tokenizer, templates, 3, seed=5))
-    alone = [next(generate(model, tokenizer, [template], 3, seed=5, first=i)) for i, template in enumerate(templates)]
+    together = list(generate(model, tokenizer, templates, 5, FEW))
+    alone = [next(generate(model, tokenizer, [template], 5, FEW, first=i)) for i, template in enumerate(templates)]
     assert together == alone
 
 
 def test_batches_of_one_equal_one_batch(loaded, monkeypatch):
     model, tokenizer, run = loaded
     templates = [make_template("the king", tokenizer, run, i, 20) for i in range(3)]
-    whole = list(generate(model, tokenizer, templates, 3, seed=5))
+    whole = list(generate(model, tokenizer, templates, 5, FEW))
     monkeypatch.setattr(sample, "STATE_SIZE", 1)
-    assert list(generate(model, tokenizer, templates, 3, seed=5)) == whole
+    assert list(generate(model, tokenizer, templates, 5, FEW)) == whole
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_special_tokens_are_never_drawn(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, 30) for i in range(20)]
     special = {tokenizer.unk_id(), tokenizer.bos_id()}
-    for ids in generate(model, tokenizer, templates, 3, seed=0):
+    for ids, _ in generate(model, tokenizer, templates, 0, FEW):
         assert not special & set(ids[1:] if tokenizer.bos_id() >= 0 else ids)
     table = sample.allowed_tokens(tokenizer)
     if tokenizer.eos_id() >= 0:
@@ -192,6 +195,116 @@ def test_the_command_prints_samples_and_nothing_else(run_dir, monkeypatch, capsy
     assert len(lines) == 6 and lines == [record["text"] for record in records]
     assert [record["prompt"] for record in records] == ["the"] * 2 + ["anna ___"] * 2 + ["___ walks"] * 2
     assert lines == command(monkeypatch, capsys, *flags, "--prompt=the", f"--prompt_file={prompts}", "--trace")
+
+
+# ---------------------------------------------------------------- what the user knows
+
+
+def test_a_hint_is_the_odds_of_its_tokens(loaded):
+    _, tokenizer, _ = loaded
+    token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
+    (i, *_) = ids = sample.find_token(token, tokenizer)
+    position, hint = sample.parse_hint(f"3:{token}=0.75", tokenizer)
+    odds = hint.exp()
+    assert position == 3 and odds[i] == pytest.approx(0.75)
+    assert odds[[k for k in range(len(odds)) if k not in ids]] == pytest.approx(0.25 / len(odds))
+
+
+@pytest.mark.parametrize("hint", ["the=1", "3:", "3:the", "-1:the=1", "0:the=2", "0:the=0.9,anna=0.9", "0:the=0", "x:the=1"])
+def test_a_hint_written_otherwise_is_refused(loaded, hint):
+    with pytest.raises(ValueError, match="write POSITION:TOKEN=SHARE"):
+        sample.parse_hint(hint, loaded[1])
+
+
+def test_what_is_not_one_token_is_refused_with_its_tokens(loaded):
+    with pytest.raises(ValueError, match="not one token of this tokenizer, but"):
+        sample.find_token("the zebra", loaded[1])
+
+
+def test_a_hint_decides_its_position_and_needs_one(loaded):
+    model, tokenizer, run = loaded
+    template = make_template("", tokenizer, run, 0, 12)
+    ids = [i for i in range(len(tokenizer)) if sample.allowed_tokens(tokenizer)[1, i]]
+    for wanted in ids[3:5]:
+        hint = (2, torch.full((len(tokenizer),), -30.0).index_fill(0, torch.tensor(wanted), 0.0))
+        for solver in ("commit", "sde2"):
+            ((text, _),) = generate(model, tokenizer, [template], 0, Options(solver, 3, hints=(hint,)))
+            assert text[2 + (tokenizer.bos_id() >= 0)] == wanted
+    with pytest.raises(ValueError, match="a hint is for token 40"):
+        list(generate(model, tokenizer, [template], 0, Options(steps=3, hints=((40, hint[1]),))))
+
+
+def test_a_banned_token_is_never_drawn_but_may_be_given(loaded):
+    model, tokenizer, run = loaded
+    template = make_template("the", tokenizer, run, 0, 25)
+    given = sum(kind >= 0 for kind in template)
+    drawn = {k for ids, _ in generate(model, tokenizer, [template] * 20, 0, FEW) for k in ids[given:]}
+    banned = tuple(sorted(drawn)[:3])
+    for ids, _ in generate(model, tokenizer, [template] * 20, 0, Options(steps=3, banned=(*banned, template[given - 1]))):
+        assert ids[:given] == template[:given] and not set(banned) & set(ids[given:])
+
+
+def test_the_stronger_the_evidence_for_a_draft_the_more_of_it_stays(loaded):
+    model, tokenizer, run = loaded
+    draft = tuple(make_template("the old king sleeps", tokenizer, run, 0, 30)[:-1])
+    draft = tuple(k for k in draft if k >= 0)
+    kept = []
+    for strength in (0.05, 0.5, 0.99):
+        texts = list(
+            generate(model, tokenizer, [[FREE] * len(draft)] * 20, 0, Options(steps=4, draft=draft, strength=strength))
+        )
+        kept.append(sum(a == b for ids, _ in texts for a, b in zip(ids, draft, strict=True)))
+    assert kept[0] <= kept[1] <= kept[2] and kept[0] < kept[2]
+
+
+def test_text_longer_than_the_trained_length_goes_on_from_its_end(loaded, monkeypatch):
+    model, tokenizer, _ = loaded
+    monkeypatch.setattr(tokenizer, "eos_id", lambda: -1)
+    seen = []
+    real = sample.generate
+
+    def watched(model, tokenizer, templates, *rest):
+        seen.extend(templates)
+        return real(model, tokenizer, templates, *rest)
+
+    monkeypatch.setattr(sample, "generate", watched)
+    ids, calls = sample.generate_long(model, tokenizer, 50, 16, 0, FEW)
+    assert len(ids) == 50 and calls == 3 * len(seen) and max(map(len, seen)) == 16
+    start = 16
+    for template in seen[1:]:
+        assert template[:8] == ids[start - 8 : start] and set(template[8:]) == {FREE}
+        start += len(template) - 8
+
+
+def test_the_trace_shades_in_place_in_a_terminal_and_has_no_control_codes_elsewhere(loaded, monkeypatch):
+    _, tokenizer, _ = loaded
+    monkeypatch.setattr(sample.time, "sleep", lambda seconds: None)
+    p = torch.eye(len(tokenizer))[tokenizer.encode("the king sleeps")][None] * 0.5
+    given = torch.zeros(p.shape[:2], dtype=torch.bool)
+    given[0, 0] = True
+    for is_terminal in (True, False):
+        file = io.StringIO()
+        file.isatty = lambda is_terminal=is_terminal: is_terminal
+        trace = sample.Trace(tokenizer, p.shape[1], file)
+        trace(0.5, p, given), trace(1.0, p, given)
+        trace.close()
+        plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", file.getvalue())
+        assert ("\x1b[" in file.getvalue()) == is_terminal
+        assert plain.count("the king sleeps") == 2 and (is_terminal or plain.count("\n") == 2)
+        if is_terminal:
+            assert "\x1b[0;1m" in file.getvalue() and "\x1b[0;22m" in file.getvalue()
+
+
+def test_all_controls_go_together_on_the_command_line(run_dir, monkeypatch, capsys, tmp_path):
+    tokenizer = data.load_tokenizer(run_dir / "tokenizer.model")
+    token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
+    flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=4", f"--output={tmp_path / 'out'}"]
+    flags += ["--temperature=0.8", "--top_p=0.9", "--argmax", "--until=0.5", f"--hint=1:{token}=0.5", f"--ban={token}"]
+    for solver in ("commit", *sample.bfn.SOLVERS):
+        assert len(command(monkeypatch, capsys, *flags, f"--solver={solver}", "--length=12")) == 2
+        assert all(1 <= json.loads(line)["calls"] <= 5 for line in open(tmp_path / "out"))
+    assert len(command(monkeypatch, capsys, *flags, "--draft=the king sleeps", "--strength=0.5")) == 2
+    assert len(command(monkeypatch, capsys, f"-mdir={run_dir}", "--num_samples=1", "--steps=2", "--length=70")) == 1
 
 
 def test_a_folder_without_a_run_gets_one_line(monkeypatch, capsys, tmp_path):

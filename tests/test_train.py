@@ -33,7 +33,6 @@ TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 3)
     path = tmp_path / "corpus.txt"
     path.write_text(toy.corpus(300))
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -371,7 +370,7 @@ def test_a_small_joint_distribution_is_learned():
         bound = bound + bfn.reconstruction_loss(network, ids, given, config.s1, 4)
     entropy = -(P * P.log()).sum().item()
     assert entropy - 0.05 < bound.sum(-1).mean() < 1.15 * entropy
-    samples = bfn.sample_ancestral(network, torch.zeros_like(ids), given, config.s1, 4, 30)
+    samples = bfn.sample(network, torch.zeros_like(ids), given, config.s1, 4, bfn.time_grid("ancestral", 30))[0]
     counts = torch.bincount((samples * torch.tensor([16, 4, 1])).sum(-1), minlength=64) / len(ids)
     assert (counts - P).abs().sum() / 2 < 0.12
 
