@@ -21,6 +21,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+import kernels
+
 # ---------------------------------------------------------------- choosing beta(1)
 
 
@@ -142,14 +144,14 @@ def bayesian_update(z, y):
 
 def ancestral(z, p, dp, u, v, s1, draws):
     """z + a eps + a^2 e_k,  k ~ p,  a^2 = s1^2 (v^2 - u^2) [Graves et al. 2023, algorithm 9]."""
-    a = torch.tensor(s1 * math.sqrt(v * v - u * u), device=z.device)
-    return bayesian_update(z, sender_sample(draws.tokens(p), a, z.shape[-1], draws.normal(z.shape)))
+    a = z.new_full((), s1 * math.sqrt(v * v - u * u))
+    return bayesian_update(z, sender_sample(draws.tokens(p), a, z.shape[-1], draws.normal(z.shape[-1])))
 
 
 def sde1(z, p, dp, u, v, s1, draws):
     """z + a eps + a^2 p,  a^2 = s1^2 (v^2 - u^2) [Xue et al. 2024, SDE-solver 1]."""
     a = s1 * math.sqrt(v * v - u * u)
-    return z + a * draws.normal(z.shape) + a * a * p
+    return z + a * draws.normal(z.shape[-1]) + a * a * p
 
 
 def sde2(z, p, dp, u, v, s1, draws):
@@ -171,45 +173,48 @@ SOLVERS = {f.__name__: f for f in (ancestral, sde1, sde2, ode1, ode2)}
 ODE_START = 1e-3  # time at which an ODE begins, from z = s1 u eps
 
 
-def commit(p, ids, given, to_predict, share, draws):
-    """Draw the positions of least entropy and give them from now on, until `share` of each row's are -> ids, given.
+def commit(k, p, ids, given, n):
+    """Give n (B,) more positions of each row, those of least entropy, their tokens k (B, L) -> ids, given.
 
     The state stays as it is. One position a call is exact for an exact network: the chain rule, in an order that the
-    texts so far decide [for masked models: Chang et al. 2022, "MaskGIT"].
+    text so far decides [for masked models: Chang et al. 2022, "MaskGIT"].
     """
-    certain = entropy(p).masked_fill(given, torch.inf).argsort(1).argsort(1)  # rank of each position, 0 = least entropy
-    n = (to_predict.sum(1) * share).long() - (given & to_predict).sum(1)
-    now = (certain < n[:, None]) & to_predict & ~given
-    return torch.where(now, draws.tokens(p), ids), given | now
+    rank = entropy(p).masked_fill(given, torch.inf).argsort(dim=1, stable=True).argsort(1)  # 0 = least entropy
+    now = (rank < n[:, None]) & ~given
+    return torch.where(now, k, ids), given | now
 
 
 # ---------------------------------------------------------------- sampling
 
 
 class Draws:
-    """Random numbers for rows of tokens (B, L), each row's from its own generator and for its own length.
+    """Random numbers for rows of tokens, a function of the keys (B, L, 2) and of how many were drawn before.
 
-    A row's numbers depend on neither its neighbours nor the padding. With generators None: one draw of the whole shape.
+    A row's numbers depend on neither its neighbours nor the padding nor the device.
     """
 
-    def __init__(self, lengths=None, generators=None, device="cpu"):
-        self.lengths, self.generators, self.device = lengths, generators, device
+    def __init__(self, keys):
+        self.keys, self.n = keys, 0
 
-    def _draw(self, draw, shape, dtype=torch.float32):
-        if self.generators is None:
-            return draw(shape, device=self.device, dtype=dtype)
-        numbers = torch.zeros(shape, device=self.device, dtype=dtype)
-        for row, n, generator in zip(numbers, self.lengths, self.generators, strict=True):
-            row[:n] = draw((n, *shape[2:]), generator=generator, device=self.device, dtype=dtype)
-        return numbers
+    @classmethod
+    def seeded(cls, seeds, lengths, device="cpu"):
+        """Keys of rows from a seed each, for their own lengths."""
+        keys = torch.zeros(len(seeds), max(lengths), 2, dtype=torch.int32)
+        for row, seed, n in zip(keys, seeds, lengths, strict=True):
+            row[:n] = kernels.draw_keys(n, generator=torch.Generator().manual_seed(seed))
+        return cls(keys.to(device))
 
-    def normal(self, shape):
-        """Standard normal numbers of a shape (B, L, ...)."""
-        return self._draw(torch.randn, shape)
+    def _next(self):
+        self.n += 1
+        return kernels.nth_keys(self.keys, self.n)
+
+    def normal(self, K):
+        """Standard normal numbers (B, L, K)."""
+        return kernels.noise(self._next(), K)
 
     def tokens(self, p):
         """Draw k ~ p by inverting the cumulative distribution in float64: (B, L, K) -> (B, L) int64."""
-        return sample_categorical(p, self._draw(torch.rand, p.shape[:-1], torch.float64))
+        return sample_categorical(p, kernels.uniform(self._next()))
 
 
 def sample_categorical(p, u):
@@ -235,6 +240,13 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
     return p
 
 
+def quantiles(u, density):
+    """Invert the distribution function of a density on [0, 1] that is constant in even bins -> as u, and the bin of each."""
+    Q = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])  # increasing from 0 to 1
+    at = (torch.searchsorted(Q, u, right=True) - 1).clamp(0, len(density) - 1)
+    return ((at + (u - Q[at]) / (Q[at + 1] - Q[at])) / len(density)).clamp(0, 1), at
+
+
 def time_grid(solver, n_steps, curve=None):
     """Times of the network calls, from 0 to 1 -> list, n_steps + 1 long, but n_steps for "commit".
 
@@ -245,11 +257,8 @@ def time_grid(solver, n_steps, curve=None):
         return [0.0] * n_steps
     even = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
     if curve is not None:
-        density = torch.as_tensor(curve, dtype=torch.float64).clamp(min=0).sqrt()
-        density = 1 / 3 + 2 / 3 * density / density.mean().clamp(min=1e-12)
-        Q = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])
-        at = (torch.searchsorted(Q, even, right=True) - 1).clamp(0, len(density) - 1)
-        even = (at + (even - Q[at]) / (Q[at + 1] - Q[at])) / len(density)
+        root = torch.as_tensor(curve, dtype=torch.float64).clamp(min=0).sqrt()
+        even, _ = quantiles(even, 1 / 3 + 2 / 3 * root / root.mean().clamp(min=1e-12))
     times = even.tolist()
     if solver.startswith("ode"):
         times[0] = min(ODE_START, times[1] / 10)
@@ -263,38 +272,40 @@ def sample(
 ):  # fmt: skip
     """Carry all positions from ignorance to text, calling the network at `times` -> ids (B, L), calls (B,).
 
-    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit". The
-    network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to (B, L, K), is evidence of the user's;
+    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit", which
+    makes no more calls than a row has tokens. The network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to (B, L, K), is evidence of the user's;
     where it is what a flow brings until hint_time, accuracies add and the network is told sqrt(t^2 + hint_time^2).
     allowed (..., K) is False for tokens never to be drawn. A row whose output has a mean entropy under `until` nats is read
     out at once; argmax reads out the likeliest tokens. watch(t, p, given) sees every call.
     """
-    draws = draws or Draws(device=ids.device)
     B, L = ids.shape
+    draws = draws or Draws(kernels.draw_keys(B, L, device=ids.device))
     z = torch.zeros(B, L, K, device=ids.device)
     if times[0]:
-        z += s1 * times[0] * draws.normal((B, L, K))
-    given, to_predict, dp, before = cond_mask, ~cond_mask, torch.zeros((), device=ids.device), None
-    result, calls, open_rows = ids, torch.zeros(B, dtype=torch.long), torch.ones(B, 1, dtype=torch.bool, device=ids.device)
+        z += s1 * times[0] * draws.normal(K)
+    given, free, before = cond_mask, (~cond_mask).sum(1), None
+    n_calls = torch.full_like(free, len(times))
+    if solver == "commit":  # no more calls than tokens
+        n_calls = n_calls.minimum(free).clamp(min=1)
+    result, calls, going = ids, torch.zeros_like(free), torch.ones_like(free, dtype=torch.bool)
     for i, u in enumerate(times):
         t = torch.full((B, L), min(1.0, math.hypot(u, hint_time)), device=ids.device)
         logits = predict(network, z if hint is None else z + hint, t, ids, given)
         p = sharpen(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), temperature, top_p)
-        calls += open_rows[:, 0].cpu()
         if watch is not None:
             watch(u, p, given)
-        mean_entropy = (entropy(p) * ~given).sum(1) / (~given).sum(1).clamp(min=1)
-        last = i + 1 == len(times)
-        if until or last:  # not only where a row ends: its draws must not depend on the others
+        calls += going
+        if until or solver == "commit" or i + 1 == len(times):  # for all rows: none's draws depend on another's end
             k = torch.where(given, ids, p.argmax(-1) if argmax else draws.tokens(p))
-            read_out = open_rows & ((mean_entropy < until) | last)[:, None]
-            result, open_rows = torch.where(read_out, k, result), open_rows & ~read_out
-            if not open_rows.any():
+            mean_entropy = (entropy(p) * ~given).sum(1) / (~given).sum(1).clamp(min=1)
+            ends = going & ((mean_entropy < until) | (i + 1 >= n_calls))
+            result, going = torch.where(ends[:, None], k, result), going & ~ends
+            if not going.any():
                 break
         if solver == "commit":
-            ids, given = commit(p, ids, given, to_predict, (i + 1) / len(times), draws)
+            ids, given = commit(k, p, ids, given, free * (i + 1) // n_calls - free * i // n_calls)
         else:
-            dp = (p - before[0]) / (u - before[1]) if before else dp
+            dp = (p - before[0]) / (u - before[1]) if before else torch.zeros_like(p)
             before = (p, u)
             z = SOLVERS[solver](z, p, dp, u, times[i + 1], s1, draws)
     return result, calls

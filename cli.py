@@ -62,6 +62,7 @@ def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
 natural, count, several = (_number(int, least) for least in (0, 1, 2))  # types for flags: 0, 1, ...; 1, 2, ...; 2, 3, ...
 positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
 share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
+above_zero_to_one = _number(float, 0, exclusive=True, most=1)
 
 
 def shares(text):

@@ -28,9 +28,11 @@ import data
 import plot
 import quality
 from model import load
-from sample import Options, decode, generate, make_template
+from prompts import make_template
+from sample import Options, decode, generate
 
 MOST_DRAWS = 64
+MOST_NUMBERS = 1 << 26  # (rows, window, K) at a time: some ten tensors of 256 MB
 TIME_BINS = 50
 FIGURES = ("t", "loss", "cross_entropy", "reconstruction", "n")
 UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: the byte, and whether another one follows
@@ -147,7 +149,8 @@ def score(
     n_windows = int(plan.row_starts[n_rows])
     document = np.searchsorted(tokens.offsets, plan.starts[:n_windows], side="right") - 1
     draws, wanted = [], 2 if error else n_draws
-    batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
+    at_once = max(1, min(batch_size, MOST_NUMBERS // (window * model.config.K)))
+    batches = [range(i, min(i + at_once, n_rows)) for i in range(0, n_rows, at_once)]
     with tqdm(total=wanted * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         while len(draws) < wanted:
             draw = {name: np.zeros(n_windows) for name in FIGURES}
@@ -284,20 +287,27 @@ def find_corpus(args, run):
     return corpus, "all" if run["args"]["val_path"] else "train"
 
 
+def choose_texts(tokens, tokenizer, window, n, seed):
+    """Choose windows of a text at random -> up to n texts, their lengths in tokens."""
+    plan = data.plan_validation(tokens, window)
+    long_enough = np.flatnonzero(plan.lengths > 1)
+    chosen = np.random.default_rng(seed).permutation(long_enough)[:n]
+    lengths = plan.lengths[chosen].tolist()
+    spans = zip(plan.starts[chosen].tolist(), lengths, strict=True)
+    return [decode(tokenizer, tokens.ids[start : start + m].tolist()) for start, m in spans], lengths
+
+
 def sample_quality(model, tokenizer, run, tokens, corpus, part, args):
     """Hold generated texts against windows of the text, as many and as long -> {name: {figure: (value, low, high)}}."""
     reference = quality.Reference.fit(corpus, tokenizer, part)
-    plan = data.plan_validation(tokens, run["args"]["sequence_length"])
-    long_enough = np.flatnonzero(plan.lengths > 1)
-    chosen = np.random.default_rng(args.seed).permutation(long_enough)[: args.samples]
-    spans = list(zip(plan.starts[chosen].tolist(), plan.lengths[chosen].tolist(), strict=True))
-    real = [decode(tokenizer, tokens.ids[start : start + n].tolist()) for start, n in spans]
-    templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i), n) for i, (_, n) in enumerate(spans)]
+    real, lengths = choose_texts(tokens, tokenizer, run["args"]["sequence_length"], args.samples, args.seed)
+    templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i), n) for i, n in enumerate(lengths)]
     samples = generate(model, tokenizer, templates, args.seed, Options(args.solver, args.steps))
     samples = list(tqdm(samples, total=len(templates), unit="sample", desc="sampling", disable=None))
     generated = [decode(tokenizer, ids) for ids, _ in samples]
+    calls = sum(n for _, n in samples) / len(samples)
     return {
-        f"{len(real)} samples, {samples[0][1]} calls": quality.figures(generated, reference, args.seed),
+        f"{len(real)} samples, {calls:.4g} calls": quality.figures(generated, reference, args.seed),
         f"{len(real)} real texts": quality.figures(real, reference, args.seed),
     }
 

@@ -17,15 +17,21 @@ import math
 import torch
 import torch.nn.functional as F
 
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # elements (tokens, K) of a chunk
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # elements (tokens, K) of a chunk
+LARGEST_S = 13.0  # exp(z - s^2) overflows beyond
 compiled = {}  # the functions of a chunk in their compiled form; empty, they run as they are written
 
 # ---------------------------------------------------------------- noise
 
 
-def draw_keys(*shape, device="cpu"):
-    """Draw keys from torch's default generator -> (*shape, 2) int32."""
-    return torch.randint(-(2**31), 2**31 - 1, (*shape, 2), dtype=torch.int32, device=device)
+def draw_keys(*shape, device="cpu", generator=None):
+    """Draw keys from a generator, torch's default one if None -> (*shape, 2) int32."""
+    return torch.randint(-(2**31), 2**31 - 1, (*shape, 2), dtype=torch.int32, device=device, generator=generator)
+
+
+def nth_keys(keys, n):
+    """The n-th keys of a sequence that begins with `keys` -> as `keys`."""
+    return keys ^ _mix(_mix(torch.tensor([2 * n, 2 * n + 1], dtype=torch.int32, device=keys.device)))
 
 
 def _mix(x):
@@ -41,10 +47,16 @@ def noise(keys, K):
     The same for every device and chunk but for rounding. |eps| < 6.7.
     """
     i = torch.arange((K + 1) // 2, dtype=torch.int32, device=keys.device)
-    u = (_mix(i + keys[..., :1]).float() + (2**31 + 0.5)) * 2.0**-32  # in (0, 1]
+    u = (_mix(i + keys[..., :1]).float().abs() * 2.0**-31).clamp(min=2.0**-32)  # exact where it is small
     angle = _mix(i ^ keys[..., 1:]).float() * (math.pi * 2.0**-31)
     radius = (-2 * u.log()).sqrt()
     return torch.cat([radius * angle.cos(), radius * angle.sin()], -1)[..., :K]
+
+
+def uniform(keys):
+    """Uniform numbers in [0, 1) of 52 bits as a function of the keys: (..., 2) -> (...) float64."""
+    high, low = _mix(_mix(keys) ^ keys.flip(-1)).double().unbind(-1)
+    return (high + 2**31) * 2.0**-32 + ((low + 2**31) / 2**12).floor() * 2.0**-52
 
 
 # ---------------------------------------------------------------- what is done to a chunk
@@ -85,8 +97,9 @@ def compile_chunks():
 
 def _chunks(n, K, device):
     """Cut n tokens into chunks -> slices, the size of all but the last."""
-    most = max(16, CHUNK[device.type] // K // 16 * 16)
-    size = min(most, 1 << (n - 1).bit_length())  # few tokens: a power of two, so that there are few sizes
+    size = max(16, CHUNK[device.type] // K // 16 * 16)
+    if n <= size // 8:
+        size = 1 << (n - 1).bit_length()  # there are few powers of two, so few programs
     return [slice(i, min(i + size, n)) for i in range(0, n, size)], size
 
 

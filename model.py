@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
-FORMAT = 2  # of the checkpoint file and the network in it
+FORMAT = 3  # of the checkpoint file and the network in it
+compiled_block_mask = torch.compile(create_block_mask, dynamic=False)  # as it stands, it makes the whole L x L mask
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Config:
     def s1(self):
         """sqrt(K beta1): the square root of the evidence's accuracy at t = 1."""
         return math.sqrt(self.K * self.beta1)
+
+    @property
+    def d_time(self):
+        """Width of the time embedding."""
+        return max(self.d_model // 4, 16)
 
 
 class TimeEmbedding(nn.Module):
@@ -111,7 +117,7 @@ class Attention(nn.Module):
 
     def forward(self, h, mask, rotations):
         qk, v = self.qkv(h).unflatten(-1, (3 * self.n_heads, -1)).transpose(1, 2).split((2 * self.n_heads, self.n_heads), 1)
-        q, k = apply_rotary_emb(rotations, F.rms_norm(qk, qk.shape[-1:])).chunk(2, 1)  # each (B, H, L, D / H)
+        q, k = apply_rotary_emb(rotations, F.rms_norm(qk, qk.shape[-1:])).to(v.dtype).chunk(2, 1)  # each (B, H, L, D / H)
         if isinstance(mask, BlockMask):
             attended = flex_attention(q, k, v, block_mask=mask)
         else:
@@ -155,7 +161,7 @@ class BFNTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, d_time = config.d_model, max(config.d_model // 4, 16)
+        D, d_time = config.d_model, config.d_time
         self.config = config
         self.embedding = nn.Embedding(config.K, D)
         self.project = nn.Linear(D, D)
@@ -180,7 +186,8 @@ class BFNTransformer(nn.Module):
             def same_segment(b, h, q, k):
                 return segment_ids[b, q] == segment_ids[b, k]
 
-            return create_block_mask(same_segment, B, None, L, L, segment_ids.device)
+            create = compiled_block_mask if segment_ids.is_cuda else create_block_mask
+            return create(same_segment, B, None, L, L, segment_ids.device)
         return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no empty row
 
     def embed(self, theta):
@@ -192,7 +199,7 @@ class BFNTransformer(nn.Module):
         mask = self.attention_mask(segment_ids)
         rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
         time = self.time(t)
-        h = h + self.place(segment_ids)
+        h = h.float() + self.place(segment_ids)  # under autocast too, the stream is float32
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, time, mask, rotations, use_reentrant=False)

@@ -7,6 +7,7 @@ curve       (N_BINS,)  mean square of the loss by time
 
 import torch
 
+from bfn import quantiles
 from data import GOLDEN
 
 N_BINS = 64
@@ -62,10 +63,8 @@ class Times:
         if self.kind != "learned":
             return u, torch.ones_like(u)
         q = self.density()
-        Q = torch.cat([q.new_zeros(1), q.cumsum(0) / q.sum()])  # (N_BINS + 1,), increasing from 0 to 1
-        at = (torch.searchsorted(Q, u, right=True) - 1).clamp(0, N_BINS - 1)
-        t = (at + (u - Q[at]) / (Q[at + 1] - Q[at])) / N_BINS
-        return t.clamp(0, 1), q.mean() / q[at]
+        t, at = quantiles(u, q)
+        return t, q.mean() / q[at]
 
     def learn(self, t, loss, mask):
         """Take in losses (B, L), before weighting, at times t (B, L) where mask (B, L) is True."""
@@ -74,8 +73,8 @@ class Times:
         self.sums[1].scatter_add_(0, at, mask.float().flatten())
 
     def fold(self):
-        """Move the curve towards the mean of this step's losses, in the bins that had any."""
+        """Move the curve towards the mean of this step's losses, in the bins that had any, all of them finite."""
         squares, count = self.sums
-        rate = (1 - MEMORY) * (count > 0)
-        self.curve += rate * (squares / count.clamp(min=1) - self.curve)
+        rate = (1 - MEMORY) * (count > 0) * squares.isfinite()
+        self.curve += rate * ((squares / count.clamp(min=1)).nan_to_num(0, 0, 0) - self.curve)
         self.sums.zero_()

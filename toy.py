@@ -138,13 +138,13 @@ def mean_length():
 
 
 def probability(words):
-    """Probability of a sentence, a list of words; 0 where it is not grammatical."""
+    """Probability of a sentence, a list of words; 0 where it is not grammatical. None stands for any word: a sum."""
     words = tuple(words)
 
     @cache
     def spans(symbol, start):  # {end: probability that symbol becomes words[start:end]}
         if symbol not in GRAMMAR:
-            return {start + 1: 1.0} if words[start : start + 1] == (symbol,) else {}
+            return {start + 1: 1.0} if words[start : start + 1] in ((symbol,), (None,)) else {}
         ends = Counter()
         for weight, body in GRAMMAR[symbol]:
             partial = {start: weight}

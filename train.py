@@ -15,7 +15,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,12 @@ import data
 import evaluate
 import kernels
 import plot
+import speed
 import toy
 from model import BFNTransformer, Config, load, read_checkpoint, save_checkpoint
 from muon import Muon
-from sample import FREE, decode, generate, make_template
+from prompts import FREE, make_template
+from sample import decode, generate
 from times import N_BINS, Times
 
 PRESET_FLAGS = "model_dim num_layers num_heads sequence_length batch_size learning_rate warmup_steps ema_rate".split()
@@ -248,7 +250,7 @@ def loss_mask(segment_ids, cond_mask):
     return (segment_ids > 0) & ~cond_mask
 
 
-def micro_batch_loss(network, batch, rows, config, n_tokens, times, fused):
+def micro_batch_loss(network, batch, rows, n_tokens, times, fused):
     """Share of a micro-batch in the step's mean loss over its n_tokens predicted tokens, in nats.
 
     The continuous-time loss, plus the cross-entropy at the same t: the former vanishes as t -> 0, where the context
@@ -262,24 +264,26 @@ def micro_batch_loss(network, batch, rows, config, n_tokens, times, fused):
     if fused:
         loss, losses = network.fused_loss(ids, t, cond_mask, segment_ids, rows, keys, scale, CROSS_ENTROPY)
     else:
-        z = bfn.flow(ids, t, config.s1, config.K, kernels.noise(keys, config.K))
+        K, s1 = network.config.K, network.config.s1
+        z = bfn.flow(ids, t, s1, K, kernels.noise(keys, K))
         logits = bfn.predict(partial(network, segment_ids=segment_ids), z, t, ids, cond_mask)
-        losses = bfn.squared_error_loss(logits, ids, t, config.s1) + CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
+        losses = bfn.squared_error_loss(logits, ids, t, s1) + CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
         loss = (scale * losses).sum()
     times.learn(t, losses.detach(), mask)
     return loss
 
 
-def accumulate_gradients(network, batches, config, seeds, device, times, fused=False):
+def accumulate_gradients(network, batches, seeds, device, times, fused=False):
     """Backpropagate the mean loss of a step's micro-batches, each under its own seed -> loss, a device scalar."""
     rows = [loss_mask(*batch[1:]).flatten().nonzero().squeeze(1) for batch in batches]  # still on the host
     n_tokens = max(1, sum(map(len, rows)))
     total = torch.zeros((), device=device)
     for batch, predicted, seed in zip(batches, rows, seeds, strict=True):
         torch.manual_seed(seed)
-        *batch, predicted = (x.to(device, non_blocking=True) for x in (*batch, predicted))
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
-            loss = micro_batch_loss(network, batch, predicted, config, n_tokens, times, fused)
+        if device.type == "cuda":
+            *batch, predicted = (x.pin_memory().to(device, non_blocking=True) for x in (*batch, predicted))
+        with torch.autocast(device.type, torch.bfloat16, enabled=speed.fast_bf16(device)):
+            loss = micro_batch_loss(network, batch, predicted, n_tokens, times, fused)
         loss.backward()
         total += loss.detach()
     times.fold()
@@ -417,58 +421,18 @@ def save(state, run, run_dir, is_best=False):
         os.replace(temporary, run_dir / "last.pt")
 
 
-def peak_memory(device):
-    """Largest memory in use so far, in GB: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    with suppress(ImportError):  # not on Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    return math.nan
-
-
-@cache
-def fast_bf16(device):
-    """Whether the device multiplies bfloat16 matrices fast: every recent GPU, few CPUs, which are asked."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return matmul_peak(device, torch.bfloat16) > 2 * matmul_peak(device, torch.float32)
-
-
-@cache
-def matmul_peak(device, dtype):
-    """Floating-point operations a second that large matrix products reach here."""
-    n = 8192 if device.type == "cuda" else 512
-    a, seconds = torch.ones(n, n, device=device, dtype=dtype), math.inf
-    for _ in range(5):
-        synchronise(device)
-        begin = time.perf_counter()
-        a @ a
-        synchronise(device)
-        seconds = min(seconds, time.perf_counter() - begin)
-    return 2 * n**3 / seconds
-
-
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def model_flops(config, row_length):
-    """Floating-point operations that a token takes in training, forward and backward, without recomputation.
-
-    2 a weight forward and 4 backward (2 for the embedding, whose input needs no gradient), and 12 L D a layer for
-    attention over the whole row.
-    """
-    D, d_time = config.d_model, max(config.d_model // 4, 16)
-    layer = 12 * D**2 + 4 * d_time * D
-    return 6 * (config.n_layers * (layer + 2 * row_length * D) + D**2 + 2 * d_time * D) + 10 * config.K * D
-
-
 def prepare_network(model, args, device):
-    """Choose compilation, attention and fused operations by the flags, the device and the sizes -> whether to fuse."""
-    fused = model.config.K >= FUSED_FROM if args.fused == "auto" else args.fused == "on"
+    """Choose compilation, attention and fused operations by the flags, the device and the sizes -> whether to fuse.
+
+    Raises ValueError for --fused=on with a beta that it cannot take.
+    """
+    can_fuse, fused = model.config.s1 < kernels.LARGEST_S, args.fused == "on"
+    if fused and not can_fuse:
+        raise ValueError(
+            f"--fused=on takes sqrt(K beta) under {kernels.LARGEST_S}, here it is {model.config.s1:.1f}: lower -b"
+        )
+    if args.fused == "auto":
+        fused = can_fuse and model.config.K >= FUSED_FROM
     wide = device.type == "cuda" or args.model_dim >= COMPILED_FROM
     model.recompute = args.recompute
     if args.compile == "on" or (args.compile == "auto" and wide):
@@ -480,13 +444,13 @@ def prepare_network(model, args, device):
     return fused
 
 
-def probe(model, loader, config, args, device, fused):
+def probe(model, loader, args, device, fused):
     """Do a step's work without its update -> seconds a step. Where the compiler fails, go on without it."""
     times = Times(args.times, args.position_times, device)  # nothing is learned here
     for _ in range(3):
         begin = time.perf_counter()
         try:
-            accumulate_gradients(model, [loader.batch(0)], config, [0], device, times, fused).item()
+            accumulate_gradients(model, [loader.batch(0)], [0], device, times, fused).item()
         except Exception as error:  # the compiler raises many kinds
             if args.compile == "off" or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -556,7 +520,7 @@ def opening_line(state, loader, config, seconds_per_step, args, device):
     seconds = (args.max_steps - state.step) * seconds_per_step
     return (
         f"{sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
-        f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens an epoch "
+        f"{speed.peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens an epoch "
         f"({loader.plan(0).fill(args.sequence_length):.1%} of positions), step {state.step} to {args.max_steps} "
         f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
     )
@@ -602,18 +566,18 @@ def main():
         print(f"{run_dir} is finished at step {state.step}; {next_commands(args)}")
         return
     fused = prepare_network(state.model, args, device)
-    seconds_per_step = probe(state.model, loader, config, args, device, fused)
+    seconds_per_step = probe(state.model, loader, args, device, fused)
     print(opening_line(state, loader, config, seconds_per_step, args, device))
 
     write = open_metrics(run_dir, state.step)
     caught = catch_signals()
     batches = data.ahead(loader.batch, range(state.step * accumulation, args.max_steps * accumulation))
     bar = tqdm(total=args.max_steps, initial=state.step, unit="step", smoothing=0.05, disable=None)
-    log, n_tokens, clock = [], 0, time.perf_counter()
+    log, n_tokens, clock, saved_at = [], 0, time.perf_counter(), None
     while state.step < args.max_steps and not caught:
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [bfn.mix_seed(args.seed, state.step, m) for m in range(accumulation)]
-        loss = accumulate_gradients(state.model, micro_batches, config, seeds, device, state.times, fused)
+        loss = accumulate_gradients(state.model, micro_batches, seeds, device, state.times, fused)
         norm = update_weights(state, args)
         log.append(torch.stack([loss, norm]))
         n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in micro_batches)
@@ -627,14 +591,14 @@ def main():
                 raise ValueError(
                     f"loss {loss}, gradient norm {norm}: not finite near step {step}: resume with a lower -lr; if that is no better, start from best.pt, renamed to last.pt"
                 )
-            speed = n_tokens / (time.perf_counter() - clock)
+            tokens_per_s = n_tokens / (time.perf_counter() - clock)
             fill = n_tokens / (len(log) * accumulation * args.batch_size * row_length)
             rate = learning_rate(step - 1, args)
-            peak = matmul_peak(device, torch.bfloat16 if fast_bf16(device) else torch.float32)
-            share, memory = speed * model_flops(config, row_length) / peak, peak_memory(device)
-            speeds = dict(tokens_per_s=speed, utilisation=share, peak_memory_gb=memory)
+            share = tokens_per_s * speed.model_flops(config, row_length) / speed.peak(device)
+            memory = speed.peak_memory(device)
+            speeds = dict(tokens_per_s=tokens_per_s, utilisation=share, peak_memory_gb=memory)
             write(step, loss=loss, grad_norm=norm, learning_rate=rate, fill=fill, **speeds)
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {share:.0%} of peak, {memory:.1f} GB")
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {share:.0%} of peak, {memory:.1f} GB")
             log, n_tokens, clock = [], 0, time.perf_counter()
 
         pause, news, is_best = time.perf_counter(), [], False
@@ -647,6 +611,7 @@ def main():
             state.best = min(state.best, figures["bound_nats_per_token"])
         if step % args.save_interval == 0 or is_best or last or caught:
             save(state, run, run_dir, is_best)
+            saved_at = step
         if step % args.sample_interval == 0 or last:
             lines = sample_texts(state.emas[-1], tokenizer, val, args, run)
             with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
@@ -657,6 +622,8 @@ def main():
         clock += time.perf_counter() - pause
     bar.close()
     if caught:
+        if saved_at != state.step:  # the signal came after the step's save was due
+            save(state, run, run_dir)
         print(f"saved at step {state.step}: run the same command again to go on", file=sys.stderr)
         sys.exit(128 + caught[0])
     if args.data_path is None:

@@ -4,7 +4,7 @@
     python benchmarks/bench.py operations step --output=runs/bench
 
 Writes results.json, results.md and pictures. Times are medians over repetitions; memory is the most that a call needs
-above what it starts with: weights, gradients and optimizer state. Ratios are to the first variant of a case.
+above what it starts with: weights and optimizer state, and for "operations" the gradients. Ratios are to the first variant of a case.
 """
 
 import ctypes
@@ -31,6 +31,7 @@ import cli
 import data
 import kernels
 import plot
+import speed
 import toy
 import train
 from model import BFNTransformer, Config
@@ -62,20 +63,20 @@ def forget_peak(device):
 
 
 def measure(call, device, n_tokens, repetitions, flops=0.0):
-    """Call twice to warm up, then `repetitions` times -> {figure: value}."""
+    """Call once to warm up, then `repetitions` times -> {figure: value}."""
     begin = time.perf_counter()
-    call(), call()
-    train.synchronise(device)
+    call()
+    speed.synchronise(device)
     warm_up = time.perf_counter() - begin
     forget_peak(device)
     before, seconds = memory_now(device), []
     for _ in range(repetitions):
         begin = time.perf_counter()
         call()
-        train.synchronise(device)
+        speed.synchronise(device)
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds)
-    peak = train.matmul_peak(device, torch.bfloat16 if train.fast_bf16(device) else torch.float32)
+    peak = speed.peak(device)
     return dict(
         seconds=median,
         tokens_per_s=n_tokens / median,
@@ -117,13 +118,13 @@ def operations(device, repetitions, variant, K, n_tokens, width):
         kernels.compile_chunks()
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=train.fast_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=speed.fast_bf16(device)):
             call()
 
     return measure(step, device, n_tokens, repetitions, 10 * K * width * n_tokens)
 
 
-def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_length=64, update=True):
+def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_length=64):
     """A whole training step of the network, on packed rows."""
     flags = ["-d=none", f"-slen={row_length}", f"-bsz={n_tokens // row_length}", f"-nl={n_layers}", f"-mdim={width}"]
     flags += ["--max_steps=1000", f"--fused={'on' if 'fused' in variant else 'off'}"]
@@ -132,24 +133,20 @@ def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_lengt
     config = train.make_config(args, K)
     state = train.build(config, args, device, None)
     fused = train.prepare_network(state.model, args, device)
-    if fused:
-        for p in state.model.parameters():
-            p.grad = torch.zeros_like(p)
     torch.manual_seed(0)
     segment_ids = 1 + (torch.rand(n_tokens // row_length, row_length) < 0.05).cumsum(1)
     batch = torch.randint(K, segment_ids.shape), segment_ids, torch.zeros_like(segment_ids, dtype=torch.bool)
 
     def call():
-        train.accumulate_gradients(state.model, [batch], config, [0], device, state.times, fused)
-        if update:
-            train.update_weights(state, args)
+        train.accumulate_gradients(state.model, [batch], [0], device, state.times, fused)
+        train.update_weights(state, args)
 
-    return measure(call, device, n_tokens, repetitions, train.model_flops(config, row_length) * n_tokens)
+    return measure(call, device, n_tokens, repetitions, speed.model_flops(config, row_length) * n_tokens)
 
 
 def attention(device, repetitions, variant, row_length, n_tokens=8192, n_heads=8, width=64):
     """Attention alone over packed rows, forward and backward (forward alone on a CPU, where flex has no more)."""
-    B, dtype = n_tokens // row_length, torch.bfloat16 if train.fast_bf16(device) else torch.float32
+    B, dtype = n_tokens // row_length, torch.bfloat16 if speed.fast_bf16(device) else torch.float32
     q, k, v = (torch.randn(B, n_heads, row_length, width, device=device, dtype=dtype) for _ in range(3))
     segments = (1 + (torch.rand(B, row_length) < 0.05).cumsum(1)).to(device)
     train_it = device.type == "cuda"
@@ -193,7 +190,7 @@ def sampling(device, repetitions, variant, K, rows, length=64, width=256, n_laye
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
     network = partial(model, segment_ids=torch.ones_like(ids))
     nothing = torch.zeros_like(ids, dtype=torch.bool)
-    call = partial(bfn.sample, network, ids, nothing, model.config.s1, K, times, "sde2", draws=bfn.Draws(device=device))
+    call = partial(bfn.sample, network, ids, nothing, model.config.s1, K, times, "sde2")
     return measure(call, device, rows * length, repetitions)
 
 
@@ -286,7 +283,7 @@ def main():
             continue
         results.append(dict(case=case, variant=variant, sizes=sizes, **json.loads(done.stdout.splitlines()[-1])))
         (folder / "results.json").write_text(json.dumps(results, indent=1))
-    peak = train.matmul_peak(device, torch.bfloat16 if train.fast_bf16(device) else torch.float32)
+    peak = speed.peak(device)
     lines = [f"matrix multiplication: {peak / 1e9:,.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads", ""]
     lines += table(results)
     (folder / "results.md").write_text("\n".join(lines) + "\n")

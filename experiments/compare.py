@@ -44,6 +44,7 @@ def base(args):
 
 def no_skip(args):
     """Output without log theta."""
+    args.fused = "off"
     model_file.BFNTransformer.head = lambda self, hidden, theta: self.linear_out(hidden)
 
 
@@ -120,9 +121,27 @@ def nothing_given(args):
     data.draw_cond_mask = lambda segment_ids, rng: evaluate.nothing_given(segment_ids)
 
 
+def first_formulation(args):
+    """theta @ E, FiLM without the 1 +, beta 0.005, logits alone, one t a text, the loss alone, AdamW at 1e-3."""
+
+    class FiLM(model_file.FiLM):
+        def __init__(self, d_model, d_time):
+            super().__init__(d_model, d_time)
+            self.linear.reset_parameters()
+
+        def forward(self, h, time):
+            scale, shift = self.linear(time).chunk(2, -1)
+            return F.rms_norm(h, h.shape[-1:]) * scale + shift
+
+    model_file.FiLM = FiLM
+    for variant in (no_skip, adamw, segment_times, no_cross_entropy):
+        variant(args)
+    args.beta, args.learning_rate = 0.005, 1e-3
+
+
 def autoregressive(args):
     """The same body, causal: what not being autoregressive costs."""
-    network = model_file.BFNTransformer
+    network, args.fused = model_file.BFNTransformer, "off"
     network.head = lambda self, hidden, theta: self.linear_out(hidden)
     plain_mask = network.attention_mask
 
@@ -149,7 +168,7 @@ VARIANTS = {
     f.__name__: f
     for f in (
         base, no_skip, adamw, segment_times, position_times, learned_times, uniform_times, no_cross_entropy, cross_entropy_2, cross_entropy_20,
-        half_batch, double_batch, half_rate, double_rate, nothing_given, autoregressive,
+        half_batch, double_batch, half_rate, double_rate, nothing_given, first_formulation, autoregressive,
     )
 }  # fmt: skip
 
@@ -206,13 +225,13 @@ def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
     fused = train.prepare_network(state.model, args, device)
-    train.probe(state.model, loader, config, args, device, fused)
+    train.probe(state.model, loader, args, device, fused)
     train.learning_rate = lambda step, args: args.learning_rate * rate_share(budget.progress)
 
     def step():
         batch = loader.batch(state.step)
         seeds = [bfn.mix_seed(args.seed, state.step, 0)]
-        train.accumulate_gradients(state.model, [batch], config, seeds, device, state.times, fused)
+        train.accumulate_gradients(state.model, [batch], seeds, device, state.times, fused)
         train.update_weights(state, args)
         state.step += 1
         return int((batch[1] > 0).sum())

@@ -22,7 +22,7 @@ from model import BFNTransformer, Config, read_checkpoint
 from times import Times
 
 
-def variance(model, batches, config, times, n_draws, bar):
+def variance(model, batches, times, n_draws, bar):
     """Draw losses and gradients -> variance of the loss, trace of the gradient's covariance, means over the batches."""
     loss_variance = trace = 0.0
     for b, batch in enumerate(batches):
@@ -30,7 +30,7 @@ def variance(model, batches, config, times, n_draws, bar):
         for n in range(n_draws):
             model.zero_grad(set_to_none=True)
             seeds = [bfn.mix_seed("variance", b, n)]
-            losses.append(train.accumulate_gradients(model, [batch], config, seeds, torch.device("cpu"), times))
+            losses.append(train.accumulate_gradients(model, [batch], seeds, torch.device("cpu"), times))
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
             bar.update()
         loss_variance += torch.stack(losses).var().item() / len(batches)
@@ -43,11 +43,12 @@ def main():
     p.add_argument("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     p.add_argument("--n_batches", type=cli.count, default=4, help="batches (4)")
     p.add_argument("--n_draws", type=cli.several, default=32, help="draws of noise and times for each (32)")
+    p.add_argument("--cross_entropy", type=cli.non_negative, default=train.CROSS_ENTROPY, help="its weight in the loss (5)")
     args = p.parse_args()
+    train.CROSS_ENTROPY = args.cross_entropy
     run_dir = Path(args.model_dir)
     run = read_checkpoint(run_dir / "last.pt")
-    flags, config = run["args"], Config(**run["config"])
-    model = BFNTransformer(config)
+    flags, model = run["args"], BFNTransformer(Config(**run["config"]))
     model.load_state_dict(run["model"])
     corpus = flags["data_path"] or run_dir / "corpus.txt"
     part = "all" if flags["val_path"] else "train"
@@ -60,7 +61,7 @@ def main():
         for kind in ("uniform", "stratified", "learned"):
             times = Times(kind, 0.0)
             times.curve.copy_(run["times"])
-            results[kind] = variance(model, batches, config, times, args.n_draws, bar)
+            results[kind] = variance(model, batches, times, args.n_draws, bar)
     print("| times | variance of the loss | ratio | trace of the gradient's covariance | ratio |\n" + "|---" * 5 + "|")
     for kind, (loss, gradient) in results.items():
         ratios = [uniform / x for uniform, x in zip(results["uniform"], (loss, gradient), strict=True)]

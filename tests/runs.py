@@ -32,6 +32,7 @@ def make_run(folder, kind, text):
             tokenizer_hash=hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest(),
             emas=[model.state_dict()],
             step=1,
+            loss_by_time=None,
         ),
     )
     return folder

@@ -217,8 +217,7 @@ def test_a_row_ends_when_its_output_is_certain_and_takes_no_noise_from_others():
         return logits
 
     def run(rows):
-        generators = [torch.Generator().manual_seed(i) for i in range(2)][-rows:]
-        draws = bfn.Draws([L] * rows, generators)
+        draws = bfn.Draws.seeded([0, 1][-rows:], [L] * rows)
         return bfn.sample(
             network, ids[:rows], nothing[:rows], 3.0, K, bfn.time_grid("sde1", 10), "sde1", until=0.1, draws=draws
         )
@@ -298,10 +297,17 @@ def test_categorical_draws_follow_p():
     assert counts[1] == 0
 
 
-def test_a_rows_noise_depends_on_its_generator_alone():
-    def generators(*seeds):
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+def test_a_rows_noise_depends_on_its_seed_alone_and_is_new_at_each_draw():
+    alone, beside = bfn.Draws.seeded([8], [5]), bfn.Draws.seeded([3, 8], [9, 5])
+    first, second = alone.normal(4), alone.normal(4)
+    assert torch.equal(first[0], beside.normal(4)[1, :5]) and torch.equal(second[0], beside.normal(4)[1, :5])
+    assert not (first == second).any()
 
-    alone = bfn.Draws([5], generators(8)).normal((1, 5, 4))
-    beside = bfn.Draws([9, 5], generators(3, 8)).normal((2, 9, 4))
-    assert torch.equal(alone[0], beside[1, :5]) and not beside[1, 5:].any()
+
+def test_successive_draws_are_independent():
+    draws = bfn.Draws.seeded([0], [1000])
+    a, b = draws.normal(100), draws.normal(100)
+    assert abs((a * b).mean()) < 4 / math.sqrt(a.numel())
+    p = torch.tensor([0.25, 0.75]).expand(1, 1000, 2)
+    counts = sum(draws.tokens(p).sum().item() for _ in range(20))
+    assert counts == pytest.approx(15_000, abs=4 * math.sqrt(20_000 * 0.1875))

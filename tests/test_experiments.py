@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import compare
 
 PATCHED = [
+    (model, "FiLM"),
     (model.BFNTransformer, "head attention_mask forward"),
     (bfn, "predict squared_error_loss reconstruction_loss"),
     (data, "draw_cond_mask"),
@@ -78,3 +79,18 @@ def test_a_comparison_writes_its_table_and_picture(tmp_path):
     assert all(4000 <= r["n_tokens"] < 4300 and len(r["curve"]) == compare.N_POINTS for r in records)
     assert (tmp_path / "results.md").read_text() == done.stdout and done.stdout.count("|") > 20
     assert (tmp_path / "results.png").stat().st_size > 5000
+
+
+def test_samplers_are_compared_in_a_table_and_a_picture(tmp_path):
+    """On a run of the built-in language that has hardly been trained."""
+    run_dir, cache = tmp_path / "run", f"--cache_dir={tmp_path / 'cache'}"
+    sizes = "-mdim=32 -nl=1 -nh=2 --max_steps=2 -nex=0".split()
+    subprocess.run([sys.executable, ROOT / "train.py", f"-mdir={run_dir}", cache, *sizes], check=True, capture_output=True)
+    command = [sys.executable, ROOT / "experiments" / "samplers.py", f"-mdir={run_dir}", cache, f"--output={tmp_path}"]
+    command += "--solvers commit ode2 --calls 2 4 --num_samples=8 --infill=5 --time_grid=learned".split()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["solver"], r["calls"]) for r in rows[1:]] == [("commit", 2), ("commit", 4), ("ode2", 2), ("ode2", 4)]
+    assert rows[0]["figures"]["grammatical"][0] == 1 and (tmp_path / "results.png").stat().st_size > 5000
+    assert done.stdout.count("| ode2 |") == 4

@@ -44,6 +44,23 @@ def test_noise_depends_on_its_own_keys_alone():
     assert not torch.equal(together[0, 0], together[0, 1])
 
 
+def test_noise_is_finite_for_every_hash(monkeypatch):
+    """Also for those where Box and Muller's logarithm would be that of 0."""
+    hashes = torch.tensor([-(2**31), -(2**31) + 64, -1, 0, 1, 2**31 - 1], dtype=torch.int32)
+    monkeypatch.setattr(kernels, "_mix", lambda x: hashes.expand(*x.shape[:-1], 6))
+    assert (kernels.noise(kernels.draw_keys(2), 12).abs() < 6.7).all()
+
+
+def test_uniform_numbers_have_many_digits_and_stay_below_one(monkeypatch):
+    torch.manual_seed(0)
+    u = kernels.uniform(kernels.draw_keys(100_000))
+    steps = torch.arange(100_000) / 100_000
+    assert (u.sort().values - steps).abs().max() < 1.95 / math.sqrt(100_000) and u.unique().numel() == 100_000
+    assert ((u * 2**30) % 1).std() > 0.28  # of U(0, 1): 0.289
+    monkeypatch.setattr(kernels, "_mix", lambda x: torch.full_like(x, 2**31 - 1))
+    assert kernels.uniform(kernels.draw_keys(1)) < 1
+
+
 # ---------------------------------------------------------------- equal to the plain operations
 
 

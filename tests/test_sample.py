@@ -21,7 +21,19 @@ import sample
 import toy
 import train
 from model import load
-from sample import FREE, GAP, WORD_REST, WORD_START, Options, generate, make_template, parse_prompt
+from prompts import (
+    FREE,
+    GAP,
+    WORD_REST,
+    WORD_START,
+    allowed_tokens,
+    check_hints,
+    find_token,
+    make_template,
+    parse_hint,
+    parse_prompt,
+)
+from sample import Options, generate
 
 FEW = Options(steps=3)
 
@@ -130,7 +142,7 @@ def test_special_tokens_are_never_drawn(loaded):
     special = {tokenizer.unk_id(), tokenizer.bos_id()}
     for ids, _ in generate(model, tokenizer, templates, 0, FEW):
         assert not special & set(ids[1:] if tokenizer.bos_id() >= 0 else ids)
-    table = sample.allowed_tokens(tokenizer)
+    table = allowed_tokens(tokenizer)
     if tokenizer.eos_id() >= 0:
         assert [bool(table[-kind, tokenizer.eos_id()]) for kind in (FREE, GAP, WORD_START, WORD_REST)] == [True] + [
             False
@@ -203,8 +215,8 @@ def test_the_command_prints_samples_and_nothing_else(run_dir, monkeypatch, capsy
 def test_a_hint_is_the_odds_of_its_tokens(loaded):
     _, tokenizer, _ = loaded
     token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
-    (i, *_) = ids = sample.find_token(token, tokenizer)
-    position, hint = sample.parse_hint(f"3:{token}=0.75", tokenizer)
+    (i, *_) = ids = find_token(token, tokenizer)
+    position, hint = parse_hint(f"3:{token}=0.75", tokenizer)
     odds = hint.exp()
     assert position == 3 and odds[i] == pytest.approx(0.75)
     assert odds[[k for k in range(len(odds)) if k not in ids]] == pytest.approx(0.25 / len(odds))
@@ -213,25 +225,32 @@ def test_a_hint_is_the_odds_of_its_tokens(loaded):
 @pytest.mark.parametrize("hint", ["the=1", "3:", "3:the", "-1:the=1", "0:the=2", "0:the=0.9,anna=0.9", "0:the=0", "x:the=1"])
 def test_a_hint_written_otherwise_is_refused(loaded, hint):
     with pytest.raises(ValueError, match="write POSITION:TOKEN=SHARE"):
-        sample.parse_hint(hint, loaded[1])
+        parse_hint(hint, loaded[1])
 
 
 def test_what_is_not_one_token_is_refused_with_its_tokens(loaded):
     with pytest.raises(ValueError, match="not one token of this tokenizer, but"):
-        sample.find_token("the zebra", loaded[1])
+        find_token("the zebra", loaded[1])
 
 
-def test_a_hint_decides_its_position_and_needs_one(loaded):
+def test_a_hint_decides_its_position(loaded):
     model, tokenizer, run = loaded
     template = make_template("", tokenizer, run, 0, 12)
-    ids = [i for i in range(len(tokenizer)) if sample.allowed_tokens(tokenizer)[1, i]]
+    ids = [i for i in range(len(tokenizer)) if allowed_tokens(tokenizer)[1, i]]
     for wanted in ids[3:5]:
         hint = (2, torch.full((len(tokenizer),), -30.0).index_fill(0, torch.tensor(wanted), 0.0))
         for solver in ("commit", "sde2"):
             ((text, _),) = generate(model, tokenizer, [template], 0, Options(solver, 3, hints=(hint,)))
             assert text[2 + (tokenizer.bos_id() >= 0)] == wanted
+
+
+def test_a_hint_without_its_position_or_for_a_given_token_is_refused(loaded):
+    _, tokenizer, run = loaded
+    template = make_template("the", tokenizer, run, 0, 12)
     with pytest.raises(ValueError, match="a hint is for token 40"):
-        list(generate(model, tokenizer, [template], 0, Options(steps=3, hints=((40, hint[1]),))))
+        check_hints([(40, None)], [template], tokenizer.bos_id() >= 0)
+    with pytest.raises(ValueError, match="which is given"):
+        check_hints([(3, None), (0, None)], [template], tokenizer.bos_id() >= 0)
 
 
 def test_a_banned_token_is_never_drawn_but_may_be_given(loaded):
@@ -244,21 +263,29 @@ def test_a_banned_token_is_never_drawn_but_may_be_given(loaded):
         assert ids[:given] == template[:given] and not set(banned) & set(ids[given:])
 
 
-def test_the_stronger_the_evidence_for_a_draft_the_more_of_it_stays(loaded):
-    model, tokenizer, run = loaded
-    draft = tuple(make_template("the old king sleeps", tokenizer, run, 0, 30)[:-1])
-    draft = tuple(k for k in draft if k >= 0)
-    kept = []
-    for strength in (0.05, 0.5, 0.99):
-        texts = list(
-            generate(model, tokenizer, [[FREE] * len(draft)] * 20, 0, Options(steps=4, draft=draft, strength=strength))
-        )
-        kept.append(sum(a == b for ids, _ in texts for a, b in zip(ids, draft, strict=True)))
+def test_the_stronger_the_evidence_for_a_draft_the_more_of_it_stays(run_dir, monkeypatch, capsys, tmp_path):
+    text, kept = "the old king sleeps", []
+    for strength in (0.01, 0.6, 0.99):
+        flags = [
+            f"--draft={text}",
+            f"--strength={strength}",
+            "--num_samples=20",
+            "--steps=4",
+            f"--output={tmp_path / 'out'}",
+        ]
+        command(monkeypatch, capsys, f"-mdir={run_dir}", *flags)
+        tokenizer = data.load_tokenizer(run_dir / "tokenizer.model")
+        marks = [[i] if i >= 0 else [] for i in (tokenizer.bos_id(), tokenizer.eos_id())]
+        draft = marks[0] + tokenizer.encode(text) + marks[1]
+        texts = [json.loads(line)["ids"] for line in open(tmp_path / "out")]
+        assert all(len(ids) == len(draft) and ids[: len(marks[0])] == marks[0] for ids in texts)
+        kept.append(sum(a == b for ids in texts for a, b in zip(ids, draft, strict=True)))
     assert kept[0] <= kept[1] <= kept[2] and kept[0] < kept[2]
 
 
 def test_text_longer_than_the_trained_length_goes_on_from_its_end(loaded, monkeypatch):
-    model, tokenizer, _ = loaded
+    model, tokenizer, run = loaded
+    prompt = make_template("the king", tokenizer, run, 0, 60)
     monkeypatch.setattr(tokenizer, "eos_id", lambda: -1)
     seen = []
     real = sample.generate
@@ -268,12 +295,15 @@ def test_text_longer_than_the_trained_length_goes_on_from_its_end(loaded, monkey
         return real(model, tokenizer, templates, *rest)
 
     monkeypatch.setattr(sample, "generate", watched)
-    ids, calls = sample.generate_long(model, tokenizer, 50, 16, 0, FEW)
-    assert len(ids) == 50 and calls == 3 * len(seen) and max(map(len, seen)) == 16
-    start = 16
-    for template in seen[1:]:
-        assert template[:8] == ids[start - 8 : start] and set(template[8:]) == {FREE}
-        start += len(template) - 8
+    ids, calls = sample.generate_long(model, tokenizer, prompt, 16, 0, FEW)
+    given = [k for k in prompt if k >= 0][-8:]
+    assert len(ids) == 60 and ids[: len(given)] == given and 3 * len(seen) - 2 <= calls <= 3 * len(seen)
+    end = len([k for k in prompt if k >= 0])
+    for template in seen:
+        begin = [k for k in template if k >= 0]
+        assert begin == ids[max(0, end - 8) : end] and len(template) <= 16
+        end += len(template) - len(begin)
+    assert end == 60
 
 
 def test_the_trace_shades_in_place_in_a_terminal_and_has_no_control_codes_elsewhere(loaded, monkeypatch):
@@ -293,6 +323,32 @@ def test_the_trace_shades_in_place_in_a_terminal_and_has_no_control_codes_elsewh
         assert plain.count("the king sleeps") == 2 and (is_terminal or plain.count("\n") == 2)
         if is_terminal:
             assert "\x1b[0;1m" in file.getvalue() and "\x1b[0;22m" in file.getvalue()
+
+
+def test_the_trace_shows_the_first_text_beside_shorter_ones(loaded):
+    model, tokenizer, run = loaded
+    templates, seen = [make_template("", tokenizer, run, i, n) for i, n in enumerate((14, 9, 12))], []
+    texts = list(generate(model, tokenizer, templates, 0, FEW, watch=lambda t, p, given: seen.append(given[0].sum().item())))
+    bos = tokenizer.bos_id() >= 0
+    assert len(texts[0][0]) == 14 and len(seen) == 3 and seen[0] == bos  # no padding in the first row
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--top_p=0"], "must be above 0"),
+        (["--length=70", "--trace"], "trained"),
+        (["--prompt=the ___ sleeps ___{40}", "--length=60"], "the model was trained on 32"),
+        (["--draft=the king", "--length=9"], "--draft is the whole text"),
+        (["--draft= "], "--draft takes"),
+        (["--time_grid=learned"], "before the first validation"),
+    ],
+)
+def test_what_does_not_go_together_gets_one_line(run_dir, monkeypatch, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, capsys, f"-mdir={run_dir}", "--steps=2", *flags)
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
 
 
 def test_all_controls_go_together_on_the_command_line(run_dir, monkeypatch, capsys, tmp_path):

@@ -65,3 +65,10 @@ def test_the_checker_knows_agreement():
 
 def test_a_seed_gives_one_corpus():
     assert toy.corpus(50, seed=4) == toy.corpus(50, seed=4) != toy.corpus(50, seed=5)
+
+
+def test_none_stands_for_any_word():
+    sentence = toy.sample(random.Random(3))
+    filled = [toy.probability([*sentence[:1], word, *sentence[2:]]) for word in toy.vocabulary()]
+    assert toy.probability([*sentence[:1], None, *sentence[2:]]) == pytest.approx(sum(filled))
+    assert toy.probability([None] * 9) == pytest.approx(toy.lengths()[9])
