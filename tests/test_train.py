@@ -305,7 +305,7 @@ def test_fusing_is_refused_where_its_numbers_would_overflow(run, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
-    args, config, state = tiny_setup()
+    args, _, state = tiny_setup()
     for poison in (float("nan"), float("inf")):
         before = {name: value.clone() for name, value in state.model.state_dict().items()}
         train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
