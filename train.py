@@ -41,14 +41,14 @@ PRESETS = {
     #          dim  layers  heads  length  batch   rate  warm-up  average
     "base":   (1024,   8,     8,     64,    256,   1e-3,  1000,  [0.9999]),
     "small":  ( 512,   8,     8,     64,    128,   1e-3,   500,  [0.999]),
-    "laptop": ( 256,   4,     4,     64,     32,   3e-3,   200,  [0.999]),
+    "laptop": ( 256,   4,     4,     64,     32, 1.2e-2,   200,  [0.999]),
     "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
 }  # fmt: skip
 CROSS_ENTROPY = 5.0  # weight of the cross-entropy beside the continuous-time loss
 FUSED_FROM = 1000  # tokens of the vocabulary: below, the plain operations are faster
 COMPILED_FROM = 256  # width, on a CPU: below, compiling gains nothing
 FLEX_FROM = 256  # length of rows: below, the mask is small
-TOY_SENTENCES, TOY_STEPS = 60_000, 1_400
+TOY_SENTENCES, TOY_STEPS = 60_000, 1_350
 VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
 
 # What a run is: on resume these must be what they were, everything else may change.
@@ -90,7 +90,7 @@ def flags():
         "--position_times",
         type=cli.zero_to_one,
         default=0.5,
-        help="share of texts in which each position has its own t (0.5)",
+        help="share of texts in which each position has its own t, near 0 or 1 more often (0.5)",
     )
     add("-wus", "--warmup_steps", type=cli.natural, help="steps of linear warm-up, at most a fifth of all *")
     add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="decay of the matrices (0.01)")

@@ -17,15 +17,18 @@ def test_each_segment_has_one_time_and_the_times_are_uniform():
     assert many.diff(dim=-1).max() < 3 / 100_000
 
 
-def test_in_a_share_of_the_segments_each_position_has_its_own_uniform_time():
+def test_in_a_share_of_the_segments_each_position_has_its_own_time_near_0_or_1():
     segment_ids = torch.arange(1, 1001).repeat_interleave(3).view(10, 300)
     t = draw_evenly(segment_ids, position_share=0.3).view(1000, 3)
     apart = t[:, 0] != t[:, 1]
     assert torch.equal(apart, t[:, 1] != t[:, 2])  # all of a segment or nothing
     assert apart.float().mean().item() == pytest.approx(0.3, abs=0.06)
     assert torch.corrcoef(t[apart].T).sub(torch.eye(3)).abs().max() < 0.25
-    for column in t.T:
-        torch.testing.assert_close(column.sort().values, torch.linspace(0, 1, 1000), atol=0.06, rtol=0)
+    for column in t[apart].T:
+        expected = (1 - torch.cos(torch.pi * torch.linspace(0, 1, len(column)))) / 2
+        torch.testing.assert_close(column.sort().values, expected, atol=0.12, rtol=0)
+    for column in t[~apart].T:
+        torch.testing.assert_close(column.sort().values, torch.linspace(0, 1, len(column)), atol=0.06, rtol=0)
 
 
 def learned(curve, kind="learned"):

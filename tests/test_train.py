@@ -335,7 +335,7 @@ def test_the_learning_rate_rises_falls_and_never_rises_again():
 
 
 def test_averages_follow_their_rates():
-    args, config, state = tiny_setup()
+    args, _, state = tiny_setup()
     assert train.flags().parse_args(["-ema=0.9,0.5"]).ema_rate == [0.9, 0.5]
     state.step = 10**6  # past the warm-up
     args.ema_rate = [0.9]
