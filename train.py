@@ -41,7 +41,7 @@ PRESETS = {
     #          dim  layers  heads  length  batch   rate  warm-up  average
     "base":   (1024,   8,     8,     64,    256,   1e-3,  1000,  [0.9999]),
     "small":  ( 512,   8,     8,     64,    128,   1e-3,   500,  [0.999]),
-    "laptop": ( 256,   4,     4,     64,     32, 1.2e-2,   200,  [0.999]),
+    "laptop": ( 256,   4,     4,     64,     32,   6e-3,   200,  [0.999]),
     "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
 }  # fmt: skip
 CROSS_ENTROPY = 5.0  # weight of the cross-entropy beside the continuous-time loss

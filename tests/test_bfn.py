@@ -146,6 +146,12 @@ def test_committing_one_position_a_call_is_exact_and_all_at_once_is_not():
     assert total_variation(1, "commit", truth=product) < 0.02 < total_variation(1, "commit")
 
 
+def test_committing_makes_no_more_calls_than_there_are_tokens():
+    ids, given = torch.zeros(2, L, dtype=torch.long), torch.tensor([[False] * L, [True] * (L - 1) + [False]])
+    _, calls = bfn.sample(FLAT, ids, given, 6.0, K, bfn.time_grid("commit", 10), "commit")
+    assert calls.tolist() == [L, 1]
+
+
 @pytest.mark.parametrize("solver, order", [("ode1", 1), ("ode2", 2)])
 def test_the_error_of_an_ode_falls_with_its_order_in_the_steps(solver, order):
     s1, ids, nothing = 3.0, torch.zeros(200, L, dtype=torch.long), torch.zeros(200, L, dtype=torch.bool)

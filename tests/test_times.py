@@ -78,3 +78,11 @@ def test_what_is_learned_is_the_mean_square_of_the_losses_that_count():
         times.fold()
     assert times.curve[[0, -1]].tolist() == pytest.approx([5, 16], rel=1e-3)
     assert (times.curve[1:-1] == 1).all()
+
+
+def test_a_loss_that_is_not_finite_teaches_nothing():
+    times = learned(torch.ones(N_BINS))
+    before = times.curve.clone()
+    times.learn(torch.tensor([[0.5]]), torch.tensor([[float("nan")]]), torch.tensor([[True]]))
+    times.fold()
+    assert torch.equal(times.curve, before)
