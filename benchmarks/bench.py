@@ -76,12 +76,11 @@ def measure(call, device, n_tokens, repetitions, flops=0.0):
         speed.synchronise(device)
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds)
-    peak = speed.peak(device)
     return dict(
         seconds=median,
         tokens_per_s=n_tokens / median,
         memory_mb=memory_now(device, peak=True) - before,
-        share_of_peak=flops / median / peak,
+        flops_per_s=flops / median,
         warm_up_s=warm_up,
     )
 
@@ -205,8 +204,9 @@ def plan(names, quick, cuda):
     small = dict(K=27, n_tokens=65_536, width=768) if cuda else dict(K=27, n_tokens=2048, width=256, n_layers=4)
     jobs = [("operations", form, dict(K=K, n_tokens=tokens, width=width)) for K in VOCABULARIES for form in FORMS]
     jobs += [("step", form, sizes) for sizes in (large, small) for form in FORMS]
-    for change in (dict(n_tokens=tokens // 2), dict(n_tokens=2 * tokens), dict(row_length=256), dict(row_length=1024)):
-        jobs.append(("step", FORMS[-1], dict(dict(K=8192, n_tokens=tokens, width=width, n_layers=4), **change)))
+    growing = [dict(K=K, n_tokens=tokens * n // 2) for K in (8192, 32_000) for n in (1, 2, 4)]
+    growing += [dict(K=8192, n_tokens=tokens, row_length=L) for L in (256, 1024)]
+    jobs += [("step", FORMS[3], dict(width=width, n_layers=4, row_length=64) | sizes) for sizes in growing]
     jobs += [
         ("attention", form, dict(row_length=n)) for n in (64, 256, 1024) for form in ("boolean mask", "no mask", "flex")
     ]
@@ -223,8 +223,8 @@ def plan(names, quick, cuda):
 # ---------------------------------------------------------------- results
 
 
-def table(results):
-    """Markdown lines, with ratios to the first variant of the same case and sizes."""
+def table(results, peak):
+    """Markdown lines, with ratios to the first variant of the same case and sizes; peak is in floating-point operations/s."""
     lines = [
         "| case | sizes | variant | seconds | tokens/s | speed, ratio | memory, MB | ratio | share of matmul peak |",
         "|" + "---|" * 9,
@@ -236,22 +236,23 @@ def table(results):
         lines.append(
             f"| {r['case']} | {sizes} | {r['variant']} | {r['seconds']:.3g} | {r['tokens_per_s']:,.0f} "
             f"| {reference['seconds'] / r['seconds']:.2f} | {r['memory_mb']:,.0f} "
-            f"| {r['memory_mb'] / max(reference['memory_mb'], 1e-9):.2f} | {r['share_of_peak']:.0%} |"
+            f"| {r['memory_mb'] / max(reference['memory_mb'], 1e-9):.2f} | {r['flops_per_s'] / peak:.0%} |"
         )
     return lines
 
 
 def pictures(results, folder):
-    """Speed and memory of input and loss over the size of the vocabulary."""
-    for figure, label in (("tokens_per_s", "tokens/s"), ("memory_mb", "MB above the state")):
-        series = {}
-        for r in results:
-            if r["case"] == "operations":
-                xs, ys = series.setdefault(r["variant"], ([], []))
-                xs.append(r["sizes"]["K"]), ys.append(r[figure])
-        if series:
-            title = "input and loss, forward and backward"
-            plot.lines(folder / f"{figure}.png", series, "tokens of the vocabulary", label, title, log=True)
+    """Speed and memory as functions of the vocabulary, the tokens of a batch and the length of rows."""
+    for case, size in (("operations", "K"), ("step", "n_tokens"), ("step", "row_length")):
+        series = {figure: {} for figure in ("tokens_per_s", "memory_mb")}
+        for r in (r for r in results if r["case"] == case and size in r["sizes"]):
+            name = ", ".join([r["variant"], *(f"{other} {n:,}" for other, n in r["sizes"].items() if other != size)])
+            for figure, lines in series.items():
+                xs, ys = lines.setdefault(name, ([], []))
+                xs.append(r["sizes"][size]), ys.append(r[figure])
+        for figure, lines in series.items():
+            if lines := {name: line for name, line in lines.items() if len(line[0]) > 1}:
+                plot.lines(folder / f"{case}_{size}_{figure}.png", lines, size, figure, f"{figure} over {size}", log=True)
 
 
 def main():
@@ -273,6 +274,7 @@ def main():
         raise ValueError(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
     folder, results = Path(args.output), []
     folder.mkdir(parents=True, exist_ok=True)
+    peak = speed.peak(device)
     for case, variant, sizes in tqdm(plan(args.cases or CASES, args.quick, device.type == "cuda"), disable=None):
         command = [sys.executable, __file__, f"--one={json.dumps([case, variant, sizes])}", f"--device={device}"]
         command += [f"--repetitions={args.repetitions}"]
@@ -283,9 +285,8 @@ def main():
             continue
         results.append(dict(case=case, variant=variant, sizes=sizes, **json.loads(done.stdout.splitlines()[-1])))
         (folder / "results.json").write_text(json.dumps(results, indent=1))
-    peak = speed.peak(device)
     lines = [f"matrix multiplication: {peak / 1e9:,.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads", ""]
-    lines += table(results)
+    lines += table(results, peak)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
     pictures(results, folder)
     print("\n".join(lines))

@@ -2,9 +2,11 @@
 
     python experiments/samplers.py -mdir=runs/demo --infill=200
     python experiments/samplers.py -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
+    python experiments/samplers.py -mdir=runs/demo --calls=20 --temperatures 0.6 0.8 1.2 --top_ps 0.8 0.9
 
 Each solver's texts stand beside as many held-out ones (evaluate.py's figures, with bootstrap intervals); those of the
 built-in language are checked for grammar as well, and their fills of gaps are held against the exact conditional.
+Temperatures and shares top-p in place of 1 trade diversity for quality: a second picture shows the one over the other.
 """
 
 import json
@@ -12,6 +14,7 @@ import math
 import random
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,10 +36,26 @@ CALLS = 5, 10, 20, 50, 100
 MOST_CALLS = 500  # of the ancestral sampler alone
 
 
-def options_of(solver, calls, run, grid):
-    """Options that make so many network calls."""
-    steps = calls if solver == "commit" else calls - 1
-    return Options(solver, steps, run["loss_by_time"] if grid == "learned" else None)
+@dataclass(frozen=True)
+class Job:
+    """One way to sample."""
+
+    solver: str
+    calls: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def options(self, curve):
+        """Options that make so many network calls; curve is the loss by time for a learned time grid, or None."""
+        steps = self.calls if self.solver == "commit" else self.calls - 1
+        return Options(self.solver, steps, curve, self.temperature, self.top_p)
+
+
+def plan(args):
+    """All jobs: solvers by calls, each of these at every temperature and top-p, and the longest ancestral one."""
+    controls = [(1.0, 1.0), *((T, 1.0) for T in args.temperatures), *((1.0, p) for p in args.top_ps)]
+    jobs = [Job(solver, calls, *control) for solver in args.solvers for calls in args.calls for control in controls]
+    return jobs + [Job("ancestral", MOST_CALLS)] * ("ancestral" in args.solvers)
 
 
 def share(hits):
@@ -81,50 +100,66 @@ def infill(model, tokenizer, sentences, options, seed):
 
 
 def compare(model, tokenizer, run, jobs, templates, reference, is_toy, args):
-    """Sample with each (solver, calls) -> rows {solver, calls, seconds, n, figures}."""
+    """Sample by each job -> rows {solver, calls, temperature, top_p, made, seconds, n, figures}."""
     rows = []
-    for solver, calls in tqdm(jobs, disable=None):
-        begin, options = time.perf_counter(), options_of(solver, calls, run, args.time_grid)
-        samples = list(generate(model, tokenizer, templates, args.seed, options))
+    for job in tqdm(jobs, disable=None):
+        begin = time.perf_counter()
+        samples = list(generate(model, tokenizer, templates, args.seed, job.options(curve_of(run, args))))
         seconds = time.perf_counter() - begin
         texts, made = [decode(tokenizer, ids) for ids, _ in samples], sum(n for _, n in samples) / len(samples)
         figures = judge(texts, reference, is_toy, args.seed)
-        rows.append(dict(solver=solver, calls=calls, made=made, seconds=seconds, n=len(texts), figures=figures))
+        rows.append(dict(asdict(job), made=made, seconds=seconds, n=len(texts), figures=figures))
     return rows
+
+
+def curve_of(run, args):
+    return run["loss_by_time"] if args.time_grid == "learned" else None
 
 
 def table(rows):
     """Rows -> Markdown lines."""
     names = list(rows[0]["figures"])
-    lines = ["| solver | calls | " + " | ".join(names) + " | texts/s |", "|" + "---|" * (len(names) + 3)]
+    columns = ["solver", "calls", "temperature", "top-p", *names, "texts/s"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for r in rows:
-        cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in r["figures"].values()]
-        speed = f"{r['n'] / r['seconds']:.1f}" if r["seconds"] else ""
-        lines.append(f"| {r['solver']} | {r['made']:.4g} | " + " | ".join(cells) + f" | {speed} |")
+        cells = [r["solver"], f"{r['made']:.4g}", f"{r['temperature']:g}", f"{r['top_p']:g}"]
+        cells += [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in r["figures"].values()]
+        cells.append(f"{r['n'] / r['seconds']:.1f}" if r["seconds"] else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def infill_table(model, tokenizer, run, jobs, sentences, args):
-    """Fill gaps with each (solver, calls) -> Markdown lines."""
+    """Fill gaps by each job -> Markdown lines."""
     lines = ["", "| solver | calls | fills grammatical | mean log P of fills | of the true words |", "|" + "---|" * 5]
-    for solver, calls in jobs:
-        options = options_of(solver, calls, run, args.time_grid)
-        (good, nats), (_, true) = infill(model, tokenizer, sentences, options, args.seed)
-        lines.append(f"| {solver} | {calls} | {good[0]:.3f} [{good[1]:.3f}, {good[2]:.3f}] | {nats:.2f} | {true:.2f} |")
+    for job in jobs:
+        (good, nats), (_, true) = infill(model, tokenizer, sentences, job.options(curve_of(run, args)), args.seed)
+        shown = f"{good[0]:.3f} [{good[1]:.3f}, {good[2]:.3f}]"
+        lines.append(f"| {job.solver} | {job.calls} | {shown} | {nats:.2f} | {true:.2f} |")
     return lines
 
 
-def picture(rows, solvers, calls, is_toy, path, title):
-    """Draw the share of grammatical texts, or n-gram perplexity, over network calls."""
-    figure = "grammatical" if is_toy else "n-gram perplexity"
-    series = {}
-    for solver in solvers:
-        series[solver] = tuple(
-            zip(*((r["made"], r["figures"][figure][0]) for r in rows if r["solver"] == solver), strict=True)
-        )
-    value = rows[0]["figures"][figure][0]
-    series["held-out text"] = ([min(calls), max(calls)], [value, value])
-    plot.lines(path, series, "network calls", figure, title, log=True)
+def pictures(rows, is_toy, folder, title):
+    """Draw the share of grammatical texts, or n-gram perplexity, over network calls, and over the diversity of the text."""
+    quality_figure = "grammatical" if is_toy else "n-gram perplexity"
+    held_out, by_calls, by_diversity = rows[0]["figures"], {}, {}
+    for r in rows[1:]:
+        value, diversity = r["figures"][quality_figure][0], r["figures"]["distinct bigrams"][0]
+        if r["temperature"] == r["top_p"] == 1:
+            by_calls.setdefault(r["solver"], []).append((r["made"], value))
+        for control in ("temperature", "top_p"):
+            if r["temperature" if control == "top_p" else "top_p"] == 1:
+                name = f"{r['solver']}, {r['calls']} calls, by {control}"
+                by_diversity.setdefault(name, []).append((r[control], diversity, value))
+    made = [r["made"] for r in rows[1:]]
+    lines = {solver: tuple(zip(*sorted(points), strict=True)) for solver, points in by_calls.items()}
+    lines["held-out text"] = ([min(made), max(made)], [held_out[quality_figure][0]] * 2)
+    plot.lines(folder / "results.png", lines, "network calls", quality_figure, title, log=True)
+    lines = {name: tuple(zip(*sorted(points), strict=True))[1:] for name, points in by_diversity.items() if len(points) > 1}
+    if lines:
+        values = [value for _, ys in lines.values() for value in ys]
+        lines["held-out text"] = ([held_out["distinct bigrams"][0]] * 2, [min(values), max(values)])
+        plot.lines(folder / "diversity.png", lines, "distinct bigrams", quality_figure, title)
 
 
 def flags():
@@ -136,13 +171,15 @@ def flags():
     add("--solvers", nargs="+", choices=solvers, default=solvers, help="(all)")
     add("--calls", nargs="+", type=cli.several, default=[*CALLS], help="network calls (5 10 20 50 100)")
     add("--time_grid", choices=["uniform", "learned"], default="uniform", help="of the flow's solvers (uniform)")
+    add("--temperatures", nargs="+", type=cli.positive, default=[], help="of the output, besides 1")
+    add("--top_ps", nargs="+", type=cli.above_zero_to_one, default=[], help="shares of the output kept, besides 1")
     add("--num_samples", type=cli.several, default=256, help="texts (256)")
     add("--length", type=cli.several, help="tokens of a text (those of the held-out texts)")
     add("--infill", type=cli.natural, default=0, help="sentences of the built-in language to fill gaps in (0)")
     add("--seed", type=cli.natural, default=0, help="of everything random (0)")
     add("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
     add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
-    add("--output", default="runs/samplers", help="folder for results.json, .md and .png (runs/samplers)")
+    add("--output", default="runs/samplers", help="folder for results.json, .md and pictures (runs/samplers)")
     return p
 
 
@@ -159,27 +196,18 @@ def main():
     window = args.length or run["args"]["sequence_length"]
     real, lengths = evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
-    jobs = [(solver, calls) for solver in args.solvers for calls in args.calls]
-    rows = [
-        dict(
-            solver="held-out text",
-            calls=0,
-            made=0,
-            seconds=0,
-            n=len(real),
-            figures=judge(real, reference, is_toy, args.seed),
-        )
-    ]
-    most = [("ancestral", MOST_CALLS)] * ("ancestral" in args.solvers)
-    rows += compare(model, tokenizer, run, jobs + most, templates, reference, is_toy, args)
+    judged = judge(real, reference, is_toy, args.seed)
+    rows = [dict(asdict(Job("held-out text", 0)), made=0, seconds=0, n=len(real), figures=judged)]
+    rows += compare(model, tokenizer, run, plan(args), templates, reference, is_toy, args)
     lines = table(rows)
     if args.infill:
         sentences = [piece.text for piece in data.read_part(corpus, "val")][: args.infill]
-        lines += infill_table(model, tokenizer, run, [job for job in jobs if job[1] <= 20], sentences, args)
+        jobs = [Job(solver, calls) for solver in args.solvers for calls in args.calls if calls <= 20]
+        lines += infill_table(model, tokenizer, run, jobs, sentences, args)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(rows, indent=1))
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    picture(rows, args.solvers, args.calls, is_toy, folder / "results.png", str(args.model_dir))
+    pictures(rows, is_toy, folder, str(args.model_dir))
     print("\n".join(lines))
 
 
