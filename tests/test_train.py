@@ -25,7 +25,7 @@ import model as model_file
 import toy
 import train
 from model import BFNTransformer
-from muon import orthogonalise
+from muon import orthogonalise, orthogonalise_by_gram
 from times import Times, draw_evenly
 
 ROOT = Path(train.__file__).parent
@@ -357,14 +357,26 @@ def test_decay_is_on_matrices_only():
     assert {id(p) for group in groups for p in group["params"]} == set(map(id, trained))
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one():
+@pytest.mark.parametrize("form", [orthogonalise, orthogonalise_by_gram])
+def test_orthogonalised_matrices_have_singular_values_near_one(form):
     """All that are above 0.003 of the matrix's norm."""
     torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(n, 20))[0] for n in (20, 50))
     values = torch.logspace(0, -2.2, 20)
     X = U @ torch.diag(values / values.norm()) @ V.T
-    values = torch.linalg.svdvals(orthogonalise(torch.stack([X, 7 * X])))
+    values = torch.linalg.svdvals(form(torch.stack([X, 7 * X])))
     assert 0.79 < values.min() and values.max() < 1.21
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 64), (1, 1, 5)])
+def test_orthogonalising_by_the_gram_matrix_is_the_same(shape):
+    """For singular values of four orders of magnitude, some of them zero."""
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(0, -4, shape[1])
+    values[shape[1] // 2 + 1 :: 3] = 0
+    X = U * values @ Vh
+    torch.testing.assert_close(orthogonalise_by_gram(X), orthogonalise(X.double()).float(), rtol=0, atol=1e-3)
 
 
 def test_a_small_joint_distribution_is_learned():
