@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
-FORMAT = 3  # of the checkpoint file and the network in it
+FORMAT = 4  # of the checkpoint file and the network in it
 compiled_block_mask = torch.compile(create_block_mask, dynamic=False)  # as it stands, it makes the whole L x L mask
 
 
@@ -105,6 +105,28 @@ class FiLM(nn.Module):
         return F.rms_norm(h, h.shape[-1:]) * (1 + scale) + shift
 
 
+class Convolution(nn.Module):
+    """Add to each channel a learned sum of it over the nearest positions of the segment: (B, L, D) -> (B, L, D).
+
+    Depthwise, as in Primer [So et al. 2021], but to both sides. It is zero at first.
+    """
+
+    offsets = range(-4, 5)
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(self.offsets), d_model))
+
+    def forward(self, h, segment_ids):
+        L, reach = h.shape[1], max(map(abs, self.offsets))
+        padded, padded_ids = F.pad(h, (0, 0, reach, reach)), F.pad(segment_ids, (reach, reach), value=-1)
+        for offset, weight in zip(self.offsets, self.weight, strict=True):
+            there = slice(reach + offset, reach + offset + L)
+            same = padded_ids[:, there] == segment_ids
+            h = h + same[..., None] * weight * padded[:, there]
+        return h
+
+
 class Attention(nn.Module):
     """Attention within segments, rotary positions, queries and keys of unit RMS: (B, L, D) -> (B, L, D)."""
 
@@ -166,6 +188,7 @@ class BFNTransformer(nn.Module):
         self.embedding = nn.Embedding(config.K, D)
         self.project = nn.Linear(D, D)
         self.place = PlaceEmbedding(D)
+        self.convolution = Convolution(D)
         self.time = TimeEmbedding(d_time)
         self.rotary = RotaryEmbedding(D // config.n_heads, cache_if_possible=False)
         self.blocks = nn.ModuleList(Block(D, config.n_heads, d_time, config.dropout) for _ in range(config.n_layers))
@@ -200,6 +223,7 @@ class BFNTransformer(nn.Module):
         rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
         time = self.time(t)
         h = h.float() + self.place(segment_ids)  # under autocast too, the stream is float32
+        h = self.convolution(h, segment_ids)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, time, mask, rotations, use_reentrant=False)

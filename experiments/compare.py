@@ -48,6 +48,11 @@ def no_skip(args):
     model_file.BFNTransformer.head = lambda self, hidden, theta: self.linear_out(hidden)
 
 
+def no_convolution(args):
+    """The layers read single positions."""
+    model_file.Convolution.forward = lambda self, h, segment_ids: h
+
+
 def adamw(args):
     """AdamW for all parameters, at 3e-3."""
     args.learning_rate = 3e-3
@@ -122,7 +127,7 @@ def nothing_given(args):
 
 
 def first_formulation(args):
-    """theta @ E, FiLM without the 1 +, beta 0.005, logits alone, one t a text, the loss alone, AdamW at 1e-3."""
+    """theta @ E, FiLM without the 1 +, beta 0.005, no evidence skip, no convolution, one t a text, the loss alone, AdamW at 1e-3."""
 
     class FiLM(model_file.FiLM):
         def __init__(self, d_model, d_time):
@@ -134,7 +139,7 @@ def first_formulation(args):
             return F.rms_norm(h, h.shape[-1:]) * scale + shift
 
     model_file.FiLM = FiLM
-    for variant in (no_skip, adamw, segment_times, no_cross_entropy):
+    for variant in (no_skip, no_convolution, adamw, segment_times, no_cross_entropy):
         variant(args)
     args.beta, args.learning_rate = 0.005, 1e-3
 
@@ -158,6 +163,7 @@ def autoregressive(args):
         return network(F.one_hot(ids, z.shape[-1]).float(), t).float()
 
     network.attention_mask, network.forward, bfn.predict = attention_mask, forward, predict
+    model_file.Convolution.offsets = range(-4, 1)
     bfn.squared_error_loss = lambda logits, ids, t, s1: bfn.cross_entropy(logits, ids)
     bfn.reconstruction_loss = lambda network, ids, *rest: torch.zeros(ids.shape, device=ids.device)
     data.draw_cond_mask = lambda segment_ids, rng: evaluate.nothing_given(segment_ids)
@@ -167,7 +173,7 @@ def autoregressive(args):
 VARIANTS = {
     f.__name__: f
     for f in (
-        base, no_skip, adamw, segment_times, position_times, learned_times, uniform_times, no_cross_entropy, cross_entropy_2, cross_entropy_20,
+        base, no_skip, no_convolution, adamw, segment_times, position_times, learned_times, uniform_times, no_cross_entropy, cross_entropy_2, cross_entropy_20,
         half_batch, double_batch, half_rate, double_rate, nothing_given, first_formulation, autoregressive,
     )
 }  # fmt: skip

@@ -24,6 +24,7 @@ import compare
 PATCHED = [
     (model, "FiLM"),
     (model.BFNTransformer, "head attention_mask forward"),
+    (model.Convolution, "offsets forward"),
     (bfn, "predict squared_error_loss reconstruction_loss"),
     (data, "draw_cond_mask"),
     (train, "CROSS_ENTROPY make_optimizers"),
