@@ -6,11 +6,12 @@
 
 A variant is a function that changes the network, the loss or the optimizer before training starts. Every variant and
 seed runs in a process of its own, one after another. The learning rate falls to zero at the end of the budget. Records are
-added to those already in the folder.
+added to those already in the folder. The weights of "base" are kept there too, as run folders base-0, base-1, ...
 """
 
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -223,8 +224,9 @@ def bound(model, val, window, bos_id, device):
     return evaluate.likelihood(evaluate.score(model, val, window, bos_id, device, max_tokens=VAL_TOKENS), val, bos_id)
 
 
-def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
-    """Train one variant -> its record."""
+def run(name, args, minutes, n_tokens, text, folder):
+    """Train one variant on a prepared text -> its record."""
+    tokenizer, tokens, val = text
     VARIANTS[name](args)
     device, budget = cli.device(args.device), Budget(minutes, n_tokens)
     config = train.make_config(args, len(tokenizer))
@@ -245,7 +247,20 @@ def run(name, args, minutes, n_tokens, tokenizer, tokens, val):
     def measure():
         return bound(state.emas[-1], val, args.sequence_length, tokenizer.bos_id(), device)
 
-    return record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
+    curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
+    if name == "base":  # the file would not tell how another variant's network differs
+        state.loss_by_time = train.validate(state.emas[-1], val, tokenizer.bos_id(), args, device)[1]
+        keep_weights(state, train.describe_run(args, config, *text, folder), folder / f"base-{args.seed}")
+    return record(name, args.seed, state.model, curve)
+
+
+def keep_weights(state, run, run_dir):
+    """Make a run folder within the comparison's, for sample.py and evaluate.py."""
+    run_dir.mkdir(exist_ok=True)
+    for name in ("tokenizer.model", "corpus.txt"):
+        if (run_dir.parent / name).exists():
+            shutil.copyfile(run_dir.parent / name, run_dir / name)
+    train.save(state, run, run_dir, is_best=True)
 
 
 def record(name, seed, model, curve):
@@ -307,7 +322,7 @@ def main():
         seed = [f"--seed={args.one}"]
         flags = train.complete(train.flags().parse_args([*files, *args.flags.split(), *seed]))
         text = train.complete(train.flags().parse_args([*files, *args.flags.split()]))  # the same for all seeds
-        print(json.dumps(run(args.variants[0], flags, args.minutes, args.tokens, *prepare(text, folder))))
+        print(json.dumps(run(args.variants[0], flags, args.minutes, args.tokens, prepare(text, folder), folder)))
         return
     shared = [f"--minutes={args.minutes}", f"--flags={args.flags}", f"--output={folder}", *files]
     shared += [f"--tokens={args.tokens}"] * bool(args.tokens)

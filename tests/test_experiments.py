@@ -80,6 +80,8 @@ def test_a_comparison_writes_its_table_and_picture(tmp_path):
     assert all(4000 <= r["n_tokens"] < 4300 and len(r["curve"]) == compare.N_POINTS for r in records)
     assert (tmp_path / "results.md").read_text() == done.stdout and done.stdout.count("|") > 20
     assert (tmp_path / "results.png").stat().st_size > 5000
+    network, tokenizer, run = model.load(tmp_path / "base-0")
+    assert len(tokenizer) == network.config.K and run["step"] > 0 and len(run["loss_by_time"]) > 1
 
 
 def test_samplers_are_compared_in_a_table_and_a_picture(tmp_path):
