@@ -40,6 +40,16 @@ def test_a_packed_row_equals_its_segments_alone(model, lengths):
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
+def test_the_convolution_is_torchs_within_a_segment():
+    """And adds to what it reads."""
+    torch.manual_seed(0)
+    convolution, h = model_file.Convolution(6), torch.randn(2, 7, 6)
+    torch.nn.init.normal_(convolution.weight)
+    kernel = convolution.weight.T[:, None]  # (D, 1, offsets)
+    expected = h + torch.nn.functional.conv1d(h.mT, kernel, padding=4, groups=6).mT
+    torch.testing.assert_close(convolution(h, torch.ones(2, 7, dtype=torch.long)), expected)
+
+
 def test_padding_changes_nothing(model):
     (theta, rest), (t, t_rest) = random_input(6, 4)
     alone = model(theta, t, torch.ones(1, 6, dtype=torch.long))
