@@ -428,8 +428,8 @@ def gather_rows(tokens, plan, rows, row_length):
     lengths = plan.lengths[window]
     row = np.repeat(np.arange(len(rows)), counts)
     begins = np.cumsum(lengths) - lengths
-    first_of_row = np.minimum(np.cumsum(counts) - counts, len(window) - 1)  # an empty row at the end has none
-    column = begins - np.repeat(begins[first_of_row], counts)  # of each window's first token
+    row_begins = np.append(begins, 0)[np.cumsum(counts) - counts]  # 0 for empty rows at the end, which do not use it
+    column = begins - np.repeat(row_begins, counts)  # of each window's first token
     offset = np.arange(lengths.sum()) - np.repeat(begins, lengths)
     at = np.repeat(row * row_length + column, lengths) + offset
     ids, segment_ids = np.zeros((2, len(rows), row_length), dtype=np.int64)

@@ -98,8 +98,7 @@ def compile_chunks():
 def _chunks(n, K, device):
     """Cut n tokens into chunks -> slices, the size of all but the last."""
     size = max(16, CHUNK[device.type] // K // 16 * 16)
-    if n <= size // 8:
-        size = 1 << (n - 1).bit_length()  # there are few powers of two, so few programs
+    size = min(size, 1 << max(0, n - 1).bit_length())  # there are few powers of two, so few programs
     return [slice(i, min(i + size, n)) for i in range(0, n, size)], size
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -40,8 +41,8 @@ class Config:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"model_dim {self.d_model} is not an even multiple of num_heads {self.n_heads}")
+        if self.d_model % (2 * self.n_heads) or self.d_model == 2 * self.n_heads:
+            raise ValueError(f"model_dim {self.d_model} is not an even multiple, from 4, of num_heads {self.n_heads}")
 
     @property
     def s1(self):
@@ -162,17 +163,22 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then feed-forward, each modulated by the time and added to the stream."""
+    """One pre-norm layer: attention, then feed-forward, each modulated by the time and added to the stream.
+
+    The feed-forward layer reads what is near as well.
+    """
 
     def __init__(self, d_model, n_heads, d_time, dropout):
         super().__init__()
         self.film_attention, self.film_forward = FiLM(d_model, d_time), FiLM(d_model, d_time)
-        self.attention, self.forward_layer = Attention(d_model, n_heads), FeedForward(d_model)
+        self.attention, self.convolution = Attention(d_model, n_heads), Convolution(d_model)
+        self.forward_layer = FeedForward(d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, h, time, mask, rotations):
+    def forward(self, h, time, segment_ids, mask, rotations):
         h = h + self.dropout(self.attention(self.film_attention(h, time), mask, rotations))
-        return h + self.dropout(self.forward_layer(self.film_forward(h, time)))
+        near = self.convolution(self.film_forward(h, time), segment_ids)
+        return h + self.dropout(self.forward_layer(near))
 
 
 class BFNTransformer(nn.Module):
@@ -223,12 +229,12 @@ class BFNTransformer(nn.Module):
         rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
         time = self.time(t)
         h = h.float() + self.place(segment_ids)  # under autocast too, the stream is float32
-        h = self.convolution(h, segment_ids)
+        call = lambda part, *inputs: part(*inputs)
+        if self.recompute and torch.is_grad_enabled():
+            call = partial(checkpoint, use_reentrant=False)
+        h = call(self.convolution, h, segment_ids)
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, time, mask, rotations, use_reentrant=False)
-            else:
-                h = block(h, time, mask, rotations)
+            h = call(block, h, time, segment_ids, mask, rotations)
         return self.film_out(h, time)
 
     def head(self, hidden, theta):
@@ -299,7 +305,9 @@ def read_checkpoint(path):
         hint = f"rename {best}, if that is whole, to last.pt" if best.is_file() and best != Path(path) else "use another"
         raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}): {hint}") from None
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it")
+        raise ValueError(
+            f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it, or another run folder"
+        )
     return checkpoint
 
 

@@ -14,11 +14,12 @@ QUINTICS = (
     (3.5056, -2.6267, 0.5257),
     (2.4901, -1.8343, 0.4368),
 )
+MARGIN = 1.01  # beyond 1 the quintics grow fast: a norm must not be rounded below the largest singular value
 
 
 def orthogonalise(X):
     """Push the singular values of matrices (n, rows <= columns) towards 1, all of one matrix at once."""
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X / (MARGIN * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in QUINTICS:
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A)) @ X
@@ -27,7 +28,7 @@ def orthogonalise(X):
 
 def orthogonalise_by_gram(X):
     """`orthogonalise` by the small square X X^T alone, half the work for wide matrices; it needs all of float32's digits."""
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X / (MARGIN * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     A, product = X @ X.mT, None
     for i, (a, b, c) in enumerate(QUINTICS):
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -67,7 +68,8 @@ class Muon(torch.optim.Optimizer):
         momentum += keep * (1 - group["momentum"]) * (gradient - momentum)
         update = gradient.lerp(momentum, group["momentum"])  # Nesterov's look ahead
         tall = update.shape[-2] > update.shape[-1]
-        orthogonal = orthogonalise if update.is_cuda else orthogonalise_by_gram
+        far_from_square = max(update.shape[1:]) >= 2 * min(update.shape[1:])
+        orthogonal = orthogonalise_by_gram if far_from_square and not update.is_cuda else orthogonalise
         update = orthogonal(update.mT).mT if tall else orthogonal(update)
         rate = keep * group["lr"]
         for p, m, u in zip(params, momentum, update, strict=True):

@@ -433,12 +433,14 @@ def prepare_network(model, args, device):
         )
     if args.fused == "auto":
         fused = can_fuse and model.config.K >= FUSED_FROM
-    wide = device.type == "cuda" or args.model_dim >= COMPILED_FROM
     model.recompute = args.recompute
-    if args.compile == "on" or (args.compile == "auto" and wide):
-        model.flex = device.type == "cuda" and args.sequence_length >= FLEX_FROM
-        for block in model.blocks:
-            block.compile()  # one program for all layers: a fraction of the time that the whole model takes to compile
+    if args.compile == "auto":
+        args.compile = "on" if device.type == "cuda" or args.model_dim >= COMPILED_FROM else "off"
+    if args.compile == "on":
+        wide_heads = args.model_dim // args.num_heads >= 16  # flex attention takes no narrower ones
+        model.flex = device.type == "cuda" and args.sequence_length >= FLEX_FROM and wide_heads
+        for part in (model.convolution, *model.blocks):
+            part.compile()  # one program for all layers: a fraction of the time that the whole model takes to compile
         if fused:
             kernels.compile_chunks()
     return fused
@@ -454,8 +456,10 @@ def probe(model, loader, args, device, fused):
         except Exception as error:  # the compiler raises many kinds
             if args.compile == "off" or isinstance(error, torch.OutOfMemoryError):
                 raise
-            print(f"torch.compile failed ({type(error).__name__}): going on without it", file=sys.stderr)
+            reason = (str(error).strip().splitlines() or [""])[0]
+            print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it", file=sys.stderr)
             torch.compiler.set_stance("force_eager")
+            kernels.compiled.clear()
             args.compile, model.flex = "off", False
         model.zero_grad(set_to_none=True)
     return (time.perf_counter() - begin) * args.accumulation_steps

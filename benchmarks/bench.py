@@ -44,7 +44,7 @@ VOCABULARIES = (27, 1024, 8192, 32_000, 50_257)
 def memory_now(device, peak=False):
     """Memory in use, or the most since `forget_peak`, in MB; of this process on a CPU (Linux alone, else 0)."""
     if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / 1e6
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 1e6
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM" if peak else "VmRSS"):
@@ -55,7 +55,7 @@ def memory_now(device, peak=False):
 def forget_peak(device):
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -233,11 +233,15 @@ def table(results, peak):
     for r in results:
         sizes = ", ".join(f"{name} {value:,}" for name, value in r["sizes"].items())
         reference = first.setdefault((r["case"], sizes), r)
-        lines.append(
-            f"| {r['case']} | {sizes} | {r['variant']} | {r['seconds']:.3g} | {r['tokens_per_s']:,.0f} "
-            f"| {reference['seconds'] / r['seconds']:.2f} | {r['memory_mb']:,.0f} "
-            f"| {r['memory_mb'] / max(reference['memory_mb'], 1e-9):.2f} | {r['flops_per_s'] / peak:.0%} |"
-        )
+        cells = [r["case"], sizes, r["variant"]]
+        if "failed" in r:
+            cells += [r["failed"], *[""] * 5]
+        else:
+            faster = f"{reference['seconds'] / r['seconds']:.2f}" if "seconds" in reference else ""
+            smaller = f"{r['memory_mb'] / reference['memory_mb']:.2f}" if reference.get("memory_mb") else ""
+            share = f"{r['flops_per_s'] / peak:.0%}" if r["flops_per_s"] else ""
+            cells += [f"{r['seconds']:.3g}", f"{r['tokens_per_s']:,.0f}", faster, f"{r['memory_mb']:,.0f}", smaller, share]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -245,7 +249,7 @@ def pictures(results, folder):
     """Speed and memory as functions of the vocabulary, the tokens of a batch and the length of rows."""
     for case, size in (("operations", "K"), ("step", "n_tokens"), ("step", "row_length")):
         series = {figure: {} for figure in ("tokens_per_s", "memory_mb")}
-        for r in (r for r in results if r["case"] == case and size in r["sizes"]):
+        for r in (r for r in results if r["case"] == case and size in r["sizes"] and "failed" not in r):
             name = ", ".join([r["variant"], *(f"{other} {n:,}" for other, n in r["sizes"].items() if other != size)])
             for figure, lines in series.items():
                 xs, ys = lines.setdefault(name, ([], []))
@@ -280,10 +284,10 @@ def main():
         command += [f"--repetitions={args.repetitions}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            print(f"{case}, {variant}, {sizes}: {reason}", file=sys.stderr)
-            continue
-        results.append(dict(case=case, variant=variant, sizes=sizes, **json.loads(done.stdout.splitlines()[-1])))
+            figures = dict(failed=(done.stderr.strip().splitlines() or ["no message"])[-1])
+        else:
+            figures = json.loads(done.stdout.splitlines()[-1])
+        results.append(dict(case=case, variant=variant, sizes=sizes, **figures))
         (folder / "results.json").write_text(json.dumps(results, indent=1))
     lines = [f"matrix multiplication: {peak / 1e9:,.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads", ""]
     lines += table(results, peak)

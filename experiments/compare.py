@@ -152,7 +152,7 @@ def autoregressive(args):
     plain_mask = network.attention_mask
 
     def attention_mask(self, segment_ids):
-        L = segment_ids.shape[1]
+        self.flex, L = False, segment_ids.shape[1]
         return plain_mask(self, segment_ids) & torch.ones(L, L, dtype=torch.bool, device=segment_ids.device).tril()
 
     def forward(self, theta, t, segment_ids):
@@ -247,11 +247,14 @@ def run(name, args, minutes, n_tokens, text, folder):
     def measure():
         return bound(state.emas[-1], val, args.sequence_length, tokenizer.bos_id(), device)
 
-    curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
+    result = record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
     if name == "base":  # the file would not tell how another variant's network differs
         state.loss_by_time = train.validate(state.emas[-1], val, tokenizer.bos_id(), args, device)[1]
-        keep_weights(state, train.describe_run(args, config, *text, folder), folder / f"base-{args.seed}")
-    return record(name, args.seed, state.model, curve)
+        try:
+            keep_weights(state, train.describe_run(args, config, *text, folder), folder / f"base-{args.seed}")
+        except OSError as error:
+            print(f"the weights are not kept: {error}", file=sys.stderr)
+    return result
 
 
 def keep_weights(state, run, run_dir):
@@ -316,6 +319,7 @@ def main():
     p.add_argument("--output", default="runs/compare", help="folder for results.json, .md and .png (runs/compare)")
     p.add_argument("--one", type=cli.natural, help="run one variant with this seed in this process and print its record")
     args = p.parse_args()
+    torch.set_float32_matmul_precision("high")  # as in train.py
     folder, files = Path(args.output), [f"-d={args.data_path}"] * bool(args.data_path)
     files += [f"--val_path={args.val_path}"] * bool(args.val_path)
     if args.one is not None:

@@ -55,6 +55,7 @@ def plan(args):
     """All jobs: solvers by calls, each of these at every temperature and top-p, and the longest ancestral one."""
     controls = [(1.0, 1.0), *((T, 1.0) for T in args.temperatures), *((1.0, p) for p in args.top_ps)]
     jobs = [Job(solver, calls, *control) for solver in args.solvers for calls in args.calls for control in controls]
+    jobs = list(dict.fromkeys(jobs))
     return jobs + [Job("ancestral", MOST_CALLS)] * ("ancestral" in args.solvers)
 
 
@@ -157,8 +158,9 @@ def pictures(rows, is_toy, folder, title):
     plot.lines(folder / "results.png", lines, "network calls", quality_figure, title, log=True)
     lines = {name: tuple(zip(*sorted(points), strict=True))[1:] for name, points in by_diversity.items() if len(points) > 1}
     if lines:
-        values = [value for _, ys in lines.values() for value in ys]
-        lines["held-out text"] = ([held_out["distinct bigrams"][0]] * 2, [min(values), max(values)])
+        xs, ys = ([min(v), max(v)] for v in ([x for line in lines.values() for x in line[i]] for i in (0, 1)))
+        lines["diversity of held-out text"] = ([held_out["distinct bigrams"][0]] * 2, ys)
+        lines["quality of held-out text"] = (xs, [held_out[quality_figure][0]] * 2)
         plot.lines(folder / "diversity.png", lines, "distinct bigrams", quality_figure, title)
 
 
@@ -189,12 +191,16 @@ def main():
     is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
     if args.infill and not is_toy:
         raise ValueError("--infill is for the built-in language, whose exact conditionals are known")
+    if args.time_grid == "learned" and not run["loss_by_time"]:
+        raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
+    trained = run["args"]["sequence_length"]
+    if (args.length or 0) > trained:
+        raise ValueError(f"--length={args.length}, but the model was trained on texts of at most {trained} tokens")
     corpus, part = evaluate.find_corpus(args, run)
     held_out, held_out_part = (args.data_path, "all") if args.data_path else (corpus, "val")
     tokens = data.load_corpus(held_out, Path(args.model_dir) / "tokenizer.model", args.cache_dir, held_out_part)
     reference = quality.Reference.fit(corpus, tokenizer, part)
-    window = args.length or run["args"]["sequence_length"]
-    real, lengths = evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
+    real, lengths = evaluate.choose_texts(tokens, tokenizer, args.length or trained, args.num_samples, args.seed)
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     judged = judge(real, reference, is_toy, args.seed)
     rows = [dict(asdict(Job("held-out text", 0)), made=0, seconds=0, n=len(real), figures=judged)]

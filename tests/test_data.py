@@ -293,10 +293,12 @@ def test_an_epoch_of_batches_visits_each_token_once_and_runs_on_into_the_next(to
 
 @pytest.mark.parametrize("lengths", [[1000], [96], [70, 70, 70], [1], [3, 64, 65]])
 def test_every_batch_of_a_small_corpus_can_be_made(lengths):
-    """Rows that hold nothing included: an epoch's last row may be empty."""
-    loader = data.Loader(fake_tokens(lengths), 64, 4, seed=0)
-    tokens_seen = sum(int((loader.batch(n)[1] > 0).sum()) for n in range(3 * loader.rows_per_epoch))
-    assert tokens_seen == 4 * 3 * sum(lengths)
+    """Rows, and whole batches, that hold nothing included: an epoch's last row may be empty."""
+    for B, n_epochs in ((4, 12), (1, 20)):
+        loader = data.Loader(fake_tokens(lengths), 64, B, seed=0)
+        n_batches = n_epochs // B * loader.rows_per_epoch
+        tokens_seen = sum(int((loader.batch(n)[1] > 0).sum()) for n in range(n_batches))
+        assert tokens_seen == n_epochs * sum(lengths)
 
 
 def test_segments_are_numbered_in_order_and_padding_is_zero(tokens):

@@ -165,6 +165,41 @@ def test_under_autocast_the_fused_loss_is_near_that_of_float32():
         assert (a - b).norm() < 0.05 * b.norm() + 1e-6
 
 
+class FusedLoss(torch.nn.Module):
+    """The fused loss as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, segment_ids, cond_mask):
+        mask = (segment_ids > 0) & ~cond_mask
+        torch.manual_seed(int(ids.sum()))  # a row's own noise
+        t, keys = torch.rand(ids.shape), kernels.draw_keys(*ids.shape)
+        rows = mask.flatten().nonzero().squeeze(1)
+        return self.model.fused_loss(ids, t, cond_mask, segment_ids, rows, keys, mask / 10, 5.0)[0]
+
+
+def gradients_of_a_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, *batch = setup()
+    parallel = torch.nn.parallel.DistributedDataParallel(FusedLoss(model))
+    parallel(*(x[rank : rank + 1] for x in batch)).backward()
+    torch.save([p.grad for p in model.parameters() if p.requires_grad], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_have_the_mean_gradient_of_their_rows(tmp_path):
+    torch.multiprocessing.spawn(gradients_of_a_rank, (str(tmp_path),), nprocs=2)
+    model, *batch = setup()
+    for rank in (0, 1):
+        (FusedLoss(model)(*(x[rank : rank + 1] for x in batch)) / 2).backward()
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    for rank in (0, 1):
+        for found, gradient in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+            torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_nothing_of_size_tokens_times_vocabulary_is_kept_for_the_gradient(monkeypatch):
     model, ids, *rest = setup()
     monkeypatch.setitem(kernels.CHUNK, "cpu", 16 * 1001)
