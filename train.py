@@ -48,7 +48,7 @@ CROSS_ENTROPY = 5.0  # weight of the cross-entropy beside the continuous-time lo
 FUSED_FROM = 2000  # tokens of the vocabulary: below, the plain operations are as fast
 COMPILED_FROM = 256  # width, on a CPU: below, compiling gains nothing
 FLEX_FROM = 256  # length of rows: below, the mask is small
-TOY_SENTENCES, TOY_STEPS = 60_000, 1_400
+TOY_SENTENCES, TOY_STEPS = 60_000, 1_500
 VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
 
 # What a run is: on resume these must be what they were, everything else may change.
