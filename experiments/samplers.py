@@ -101,16 +101,14 @@ def infill(model, tokenizer, sentences, options, seed):
 
 
 def compare(model, tokenizer, run, jobs, templates, reference, is_toy, args):
-    """Sample by each job -> rows {solver, calls, temperature, top_p, made, seconds, n, figures}."""
-    rows = []
+    """Sample by each job, yielding rows {solver, calls, temperature, top_p, made, seconds, n, figures}."""
     for job in tqdm(jobs, disable=None):
         begin = time.perf_counter()
         samples = list(generate(model, tokenizer, templates, args.seed, job.options(curve_of(run, args))))
         seconds = time.perf_counter() - begin
         texts, made = [decode(tokenizer, ids) for ids, _ in samples], sum(n for _, n in samples) / len(samples)
         figures = judge(texts, reference, is_toy, args.seed)
-        rows.append(dict(asdict(job), made=made, seconds=seconds, n=len(texts), figures=figures))
-    return rows
+        yield dict(asdict(job), made=made, seconds=seconds, n=len(texts), figures=figures)
 
 
 def curve_of(run, args):
@@ -204,14 +202,16 @@ def main():
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     judged = judge(real, reference, is_toy, args.seed)
     rows = [dict(asdict(Job("held-out text", 0)), made=0, seconds=0, n=len(real), figures=judged)]
-    rows += compare(model, tokenizer, run, plan(args), templates, reference, is_toy, args)
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in compare(model, tokenizer, run, plan(args), templates, reference, is_toy, args):
+        rows.append(row)
+        (folder / "results.json").write_text(json.dumps(rows, indent=1))  # an hour's work is not lost
+        (folder / "results.md").write_text("\n".join(table(rows)) + "\n")
     lines = table(rows)
     if args.infill:
         sentences = [piece.text for piece in data.read_part(corpus, "val")][: args.infill]
         jobs = [Job(solver, calls) for solver in args.solvers for calls in args.calls if calls <= 20]
         lines += infill_table(model, tokenizer, run, jobs, sentences, args)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(rows, indent=1))
     (folder / "results.md").write_text("\n".join(lines) + "\n")
     pictures(rows, is_toy, folder, str(args.model_dir))
     print("\n".join(lines))
