@@ -174,13 +174,20 @@ ODE_START = 1e-3  # time at which an ODE begins, from z = s1 u eps
 
 
 def commit(k, p, ids, given, n):
-    """Give n (B,) more positions of each row, those of least entropy, their tokens k (B, L) -> ids, given.
+    """Give n (B,) more positions of each row their tokens k (B, L): the free ones are cut into n runs of equal length, and
+    of each run the position of least entropy is given -> ids, given.
 
     The state stays as it is. One position a call is exact for an exact network: the chain rule, in an order that the
-    text so far decides [for masked models: Chang et al. 2022, "MaskGIT"].
+    text so far decides [for masked models: Chang et al. 2022, "MaskGIT"]. Of several, drawn independently, far ones
+    miss little of each other; those of least entropy in the whole row would stand side by side.
     """
-    rank = entropy(p).masked_fill(given, torch.inf).argsort(dim=1, stable=True).argsort(1)  # 0 = least entropy
-    now = (rank < n[:, None]) & ~given
+    free = ~given
+    run = (free.cumsum(1) - 1) * n[:, None] // free.sum(1, keepdim=True).clamp(min=1)
+    run = run.masked_fill(given, given.shape[1])
+    order = (run + entropy(p).double() / (2 * math.log(p.shape[-1]))).argsort(dim=1, stable=True)  # by run, then by entropy
+    run = run.gather(1, order)
+    first = run.diff(dim=1, prepend=torch.full_like(run[:, :1], -1)) != 0
+    now = torch.zeros_like(given).scatter(1, order, first) & free
     return torch.where(now, k, ids), given | now
 
 
