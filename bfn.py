@@ -17,6 +17,7 @@ A network is any callable `network(theta, t) -> logits`. All arithmetic here is 
 
 import hashlib
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -173,24 +174,6 @@ SOLVERS = {f.__name__: f for f in (ancestral, sde1, sde2, ode1, ode2)}
 ODE_START = 1e-3  # time at which an ODE begins, from z = s1 u eps
 
 
-def commit(k, p, ids, given, n):
-    """Give n (B,) more positions of each row their tokens k (B, L): the free ones are cut into n runs of equal length, and
-    of each run the position of least entropy is given -> ids, given.
-
-    The state stays as it is. One position a call is exact for an exact network: the chain rule, in an order that the
-    text so far decides [for masked models: Chang et al. 2022, "MaskGIT"]. Of several, drawn independently, far ones
-    miss little of each other; those of least entropy in the whole row would stand side by side.
-    """
-    free = ~given
-    run = (free.cumsum(1) - 1) * n[:, None] // free.sum(1, keepdim=True).clamp(min=1)
-    run = run.masked_fill(given, given.shape[1])
-    order = (run + entropy(p).double() / (2 * math.log(p.shape[-1]))).argsort(dim=1, stable=True)  # by run, then by entropy
-    run = run.gather(1, order)
-    first = run.diff(dim=1, prepend=torch.full_like(run[:, :1], -1)) != 0
-    now = torch.zeros_like(given).scatter(1, order, first) & free
-    return torch.where(now, k, ids), given | now
-
-
 # ---------------------------------------------------------------- sampling
 
 
@@ -272,50 +255,98 @@ def time_grid(solver, n_steps, curve=None):
     return times[:-1] + [1.0]
 
 
+def output(network, z, t, ids, given, *, hint=None, hint_time=0.0, allowed=None, temperature=1.0, top_p=1.0, watch=None):
+    """Call the network on state z at time t, the positions `given` filled in with ids -> p (B, L, K), under the controls.
+
+    It reads softmax(z + hint): hint, broadcastable to (B, L, K), is evidence of the user's; where it is what a flow brings
+    until hint_time, accuracies add and the network is told sqrt(t^2 + hint_time^2). allowed (..., K) is False for tokens
+    never to be drawn. watch(t, p, given) sees the call.
+    """
+    times = torch.full(ids.shape, min(1.0, math.hypot(t, hint_time)), device=ids.device)
+    logits = predict(network, z if hint is None else z + hint, times, ids, given)
+    p = sharpen(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), temperature, top_p)
+    if watch is not None:
+        watch(t, p, given)
+    return p
+
+
+def mean_entropy(p, free):
+    """Of the output at the free positions, nats: (B, L, K), (B, L) -> (B,)."""
+    return (entropy(p) * free).sum(1) / free.sum(1).clamp(min=1)
+
+
 @torch.no_grad()
 def sample(
-    network, ids, cond_mask, s1, K, times, solver="ancestral", *, hint=None, hint_time=0.0, allowed=None, temperature=1.0,
-    top_p=1.0, argmax=False, until=0.0, draws=None, watch=None,
+    network, ids, cond_mask, s1, K, times, solver="ancestral", *, argmax=False, until=0.0, corrections=0, draws=None, **controls
 ):  # fmt: skip
     """Carry all positions from ignorance to text, calling the network at `times` -> ids (B, L), calls (B,).
 
-    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit", which
-    makes no more calls than a row has tokens. The network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to (B, L, K), is evidence of the user's;
-    where it is what a flow brings until hint_time, accuracies add and the network is told sqrt(t^2 + hint_time^2).
-    allowed (..., K) is False for tokens never to be drawn. A row whose output has a mean entropy under `until` nats is read
-    out at once; argmax reads out the likeliest tokens. watch(t, p, given) sees every call.
+    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit" (see
+    `commit`). A row whose output has a mean entropy under `until` nats is read out at once; argmax reads out the likeliest
+    tokens. controls: those of `output`. The solver moves z alone, without hints.
     """
     B, L = ids.shape
     draws = draws or Draws(kernels.draw_keys(B, L, device=ids.device))
-    z = torch.zeros(B, L, K, device=ids.device)
+    z, ask = torch.zeros(B, L, K, device=ids.device), partial(output, network, **controls)
+    read = (lambda p: p.argmax(-1)) if argmax else draws.tokens
+    if solver == "commit":
+        return commit(partial(ask, z, 0.0), read, ids, cond_mask, len(times), until, corrections)
     if times[0]:
         z += s1 * times[0] * draws.normal(K)
-    given, free, before = cond_mask, (~cond_mask).sum(1), None
-    n_calls = torch.full_like(free, len(times))
-    if solver == "commit":  # no more calls than tokens
-        n_calls = n_calls.minimum(free).clamp(min=1)
-    result, calls, going = ids, torch.zeros_like(free), torch.ones_like(free, dtype=torch.bool)
+    result, before = ids, None
+    calls, going = torch.zeros(B, dtype=torch.long, device=ids.device), torch.ones(B, dtype=torch.bool, device=ids.device)
     for i, u in enumerate(times):
-        t = torch.full((B, L), min(1.0, math.hypot(u, hint_time)), device=ids.device)
-        logits = predict(network, z if hint is None else z + hint, t, ids, given)
-        p = sharpen(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), temperature, top_p)
-        if watch is not None:
-            watch(u, p, given)
+        p, last = ask(z, u, ids, cond_mask), i + 1 == len(times)
         calls += going
-        if until or solver == "commit" or i + 1 == len(times):  # for all rows: none's draws depend on another's end
-            k = torch.where(given, ids, p.argmax(-1) if argmax else draws.tokens(p))
-            mean_entropy = (entropy(p) * ~given).sum(1) / (~given).sum(1).clamp(min=1)
-            ends = going & ((mean_entropy < until) | (i + 1 >= n_calls))
-            result, going = torch.where(ends[:, None], k, result), going & ~ends
+        if until or last:  # for all rows: none's draws depend on another's end
+            ends = going & (mean_entropy(p, ~cond_mask) < until) | last
+            result, going = torch.where((going & ends)[:, None] & ~cond_mask, read(p), result), going & ~ends
             if not going.any():
                 break
-        if solver == "commit":
-            ids, given = commit(k, p, ids, given, free * (i + 1) // n_calls - free * i // n_calls)
-        else:
-            dp = (p - before[0]) / (u - before[1]) if before else torch.zeros_like(p)
-            before = (p, u)
-            z = SOLVERS[solver](z, p, dp, u, times[i + 1], s1, draws)
+        dp = (p - before[0]) / (u - before[1]) if before else torch.zeros_like(p)
+        before = (p, u)
+        z = SOLVERS[solver](z, p, dp, u, times[i + 1], s1, draws)
     return result, calls
+
+
+def commit(ask, read, ids, cond_mask, n_calls, until=0.0, corrections=0):
+    """Draw some tokens with each call and give them to the next ones -> ids (B, L), calls (B,).
+
+    No more than n_calls, no more than a row has tokens. The free positions are cut into runs of equal length, one for each
+    token that is due, and the position of least entropy of each run is drawn: tokens drawn together, independently, should
+    know little of each other. One a call is exact for an exact network: the chain rule, in an order that the text so far
+    decides [for masked models: Chang et al. 2022, "MaskGIT"]. `corrections` more calls draw an eighth of the tokens anew,
+    the least likely ones of as many runs, given all others. ask(ids, given) -> p (B, L, K); read(p) -> tokens (B, L).
+    """
+    free = (~cond_mask).sum(1)
+    n_calls = torch.full_like(free, n_calls).minimum(free).clamp(min=1)
+    given, calls = cond_mask, torch.zeros_like(free)
+    p_drawn = torch.ones(ids.shape, device=ids.device)  # of each token, when it was
+    for i in range(int(n_calls.max()) + corrections):
+        filling, corrected = (i < n_calls)[:, None], (free // 8).clamp(min=1)
+        again = one_of_each_run(p_drawn, given & ~cond_mask, corrected) & ~filling
+        p = ask(ids, given & ~again)
+        calls += i < n_calls + corrections
+        n_calls = n_calls.where(mean_entropy(p, ~given) >= until, n_calls.clamp(max=i + 1))
+        due = free * (i + 1) // n_calls - free * i // n_calls
+        now = one_of_each_run(entropy(p), ~given, due) | ((i + 1 >= n_calls)[:, None] & ~given)
+        now = now & filling | again
+        ids, given = torch.where(now, read(p), ids), given | now
+        p_drawn = torch.where(now, p.gather(-1, ids[..., None]).squeeze(-1), p_drawn)
+        if (i + 1 >= n_calls + corrections).all():
+            break
+    return ids, calls
+
+
+def one_of_each_run(score, among, n):
+    """Cut the positions `among` (B, L) into n (B,) runs of equal length -> (B, L) bool, the least score (B, L) of each."""
+    run = (among.cumsum(1) - 1) * n[:, None] // among.sum(1, keepdim=True).clamp(min=1)
+    run = run.masked_fill(~among, score.shape[1])
+    order = score.argsort(dim=1, stable=True)
+    order = order.gather(1, run.gather(1, order).argsort(dim=1, stable=True))  # by run, then by score
+    run = run.gather(1, order)
+    first = run.diff(dim=1, prepend=torch.full_like(run[:, :1], -1)) != 0
+    return torch.zeros_like(among).scatter(1, order, first) & among
 
 
 # ---------------------------------------------------------------- randomness

@@ -33,6 +33,7 @@ class Options:
 
     solver: str = "commit"
     steps: int = 32
+    corrections: int = 4  # further calls of commit
     curve: list | None = None  # loss by time, for a learned time grid
     temperature: float = 1.0
     top_p: float = 1.0
@@ -98,6 +99,7 @@ def sample_batch(model, tokenizer, templates, seeds, options, watch=None):
         top_p=options.top_p,
         argmax=options.argmax,
         until=options.until,
+        corrections=options.corrections,
         draws=draws,
         watch=watch,
     )
@@ -177,6 +179,12 @@ def flags():
         default=defaults.steps,
         help=f"steps ({defaults.steps}): so many network calls for commit, at most one a token; one more for the others",
     )
+    add(
+        "--corrections",
+        type=cli.natural,
+        default=defaults.corrections,
+        help=f"further calls of commit, each draws the least likely eighth of the tokens anew ({defaults.corrections})",
+    )
     add("--time_grid", choices=["uniform", "learned"], default="uniform", help="even, or steps of equal loss (uniform)")
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")
     add("--top_p", type=cli.above_zero_to_one, default=1.0, help="keep the likeliest tokens that sum to this (1)")
@@ -208,6 +216,7 @@ def make_options(args, tokenizer, run):
     return Options(
         solver=args.solver,
         steps=args.steps,
+        corrections=args.corrections,
         curve=run["loss_by_time"] if args.time_grid == "learned" else None,
         temperature=args.temperature,
         top_p=args.top_p,

@@ -34,6 +34,7 @@ from sample import Options, decode, generate
 
 CALLS = 5, 10, 20, 50, 100
 MOST_CALLS = 500  # of the ancestral sampler alone
+CORRECTED = "corrected"  # commit, the last of its calls corrections
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class Job:
 
     def options(self, curve):
         """Options that make so many network calls; curve is the loss by time for a learned time grid, or None."""
-        steps = self.calls if self.solver == "commit" else self.calls - 1
-        return Options(self.solver, steps, curve, self.temperature, self.top_p)
+        controls = dict(curve=curve, temperature=self.temperature, top_p=self.top_p)
+        if self.solver in bfn.SOLVERS:
+            return Options(self.solver, self.calls - 1, **controls)
+        corrections = min(Options.corrections, self.calls // 3) if self.solver == CORRECTED else 0
+        return Options("commit", self.calls - corrections, corrections, **controls)
 
 
 def plan(args):
@@ -164,7 +168,7 @@ def pictures(rows, is_toy, folder, title):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    add, solvers = p.add_argument, ["commit", *bfn.SOLVERS]
+    add, solvers = p.add_argument, [CORRECTED, "commit", *bfn.SOLVERS]
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("-d", "--data_path", help="held-out text (the built-in language's validation part)")
     add("--corpus", help="training text that texts are held against (the one trained on)")

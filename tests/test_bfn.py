@@ -146,30 +146,44 @@ def test_committing_one_position_a_call_is_exact_and_all_at_once_is_not():
     assert total_variation(1, "commit", truth=product) < 0.02 < total_variation(1, "commit")
 
 
-def test_positions_committed_together_lie_in_runs_of_their_own_the_surest_of_each():
-    """The free positions 0, 1, 3, 4, 5, 6 are cut in two; where all are as sure, the first of a run is as good as any."""
-    certainty = torch.tensor([[0.5, 0.9, 0.99, 0.8, 0.6, 0.5, 0.7]])
-    p, k = torch.stack([certainty, 1 - certainty], -1), torch.ones(1, 7, dtype=torch.long)
-    given = torch.tensor([[False, False, True, False, False, False, False]])
-    ids, now = bfn.commit(k, p, torch.zeros_like(k), given, torch.tensor([2]))
-    assert now.int().tolist() == [[0, 1, 1, 0, 0, 0, 1]] and ids.tolist() == [[0, 1, 0, 0, 0, 0, 1]]
-    for n in range(1, 7):
-        assert bfn.commit(k, torch.full_like(p, 0.5), k, given, torch.tensor([n]))[1].sum() == n + 1
+def test_of_each_run_of_positions_the_least_score_is_chosen():
+    """The positions 0, 1, 3, 4, 5, 6 are cut in two, and 1 and 6 have the least scores of a half; 1 and 3 of all."""
+    score = torch.tensor([[5.0, 1.0, 0.0, 2.0, 4.0, 5.0, 3.0]])
+    among = torch.tensor([[True, True, False, True, True, True, True]])
+    assert bfn.one_of_each_run(score, among, torch.tensor([2])).nonzero()[:, 1].tolist() == [1, 6]
+    for n in range(1, 7):  # ties, too
+        assert bfn.one_of_each_run(torch.zeros_like(score), among, torch.tensor([n])).sum() == n
+    assert not bfn.one_of_each_run(score, among & False, torch.tensor([3])).any()
+
+
+def repeats(n_calls, **options):
+    """Share of tokens that repeat the one before, in samples of a text of 8 in which 0.95 of them do."""
+    n, share = 8, 0.95
+    sequences = torch.cartesian_prod(*[torch.arange(2)] * n)
+    same = (sequences[:, 1:] == sequences[:, :-1]).sum(1)
+    network = ExactNetwork(sequences, 0.5 * share**same * (1 - share) ** (n - 1 - same))
+    ids = torch.zeros(2000, n, dtype=torch.long)
+    torch.manual_seed(0)
+    samples, calls = bfn.sample(network, ids, ids.bool(), 5.0, 2, bfn.time_grid("commit", n_calls), "commit", **options)
+    assert (calls == n_calls + options.get("corrections", 0)).all()
+    return (samples[:, 1:] == samples[:, :-1]).float().mean()
 
 
 def test_committing_far_positions_together_errs_less_than_near_ones():
-    """A text in which 0.95 of the tokens repeat the one before, 4 of 8 positions a call.
+    """Every second one first, and 0.78 of the tokens repeat; the first half first, and 0.69 do: its repeats are chance."""
+    assert repeats(2) > 0.76
 
-    Every second one first: 0.78 of the tokens repeat. The first half first: its repeats are chance, 0.69 in all.
-    """
-    n, repeat = 8, 0.95
-    sequences = torch.cartesian_prod(*[torch.arange(2)] * n)
-    same = (sequences[:, 1:] == sequences[:, :-1]).sum(1)
-    network = ExactNetwork(sequences, 0.5 * repeat**same * (1 - repeat) ** (n - 1 - same))
-    ids = torch.zeros(2000, n, dtype=torch.long)
-    torch.manual_seed(0)
-    samples, _ = bfn.sample(network, ids, ids.bool(), 5.0, 2, bfn.time_grid("commit", 2), "commit")
-    assert (samples[:, 1:] == samples[:, :-1]).float().mean() > 0.76
+
+def test_corrections_mend_what_was_drawn_apart():
+    assert repeats(2, corrections=2) > 0.81 and repeats(2) < 0.79
+
+
+def test_corrections_leave_what_is_given_and_end_with_their_row():
+    """A row of one free token is done after its call and two corrections, whatever its neighbour does."""
+    ids, given = torch.full((2, L), 2), torch.tensor([[False] * L, [True] * (L - 1) + [False]])
+    times = bfn.time_grid("commit", 10)
+    samples, calls = bfn.sample(FLAT, ids, given, 6.0, K, times, "commit", corrections=2)
+    assert calls.tolist() == [L + 2, 3] and (samples[1, :-1] == 2).all()
 
 
 def test_committing_makes_no_more_calls_than_there_are_tokens():

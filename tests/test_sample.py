@@ -35,7 +35,7 @@ from prompts import (
 )
 from sample import Options, generate
 
-FEW = Options(steps=3)
+FEW = Options(steps=3, corrections=0)
 
 
 @pytest.fixture(scope="module", params=["bpe", "word", "char"])
@@ -70,9 +70,10 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(loaded):
 def test_a_sample_does_not_depend_on_its_neighbours(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, length) for i, length in enumerate([9, 14, 9])]
-    together = list(generate(model, tokenizer, templates, 5, FEW))
-    alone = [next(generate(model, tokenizer, [template], 5, FEW, first=i)) for i, template in enumerate(templates)]
-    assert together == alone
+    for options in (FEW, Options(steps=20, corrections=2)):  # a shorter text is corrected while a longer one is drawn
+        together = list(generate(model, tokenizer, templates, 5, options))
+        alone = [next(generate(model, tokenizer, [template], 5, options, first=i)) for i, template in enumerate(templates)]
+        assert together == alone
 
 
 def test_batches_of_one_equal_one_batch(loaded, monkeypatch):
@@ -354,7 +355,7 @@ def test_what_does_not_go_together_gets_one_line(run_dir, monkeypatch, capsys, f
 def test_all_controls_go_together_on_the_command_line(run_dir, monkeypatch, capsys, tmp_path):
     tokenizer = data.load_tokenizer(run_dir / "tokenizer.model")
     token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
-    flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=4", f"--output={tmp_path / 'out'}"]
+    flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=4", "--corrections=1", f"--output={tmp_path / 'out'}"]
     flags += ["--temperature=0.8", "--top_p=0.9", "--argmax", "--until=0.5", f"--hint=1:{token}=0.5", f"--ban={token}"]
     for solver in ("commit", *sample.bfn.SOLVERS):
         assert len(command(monkeypatch, capsys, *flags, f"--solver={solver}", "--length=12")) == 2
