@@ -320,17 +320,17 @@ def commit(ask, read, ids, cond_mask, n_calls, until=0.0, corrections=0):
     """
     free = (~cond_mask).sum(1)
     n_calls = torch.full_like(free, n_calls).minimum(free).clamp(min=1)
-    given, calls = cond_mask, torch.zeros_like(free)
+    given, calls, few = cond_mask, torch.zeros_like(free), (free // 8).clamp(min=1)
     p_drawn = torch.ones(ids.shape, device=ids.device)  # of each token, when it was
     for i in range(int(n_calls.max()) + corrections):
-        filling, corrected = (i < n_calls)[:, None], (free // 8).clamp(min=1)
-        again = one_of_each_run(p_drawn, given & ~cond_mask, corrected) & ~filling
+        filling, correcting = i < n_calls, (i >= n_calls) & (i < n_calls + corrections)
+        again = one_of_each_run(p_drawn, given & ~cond_mask, few) & correcting[:, None]
         p = ask(ids, given & ~again)
-        calls += i < n_calls + corrections
+        calls += filling | correcting
         n_calls = n_calls.where(mean_entropy(p, ~given) >= until, n_calls.clamp(max=i + 1))
         due = free * (i + 1) // n_calls - free * i // n_calls
         now = one_of_each_run(entropy(p), ~given, due) | ((i + 1 >= n_calls)[:, None] & ~given)
-        now = now & filling | again
+        now = now & filling[:, None] | again
         ids, given = torch.where(now, read(p), ids), given | now
         p_drawn = torch.where(now, p.gather(-1, ids[..., None]).squeeze(-1), p_drawn)
         if (i + 1 >= n_calls + corrections).all():
