@@ -202,9 +202,9 @@ class Draws:
         """Standard normal numbers (B, L, K)."""
         return kernels.noise(self._next(), K)
 
-    def tokens(self, p):
-        """Draw k ~ p by inverting the cumulative distribution in float64: (B, L, K) -> (B, L) int64."""
-        return sample_categorical(p, kernels.uniform(self._next()))
+    def tokens(self, p, at=...):
+        """Draw k ~ p (B, L, K) -> (B, L) int64, or (n,) of the n positions `at` (B, L) alone."""
+        return sample_categorical(p[at], kernels.uniform(self._next())[at])
 
 
 def sample_categorical(p, u):
@@ -221,7 +221,7 @@ def entropy(p):
 
 def sharpen(logits, temperature=1.0, top_p=1.0):
     """softmax(logits / temperature), of which the likeliest tokens that sum to `top_p` are kept -> (B, L, K)."""
-    p = (logits / temperature).softmax(-1)
+    p = (logits if temperature == 1 else logits / temperature).softmax(-1)
     if top_p < 1:
         largest, at = p.sort(-1, descending=True)
         kept = largest.cumsum(-1) - largest < top_p  # the token that crosses top_p is in
@@ -255,52 +255,54 @@ def time_grid(solver, n_steps, curve=None):
     return times[:-1] + [1.0]
 
 
-def output(network, z, t, ids, given, *, hint=None, hint_time=0.0, allowed=None, temperature=1.0, top_p=1.0, watch=None):
-    """Call the network on state z at time t, the positions `given` filled in with ids -> p (B, L, K), under the controls.
+def output(network, theta, t, ids, given, *, hint_time=0.0, allowed=None, temperature=1.0, top_p=1.0, watch=None):
+    """Call the network on theta at time t, the positions `given` filled in with ids -> p (B, L, K), under the controls.
 
-    It reads softmax(z + hint): hint, broadcastable to (B, L, K), is evidence of the user's; where it is what a flow brings
-    until hint_time, accuracies add and the network is told sqrt(t^2 + hint_time^2). allowed (..., K) is False for tokens
-    never to be drawn. watch(t, p, given) sees the call.
+    Where theta holds evidence of the user's, as much as a flow brings until hint_time, accuracies add and the network is
+    told sqrt(t^2 + hint_time^2). allowed (..., K) is False for tokens never to be drawn. watch(t, p, given) sees the call.
     """
     times = torch.full(ids.shape, min(1.0, math.hypot(t, hint_time)), device=ids.device)
-    logits = predict(network, z if hint is None else z + hint, times, ids, given)
+    logits = network(*give(theta, times, ids, given)).float()
     p = sharpen(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), temperature, top_p)
     if watch is not None:
         watch(t, p, given)
     return p
 
 
-def mean_entropy(p, free):
-    """Of the output at the free positions, nats: (B, L, K), (B, L) -> (B,)."""
-    return (entropy(p) * free).sum(1) / free.sum(1).clamp(min=1)
+def mean_over(free, x):
+    """Mean of x (B, L) over the positions `free` (B, L), 0 where there is none -> (B,)."""
+    return (x * free).sum(1) / free.sum(1).clamp(min=1)
 
 
 @torch.no_grad()
 def sample(
-    network, ids, cond_mask, s1, K, times, solver="ancestral", *, argmax=False, until=0.0, corrections=0, draws=None, **controls
+    network, ids, cond_mask, s1, K, times, solver="ancestral", *, hint=None, argmax=False, until=0.0, corrections=0,
+    draws=None, **controls,
 ):  # fmt: skip
     """Carry all positions from ignorance to text, calling the network at `times` -> ids (B, L), calls (B,).
 
     ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit" (see
-    `commit`). A row whose output has a mean entropy under `until` nats is read out at once; argmax reads out the likeliest
-    tokens. controls: those of `output`. The solver moves z alone, without hints.
+    `commit`). The network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to (B, L, K), is evidence
+    of the user's. A row whose output has a mean entropy under `until` nats is read out at once; argmax reads out the
+    likeliest tokens. controls: those of `output`.
     """
     B, L = ids.shape
     draws = draws or Draws(kernels.draw_keys(B, L, device=ids.device))
+    read = (lambda p, at=...: p[at].argmax(-1)) if argmax else draws.tokens
+    theta = lambda z: (z if hint is None else z + hint).softmax(-1)
     z, ask = torch.zeros(B, L, K, device=ids.device), partial(output, network, **controls)
-    read = (lambda p: p.argmax(-1)) if argmax else draws.tokens
     if solver == "commit":
-        return commit(partial(ask, z, 0.0), read, ids, cond_mask, len(times), until, corrections)
+        return commit(partial(ask, theta(z), 0.0), read, ids, cond_mask, len(times), until, corrections)
     if times[0]:
         z += s1 * times[0] * draws.normal(K)
     result, before = ids, None
     calls, going = torch.zeros(B, dtype=torch.long, device=ids.device), torch.ones(B, dtype=torch.bool, device=ids.device)
     for i, u in enumerate(times):
-        p, last = ask(z, u, ids, cond_mask), i + 1 == len(times)
+        p, last = ask(theta(z), u, ids, cond_mask), i + 1 == len(times)
         calls += going
         if until or last:  # for all rows: none's draws depend on another's end
-            ends = going & (mean_entropy(p, ~cond_mask) < until) | last
-            result, going = torch.where((going & ends)[:, None] & ~cond_mask, read(p), result), going & ~ends
+            ends = going & ((mean_over(~cond_mask, entropy(p)) < until) | last)
+            result, going = torch.where(ends[:, None] & ~cond_mask, read(p), result), going & ~ends
             if not going.any():
                 break
         dp = (p - before[0]) / (u - before[1]) if before else torch.zeros_like(p)
@@ -316,7 +318,8 @@ def commit(ask, read, ids, cond_mask, n_calls, until=0.0, corrections=0):
     token that is due, and the position of least entropy of each run is drawn: tokens drawn together, independently, should
     know little of each other. One a call is exact for an exact network: the chain rule, in an order that the text so far
     decides [for masked models: Chang et al. 2022, "MaskGIT"]. `corrections` more calls draw an eighth of the tokens anew,
-    the least likely ones of as many runs, given all others. ask(ids, given) -> p (B, L, K); read(p) -> tokens (B, L).
+    the least likely ones of as many runs, given all others: the text becomes likelier, and less diverse. ask(ids, given)
+    -> p (B, L, K); read(p, at) -> tokens (n,) of the n positions `at` (B, L).
     """
     free = (~cond_mask).sum(1)
     n_calls = torch.full_like(free, n_calls).minimum(free).clamp(min=1)
@@ -327,12 +330,14 @@ def commit(ask, read, ids, cond_mask, n_calls, until=0.0, corrections=0):
         again = one_of_each_run(p_drawn, given & ~cond_mask, few) & correcting[:, None]
         p = ask(ids, given & ~again)
         calls += filling | correcting
-        n_calls = n_calls.where(mean_entropy(p, ~given) >= until, n_calls.clamp(max=i + 1))
+        uncertainty = entropy(p)
+        n_calls = n_calls.where(mean_over(~given, uncertainty) >= until, n_calls.clamp(max=i + 1))
         due = free * (i + 1) // n_calls - free * i // n_calls
-        now = one_of_each_run(entropy(p), ~given, due) | ((i + 1 >= n_calls)[:, None] & ~given)
+        now = one_of_each_run(uncertainty, ~given, due) | ((i + 1 >= n_calls)[:, None] & ~given)
         now = now & filling[:, None] | again
-        ids, given = torch.where(now, read(p), ids), given | now
-        p_drawn = torch.where(now, p.gather(-1, ids[..., None]).squeeze(-1), p_drawn)
+        k, given = read(p, now), given | now
+        ids = ids.masked_scatter(now, k)
+        p_drawn = p_drawn.masked_scatter(now, p[now].gather(-1, k[:, None]))
         if (i + 1 >= n_calls + corrections).all():
             break
     return ids, calls
