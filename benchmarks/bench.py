@@ -183,13 +183,14 @@ def text(device, repetitions, variant, n_sentences=50_000):
 
 
 def sampling(device, repetitions, variant, K, rows, length=64, width=256, n_layers=4):
-    """Sampling texts; `variant` is the number of steps."""
-    times = bfn.time_grid("sde2", int(variant.split()[0]))
+    """Sampling texts; `variant` is the solver and the number of network calls."""
+    solver, n_calls = variant.split()
+    times = bfn.time_grid(solver, int(n_calls) - (solver != "commit"))
     model = BFNTransformer(Config(K, bfn.auto_beta1(K), width, n_layers, 8)).to(device).eval()
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
     network = partial(model, segment_ids=torch.ones_like(ids))
     nothing = torch.zeros_like(ids, dtype=torch.bool)
-    call = partial(bfn.sample, network, ids, nothing, model.config.s1, K, times, "sde2")
+    call = partial(bfn.sample, network, ids, nothing, model.config.s1, K, times, solver)
     return measure(call, device, rows * length, repetitions)
 
 
@@ -211,7 +212,8 @@ def plan(names, quick, cuda):
         ("attention", form, dict(row_length=n)) for n in (64, 256, 1024) for form in ("boolean mask", "no mask", "flex")
     ]
     jobs += [("text", form, {}) for form in ("tokenise", "load")]
-    jobs += [("sampling", f"{n} steps", dict(K=K, rows=rows)) for K in (27, 8192) for rows in (1, 16) for n in (10, 50)]
+    ways = [f"{solver} {n}" for solver in ("commit", "sde2") for n in (10, 50)]
+    jobs += [("sampling", way, dict(K=K, rows=rows)) for K in (27, 8192) for rows in (1, 16) for way in ways]
     if quick:
         jobs = [
             ("operations", form, dict(K=K, n_tokens=1024, width=256)) for K in (27, 8192) for form in (FORMS[0], FORMS[3])
