@@ -1,4 +1,4 @@
-"""The harness: variants run, and the autoregressive baseline is a distribution."""
+"""The harness: variants run, the autoregressive baseline is a distribution, the benchmark measures."""
 
 import json
 import subprocess
@@ -17,8 +17,9 @@ import toy
 import train
 
 ROOT = Path(train.__file__).parent
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
+import bench
 import compare
 
 PATCHED = [
@@ -101,3 +102,29 @@ def test_samplers_are_compared_in_a_table_and_a_picture(tmp_path):
     assert rows[0]["figures"]["grammatical"][0] == 1
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("results.png", "diversity.png"))
     assert done.stdout.count("| ode2 |") == 6  # four samplings, two infillings
+
+
+@pytest.mark.parametrize(
+    "case, variant, sizes",
+    [
+        ("operations", "plain", dict(K=30, n_tokens=32, width=8)),
+        ("operations", "fused", dict(K=30, n_tokens=32, width=8)),
+        ("step", "plain", dict(K=30, n_tokens=64, width=32, n_layers=1, row_length=16)),
+        ("step", "fused", dict(K=30, n_tokens=64, width=32, n_layers=1, row_length=16)),
+        ("attention", "boolean mask", dict(row_length=16, n_tokens=64, n_heads=2, width=8)),
+        ("text", "load", dict(n_sentences=300)),
+        ("sampling", "commit 3", dict(K=30, rows=2, length=8, width=32, n_layers=1)),
+        ("sampling", "sde2 3", dict(K=30, rows=2, length=8, width=32, n_layers=1)),
+    ],
+)
+def test_every_case_of_the_benchmark_is_measured_and_makes_a_row(case, variant, sizes):
+    figures = bench.CASES[case](torch.device("cpu"), 2, variant, **sizes)
+    assert figures["seconds"] > 0 and figures["tokens_per_s"] > 0 and figures["memory_mb"] >= 0
+    lines = bench.table([dict(case=case, variant=variant, sizes=sizes, **figures)], peak=1e9)
+    assert len(lines) == 3 and lines[2].count("|") == lines[0].count("|") == 10 and " 1.00 " in lines[2]
+
+
+def test_a_benchmark_that_fails_is_a_row_too():
+    results = [dict(case="step", variant=v, sizes={"K": 9}, failed="out of memory") for v in ("plain", "fused")]
+    assert all("out of memory" in line and line.count("|") == 10 for line in bench.table(results, 1e9)[2:])
+    assert {job[0] for job in bench.plan(bench.CASES, quick=False, cuda=False)} == set(bench.CASES)
