@@ -69,9 +69,9 @@ def give(theta, t, ids, cond_mask):
     return theta, t.masked_fill(cond_mask, 1.0)
 
 
-def predict(network, z, t, ids, cond_mask):
-    """Call the network on state z at time t with the given positions filled in -> logits (B, L, K), float32."""
-    return network(*give(z.softmax(-1), t, ids, cond_mask)).float()
+def predict(network, theta, t, ids, cond_mask):
+    """Call the network on theta at time t with the given positions filled in -> logits (B, L, K), float32."""
+    return network(*give(theta, t, ids, cond_mask)).float()
 
 
 # ---------------------------------------------------------------- losses, nats per token; mask the given positions
@@ -94,7 +94,7 @@ def cross_entropy(logits, ids):
 
 def continuous_time_loss(network, ids, t, cond_mask, s1, K):
     """One draw of the integrand of L_inf at times t (B, L) -> (B, L); its mean over noise and t ~ U(0, 1) is L_inf."""
-    logits = predict(network, flow(ids, t, s1, K), t, ids, cond_mask)
+    logits = predict(network, flow(ids, t, s1, K).softmax(-1), t, ids, cond_mask)
     return squared_error_loss(logits, ids, t, s1)
 
 
@@ -117,13 +117,13 @@ def n_step_error(logits, ids, i, n, s1):
 def n_step_loss(network, ids, i, n, cond_mask, s1, K):
     """One draw of the n-step loss at steps i (B, L) in 1..n -> (B, L); its mean over noise and i is L_n."""
     t = (i - 1) / n
-    return n_step_error(predict(network, flow(ids, t, s1, K), t, ids, cond_mask), ids, i, n, s1)
+    return n_step_error(predict(network, flow(ids, t, s1, K).softmax(-1), t, ids, cond_mask), ids, i, n, s1)
 
 
 def reconstruction_loss(network, ids, cond_mask, s1, K):
     """One draw of L_rec = -log p_x at theta(t = 1) -> (B, L)."""
     t = torch.ones(ids.shape, device=ids.device)
-    logits = predict(network, flow(ids, t, s1, K), t, ids, cond_mask)
+    logits = predict(network, flow(ids, t, s1, K).softmax(-1), t, ids, cond_mask)
     return cross_entropy(logits, ids)
 
 
@@ -180,7 +180,7 @@ ODE_START = 1e-3  # time at which an ODE begins, from z = s1 u eps
 class Draws:
     """Random numbers for rows of tokens, a function of the keys (B, L, 2) and of how many were drawn before.
 
-    A row's numbers depend on neither its neighbours nor the padding nor the device.
+    A row's numbers depend on neither its neighbours nor the padding, nor, but for rounding, the device.
     """
 
     def __init__(self, keys):
@@ -255,14 +255,16 @@ def time_grid(solver, n_steps, curve=None):
     return times[:-1] + [1.0]
 
 
-def output(network, theta, t, ids, given, *, hint_time=0.0, allowed=None, temperature=1.0, top_p=1.0, watch=None):
+def controlled_output(
+    network, theta, t, ids, given, *, hint_time=0.0, allowed=None, temperature=1.0, top_p=1.0, watch=None
+):  # fmt: skip
     """Call the network on theta at time t, the positions `given` filled in with ids -> p (B, L, K), under the controls.
 
     Where theta holds evidence of the user's, as much as a flow brings until hint_time, accuracies add and the network is
     told sqrt(t^2 + hint_time^2). allowed (..., K) is False for tokens never to be drawn. watch(t, p, given) sees the call.
     """
     times = torch.full(ids.shape, min(1.0, math.hypot(t, hint_time)), device=ids.device)
-    logits = network(*give(theta, times, ids, given)).float()
+    logits = predict(network, theta, times, ids, given)
     p = sharpen(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), temperature, top_p)
     if watch is not None:
         watch(t, p, given)
@@ -281,25 +283,28 @@ def sample(
 ):  # fmt: skip
     """Carry all positions from ignorance to text, calling the network at `times` -> ids (B, L), calls (B,).
 
-    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit" (see
-    `commit`). The network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to (B, L, K), is evidence
-    of the user's. A row whose output has a mean entropy under `until` nats is read out at once; argmax reads out the
-    likeliest tokens. controls: those of `output`.
+    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit", to
+    which `corrections` are. The network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to
+    (B, L, K), is evidence of the user's. A row whose output has a mean entropy under `until` nats is read out at once;
+    argmax reads out the likeliest tokens. controls: those of `controlled_output`.
     """
     B, L = ids.shape
     draws = draws or Draws(kernels.draw_keys(B, L, device=ids.device))
     read = (lambda p, at=...: p[at].argmax(-1)) if argmax else draws.tokens
     theta = lambda z: (z if hint is None else z + hint).softmax(-1)
-    z, ask = torch.zeros(B, L, K, device=ids.device), partial(output, network, **controls)
+    ask = partial(controlled_output, network, **controls)
+    z = torch.zeros(B, L, K, device=ids.device)
     if solver == "commit":
         return commit(partial(ask, theta(z), 0.0), read, ids, cond_mask, len(times), until, corrections)
     if times[0]:
         z += s1 * times[0] * draws.normal(K)
     result, before = ids, None
-    calls, going = torch.zeros(B, dtype=torch.long, device=ids.device), torch.ones(B, dtype=torch.bool, device=ids.device)
+    calls = torch.zeros(B, dtype=torch.long, device=ids.device)
+    going = torch.ones(B, dtype=torch.bool, device=ids.device)
     for i, u in enumerate(times):
-        p, last = ask(theta(z), u, ids, cond_mask), i + 1 == len(times)
+        p = ask(theta(z), u, ids, cond_mask)
         calls += going
+        last = i + 1 == len(times)
         if until or last:  # for all rows: none's draws depend on another's end
             ends = going & ((mean_over(~cond_mask, entropy(p)) < until) | last)
             result, going = torch.where(ends[:, None] & ~cond_mask, read(p), result), going & ~ends
@@ -312,39 +317,46 @@ def sample(
 
 
 def commit(ask, read, ids, cond_mask, n_calls, until=0.0, corrections=0):
-    """Draw some tokens with each call and give them to the next ones -> ids (B, L), calls (B,).
+    """Draw some tokens with each call, give them to the next, and correct what was drawn together -> ids (B, L), calls (B,).
 
-    No more than n_calls, no more than a row has tokens. The free positions are cut into runs of equal length, one for each
-    token that is due, and the position of least entropy of each run is drawn: tokens drawn together, independently, should
-    know little of each other. One a call is exact for an exact network: the chain rule, in an order that the text so far
-    decides [for masked models: Chang et al. 2022, "MaskGIT"]. `corrections` more calls draw an eighth of the tokens anew,
-    the least likely ones of as many runs, given all others: the text becomes likelier, and less diverse. ask(ids, given)
-    -> p (B, L, K); read(p, at) -> tokens (n,) of the n positions `at` (B, L).
+    A row takes no more than n_calls, no more than it has free tokens; then one a call, which is exact for an exact network:
+    the chain rule, in an order that the text so far decides [for masked models: Chang et al. 2022, "MaskGIT"]. Tokens drawn
+    together, independently, should know little of each other: the free positions are cut into a run for each, and the one
+    of least entropy in a run is drawn. In rows where some were, `corrections` more calls draw an eighth of the tokens anew,
+    given all others, in each run the one that was least likely: likelier text than the network's own, and less diverse. A
+    row of which the rest has a mean entropy under `until` nats ends there. ask(ids, given) -> p (B, L, K); read(p, at) ->
+    tokens (n,) of the n positions `at`, as indices.
     """
     free = (~cond_mask).sum(1)
-    n_calls = torch.full_like(free, n_calls).minimum(free).clamp(min=1)
-    given, calls, few = cond_mask, torch.zeros_like(free), (free // 8).clamp(min=1)
+    n_calls = free.clamp(1, n_calls)
+    end = n_calls + corrections * (n_calls < free)
+    few = (free // 8).clamp(min=1)
+    given, calls = cond_mask, torch.zeros_like(free)
     p_drawn = torch.ones(ids.shape, device=ids.device)  # of each token, when it was
-    for i in range(int(n_calls.max()) + corrections):
-        filling, correcting = i < n_calls, (i >= n_calls) & (i < n_calls + corrections)
-        again = one_of_each_run(p_drawn, given & ~cond_mask, few) & correcting[:, None]
+    for i in range(n_calls.max().item() + corrections):
+        drawn, correcting = given & ~cond_mask, (i >= n_calls) & (i < end)
+        again = one_of_each_run(p_drawn, drawn, few) & correcting[:, None]
         p = ask(ids, given & ~again)
-        calls += filling | correcting
+        calls += i < end
         uncertainty = entropy(p)
-        n_calls = n_calls.where(mean_over(~given, uncertainty) >= until, n_calls.clamp(max=i + 1))
-        due = free * (i + 1) // n_calls - free * i // n_calls
-        now = one_of_each_run(uncertainty, ~given, due) | ((i + 1 >= n_calls)[:, None] & ~given)
-        now = now & filling[:, None] | again
-        k, given = read(p, now), given | now
-        ids = ids.masked_scatter(now, k)
-        p_drawn = p_drawn.masked_scatter(now, p[now].gather(-1, k[:, None]))
-        if (i + 1 >= n_calls + corrections).all():
+        certain = (mean_over(~given, uncertainty) < until) & (i < n_calls)
+        n_calls, end = (torch.where(certain, i + 1, n) for n in (n_calls, end))
+        due = free * (i + 1) // n_calls - drawn.sum(1)
+        at = (one_of_each_run(uncertainty, ~given, due) | again).nonzero(as_tuple=True)  # waits for the device
+        k = read(p, at)
+        ids = ids.index_put(at, k)
+        p_drawn = p_drawn.index_put(at, p[at].gather(-1, k[:, None]).squeeze(-1))
+        given = given.index_put(at, torch.ones_like(k, dtype=torch.bool))
+        if (i + 1 >= end).all():
             break
     return ids, calls
 
 
 def one_of_each_run(score, among, n):
-    """Cut the positions `among` (B, L) into n (B,) runs of equal length -> (B, L) bool, the least score (B, L) of each."""
+    """Cut the positions `among` (B, L) into n (B,) runs of one length or one more -> (B, L) bool, the least score of each.
+
+    n >= 1 where there are any positions.
+    """
     run = (among.cumsum(1) - 1) * n[:, None] // among.sum(1, keepdim=True).clamp(min=1)
     run = run.masked_fill(~among, score.shape[1])
     order = score.argsort(dim=1, stable=True)

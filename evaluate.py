@@ -149,7 +149,7 @@ def score(
     n_windows = int(plan.row_starts[n_rows])
     document = np.searchsorted(tokens.offsets, plan.starts[:n_windows], side="right") - 1
     draws, wanted = [], 2 if error else n_draws
-    at_once = max(1, min(batch_size, MOST_NUMBERS // (window * model.config.K)))
+    at_once = max(1, min(batch_size, MOST_NUMBERS // (window * max(window, model.config.K))))
     batches = [range(i, min(i + at_once, n_rows)) for i in range(0, n_rows, at_once)]
     with tqdm(total=wanted * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         while len(draws) < wanted:
@@ -195,7 +195,7 @@ def score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given
     if n_steps:
         i = (t * n_steps).long().clamp(max=n_steps - 1) + 1
         t = (i - 1) / n_steps
-    logits = bfn.predict(network, bfn.flow(ids, t, s1, K), t, ids, cond_mask)
+    logits = bfn.predict(network, bfn.flow(ids, t, s1, K).softmax(-1), t, ids, cond_mask)
     figures = dict(
         t=t,
         loss=bfn.n_step_error(logits, ids, i, n_steps, s1) if n_steps else bfn.squared_error_loss(logits, ids, t, s1),
@@ -283,7 +283,9 @@ def find_corpus(args, run):
     """The training text that samples are held against, and which part of it was trained on. Raises ValueError."""
     corpus = args.corpus or run["args"]["data_path"] or Path(args.model_dir) / "corpus.txt"
     if not os.path.isfile(corpus):
-        raise ValueError(f"--samples needs the training text, which is not at {corpus}: say where it is with --corpus")
+        raise ValueError(
+            f"samples are held against the training text, which is not at {corpus}: say where it is with --corpus"
+        )
     return corpus, "all" if run["args"]["val_path"] else "train"
 
 
@@ -302,7 +304,7 @@ def sample_quality(model, tokenizer, run, tokens, corpus, part, args):
     reference = quality.Reference.fit(corpus, tokenizer, part)
     real, lengths = choose_texts(tokens, tokenizer, run["args"]["sequence_length"], args.samples, args.seed)
     templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i), n) for i, n in enumerate(lengths)]
-    samples = generate(model, tokenizer, templates, args.seed, Options(args.solver, args.steps))
+    samples = generate(model, tokenizer, templates, args.seed, Options(args.solver, args.steps, args.corrections))
     samples = list(tqdm(samples, total=len(templates), unit="sample", desc="sampling", disable=None))
     generated = [decode(tokenizer, ids) for ids, _ in samples]
     calls = sum(n for _, n in samples) / len(samples)
@@ -334,6 +336,7 @@ def flags():
     add("--samples", type=cli.natural, default=0, help="also judge this many generated texts (0)")
     add("--solver", choices=["commit", *bfn.SOLVERS], default=Options.solver, help=f"for --samples ({Options.solver})")
     add("--steps", type=cli.count, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
+    add("--corrections", type=cli.natural, default=Options.corrections, help=f"of commit ({Options.corrections})")
     add("--corpus", help="training text that --samples are held against (the one trained on)")
     add("--json", action="store_true", help="print one JSON object in place of the tables")
     add("--seed", type=cli.natural, default=0, help="of everything random (0)")
@@ -352,7 +355,8 @@ def main():
     tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir)
     if lossy := lossy_share(args.data_path, tokenizer):
         print(
-            f"the tokenizer changes {lossy:.1%} of the lines (spaces, letter forms): figures per character and byte are of the changed text's tokens",
+            f"the tokenizer changes {lossy:.1%} of the lines (spaces, letter forms): figures per character and byte are of "
+            "the changed text's tokens",
             file=sys.stderr,
         )
     window, bos_id = args.window or run["args"]["sequence_length"], tokenizer.bos_id()

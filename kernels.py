@@ -31,7 +31,7 @@ def draw_keys(*shape, device="cpu", generator=None):
 
 def nth_keys(keys, n):
     """The n-th keys of a sequence that begins with `keys` -> as `keys`."""
-    return keys ^ _mix(_mix(torch.tensor([2 * n, 2 * n + 1], dtype=torch.int32, device=keys.device)))
+    return keys ^ _mix(_mix(torch.arange(2 * n, 2 * n + 2, dtype=torch.int32, device=keys.device)))
 
 
 def _mix(x):

@@ -103,7 +103,8 @@ class FiLM(nn.Module):
 
     def forward(self, h, time):
         scale, shift = self.linear(time).chunk(2, -1)
-        return F.rms_norm(h, h.shape[-1:]) * (1 + scale) + shift
+        h = F.rms_norm(h, h.shape[-1:])
+        return h + h * scale + shift  # 1 + scale would lose small scales in bfloat16
 
 
 class Convolution(nn.Module):
@@ -231,7 +232,7 @@ class BFNTransformer(nn.Module):
         h = h.float() + self.place(segment_ids)  # under autocast too, the stream is float32
         call = lambda part, *inputs: part(*inputs)
         if self.recompute and torch.is_grad_enabled():
-            call = partial(checkpoint, use_reentrant=False)
+            call = partial(checkpoint, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
         h = call(self.convolution, h, segment_ids)
         for block in self.blocks:
             h = call(block, h, time, segment_ids, mask, rotations)
@@ -314,8 +315,8 @@ def read_checkpoint(path):
 def load(run_dir, which="best", device="cpu", ema=-1):
     """Load a trained model: `model, tokenizer, run = load("runs/demo")`.
 
-    which is "best" by validation or "last"; ema is the index of a weight average, the last by default. `model.config` is the Config, and run the
-    rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the training text.
+    which is "best" by validation or "last"; ema is the index of a weight average, the last by default. `model.config` is
+    the Config, and run the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
     Raises ValueError for a missing or damaged checkpoint or a tokenizer that is not the one of the training.
     """
     run = read_checkpoint(Path(run_dir) / f"{which}.pt")

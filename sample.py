@@ -21,7 +21,7 @@ import data
 from model import load
 from prompts import FREE, GAP_MARK, allowed_tokens, check_hints, find_token, make_hint, make_template, parse_hint, shorten
 
-STATE_SIZE = 1 << 24  # elements of the state (B, L, K) in a batch: a few tensors of 64 MB each
+STATE_SIZE = 1 << 24  # elements of a batch's largest tensors, the state (B, L, K) mostly: a few of 64 MB each
 
 
 # ---------------------------------------------------------------- generation
@@ -52,7 +52,7 @@ def generate(model, tokenizer, templates, seed, options=Options(), first=0, watc
     watch(t, p, given) sees every call of the first batch.
     """
     K, longest = model.config.K, max(map(len, templates), default=1)
-    rows = max(1, STATE_SIZE // (K * longest))
+    rows = max(1, STATE_SIZE // (longest * max(K, 4 * model.config.d_model, longest)))
     for start in range(0, len(templates), 16 * rows):  # sorted by length, a few batches at a time
         group = range(start, min(start + 16 * rows, len(templates)))
         order = sorted(group, key=lambda i: (watch is None or i > 0) * len(templates[i]))  # the one watched is the first
@@ -194,7 +194,7 @@ def flags():
     add("--hint", action="append", default=[], help="odds at a token's position, as 3:cat=0.7,dog=0.3; repeatable")
     add("--draft", help="text to edit: the more of it stays, the higher --strength")
     add("--strength", type=cli.share, default=0.4, help="evidence for --draft, as the time that brings as much (0.4)")
-    add("--seed", type=int, default=0, help="a sample depends on the seed and its number alone (0)")
+    add("--seed", type=cli.natural, default=0, help="a sample depends on the seed and its number alone (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     add("--output", help="also write JSON lines with prompt, text, ids and network calls to this file")
     add("--trace", action="store_true", help="show the first sample at every step, on standard error")

@@ -24,24 +24,26 @@ def segment_numbers(segment_ids):
     return first.flatten().cumsum(0).view_as(segment_ids)
 
 
-def draw_evenly(segment_ids, kind="stratified", position_share=0.0):
+def draw_evenly(segment_ids, kind="stratified"):
     """Draw u ~ U(0, 1) for each segment: (B, L) -> (B, L) float32.
 
     "stratified": the j-th segment takes frac(u + j * golden ratio): uniform for each, of low discrepancy together, and
-    computed without knowing how many there are. "uniform": independent. In a random `position_share` of the segments
-    every position has an independent u of its own, (1 - cos(pi v)) / 2 for v ~ U(0, 1): more often near 0 or 1, so that clear
-    words stand beside unknown ones. Those segments' losses are no estimate of the bound.
+    computed without knowing how many there are. "uniform": independent.
     """
     j, device = segment_numbers(segment_ids), segment_ids.device
     if kind == "uniform":
-        u = torch.rand(j.numel() + 1, device=device)[j]
-    else:
-        u = (torch.rand((), device=device, dtype=torch.float64) + j.double() * GOLDEN).frac().float()
-    if position_share:
-        mixed = torch.rand(j.numel() + 1, device=device)[j] < position_share
-        own = (1 - torch.cos(math.pi * torch.rand_like(u))) / 2
-        u = torch.where(mixed, own, u)
-    return u
+        return torch.rand(j.numel() + 1, device=device)[j]
+    return (torch.rand((), device=device, dtype=torch.float64) + j.double() * GOLDEN).frac().float()
+
+
+def draw_by_position(segment_ids, share):
+    """Choose a random `share` of the segments -> (B, L) bool, and draw a time for every position -> (B, L).
+
+    (1 - cos(pi v)) / 2 for v ~ U(0, 1) is more often near 0 or 1: clear words stand beside unknown ones.
+    """
+    j = segment_numbers(segment_ids)
+    chosen = torch.rand(j.numel() + 1, device=j.device)[j] < share
+    return chosen, (1 - torch.cos(math.pi * torch.rand(j.shape, device=j.device))) / 2
 
 
 class Times:
@@ -49,6 +51,8 @@ class Times:
 
     kind "learned" draws t from the density q(t), in proportion to the root of the mean square loss at t and mixed with a
     uniform share, and divides losses by q(t): importance sampling, which changes the variance of the loss, not its mean.
+    In a random `position_share` of the segments every position has a time of its own, whatever the kind, and weight 1:
+    their losses are no estimate of the bound.
     """
 
     def __init__(self, kind, position_share, device="cpu"):
@@ -63,12 +67,16 @@ class Times:
 
     def draw(self, segment_ids):
         """segment_ids (B, L) -> t (B, L), weight (B, L)."""
-        u = draw_evenly(segment_ids, "uniform" if self.kind == "uniform" else "stratified", self.position_share)
-        if self.kind != "learned":
-            return u, torch.ones_like(u)
-        q = self.density()
-        t, at = quantiles(u, q)
-        return t, q.mean() / q[at]
+        t = draw_evenly(segment_ids, "uniform" if self.kind == "uniform" else "stratified")
+        weight = torch.ones_like(t)
+        if self.kind == "learned":
+            q = self.density()
+            t, at = quantiles(t, q)
+            weight = q.mean() / q[at]
+        if self.position_share:
+            apart, own = draw_by_position(segment_ids, self.position_share)
+            t, weight = torch.where(apart, own, t), weight.masked_fill(apart, 1.0)
+        return t, weight
 
     def learn(self, t, loss, mask):
         """Take in losses (B, L), before weighting, at times t (B, L) where mask (B, L) is True."""

@@ -265,8 +265,8 @@ def micro_batch_loss(network, batch, rows, n_tokens, times, fused):
         loss, losses = network.fused_loss(ids, t, cond_mask, segment_ids, rows, keys, scale, CROSS_ENTROPY)
     else:
         K, s1 = network.config.K, network.config.s1
-        z = bfn.flow(ids, t, s1, K, kernels.noise(keys, K))
-        logits = bfn.predict(partial(network, segment_ids=segment_ids), z, t, ids, cond_mask)
+        theta = bfn.flow(ids, t, s1, K, kernels.noise(keys, K)).softmax(-1)
+        logits = bfn.predict(partial(network, segment_ids=segment_ids), theta, t, ids, cond_mask)
         losses = bfn.squared_error_loss(logits, ids, t, s1) + CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
         loss = (scale * losses).sum()
     times.learn(t, losses.detach(), mask)

@@ -160,8 +160,8 @@ def autoregressive(args):
         same = F.pad(segment_ids, (1, 0))[:, :-1] == segment_ids
         return self.head(self.body(self.embed(before * same[..., None]), torch.ones_like(t), segment_ids), theta)
 
-    def predict(network, z, t, ids, cond_mask):
-        return network(F.one_hot(ids, z.shape[-1]).float(), t).float()
+    def predict(network, theta, t, ids, cond_mask):
+        return network(F.one_hot(ids, theta.shape[-1]).float(), t).float()
 
     network.attention_mask, network.forward, bfn.predict = attention_mask, forward, predict
     model_file.Convolution.offsets = range(-4, 1)

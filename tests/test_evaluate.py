@@ -166,13 +166,13 @@ def command(monkeypatch, capsys, run_dir, *argv):
 
 
 def test_the_command_prints_the_same_figures_for_the_same_seed(monkeypatch, capsys, run_dir, tmp_path):
-    quick = ("--se=5", f"--by_time={tmp_path / 'curve'}", "--samples=4", "--steps=2", f"--corpus={run_dir / 'text.txt'}")
+    quick = ("--se=5", f"--by_time={tmp_path / 'curve'}", "--samples=4", "--steps=2", "--corrections=1", f"--corpus={run_dir / 'text.txt'}")
     figures = json.loads(command(monkeypatch, capsys, run_dir, "--json", *quick))
     assert figures == json.loads(command(monkeypatch, capsys, run_dir, "--json", *quick))
     text = (run_dir / "new.txt").read_text()
     ratio = figures["bits_per_char"] / figures["bits_per_byte"]
     assert ratio == pytest.approx(1) and figures["n_tokens_scored"] == len(text) - 20
-    assert set(figures["samples"]) == {"4 samples, 2 calls", "4 real texts"}
+    assert set(figures["samples"]) == {"4 samples, 3 calls", "4 real texts"}
     assert figures["samples"]["4 real texts"]["known words"][0] > 0.9
     assert (tmp_path / "curve.png").stat().st_size > 5000
     rows = np.genfromtxt(tmp_path / "curve.csv", delimiter=",", names=True)

@@ -135,7 +135,7 @@ def losses_and_gradients(model, ids, segment_ids, cond_mask, fused):
         loss, losses = model.fused_loss(ids, t, cond_mask, segment_ids, rows, keys, scale, 5.0)
     else:
         z = bfn.flow(ids, t, s1, K, kernels.noise(keys, K))
-        logits = bfn.predict(partial(model, segment_ids=segment_ids), z, t, ids, cond_mask)
+        logits = bfn.predict(partial(model, segment_ids=segment_ids), z.softmax(-1), t, ids, cond_mask)
         losses = mask * (bfn.squared_error_loss(logits, ids, t, s1) + 5 * bfn.cross_entropy(logits, ids))
         loss = (scale * losses).sum()
     parameters = [p for p in model.parameters() if p.requires_grad]

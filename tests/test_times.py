@@ -19,7 +19,7 @@ def test_each_segment_has_one_time_and_the_times_are_uniform():
 
 def test_in_a_share_of_the_segments_each_position_has_its_own_time_near_0_or_1():
     segment_ids = torch.arange(1, 1001).repeat_interleave(3).view(10, 300)
-    t = draw_evenly(segment_ids, position_share=0.3).view(1000, 3)
+    t = Times("stratified", 0.3).draw(segment_ids)[0].view(1000, 3)
     apart = t[:, 0] != t[:, 1]
     assert torch.equal(apart, t[:, 1] != t[:, 2])  # all of a segment or nothing
     assert apart.float().mean().item() == pytest.approx(0.3, abs=0.06)
@@ -31,8 +31,8 @@ def test_in_a_share_of_the_segments_each_position_has_its_own_time_near_0_or_1()
         torch.testing.assert_close(column.sort().values, torch.linspace(0, 1, len(column)), atol=0.06, rtol=0)
 
 
-def learned(curve, kind="learned"):
-    times = Times(kind, 0.0)
+def learned(curve, position_share=0.0):
+    times = Times("learned", position_share)
     times.curve = curve
     return times
 
@@ -48,6 +48,18 @@ def test_learned_times_follow_the_density_and_keep_the_mean():
     assert weight.max() <= 1 / UNIFORM_SHARE + 1e-4 and times.density().mean().item() == pytest.approx(1)
     for f in (torch.ones_like, torch.square, torch.sin, lambda t: (t > 0.9).float()):
         assert (weight * f(t)).mean().item() == pytest.approx(f(torch.linspace(0, 1, 10_001)).mean().item(), abs=2e-3)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_what_is_learned_changes_no_mean_where_positions_have_times_of_their_own(share):
+    segment_ids = torch.arange(1, 100_001)[None]
+    for f in (torch.ones_like, torch.square, lambda t: (t > 0.9).float()):
+        means = []
+        for curve in (torch.ones(N_BINS), torch.linspace(3, 0, N_BINS).square()):
+            torch.manual_seed(0)
+            t, weight = learned(curve, share).draw(segment_ids)
+            means.append((weight * f(t)).mean().item())
+        assert means[0] == pytest.approx(means[1], abs=0.01)
 
 
 def test_times_drawn_where_the_loss_is_vary_less():
