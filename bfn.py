@@ -101,7 +101,8 @@ def continuous_time_loss(network, ids, t, cond_mask, s1, K):
 def n_step_error(logits, ids, i, n, s1):
     """Integrand of the n-step loss at steps i (B, L) in 1..n, from the output at t = (i - 1) / n -> (B, L).
 
-        y = a eps + a^2 e_x,  a = s1 sqrt(2i - 1) / n        n (y_x - logsumexp_k(log p_k + y_k) - a (eps_x - sum_k p_k eps_k))
+        y = a eps + a^2 e_x,  a = s1 sqrt(2i - 1) / n
+        n (y_x - logsumexp_k(log p_k + y_k) - a (eps_x - sum_k p_k eps_k))
 
     The sender's and receiver's constants cancel [eq. 189, with alpha_i of eq. 193]. The last term has mean zero and
     takes most of the noise away.
@@ -219,12 +220,14 @@ def entropy(p):
     return torch.special.entr(p).sum(-1)
 
 
-def sharpen(logits, temperature=1.0, top_p=1.0):
-    """softmax(logits / temperature), of which the likeliest tokens that sum to `top_p` are kept -> (B, L, K)."""
-    p = (logits if temperature == 1 else logits / temperature).softmax(-1)
+def sharpen(p, temperature=1.0, top_p=1.0):
+    """p^(1 / temperature), normalised, of which the likeliest tokens that sum to `top_p` are kept -> as p (..., K)."""
+    if temperature != 1:
+        log_ratio = (p / p.amax(-1, keepdim=True)).log()  # 0 for the likeliest: any temperature keeps that
+        p = (log_ratio / max(temperature, 1e-6)).softmax(-1)
     if top_p < 1:
         largest, at = p.sort(-1, descending=True)
-        kept = largest.cumsum(-1) - largest < top_p  # the token that crosses top_p is in
+        kept = largest.cumsum(-1) - largest < max(top_p, 1e-6)  # the token that crosses top_p is in
         p = torch.zeros_like(p).scatter(-1, at, largest * kept)
         p /= p.sum(-1, keepdim=True)
     return p
@@ -258,17 +261,17 @@ def time_grid(solver, n_steps, curve=None):
 def controlled_output(
     network, theta, t, ids, given, *, hint_time=0.0, allowed=None, temperature=1.0, top_p=1.0, watch=None
 ):  # fmt: skip
-    """Call the network on theta at time t, the positions `given` filled in with ids -> p (B, L, K), under the controls.
+    """Call the network on theta at time t, the positions `given` filled in with ids -> p, sharpened p, both (B, L, K).
 
-    Where theta holds evidence of the user's, as much as a flow brings until hint_time, accuracies add and the network is
+    How certain a token is, the first one says; the second is drawn from. Where theta holds evidence of the user's, as much as a flow brings until hint_time, accuracies add and the network is
     told sqrt(t^2 + hint_time^2). allowed (..., K) is False for tokens never to be drawn. watch(t, p, given) sees the call.
     """
     times = torch.full(ids.shape, min(1.0, math.hypot(t, hint_time)), device=ids.device)
     logits = predict(network, theta, times, ids, given)
-    p = sharpen(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), temperature, top_p)
+    p = (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(-1)
     if watch is not None:
         watch(t, p, given)
-    return p
+    return p, sharpen(p, temperature, top_p)
 
 
 def mean_over(free, x):
@@ -302,11 +305,11 @@ def sample(
     calls = torch.zeros(B, dtype=torch.long, device=ids.device)
     going = torch.ones(B, dtype=torch.bool, device=ids.device)
     for i, u in enumerate(times):
-        p = ask(theta(z), u, ids, cond_mask)
+        plain, p = ask(theta(z), u, ids, cond_mask)
         calls += going
         last = i + 1 == len(times)
         if until or last:  # for all rows: none's draws depend on another's end
-            ends = going & ((mean_over(~cond_mask, entropy(p)) < until) | last)
+            ends = going & ((mean_over(~cond_mask, entropy(plain)) < until) | last)
             result, going = torch.where(ends[:, None] & ~cond_mask, read(p), result), going & ~ends
             if not going.any():
                 break
@@ -324,8 +327,8 @@ def commit(ask, read, ids, cond_mask, n_calls, until=0.0, corrections=0):
     together, independently, should know little of each other: the free positions are cut into a run for each, and the one
     of least entropy in a run is drawn. In rows where some were, `corrections` more calls draw an eighth of the tokens anew,
     given all others, in each run the one that was least likely: likelier text than the network's own, and less diverse. A
-    row of which the rest has a mean entropy under `until` nats ends there. ask(ids, given) -> p (B, L, K); read(p, at) ->
-    tokens (n,) of the n positions `at`, as indices.
+    row of which the rest has a mean entropy under `until` nats ends there. ask(ids, given) -> p, sharpened p, both
+    (B, L, K); read(p, at) -> tokens (n,) of the n positions `at`, as indices.
     """
     free = (~cond_mask).sum(1)
     n_calls = free.clamp(1, n_calls)
@@ -336,16 +339,16 @@ def commit(ask, read, ids, cond_mask, n_calls, until=0.0, corrections=0):
     for i in range(n_calls.max().item() + corrections):
         drawn, correcting = given & ~cond_mask, (i >= n_calls) & (i < end)
         again = one_of_each_run(p_drawn, drawn, few) & correcting[:, None]
-        p = ask(ids, given & ~again)
+        plain, p = ask(ids, given & ~again)
         calls += i < end
-        uncertainty = entropy(p)
+        uncertainty = entropy(plain)
         certain = (mean_over(~given, uncertainty) < until) & (i < n_calls)
         n_calls, end = (torch.where(certain, i + 1, n) for n in (n_calls, end))
         due = free * (i + 1) // n_calls - drawn.sum(1)
         at = (one_of_each_run(uncertainty, ~given, due) | again).nonzero(as_tuple=True)  # waits for the device
         k = read(p, at)
         ids = ids.index_put(at, k)
-        p_drawn = p_drawn.index_put(at, p[at].gather(-1, k[:, None]).squeeze(-1))
+        p_drawn = p_drawn.index_put(at, plain[at].gather(-1, k[:, None]).squeeze(-1))
         given = given.index_put(at, torch.ones_like(k, dtype=torch.bool))
         if (i + 1 >= end).all():
             break

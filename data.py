@@ -158,13 +158,24 @@ def train_tokenizer(path, kind, vocab_size):
         options |= dict(vocab_size=len(characters) + 1, required_chars="".join(characters))
     if kind == "word":
         options |= dict(byte_fallback=False, add_dummy_prefix=True, remove_extra_whitespaces=True)
-    model = io.BytesIO()
+    model, unreadable = io.BytesIO(), []
+
+    def readable():
+        try:
+            yield from texts
+        except ValueError as error:  # SentencePiece would bury it in a message of its own
+            unreadable.append(error)
+
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **options)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=readable(), model_writer=model, **options)
     except RuntimeError as error:
+        if unreadable:
+            raise unreadable[0] from None
         size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
         reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
         raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
+    if unreadable:
+        raise unreadable[0]
     return model.getvalue()
 
 

@@ -299,9 +299,8 @@ def choose_texts(tokens, tokenizer, window, n, seed):
     return [decode(tokenizer, tokens.ids[start : start + m].tolist()) for start, m in spans], lengths
 
 
-def sample_quality(model, tokenizer, run, tokens, corpus, part, args):
+def sample_quality(model, tokenizer, run, tokens, reference, args):
     """Hold generated texts against windows of the text, as many and as long -> {name: {figure: (value, low, high)}}."""
-    reference = quality.Reference.fit(corpus, tokenizer, part)
     real, lengths = choose_texts(tokens, tokenizer, run["args"]["sequence_length"], args.samples, args.seed)
     templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i), n) for i, n in enumerate(lengths)]
     samples = generate(model, tokenizer, templates, args.seed, Options(args.solver, args.steps, args.corrections))
@@ -349,7 +348,9 @@ def main():
     args = flags().parse_args()
     device = cli.device(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
-    corpus, part = find_corpus(args, run) if args.samples else (None, None)
+    if args.samples:  # what is wrong with the training text shows before an hour's work
+        corpus, part = find_corpus(args, run)
+        reference = quality.Reference.fit(corpus, tokenizer, part)
     if args.by_time:
         Path(args.by_time).parent.mkdir(parents=True, exist_ok=True)
     tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir)
@@ -371,7 +372,7 @@ def main():
             f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
         )
         print("\n".join(table(figures, args.n_steps)))
-    judged = sample_quality(model, tokenizer, run, tokens, corpus, part, args) if args.samples else {}
+    judged = sample_quality(model, tokenizer, run, tokens, reference, args) if args.samples else {}
     if args.json:
         figures = {name: None if math.isnan(value) else value for name, value in figures.items()}  # JSON knows no nan
         print(json.dumps({**figures, **({"samples": judged} if judged else {})}))

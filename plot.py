@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def lines(path, series, x_label, y_label, title, log=False):
-    """Draw {label: (x, y)} as lines into a picture file, both axes logarithmic where asked; `path`'s ending decides its kind."""
+    """Draw {label: (x, y)} as lines into a picture file of the kind that its name ends in, on logarithmic axes where asked."""
     import matplotlib  # takes a second to import
 
     matplotlib.use("Agg")

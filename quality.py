@@ -28,7 +28,7 @@ class Reference:
 
     @classmethod
     def fit(cls, corpus, tokenizer, part="all"):
-        """Count a part of a text file. Vocabularies under 400, characters say, get 6-grams, larger ones 3-grams."""
+        """Count a part of a text file, ValueError if it is empty. Vocabularies under 400, characters say, get 6-grams, larger ones 3-grams."""
         K, order = len(tokenizer), 6 if len(tokenizer) < 400 else 3
         words, rows, n_chars = set(), [], 0
         for piece in data.read_part(corpus, part):
@@ -36,6 +36,8 @@ class Reference:
             if n_chars < REFERENCE_CHARS:
                 rows.append(piece.text)
                 n_chars += len(piece.text)
+        if not words:
+            raise ValueError(f"{corpus} has no text to hold samples against")
         stream = _stream(tokenizer.encode_as_numpy(rows), K, order)
         counts, followers = [], []
         for n in range(1, order + 1):

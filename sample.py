@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -120,6 +121,15 @@ def generate_long(model, tokenizer, template, limit, seed, options):
     return text, calls
 
 
+def generate_mixed(model, tokenizer, templates, limit, seed, seeds, options):
+    """`generate` for templates of which some are longer than the trained length, which have `seeds` -> as `generate`."""
+    for i, template in enumerate(templates):
+        if len(template) > limit:
+            yield generate_long(model, tokenizer, template, limit, seeds[i], options)
+        else:
+            yield from generate(model, tokenizer, [template], seed, options, first=i)
+
+
 def decode(tokenizer, ids):
     """ids -> one line of text, up to the first eos."""
     if tokenizer.eos_id() in ids:
@@ -142,7 +152,7 @@ class Trace:
         ids, certainty = p.argmax(-1).tolist(), p.amax(-1).tolist()
         if not self.terminal:
             self.calls += 1
-            print(f"call {self.calls}, t = {t:.3f}  {decode(self.tokenizer, ids)}", file=self.file)
+            print(f"call {self.calls}  {decode(self.tokenizer, ids)}", file=self.file)
             return
         text, shown, width = "", "", shutil.get_terminal_size().columns
         for i in range(self.n):  # the text up to a token, less the text before it: tokens join without their pieces
@@ -209,7 +219,9 @@ def make_options(args, tokenizer, run):
         draft = tuple(bos + tokenizer.encode(args.draft) + eos)
         if args.prompt or args.prompt_file or args.length:
             raise ValueError("--draft is the whole text: it goes with neither prompts nor --length")
-        if not args.draft.strip() or len(draft) > limit:
+        if not args.draft.strip():
+            raise ValueError("--draft is empty: give a text")
+        if len(draft) > limit:
             raise ValueError(f"--draft takes {len(draft)} tokens, the model was trained on 1 to {limit}")
     if args.time_grid == "learned" and not run["loss_by_time"]:
         raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
@@ -239,8 +251,7 @@ def start(args, model, tokenizer, run, prompts, options):
     if max(map(len, templates)) > limit:
         if options.hints or args.trace:
             raise ValueError(f"--hint and --trace are for texts of at most {limit} tokens, as trained: lower --length")
-        each = zip(templates, seeds, strict=True)
-        return (generate_long(model, tokenizer, template, limit, seed, options) for template, seed in each), None
+        return generate_mixed(model, tokenizer, templates, limit, args.seed, seeds, options), None
     check_hints(options.hints, templates, tokenizer.bos_id() >= 0)
     trace = Trace(tokenizer, len(templates[0])) if args.trace else None
     return generate(model, tokenizer, templates, args.seed, options, watch=trace), trace
@@ -256,13 +267,23 @@ def read_prompts(args):
     return prompts
 
 
+def check_output(args):
+    """Raise ValueError where --output would write over the prompts or a file of the run."""
+    output = Path(args.output or os.devnull).resolve()
+    if args.prompt_file and output == Path(args.prompt_file).resolve():
+        raise ValueError(f"--output={args.output} is the file of prompts: give another name")
+    if output.exists() and output.parent == Path(args.model_dir).resolve() and output.suffix != ".jsonl":
+        raise ValueError(f"--output={args.output} is a file of the run: give another name")
+
+
 def main():
     args = flags().parse_args()
     model, tokenizer, run = load(args.model_dir, args.checkpoint, cli.device(args.device))
     options, prompts = make_options(args, tokenizer, run), read_prompts(args)
-    for prompt in prompts:
-        if data.unknown_bytes(re.sub(GAP_MARK, " ", prompt), tokenizer):
-            print(f"the tokenizer does not know all characters or words of {shorten(prompt)}", file=sys.stderr)
+    check_output(args)
+    for text in dict.fromkeys([*prompts, args.draft or ""]):
+        if data.unknown_bytes(re.sub(GAP_MARK, " ", text), tokenizer):
+            print(f"the tokenizer does not know all characters or words of {shorten(text)}", file=sys.stderr)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
     texts, trace = start(args, model, tokenizer, run, prompts, options)
     total = 0

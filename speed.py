@@ -25,6 +25,10 @@ def matmul_peak(device, dtype):
         a @ a
         synchronise(device)
         seconds = min(seconds, time.perf_counter() - begin)
+    del a
+    if device.type == "cuda":  # a run's memory is counted from here on
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return 2 * n**3 / seconds
 
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -161,8 +161,11 @@ def prepare_text(args, run_dir, resume):
     corpus = Path(args.data_path or run_dir / "corpus.txt")
     if args.data_path is None and not resume:
         put(corpus, toy.corpus(TOY_SENTENCES, args.seed).encode())
-    if not corpus.is_file():
-        raise ValueError(f"no text file at {corpus}")
+    for text in filter(None, (corpus, args.val_path)):
+        if not os.path.isfile(text):
+            raise ValueError(f"no text file at {text}")
+        if next(data.read_pieces(text), None) is None:
+            raise ValueError(f"{text} has no text")
     path = run_dir / "tokenizer.model"
     if resume and args.spm_model and not args.init_from and data.file_hash(args.spm_model) != data.file_hash(path):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
@@ -206,7 +209,8 @@ def check_identity(saved, now, run_dir):
     for name in IDENTITY:
         if name in now and saved[name] != now[name]:
             raise ValueError(
-                f"{run_dir} was trained with {name}={saved[name]}, now it is {now[name]}: change it back or give another -mdir"
+                f"{run_dir} was trained with {name}={saved[name]}, now it is {now[name]}: "
+                "change it back or give another -mdir"
             )
 
 
@@ -314,10 +318,22 @@ def average_weights(ema, model, rate, step):
 # ---------------------------------------------------------------- validation and samples
 
 
+@contextmanager
+def full_precision():
+    """Multiply float32 matrices as such and not as TF32, which trains as well but measures less exactly."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def validate(model, tokens, bos_id, args, device):
     """Bound on at most VAL_TOKENS of the validation text, on the same noise each time -> dict of figures, loss by time."""
     options = dict(seed="validation", max_tokens=VAL_TOKENS, batch_size=args.batch_size)
-    scores = evaluate.score(model, tokens, args.sequence_length, bos_id, device, **options)
+    with full_precision():
+        scores = evaluate.score(model, tokens, args.sequence_length, bos_id, device, **options)
     return evaluate.likelihood(scores, tokens, bos_id), np.nan_to_num(scores.by_time(20)[1]).tolist()
 
 
@@ -346,7 +362,7 @@ def describe_toy(model, tokenizer, figures, args, run, corpus):
     new = sum(text not in seen for text in grammatical) / max(1, len(grammatical))
     return [
         f"bound {bound:.3f} bits per token, exact entropy given the length {entropy:.3f}: {bound / entropy - 1:+.1%}",
-        f"{len(grammatical) / len(texts):.1%} of {len(texts)} samples are grammatical, {new:.0%} of these not in the training text",
+        f"{len(grammatical) / len(texts):.1%} of {len(texts)} samples are grammatical, {new:.0%} of these not in the corpus",
     ]
 
 
@@ -449,12 +465,13 @@ def prepare_network(model, args, device):
 def probe(model, loader, args, device, fused):
     """Do a step's work without its update -> seconds a step. Where the compiler fails, go on without it."""
     times = Times(args.times, args.position_times, device)  # nothing is learned here
+    batch = loader.batch(0)
     for _ in range(3):
         begin = time.perf_counter()
         try:
-            accumulate_gradients(model, [loader.batch(0)], [0], device, times, fused).item()
+            accumulate_gradients(model, [batch], [0], device, times, fused).item()
         except Exception as error:  # the compiler raises many kinds
-            if args.compile == "off" or isinstance(error, torch.OutOfMemoryError):
+            if args.compile == "off" or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
                 raise
             reason = (str(error).strip().splitlines() or [""])[0]
             print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it", file=sys.stderr)
@@ -542,8 +559,13 @@ def next_commands(args):
 
 def describe(figures):
     """Validation figures -> a line."""
-    return "validation L_inf {L_inf_nats_per_token:.3f} + L_rec {L_rec_nats_per_token:.3f} = {bound_nats_per_token:.3f} +- {monte_carlo_error_nats_per_token:.3f} nats per token, {bits_per_char:.3f} bits per character".format(
-        **figures
+    names = "L_inf", "L_rec", "bound", "monte_carlo_error"
+    L_inf, L_rec, bound, error = (figures[f"{name}_nats_per_token"] for name in names)
+    unknown = figures["unknown_nats_per_token"]
+    spelled = f" + unknown text {unknown:.3f}" if unknown else ""
+    return (
+        f"validation L_inf {L_inf:.3f} + L_rec {L_rec:.3f}{spelled} = {bound:.3f} +- {error:.3f} nats per token, "
+        f"{figures['bits_per_char']:.3f} bits per character"
     )
 
 
@@ -556,6 +578,7 @@ def main():
     args = complete(args, saved)
     if saved:
         check_identity(saved["identity"], vars(args), run_dir)
+    make_config(args, 2)  # sizes that do not go together show before a tokenizer is trained
     tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     config = make_config(args, len(tokenizer))
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
@@ -564,6 +587,7 @@ def main():
     run = describe_run(args, config, tokenizer, tokens, val, run_dir)
     if saved:
         check_identity(saved["identity"], run["identity"], run_dir)
+    speed.peak(device)  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
     if state.step >= args.max_steps:
@@ -593,7 +617,8 @@ def main():
             loss, norm = torch.stack(log).mean(0).tolist()  # the only wait for the device
             if not math.isfinite(loss + norm):
                 raise ValueError(
-                    f"loss {loss}, gradient norm {norm}: not finite near step {step}: resume with a lower -lr; if that is no better, start from best.pt, renamed to last.pt"
+                    f"loss {loss}, gradient norm {norm}: not finite near step {step}: run again with a lower -lr; "
+                    "if that is no better, start from best.pt, where there is one, renamed to last.pt"
                 )
             tokens_per_s = n_tokens / (time.perf_counter() - clock)
             fill = n_tokens / (len(log) * accumulation * args.batch_size * row_length)

@@ -4,7 +4,8 @@
     python benchmarks/bench.py operations step --output=runs/bench
 
 Writes results.json, results.md and pictures. Times are medians over repetitions; memory is the most that a call needs
-above what it starts with: weights and optimizer state, and for "operations" the gradients. Ratios are to the first variant of a case.
+above what it starts with: weights and optimizer state, and for "operations" the gradients. Ratios are to the first
+variant of a case.
 """
 
 import ctypes
@@ -226,7 +227,7 @@ def plan(names, quick, cuda):
 
 
 def table(results, peak):
-    """Markdown lines, with ratios to the first variant of the same case and sizes; peak is in floating-point operations/s."""
+    """Markdown lines, with ratios to the first variant of the same case and sizes; peak in floating-point operations/s."""
     lines = [
         "| case | sizes | variant | seconds | tokens/s | speed, ratio | memory, MB | ratio | share of matmul peak |",
         "|" + "---|" * 9,

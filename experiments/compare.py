@@ -128,7 +128,7 @@ def nothing_given(args):
 
 
 def first_formulation(args):
-    """theta @ E, FiLM without the 1 +, beta 0.005, no evidence skip, no convolution, one t a text, the loss alone, AdamW at 1e-3."""
+    """theta @ E, FiLM without the 1 +, beta 0.005, logits alone, no convolution, one t a text, one loss, AdamW at 1e-3."""
 
     class FiLM(model_file.FiLM):
         def __init__(self, d_model, d_time):
@@ -174,8 +174,8 @@ def autoregressive(args):
 VARIANTS = {
     f.__name__: f
     for f in (
-        base, no_skip, no_convolution, adamw, segment_times, position_times, learned_times, uniform_times, no_cross_entropy, cross_entropy_2, cross_entropy_20,
-        half_batch, double_batch, half_rate, double_rate, nothing_given, first_formulation, autoregressive,
+        base, no_skip, no_convolution, adamw, segment_times, position_times, learned_times, uniform_times,
+        no_cross_entropy, cross_entropy_2, cross_entropy_20, half_batch, double_batch, half_rate, double_rate, nothing_given, first_formulation, autoregressive,
     )
 }  # fmt: skip
 
@@ -204,7 +204,7 @@ def rate_share(progress):
 
 
 def spend(budget, step, measure, label):
-    """Call step() -> tokens until the budget is spent, and measure() N_POINTS times -> curve [[minutes, tokens, figures]]."""
+    """Call step() -> tokens until the budget is spent, measure() N_POINTS times -> curve [[minutes, tokens, figures]]."""
     curve = []
     with tqdm(total=100, desc=label, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}", disable=None) as bar:
         while budget.progress < 1:

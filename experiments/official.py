@@ -25,7 +25,7 @@ import train
 
 
 def load_official(code):
-    """Import the published modules, whose names are this project's too -> its `model` module, CategoricalFactory, GPT, TextInputAdapter."""
+    """Import the published modules, whose names are this project's too -> `model`, CategoricalFactory, GPT, TextInputAdapter."""
     sys.path.append(str(code))
     spec = importlib.util.spec_from_file_location("official_model", Path(code) / "model.py")
     module = importlib.util.module_from_spec(spec)

@@ -4,7 +4,7 @@ import torch
 
 
 def random_joint(K=4, L=3, seed=0, spread=2.0):
-    """A random distribution, the more peaked the larger `spread`, over K^L sequences -> (sequences (K^L, L), probabilities (K^L,))."""
+    """A random distribution, more peaked for a larger `spread` -> sequences (K^L, L), probabilities (K^L,)."""
     generator = torch.Generator().manual_seed(seed)
     sequences = torch.cartesian_prod(*[torch.arange(K)] * L)
     return sequences, (spread * torch.randn(K**L, generator=generator)).softmax(0)

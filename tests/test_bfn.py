@@ -1,6 +1,7 @@
 """The flow, its losses and its sampler against closed forms and the exact network."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -271,10 +272,21 @@ def test_sampling_from_a_draft_follows_the_distribution_given_its_evidence(solve
 
 
 def test_a_sharper_output_has_the_probabilities_of_its_definition():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    torch.testing.assert_close(bfn.sharpen(logits, 0.5), torch.tensor([25.0, 9, 4]) / 38)
-    torch.testing.assert_close(bfn.sharpen(logits, 1.0, 0.7), torch.tensor([5.0, 3, 0]) / 8)
-    torch.testing.assert_close(bfn.sharpen(logits, 1.0, 0.1), torch.tensor([1.0, 0, 0]))
+    p = torch.tensor([0.5, 0.3, 0.2])
+    torch.testing.assert_close(bfn.sharpen(p, 0.5), torch.tensor([25.0, 9, 4]) / 38)
+    torch.testing.assert_close(bfn.sharpen(p, 1.0, 0.7), torch.tensor([5.0, 3, 0]) / 8)
+    for controls in ((1.0, 0.1), (1e-300, 1.0), (1.0, 1e-300)):
+        torch.testing.assert_close(bfn.sharpen(p, *controls), torch.tensor([1.0, 0, 0]))
+
+
+@pytest.mark.parametrize("controls", [dict(temperature=1e-9), dict(top_p=1e-9)])
+def test_what_is_drawn_first_does_not_depend_on_how_sharply_it_is_drawn(controls):
+    """Sharpened outputs are all certain: whose token is the surest, and least likely, the network's own output says."""
+    generator = torch.Generator().manual_seed(0)
+    ids, times = torch.randint(K, (200, L), generator=generator), bfn.time_grid("commit", 2)
+    given = torch.rand(200, L, generator=generator) < 0.3
+    draw = partial(bfn.sample, FLAT, ids, given, 6.0, K, times, "commit", corrections=3)
+    assert torch.equal(draw(argmax=True)[0], draw(**controls)[0])
 
 
 def test_a_row_ends_when_its_output_is_certain_and_takes_no_noise_from_others():

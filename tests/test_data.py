@@ -346,3 +346,10 @@ def test_work_ahead_comes_in_order_and_errors_come_through():
     with pytest.raises(ZeroDivisionError):
         list(data.ahead(lambda n: 1 // n, [1, 0]))
     assert json.dumps(threading.active_count())  # and the threads are gone when the results are
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_a_tokenizer_for_a_text_that_turns_out_not_to_be_utf8_says_so_and_nothing_else(tmp_path, kind):
+    (tmp_path / "latin").write_bytes(b"the king sleeps\n" * 500 + b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"^\S+latin is not UTF-8: byte 8003 is 0xe9\. Convert it[^:]*$"):
+        data.train_tokenizer(tmp_path / "latin", kind, 300)

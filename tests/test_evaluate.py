@@ -166,7 +166,8 @@ def command(monkeypatch, capsys, run_dir, *argv):
 
 
 def test_the_command_prints_the_same_figures_for_the_same_seed(monkeypatch, capsys, run_dir, tmp_path):
-    quick = ("--se=5", f"--by_time={tmp_path / 'curve'}", "--samples=4", "--steps=2", "--corrections=1", f"--corpus={run_dir / 'text.txt'}")
+    samples = ("--samples=4", "--steps=2", "--corrections=1", f"--corpus={run_dir / 'text.txt'}")
+    quick = ("--se=5", f"--by_time={tmp_path / 'curve'}", *samples)
     figures = json.loads(command(monkeypatch, capsys, run_dir, "--json", *quick))
     assert figures == json.loads(command(monkeypatch, capsys, run_dir, "--json", *quick))
     text = (run_dir / "new.txt").read_text()
@@ -228,3 +229,11 @@ def test_repetition_shows_in_entropy_and_distinct_bigrams():
     assert real["n-gram perplexity"][0] == pytest.approx(math.e)
     for name in ("distinct bigrams", "word entropy (bits)"):
         assert dull[name][2] < real[name][1]
+
+
+def test_a_training_text_without_text_is_refused_before_anything_is_scored(monkeypatch, capsys, run_dir, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    monkeypatch.setattr(evaluate, "score", None)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, run_dir, "--samples=4", f"--corpus={tmp_path / 'empty.txt'}")
+    assert "has no text to hold samples against" in capsys.readouterr().err

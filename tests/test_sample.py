@@ -234,6 +234,22 @@ def test_what_is_not_one_token_is_refused_with_its_tokens(loaded):
         find_token("the zebra", loaded[1])
 
 
+def test_a_prompt_with_a_gap_is_the_same_beside_a_text_longer_than_the_trained_length(run_dir, monkeypatch, capsys):
+    flags = [f"-mdir={run_dir}", "--num_samples=1", "--steps=3", "--prompt=the ___ walks"]
+    alone = command(monkeypatch, capsys, *flags)
+    assert command(monkeypatch, capsys, *flags, "--prompt=anna", "--length=50")[0] == alone[0]
+
+
+def test_output_is_not_written_over_the_prompts_or_the_run(run_dir, monkeypatch, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("anna\n")
+    for path in (tmp_path / "prompts.txt", run_dir / "best.pt"):
+        before = path.read_bytes()
+        flags = [f"-mdir={run_dir}", f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output={path}"]
+        with pytest.raises(SystemExit):
+            command(monkeypatch, capsys, *flags)
+        assert path.read_bytes() == before and "give another name" in capsys.readouterr().err
+
+
 def test_a_hint_decides_its_position(loaded):
     model, tokenizer, run = loaded
     template = make_template("", tokenizer, run, 0, 12)
@@ -341,7 +357,7 @@ def test_the_trace_shows_the_first_text_beside_shorter_ones(loaded):
         (["--length=70", "--trace"], "trained"),
         (["--prompt=the ___ sleeps ___{40}", "--length=60"], "the model was trained on 32"),
         (["--draft=the king", "--length=9"], "--draft is the whole text"),
-        (["--draft= "], "--draft takes"),
+        (["--draft= "], "--draft is empty"),
         (["--time_grid=learned"], "before the first validation"),
     ],
 )

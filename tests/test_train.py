@@ -519,3 +519,13 @@ def test_an_untouched_tokenizer_without_special_pieces_trains(corpus, run, tmp_p
     (tmp_path / "plain.model").write_bytes(data.train_tokenizer(corpus, "char", 0))
     run(tmp_path / "run", f"-spm={tmp_path / 'plain.model'}", "--max_steps=2")
     assert data.file_hash(tmp_path / "run" / "tokenizer.model") == data.file_hash(tmp_path / "plain.model")
+
+
+@pytest.mark.parametrize("wrong", ["-mdim=33", "--val_path=nowhere.txt", "--val_path=EMPTY"])
+def test_what_cannot_be_trained_is_refused_before_a_tokenizer_is(wrong, corpus, monkeypatch, capsys, tmp_path):
+    """A tokenizer left behind would stand in the way of the mended command."""
+    (tmp_path / "empty.txt").write_text("\n")
+    wrong = wrong.replace("EMPTY", str(tmp_path / "empty.txt"))
+    error = fails(["train.py", f"-d={corpus}", f"-mdir={tmp_path / 'run'}", wrong], monkeypatch, capsys)
+    assert "33" in error or "nowhere" in error or "no text" in error
+    assert not list((tmp_path / "run").glob("*"))
