@@ -320,19 +320,19 @@ def sample(
 
 
 def commit(ask, read, ids, cond_mask, n_calls, until=0.0, corrections=0):
-    """Draw some tokens with each call, give them to the next, and correct what was drawn together -> ids (B, L), calls (B,).
+    """Draw some tokens with each call and give them to the next, then correct -> ids (B, L), calls (B,).
 
     A row takes no more than n_calls, no more than it has free tokens; then one a call, which is exact for an exact network:
     the chain rule, in an order that the text so far decides [for masked models: Chang et al. 2022, "MaskGIT"]. Tokens drawn
     together, independently, should know little of each other: the free positions are cut into a run for each, and the one
-    of least entropy in a run is drawn. In rows where some were, `corrections` more calls draw an eighth of the tokens anew,
-    given all others, in each run the one that was least likely: likelier text than the network's own, and less diverse. A
-    row of which the rest has a mean entropy under `until` nats ends there. ask(ids, given) -> p, sharpened p, both
-    (B, L, K); read(p, at) -> tokens (n,) of the n positions `at`, as indices.
+    of least entropy in a run is drawn. Then `corrections` more calls, at most one for two tokens, draw an eighth of the
+    tokens anew, given all others, in each run the one that was least likely: likelier text than the network's own, and
+    less diverse. A row of which the rest has a mean entropy under `until` nats ends there. ask(ids, given) -> p, sharpened
+    p, both (B, L, K); read(p, at) -> tokens (n,) of the n positions `at`, as indices.
     """
     free = (~cond_mask).sum(1)
     n_calls = free.clamp(1, n_calls)
-    end = n_calls + corrections * (n_calls < free)
+    end = n_calls + (free // 2).clamp(max=corrections)
     few = (free // 8).clamp(min=1)
     given, calls = cond_mask, torch.zeros_like(free)
     p_drawn = torch.ones(ids.shape, device=ids.device)  # of each token, when it was

@@ -34,7 +34,7 @@ class Options:
 
     solver: str = "commit"
     steps: int = 32
-    corrections: int = 4  # further calls of commit
+    corrections: int = 4  # further calls of commit, at most one for two tokens
     curve: list | None = None  # loss by time, for a learned time grid
     temperature: float = 1.0
     top_p: float = 1.0
@@ -193,7 +193,7 @@ def flags():
         "--corrections",
         type=cli.natural,
         default=defaults.corrections,
-        help=f"further calls of commit, each draws the least likely eighth of the tokens anew ({defaults.corrections})",
+        help=f"further calls of commit, which draw the least likely tokens anew ({defaults.corrections})",
     )
     add("--time_grid", choices=["uniform", "learned"], default="uniform", help="even, or steps of equal loss (uniform)")
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")

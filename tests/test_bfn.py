@@ -179,7 +179,7 @@ def test_corrections_mend_what_was_drawn_apart():
     assert repeats(2, corrections=2) > 0.81 and repeats(2) < 0.79
 
 
-def test_corrections_make_texts_likelier_than_the_network_means_them_and_are_left_out_where_it_is_exact():
+def test_corrections_make_texts_likelier_than_the_network_means_them():
     def mean_log_p(n_steps, corrections):
         torch.manual_seed(5)
         ids = torch.zeros(20_000, L, dtype=torch.long)
@@ -189,15 +189,15 @@ def test_corrections_make_texts_likelier_than_the_network_means_them_and_are_lef
 
     entropy = -(FLAT_P * FLAT_P.log()).sum().item()
     assert mean_log_p(2, 0) < -entropy + 0.02 < mean_log_p(2, 4) - 0.1
-    assert mean_log_p(L, 4) == mean_log_p(L, 0) == pytest.approx(-entropy, abs=0.03)
+    assert mean_log_p(L, 1) - 0.1 > mean_log_p(L, 0) == pytest.approx(-entropy, abs=0.03)
 
 
 def test_corrections_leave_what_is_given_and_end_with_their_row():
-    """A row of one free token takes one call, one of three tokens two and two corrections."""
+    """A row of one free token takes one call, one of three tokens two and, of two corrections, one: one for two tokens."""
     ids, given = torch.full((2, L), 2), torch.tensor([[False] * L, [True] * (L - 1) + [False]])
     times = bfn.time_grid("commit", 2)
     samples, calls = bfn.sample(FLAT, ids, given, 6.0, K, times, "commit", corrections=2)
-    assert calls.tolist() == [4, 1] and (samples[1, :-1] == 2).all()
+    assert calls.tolist() == [3, 1] and (samples[1, :-1] == 2).all()
 
 
 def test_a_row_whose_rest_is_certain_ends_at_once():
@@ -205,7 +205,7 @@ def test_a_row_whose_rest_is_certain_ends_at_once():
     sequences = torch.tensor([[k] * L for k in range(K)])
     network = ExactNetwork(sequences, torch.full((K,), 1 / K))
     ids, times = torch.zeros(50, L, dtype=torch.long), bfn.time_grid("commit", 2)
-    for until, n in ((0.01, 2), (0.0, 4)):
+    for until, n in ((0.01, 2), (0.0, 3)):
         samples, calls = bfn.sample(network, ids, ids.bool(), 6.0, K, times, "commit", until=until, corrections=2)
         assert (samples == samples[:, :1]).all() and len(samples.unique()) == K and (calls == n).all()
 
