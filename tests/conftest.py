@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything is tested on the CPU, where results are the same bit for bit
+if not os.environ.get("BFN_TEST_CUDA"):  # everything is tested on the CPU, where results are the same bit for bit
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

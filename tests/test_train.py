@@ -22,6 +22,7 @@ import cli
 import data
 import kernels
 import model as model_file
+import speed
 import toy
 import train
 from model import BFNTransformer
@@ -529,3 +530,13 @@ def test_what_cannot_be_trained_is_refused_before_a_tokenizer_is(wrong, corpus, 
     error = fails(["train.py", f"-d={corpus}", f"-mdir={tmp_path / 'run'}", wrong], monkeypatch, capsys)
     assert "33" in error or "nowhere" in error or "no text" in error
     assert not list((tmp_path / "run").glob("*"))
+
+
+def test_measuring_the_machine_draws_no_random_numbers():
+    """Else the first step of a process would not be what it is in the middle of one."""
+    speed.matmul_peak.cache_clear()
+    torch.manual_seed(0)
+    speed.peak(torch.device("cpu"))
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
