@@ -6,7 +6,9 @@
 
 Each solver's texts stand beside as many held-out ones (evaluate.py's figures, with bootstrap intervals); those of the
 built-in language are checked for grammar as well, and their fills of gaps are held against the exact conditional.
-Temperatures and shares top-p in place of 1 trade diversity for quality: a second picture shows the one over the other.
+"corrected" is sample.py's default, commit with corrections: a third of its calls, at most four; "commit" makes none.
+Both make fewer calls than asked for where a text has fewer tokens. Temperatures and shares top-p in place of 1 trade
+diversity for quality: a second picture shows the one over the other.
 """
 
 import json
