@@ -91,12 +91,12 @@ def test_samplers_are_compared_in_a_table_and_a_picture(tmp_path):
     sizes = "-mdim=32 -nl=1 -nh=2 --max_steps=2 -nex=0".split()
     subprocess.run([sys.executable, ROOT / "train.py", f"-mdir={run_dir}", cache, *sizes], check=True, capture_output=True)
     command = [sys.executable, ROOT / "experiments" / "samplers.py", f"-mdir={run_dir}", cache, f"--output={tmp_path}"]
-    command += "--solvers commit ode2 --calls 2 4 --num_samples=8 --infill=5 --time_grid=learned --temperatures 1e-3".split()
+    command += "--solvers corrected commit ode2 --calls 2 4 --num_samples=8 --infill=5 --time_grid=learned --temperatures 1e-3".split()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())
     ways = [(r["solver"], r["calls"], r["temperature"]) for r in rows[1:]]
-    assert ways == [(solver, n, T) for solver in ("commit", "ode2") for n in (2, 4) for T in (1.0, 1e-3)]
+    assert ways == [(solver, n, T) for solver in ("corrected", "commit", "ode2") for n in (2, 4) for T in (1.0, 1e-3)]
     entropies = [r["figures"]["word entropy (bits)"][0] for r in rows[1:]]
     assert all(sharp < plain for plain, sharp in zip(entropies[::2], entropies[1::2], strict=True))
     assert rows[0]["figures"]["grammatical"][0] == 1
