@@ -97,6 +97,7 @@ def test_samplers_are_compared_in_a_table_and_a_picture(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())
     ways = [(r["solver"], r["calls"], r["temperature"]) for r in rows[1:]]
     assert ways == [(solver, n, T) for solver in ("corrected", "commit", "ode2") for n in (2, 4) for T in (1.0, 1e-3)]
+    assert all(r["made"] <= r["calls"] for r in rows[1:])
     entropies = [r["figures"]["word entropy (bits)"][0] for r in rows[1:]]
     assert all(sharp < plain for plain, sharp in zip(entropies[::2], entropies[1::2], strict=True))
     assert rows[0]["figures"]["grammatical"][0] == 1
