@@ -28,7 +28,10 @@ class Reference:
 
     @classmethod
     def fit(cls, corpus, tokenizer, part="all"):
-        """Count a part of a text file, ValueError if it is empty. Vocabularies under 400, characters say, get 6-grams, larger ones 3-grams."""
+        """Count a part of a text file. Vocabularies under 400, characters say, get 6-grams, larger ones 3-grams.
+
+        Raises ValueError for a part without text.
+        """
         K, order = len(tokenizer), 6 if len(tokenizer) < 400 else 3
         words, rows, n_chars = set(), [], 0
         for piece in data.read_part(corpus, part):

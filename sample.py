@@ -25,6 +25,8 @@ from prompts import FREE, GAP_MARK, allowed_tokens, check_hints, find_token, mak
 STATE_SIZE = 1 << 24  # elements of a batch's largest tensors, the state (B, L, K) mostly: a few of 64 MB each
 
 
+RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt times.png".split()
+
 # ---------------------------------------------------------------- generation
 
 
@@ -272,7 +274,7 @@ def check_output(args):
     output = Path(args.output or os.devnull).resolve()
     if args.prompt_file and output == Path(args.prompt_file).resolve():
         raise ValueError(f"--output={args.output} is the file of prompts: give another name")
-    if output.exists() and output.parent == Path(args.model_dir).resolve() and output.suffix != ".jsonl":
+    if output.parent == Path(args.model_dir).resolve() and output.name in RUN_FILES:
         raise ValueError(f"--output={args.output} is a file of the run: give another name")
 
 

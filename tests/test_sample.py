@@ -242,7 +242,8 @@ def test_a_prompt_with_a_gap_is_the_same_beside_a_text_longer_than_the_trained_l
 
 def test_output_is_not_written_over_the_prompts_or_the_run(run_dir, monkeypatch, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("anna\n")
-    for path in (tmp_path / "prompts.txt", run_dir / "best.pt"):
+    (run_dir / "metrics.jsonl").write_text("{}\n")
+    for path in (tmp_path / "prompts.txt", run_dir / "best.pt", run_dir / "metrics.jsonl"):
         before = path.read_bytes()
         flags = [f"-mdir={run_dir}", f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output={path}"]
         with pytest.raises(SystemExit):
