@@ -23,8 +23,6 @@ from model import load
 from prompts import FREE, GAP_MARK, allowed_tokens, check_hints, find_token, make_hint, make_template, parse_hint, shorten
 
 STATE_SIZE = 1 << 24  # elements of a batch's largest tensors, the state (B, L, K) mostly: a few of 64 MB each
-
-
 RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt times.png".split()
 
 # ---------------------------------------------------------------- generation
