@@ -7,6 +7,7 @@ from times import N_BINS, UNIFORM_SHARE, Times, draw_evenly
 
 
 def test_each_segment_has_one_time_and_the_times_are_uniform():
+    torch.manual_seed(0)
     segment_ids = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 4, 5, 6]])
     t = draw_evenly(segment_ids)
     assert t[0, 0] == t[0, 1] and t[0, 2] == t[0, 3] == t[0, 4] and len(t.unique()) == 9
@@ -18,6 +19,7 @@ def test_each_segment_has_one_time_and_the_times_are_uniform():
 
 
 def test_in_a_share_of_the_segments_each_position_has_its_own_time_near_0_or_1():
+    torch.manual_seed(0)
     segment_ids = torch.arange(1, 1001).repeat_interleave(3).view(10, 300)
     t = Times("stratified", 0.3).draw(segment_ids)[0].view(1000, 3)
     apart = t[:, 0] != t[:, 1]
