@@ -20,8 +20,8 @@ def test_each_segment_has_one_time_and_the_times_are_uniform():
 
 def test_in_a_share_of_the_segments_each_position_has_its_own_time_near_0_or_1():
     torch.manual_seed(0)
-    segment_ids = torch.arange(1, 1001).repeat_interleave(3).view(10, 300)
-    t = Times("stratified", 0.3).draw(segment_ids)[0].view(1000, 3)
+    segment_ids = torch.arange(1, 10_001).repeat_interleave(3).view(100, 300)
+    t = Times("stratified", 0.3).draw(segment_ids)[0].view(10_000, 3)
     apart = t[:, 0] != t[:, 1]
     assert torch.equal(apart, t[:, 1] != t[:, 2])  # all of a segment or nothing
     assert apart.float().mean().item() == pytest.approx(0.3, abs=0.06)
