@@ -169,11 +169,10 @@ def train_tokenizer(path, kind, vocab_size):
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=readable(), model_writer=model, **options)
     except RuntimeError as error:
-        if unreadable:
-            raise unreadable[0] from None
-        size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
-        reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
-        raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
+        if not unreadable:
+            size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
+            reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
+            raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
     if unreadable:
         raise unreadable[0]
     return model.getvalue()

@@ -71,7 +71,7 @@ def flags():
     add("--preset", choices=PRESETS, help="defaults for the flags marked * (base; toy for the built-in language)")
     add("--init_from", help="run folder whose weights, tokenizer and model size to start from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind to train (bpe)")
-    add("--vocab_size", type=cli.count, default=8192, help="of the tokenizer to train; char takes all characters (8192)")
+    add("--vocab_size", type=cli.several, help="of the tokenizer to train; char takes all characters (8192)")
     add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--max_steps", type=cli.count, help="steps, in place of --epochs")
@@ -122,11 +122,16 @@ def complete(args, saved=None):
             raise ValueError("-spm, --tokenizer, --val_path and --init_from go with a corpus: give -d")
         args.preset, args.tokenizer = args.preset or "toy", "word"
         args.max_steps = args.max_steps or (None if args.epochs else TOY_STEPS)
-    args.tokenizer, args.epochs = args.tokenizer or "bpe", args.epochs or 10
+    if (args.tokenizer or args.vocab_size) and (args.spm_model or args.init_from):
+        raise ValueError("-spm and --init_from bring a tokenizer: leave --tokenizer and --vocab_size out")
+    args.epochs = args.epochs or 10
     if args.init_from:
         start_from(args, saved or load(args.init_from)[2])
-    elif args.spm_model:
-        args.tokenizer = args.vocab_size = None
+    elif saved:
+        args.tokenizer = args.tokenizer or saved["args"]["tokenizer"]
+        args.vocab_size = args.vocab_size or saved["args"]["vocab_size"]
+    elif not args.spm_model:
+        args.tokenizer, args.vocab_size = args.tokenizer or "bpe", args.vocab_size or 8192
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset or "base"], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -143,7 +148,7 @@ def start_from(args, source):
     if args.spm_model and data.file_hash(args.spm_model) != source["tokenizer_hash"]:
         raise ValueError(f"{args.spm_model} is not the tokenizer of {args.init_from}: leave -spm out")
     args.spm_model = str(Path(args.init_from) / "tokenizer.model")
-    args.tokenizer = args.vocab_size = None
+    args.vocab_size = None
     args.beta = source["args"]["beta"] if args.beta == "auto" else args.beta
 
 
@@ -205,13 +210,13 @@ def put(path, content):
 
 
 def check_identity(saved, now, run_dir):
-    """Refuse to resume a run with another model, data, seed or batch. Raises ValueError with both values."""
+    """Refuse to resume a run with another model, data, seed or batch. Raises ValueError that names the difference."""
     for name in IDENTITY:
         if name in now and saved[name] != now[name]:
-            raise ValueError(
-                f"{run_dir} was trained with {name}={saved[name]}, now it is {now[name]}: "
-                "change it back or give another -mdir"
-            )
+            change = f"{name}={saved[name]}, now it is {now[name]}"
+            if name in ("corpus", "validation"):  # values that tell a reader nothing
+                change = f"another {name} text than -d and --val_path give now"
+            raise ValueError(f"{run_dir} was trained with {change}: change it back or give another -mdir")
 
 
 def word_lengths(tokenizer, tokens, longest=16):

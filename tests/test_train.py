@@ -30,7 +30,7 @@ from muon import orthogonalise, orthogonalise_by_gram
 from times import Times, draw_evenly
 
 ROOT = Path(train.__file__).parent
-TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3 --max_steps=8 --tokenizer=word -lr=0.003".split()
+TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3 --max_steps=8 -lr=0.003".split()
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def corpus(tmp_path, monkeypatch):
 
 
 def command(corpus, run_dir, *more):
-    return ["train.py", f"-d={corpus}", f"-mdir={run_dir}", f"--cache_dir={corpus.parent / 'cache'}", *TINY, *more]
+    """A tokenizer of words is trained where the flags bring none."""
+    words = ["--tokenizer=word"] * (not any(flag.startswith(("-spm", "--init_from")) for flag in more))
+    return ["train.py", f"-d={corpus}", f"-mdir={run_dir}", f"--cache_dir={corpus.parent / 'cache'}", *TINY, *words, *more]
 
 
 @pytest.fixture
@@ -180,7 +182,7 @@ def test_another_model_seed_batch_or_text_is_refused_with_both_values(run, tmp_p
 def test_another_corpus_is_refused(run, corpus, tmp_path):
     run(tmp_path / "run", "--max_steps=1")
     corpus.write_text(corpus.read_text() + "hugo walks\n")
-    with pytest.raises(ValueError, match="trained with corpus="):
+    with pytest.raises(ValueError, match="trained with another corpus text"):
         run(tmp_path / "run")
 
 
@@ -471,6 +473,7 @@ def fails(argv, monkeypatch, capsys, main=train.main):
         ("--device=tpu", "no device 'tpu'"),
         ("-mdim=30", "model_dim 30"),
         ("-spm=missing.model", "no tokenizer at missing.model"),
+        ("--vocab_size=1", "at least 2"),
         ("--val_path=missing.txt", "no text file at missing.txt"),
         ("--init_from=missing", "no checkpoint at missing"),
     ],
@@ -520,6 +523,35 @@ def test_an_untouched_tokenizer_without_special_pieces_trains(corpus, run, tmp_p
     (tmp_path / "plain.model").write_bytes(data.train_tokenizer(corpus, "char", 0))
     run(tmp_path / "run", f"-spm={tmp_path / 'plain.model'}", "--max_steps=2")
     assert data.file_hash(tmp_path / "run" / "tokenizer.model") == data.file_hash(tmp_path / "plain.model")
+
+
+def test_a_run_goes_on_with_its_tokenizer_named_or_not(run, tmp_path):
+    own = tmp_path / "trained" / "tokenizer.model"
+    run(tmp_path / "trained", "--max_steps=1")
+    run(tmp_path / "trained", f"-spm={own}", "--max_steps=2")
+    run(tmp_path / "given", f"-spm={own}", "--max_steps=1")
+    argv = [flag for flag in sys.argv if not flag.startswith(("-spm", "--max_steps"))]
+    sys.argv[:] = [*argv, "--max_steps=2"]
+    train.main()
+    for name in ("trained", "given"):
+        assert model_file.read_checkpoint(tmp_path / name / "last.pt")["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("-spm=TRAINED", "--tokenizer=word"), "bring a tokenizer: leave"),
+        (("--init_from=RUN", "--vocab_size=9"), "bring a tokenizer: leave"),
+        (("--tokenizer=char",), "with tokenizer=word, now it is char"),
+        (("--val_path=CORPUS",), "with another corpus text than -d and --val_path give now"),
+    ],
+)
+def test_a_run_keeps_its_tokenizer_and_text(flags, message, run, corpus, tmp_path, monkeypatch, capsys):
+    run(tmp_path / "run", "--max_steps=1")
+    names = dict(TRAINED=tmp_path / "run" / "tokenizer.model", RUN=tmp_path / "run", CORPUS=corpus)
+    for name, path in names.items():
+        flags = [flag.replace(name, str(path)) for flag in flags]
+    assert message in fails(command(corpus, tmp_path / "run", *flags), monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("wrong", ["-mdim=33", "--val_path=nowhere.txt", "--val_path=EMPTY"])
