@@ -263,8 +263,9 @@ def controlled_output(
 ):  # fmt: skip
     """Call the network on theta at time t, the positions `given` filled in with ids -> p, sharpened p, both (B, L, K).
 
-    How certain a token is, the first one says; the second is drawn from. Where theta holds evidence of the user's, as much as a flow brings until hint_time, accuracies add and the network is
-    told sqrt(t^2 + hint_time^2). allowed (..., K) is False for tokens never to be drawn. watch(t, p, given) sees the call.
+    The first says how certain a token is, the second is drawn from. Where theta holds evidence of the user's, as much as
+    a flow brings until hint_time, accuracies add and the network is told sqrt(t^2 + hint_time^2). allowed (..., K) is
+    False for tokens never to be drawn. watch(t, p, given) sees the call.
     """
     times = torch.full(ids.shape, min(1.0, math.hypot(t, hint_time)), device=ids.device)
     logits = predict(network, theta, times, ids, given)

@@ -214,8 +214,9 @@ def score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given
 def likelihood(scores, tokens, bos_id, conditional=False):
     """Figures of a scored text, units in their names -> dict. Those per character and byte are of the raw text.
 
-    Text that the tokenizer does not know costs UNKNOWN_BITS a byte besides. There are no figures per character where
-    part of the text was given. Where not all windows were scored, tokens per character are those of the whole text.
+    Text that the tokenizer does not know costs UNKNOWN_BITS a byte besides, taken to be spread evenly over the text. There
+    are no figures per character where part of the text was given. Where not all windows were scored, tokens per character
+    are those of the whole text.
     """
     diffusion, reconstruction = scores.nats_per_token
     n_scored = int(tokens.offsets[-1]) - (bos_id >= 0) * len(tokens.lengths)

@@ -127,6 +127,36 @@ def nothing_given(args):
     data.draw_cond_mask = lambda segment_ids, rng: evaluate.nothing_given(segment_ids)
 
 
+def given_apart(args):
+    """Given positions have a time of their own, 1.5: told apart from those about to be read out."""
+    args.fused, give = "off", bfn.give
+
+    def give_apart(theta, t, ids, cond_mask):
+        theta, t = give(theta, t, ids, cond_mask)
+        return theta, t.masked_fill(cond_mask, 1.5)
+
+    bfn.give = give_apart
+
+
+def self_conditioning(args):
+    """The network reads its own first answer to the same input, which has no gradient: twice the calls."""
+    network, args.fused = model_file.BFNTransformer, "off"
+    build, answer = network.__init__, network.forward
+
+    def __init__(self, config):
+        build(self, config)
+        self.project_answer = torch.nn.Linear(config.d_model, config.d_model, bias=False)
+        torch.nn.init.zeros_(self.project_answer.weight)
+
+    def forward(self, theta, t, segment_ids):
+        with torch.no_grad():
+            p = answer(self, theta, t, segment_ids).softmax(-1)
+        h = self.embed(theta) + self.project_answer(p @ self.embedding.weight)
+        return self.head(self.body(h, t, segment_ids), theta)
+
+    network.__init__, network.forward = __init__, forward
+
+
 def first_formulation(args):
     """theta @ E, FiLM without the 1 +, beta 0.005, logits alone, no convolution, one t a text, one loss, AdamW at 1e-3."""
 
@@ -175,7 +205,8 @@ VARIANTS = {
     f.__name__: f
     for f in (
         base, no_skip, no_convolution, adamw, segment_times, position_times, learned_times, uniform_times,
-        no_cross_entropy, cross_entropy_2, cross_entropy_20, half_batch, double_batch, half_rate, double_rate, nothing_given, first_formulation, autoregressive,
+        no_cross_entropy, cross_entropy_2, cross_entropy_20, half_batch, double_batch, half_rate, double_rate, nothing_given, given_apart,
+        self_conditioning, first_formulation, autoregressive,
     )
 }  # fmt: skip
 
