@@ -17,7 +17,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # elements (tokens, K) of a chunk
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements (tokens, K) of a chunk
+LEAST_TOKENS = 128  # of a chunk: fewer make small products, which reread all embeddings
 LARGEST_S = 13.0  # exp(z - s^2) overflows beyond
 compiled = {}  # the functions of a chunk in their compiled form; empty, they run as they are written
 
@@ -97,7 +98,7 @@ def compile_chunks():
 
 def _chunks(n, K, device):
     """Cut n tokens into chunks -> slices, the size of all but the last."""
-    size = max(16, CHUNK[device.type] // K // 16 * 16)
+    size = max(LEAST_TOKENS, CHUNK[device.type] // K // 16 * 16)
     size = min(size, 1 << max(0, n - 1).bit_length())  # there are few powers of two, so few programs
     return [slice(i, min(i + size, n)) for i in range(0, n, size)], size
 

@@ -49,6 +49,7 @@ FUSED_FROM = 2000  # tokens of the vocabulary: below, the plain operations are a
 COMPILED_FROM = 256  # width, on a CPU: below, compiling gains nothing
 FLEX_FROM = 256  # length of rows: below, the mask is small
 TOY_SENTENCES, TOY_STEPS = 60_000, 1_500
+POSTFIX = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {utilisation:.0%} of peak, {peak_memory_gb:.1f} GB"
 VAL_TOKENS = 16_384  # a validation looks at this many tokens at the most
 
 # What a run is: on resume these must be what they were, everything else may change.
@@ -517,6 +518,29 @@ def open_metrics(run_dir, step):
     return write
 
 
+def recent_figures(log, n_tokens, clock, state, args, device):
+    """Figures of the steps since `clock`, of which log holds losses and gradient norms, on the device -> dict.
+
+    Raises ValueError where these are not finite.
+    """
+    loss, norm = torch.stack(log).mean(0).tolist()  # the only wait for the device
+    if not math.isfinite(loss + norm):
+        raise ValueError(
+            f"loss {loss}, gradient norm {norm}: not finite near step {state.step}: run again with a lower -lr; "
+            "if that is no better, start from best.pt, where there is one, renamed to last.pt"
+        )
+    tokens_per_s = n_tokens / (time.perf_counter() - clock)
+    return dict(
+        loss=loss,
+        grad_norm=norm,
+        learning_rate=learning_rate(state.step - 1, args),
+        fill=n_tokens / (len(log) * args.accumulation_steps * args.batch_size * args.sequence_length),
+        tokens_per_s=tokens_per_s,
+        utilisation=tokens_per_s * speed.model_flops(state.model.config, args.sequence_length) / speed.peak(device),
+        peak_memory_gb=speed.peak_memory(device),
+    )
+
+
 def plot_times(times, path):
     """Draw what is known of the loss by time, and the density that times are drawn from."""
     t = (np.arange(N_BINS) + 0.5) / N_BINS
@@ -587,7 +611,7 @@ def main():
     tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     config = make_config(args, len(tokenizer))
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
-    accumulation, row_length = args.accumulation_steps, args.sequence_length
+    accumulation = args.accumulation_steps
     args.max_steps = args.max_steps or math.ceil(args.epochs * loader.rows_per_epoch / args.batch_size / accumulation)
     run = describe_run(args, config, tokenizer, tokens, val, run_dir)
     if saved:
@@ -619,20 +643,9 @@ def main():
 
         step, last = state.step, state.step == args.max_steps
         if step % args.log_interval == 0 or last:
-            loss, norm = torch.stack(log).mean(0).tolist()  # the only wait for the device
-            if not math.isfinite(loss + norm):
-                raise ValueError(
-                    f"loss {loss}, gradient norm {norm}: not finite near step {step}: run again with a lower -lr; "
-                    "if that is no better, start from best.pt, where there is one, renamed to last.pt"
-                )
-            tokens_per_s = n_tokens / (time.perf_counter() - clock)
-            fill = n_tokens / (len(log) * accumulation * args.batch_size * row_length)
-            rate = learning_rate(step - 1, args)
-            share = tokens_per_s * speed.model_flops(config, row_length) / speed.peak(device)
-            memory = speed.peak_memory(device)
-            speeds = dict(tokens_per_s=tokens_per_s, utilisation=share, peak_memory_gb=memory)
-            write(step, loss=loss, grad_norm=norm, learning_rate=rate, fill=fill, **speeds)
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {share:.0%} of peak, {memory:.1f} GB")
+            recent = recent_figures(log, n_tokens, clock, state, args, device)
+            write(step, **recent)
+            bar.set_postfix_str(POSTFIX.format(**recent))
             log, n_tokens, clock = [], 0, time.perf_counter()
 
         pause, news, is_best = time.perf_counter(), [], False

@@ -3,9 +3,9 @@
     python benchmarks/bench.py --quick
     python benchmarks/bench.py operations step --output=runs/bench
 
-Writes results.json, results.md and pictures. Times are medians over repetitions; memory is the most that a call needs
-above what it starts with: weights and optimizer state, and for "operations" the gradients. Ratios are to the first
-variant of a case.
+Writes results.json, results.md and pictures. Times are medians over repetitions, and over --rounds through all variants
+where a machine's speed wavers; memory is the most that a call needs above what it starts with: weights and optimizer
+state, and for "operations" the gradients. Ratios are to the first variant of a case.
 """
 
 import ctypes
@@ -226,6 +226,12 @@ def plan(names, quick, cuda):
 # ---------------------------------------------------------------- results
 
 
+def median_figures(rounds):
+    """Figures of one variant in several rounds -> the median of each, or why it failed in one."""
+    failed = [figures for figures in rounds if "failed" in figures]
+    return failed[0] if failed else {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+
+
 def table(results, peak):
     """Markdown lines, with ratios to the first variant of the same case and sizes; peak in floating-point operations/s."""
     lines = [
@@ -267,6 +273,7 @@ def main():
     p.add_argument("cases", nargs="*", help=f"which of {', '.join(CASES)} (all)")
     p.add_argument("--quick", action="store_true", help="a few small cases, within two minutes")
     p.add_argument("--repetitions", type=cli.count, default=5, help="of each measurement (5)")
+    p.add_argument("--rounds", type=cli.count, default=1, help="through all variants (1)")
     p.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
     p.add_argument("--output", default="runs/bench", help="folder for results and pictures (runs/bench)")
     p.add_argument("--one", help="one job as JSON, run in this process")
@@ -279,18 +286,24 @@ def main():
         return
     if unknown := set(args.cases) - set(CASES):
         raise ValueError(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
-    folder, results = Path(args.output), []
+    folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     peak = speed.peak(device)
-    for case, variant, sizes in tqdm(plan(args.cases or CASES, args.quick, device.type == "cuda"), disable=None):
-        command = [sys.executable, __file__, f"--one={json.dumps([case, variant, sizes])}", f"--device={device}"]
+    jobs = plan(args.cases or CASES, args.quick, device.type == "cuda")
+    measured = [[] for _ in jobs]
+    for i in tqdm(list(range(len(jobs))) * args.rounds, disable=None):
+        command = [sys.executable, __file__, f"--one={json.dumps(jobs[i])}", f"--device={device}"]
         command += [f"--repetitions={args.repetitions}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            figures = dict(failed=(done.stderr.strip().splitlines() or ["no message"])[-1])
+            measured[i].append(dict(failed=(done.stderr.strip().splitlines() or ["no message"])[-1]))
         else:
-            figures = json.loads(done.stdout.splitlines()[-1])
-        results.append(dict(case=case, variant=variant, sizes=sizes, **figures))
+            measured[i].append(json.loads(done.stdout.splitlines()[-1]))
+        results = [
+            dict(case=case, variant=variant, sizes=sizes, **median_figures(rounds))
+            for (case, variant, sizes), rounds in zip(jobs, measured, strict=True)
+            if rounds
+        ]
         (folder / "results.json").write_text(json.dumps(results, indent=1))
     lines = [f"matrix multiplication: {peak / 1e9:,.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads", ""]
     lines += table(results, peak)

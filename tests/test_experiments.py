@@ -129,3 +129,9 @@ def test_a_benchmark_that_fails_is_a_row_too():
     results = [dict(case="step", variant=v, sizes={"K": 9}, failed="out of memory") for v in ("plain", "fused")]
     assert all("out of memory" in line and line.count("|") == 10 for line in bench.table(results, 1e9)[2:])
     assert {job[0] for job in bench.plan(bench.CASES, quick=False, cuda=False)} == set(bench.CASES)
+
+
+def test_figures_of_several_rounds_are_their_medians():
+    rounds = [dict(seconds=x, memory_mb=9 - x) for x in (1, 5, 2)]
+    assert bench.median_figures(rounds) == dict(seconds=2, memory_mb=7)
+    assert bench.median_figures([*rounds, dict(failed="out of memory")]) == dict(failed="out of memory")

@@ -75,9 +75,11 @@ def problem(K, N=37, D=6, s1=4.0):
     return E, W, bias, ids, keys, s1 * t, rows
 
 
-@pytest.fixture(params=[1 << 22, 1000])
+@pytest.fixture(params=[kernels.LEAST_TOKENS, 16])
 def chunk(request, monkeypatch):
-    monkeypatch.setitem(kernels.CHUNK, "cpu", request.param)
+    """One chunk for all tokens, or several."""
+    monkeypatch.setitem(kernels.CHUNK, "cpu", 1)
+    monkeypatch.setattr(kernels, "LEAST_TOKENS", request.param)
 
 
 @pytest.mark.parametrize("K", [3, 28, 1001, 50_257])
@@ -202,6 +204,7 @@ def test_two_ranks_have_the_mean_gradient_of_their_rows(tmp_path):
 
 def test_nothing_of_size_tokens_times_vocabulary_is_kept_for_the_gradient(monkeypatch):
     model, ids, *rest = setup()
+    monkeypatch.setattr(kernels, "LEAST_TOKENS", 16)
     monkeypatch.setitem(kernels.CHUNK, "cpu", 16 * 1001)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
