@@ -27,12 +27,11 @@ import cli
 import data
 import plot
 import quality
-from model import load
+from model import load, rows_at_once
 from prompts import make_template
 from sample import Options, decode, generate
 
 MOST_DRAWS = 64
-MOST_NUMBERS = 1 << 26  # (rows, window, K) at a time: some ten tensors of 256 MB
 TIME_BINS = 50
 FIGURES = ("t", "loss", "cross_entropy", "reconstruction", "n")
 UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: the byte, and whether another one follows
@@ -137,7 +136,7 @@ class Scores:
 
 def score(
     model, tokens, window, bos_id, device, *, error=None, n_draws=2, n_steps=None, given=nothing_given, seed=0,
-    max_tokens=None, batch_size=32, progress=False,
+    max_tokens=None, batch_size=None, progress=False,
 ):  # fmt: skip
     """Estimate the bound of a text: `n_draws` draws, or as many as an `error` in nats per token takes -> Scores.
 
@@ -149,7 +148,7 @@ def score(
     n_windows = int(plan.row_starts[n_rows])
     document = np.searchsorted(tokens.offsets, plan.starts[:n_windows], side="right") - 1
     draws, wanted = [], 2 if error else n_draws
-    at_once = max(1, min(batch_size, MOST_NUMBERS // (window * max(window, model.config.K))))
+    at_once = batch_size or rows_at_once(window, model.config, device)
     batches = [range(i, min(i + at_once, n_rows)) for i in range(0, n_rows, at_once)]
     with tqdm(total=wanted * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         while len(draws) < wanted:
@@ -331,7 +330,7 @@ def flags():
         help="score the rest, given prefix:SHARE of each window, or all around:SHARE in its middle",
     )
     add("--max_tokens", type=cli.count, help="look at this many tokens of the text (all)")
-    add("-bsz", "--batch_size", type=cli.count, default=32, help="windows at a time (32)")
+    add("-bsz", "--batch_size", type=cli.count, help="windows at a time (as the sizes of the model suggest)")
     add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also judge this many generated texts (0)")
     add("--solver", choices=["commit", *bfn.SOLVERS], default=Options.solver, help=f"for --samples ({Options.solver})")

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 
 FORMAT = 4  # of the checkpoint file and the network in it
+AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of the largest tensors: 8 MB fit a CPU's cache, ten of 256 MB a GPU
 compiled_block_mask = torch.compile(create_block_mask, dynamic=False)  # as it stands, it makes the whole L x L mask
 
 
@@ -53,6 +54,11 @@ class Config:
     def d_time(self):
         """Width of the time embedding."""
         return max(self.d_model // 4, 16)
+
+
+def rows_at_once(length, config, device):
+    """How many rows of a length a network had best read at a time without gradient."""
+    return max(1, AT_ONCE[device.type] // (length * max(config.K, 4 * config.d_model, length)))
 
 
 class TimeEmbedding(nn.Module):

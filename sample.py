@@ -19,10 +19,9 @@ from tqdm import tqdm
 import bfn
 import cli
 import data
-from model import load
+from model import load, rows_at_once
 from prompts import FREE, GAP_MARK, allowed_tokens, check_hints, find_token, make_hint, make_template, parse_hint, shorten
 
-STATE_SIZE = 1 << 24  # elements of a batch's largest tensors, the state (B, L, K) mostly: a few of 64 MB each
 RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt times.png".split()
 
 # ---------------------------------------------------------------- generation
@@ -52,8 +51,8 @@ def generate(model, tokenizer, templates, seed, options=Options(), first=0, watc
     Template i draws its noise from (seed, first + i), whatever its neighbours; texts of like length share a batch.
     watch(t, p, given) sees every call of the first batch.
     """
-    K, longest = model.config.K, max(map(len, templates), default=1)
-    rows = max(1, STATE_SIZE // (longest * max(K, 4 * model.config.d_model, longest)))
+    longest = max(map(len, templates), default=1)
+    rows = rows_at_once(longest, model.config, next(model.parameters()).device)
     for start in range(0, len(templates), 16 * rows):  # sorted by length, a few batches at a time
         group = range(start, min(start + 16 * rows, len(templates)))
         order = sorted(group, key=lambda i: (watch is None or i > 0) * len(templates[i]))  # the one watched is the first

@@ -43,7 +43,7 @@ def check_one_text_a_row(segment_ids):
         raise ValueError("the published network cannot keep two texts of a row apart: give a corpus of one line")
 
 
-def main():
+def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("--code", required=True, help="folder with a clone of the published code")
     p.add_argument("-d", "--data_path", required=True, help="text file")
@@ -56,23 +56,27 @@ def main():
         "--flags", default="--preset=laptop --tokenizer=char -slen=128 -bsz=16", help="of train.py: text and sizes"
     )
     p.add_argument("--output", default="runs/compare", help="folder of the records (runs/compare)")
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = flags().parse_args()
     files = [f"-d={args.data_path}", *([f"--val_path={args.val_path}"] if args.val_path else [])]
-    flags = train.complete(train.flags().parse_args([*files, *args.flags.split()]))
-    tokenizer, tokens, val = prepare(flags, Path(args.output))
+    ours = train.complete(train.flags().parse_args([*files, *args.flags.split()]))
+    tokenizer, tokens, val = prepare(ours, Path(args.output))
     official, CategoricalFactory, GPT, TextInputAdapter = load_official(args.code)
-    K, L, D = len(tokenizer), flags.sequence_length, flags.model_dim
+    K, L, D = len(tokenizer), ours.sequence_length, ours.model_dim
     beta1 = bfn.auto_beta1(K)
 
     torch.manual_seed(args.seed)
     adapter = TextInputAdapter(vocab_size=K, seq_len=L, output_size=D)
-    net = GPT(dict(input_adapter=adapter, output_adapter=None), K, flags.num_layers, flags.num_heads, D, skip=True)
+    net = GPT(dict(input_adapter=adapter, output_adapter=None), K, ours.num_layers, ours.num_heads, D, skip=True)
     flow = official.DiscreteBayesianFlow(n_classes=K, max_sqrt_beta=math.sqrt(beta1))
     loss = official.DiscreteBayesianFlowLoss(flow, CategoricalFactory())
     model = official.BFN(net, flow, loss)
     optimizer = torch.optim.AdamW(net.get_optim_groups(0.01), lr=args.learning_rate, betas=(0.9, 0.98))
     average = copy.deepcopy(net)
-    loader = data.Loader(tokens, L, flags.batch_size, args.seed, tokenizer.bos_id())
+    loader = data.Loader(tokens, L, ours.batch_size, args.seed, tokenizer.bos_id())
     budget, n_steps = Budget(args.minutes, args.tokens), 0
 
     def step():
@@ -94,7 +98,7 @@ def main():
         check_one_text_a_row(segment_ids)
         return average(theta, t)
 
-    network.config = SimpleNamespace(K=K, s1=math.sqrt(K * beta1))
+    network.config = SimpleNamespace(K=K, d_model=D, s1=math.sqrt(K * beta1))
 
     def measure():
         return bound(network, val, L, tokenizer.bos_id(), torch.device("cpu"))

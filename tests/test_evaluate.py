@@ -28,7 +28,7 @@ def exact_model(s1):
     def model(theta, t, segment_ids):
         return network(theta, t)
 
-    model.config = SimpleNamespace(K=4, s1=s1)
+    model.config = SimpleNamespace(K=4, d_model=1, s1=s1)
     return model
 
 
@@ -114,7 +114,7 @@ def test_every_token_is_scored_once_whatever_the_window():
     def model(theta, t, segment_ids):
         return torch.zeros_like(theta)
 
-    model.config = SimpleNamespace(K=4, s1=2.0)
+    model.config = SimpleNamespace(K=4, d_model=1, s1=2.0)
     for window in (5, 16, 50):
         scores = evaluate.score(model, tokens, window, 3, CPU)
         assert scores.n.sum() == (tokens.ids != 3).sum()

@@ -17,6 +17,7 @@ from runs import make_run
 import cli
 import data
 import evaluate
+import model as model_file
 import sample
 import toy
 import train
@@ -80,7 +81,7 @@ def test_batches_of_one_equal_one_batch(loaded, monkeypatch):
     model, tokenizer, run = loaded
     templates = [make_template("the king", tokenizer, run, i, 20) for i in range(3)]
     whole = list(generate(model, tokenizer, templates, 5, FEW))
-    monkeypatch.setattr(sample, "STATE_SIZE", 1)
+    monkeypatch.setitem(model_file.AT_ONCE, "cpu", 1)
     assert list(generate(model, tokenizer, templates, 5, FEW)) == whole
 
 
