@@ -98,18 +98,18 @@ def continuous_time_loss(network, ids, t, cond_mask, s1, K):
     return squared_error_loss(logits, ids, t, s1)
 
 
-def n_step_error(logits, ids, i, n, s1):
+def n_step_error(logits, ids, i, n, s1, eps=None):
     """Integrand of the n-step loss at steps i (B, L) in 1..n, from the output at t = (i - 1) / n -> (B, L).
 
         y = a eps + a^2 e_x,  a = s1 sqrt(2i - 1) / n
         n (y_x - logsumexp_k(log p_k + y_k) - a (eps_x - sum_k p_k eps_k))
 
     The sender's and receiver's constants cancel [eq. 189, with alpha_i of eq. 193]. The last term has mean zero and
-    takes most of the noise away.
+    takes most of the noise away. eps (B, L, K), or None for fresh noise.
     """
     a = s1 * (2 * i - 1).float().sqrt() / n
     log_p = logits.float().log_softmax(-1)
-    eps = torch.randn_like(log_p)
+    eps = torch.randn_like(log_p) if eps is None else eps
     y = sender_sample(ids, a, log_p.shape[-1], eps)
     y_x, eps_x = (v.gather(-1, ids[..., None]).squeeze(-1) for v in (y, eps))
     return n * (y_x - torch.logsumexp(log_p + y, -1) - a * (eps_x - (log_p.exp() * eps).sum(-1)))
@@ -121,10 +121,10 @@ def n_step_loss(network, ids, i, n, cond_mask, s1, K):
     return n_step_error(predict(network, flow(ids, t, s1, K).softmax(-1), t, ids, cond_mask), ids, i, n, s1)
 
 
-def reconstruction_loss(network, ids, cond_mask, s1, K):
-    """One draw of L_rec = -log p_x at theta(t = 1) -> (B, L)."""
+def reconstruction_loss(network, ids, cond_mask, s1, K, eps=None):
+    """One draw of L_rec = -log p_x at theta(t = 1) -> (B, L). eps (B, L, K), or None for fresh noise."""
     t = torch.ones(ids.shape, device=ids.device)
-    logits = predict(network, flow(ids, t, s1, K).softmax(-1), t, ids, cond_mask)
+    logits = predict(network, flow(ids, t, s1, K, eps).softmax(-1), t, ids, cond_mask)
     return cross_entropy(logits, ids)
 
 
@@ -287,8 +287,8 @@ def sample(
 ):  # fmt: skip
     """Carry all positions from ignorance to text, calling the network at `times` -> ids (B, L), calls (B,).
 
-    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit", to
-    which `corrections` are. The network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to
+    ids (B, L) are read where cond_mask is True and come back unchanged there. solver: a name in SOLVERS, or "commit", of
+    which `corrections` are further calls. The network reads softmax(z + hint), the solver moves z alone: hint, broadcastable to
     (B, L, K), is evidence of the user's. A row whose output has a mean entropy under `until` nats is read out at once;
     argmax reads out the likeliest tokens. controls: those of `controlled_output`.
     """

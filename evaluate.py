@@ -140,8 +140,9 @@ def score(
 ):  # fmt: skip
     """Estimate the bound of a text: `n_draws` draws, or as many as an `error` in nats per token takes -> Scores.
 
-    model is any callable (theta, t, segment_ids) -> logits with a `config`. Every token of the text is in one window;
-    `max_tokens` looks at that many alone, in windows from all over the text.
+    model is any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model. Every token of the text
+    is in one window; `max_tokens` looks at that many alone, in windows from all over the text. `batch_size` rows are read
+    at a time, as many as `rows_at_once` says if it is None; it changes nothing but rounding.
     """
     plan = data.plan_validation(tokens, window)
     n_rows = min(plan.n_rows, -(-max_tokens // window)) if max_tokens else plan.n_rows
@@ -180,6 +181,7 @@ def score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given
     """One draw for a range of rows -> {figure: sums over the scored tokens of each of their windows}.
 
     Window w takes t = frac(u + w * golden ratio), with one u for the whole text: the times of a draw are spread evenly.
+    The noise of a row is its own, so what is read beside it changes nothing.
     """
     K, s1 = model.config.K, model.config.s1
     ids, segment_ids = data.gather_rows(tokens, plan, np.asarray(rows), window)
@@ -190,16 +192,20 @@ def score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given
     t = torch.from_numpy(((seed / 2**63 + at * data.GOLDEN) % 1).astype(np.float32)).to(device)
     ids, segment_ids, cond_mask = (torch.from_numpy(x).to(device) for x in (ids, segment_ids, cond_mask))
     network = partial(model, segment_ids=segment_ids)
-    torch.manual_seed(bfn.mix_seed(seed, int(first)))
+    draws = bfn.Draws.seeded([bfn.mix_seed(seed, row) for row in rows], [window] * len(rows), device)
     if n_steps:
         i = (t * n_steps).long().clamp(max=n_steps - 1) + 1
         t = (i - 1) / n_steps
-    logits = bfn.predict(network, bfn.flow(ids, t, s1, K).softmax(-1), t, ids, cond_mask)
+    logits = bfn.predict(network, bfn.flow(ids, t, s1, K, draws.normal(K)).softmax(-1), t, ids, cond_mask)
+    if n_steps:
+        loss = bfn.n_step_error(logits, ids, i, n_steps, s1, draws.normal(K))
+    else:
+        loss = bfn.squared_error_loss(logits, ids, t, s1)
     figures = dict(
         t=t,
-        loss=bfn.n_step_error(logits, ids, i, n_steps, s1) if n_steps else bfn.squared_error_loss(logits, ids, t, s1),
+        loss=loss,
         cross_entropy=bfn.cross_entropy(logits, ids),
-        reconstruction=bfn.reconstruction_loss(network, ids, cond_mask, s1, K),
+        reconstruction=bfn.reconstruction_loss(network, ids, cond_mask, s1, K, draws.normal(K)),
         n=torch.ones_like(t),
     )
     n_windows = plan.row_starts[rows[-1] + 1] - first
@@ -293,6 +299,8 @@ def choose_texts(tokens, tokenizer, window, n, seed):
     """Choose windows of a text at random -> up to n texts, their lengths in tokens."""
     plan = data.plan_validation(tokens, window)
     long_enough = np.flatnonzero(plan.lengths > 1)
+    if not len(long_enough):
+        raise ValueError("no window of this text has two tokens, to sample as many: give another text")
     chosen = np.random.default_rng(seed).permutation(long_enough)[:n]
     lengths = plan.lengths[chosen].tolist()
     spans = zip(plan.starts[chosen].tolist(), lengths, strict=True)
@@ -330,7 +338,7 @@ def flags():
         help="score the rest, given prefix:SHARE of each window, or all around:SHARE in its middle",
     )
     add("--max_tokens", type=cli.count, help="look at this many tokens of the text (all)")
-    add("-bsz", "--batch_size", type=cli.count, help="windows at a time (as the sizes of the model suggest)")
+    add("-bsz", "--batch_size", type=cli.count, help="rows at a time (by the sizes of the model)")
     add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also judge this many generated texts (0)")
     add("--solver", choices=["commit", *bfn.SOLVERS], default=Options.solver, help=f"for --samples ({Options.solver})")

@@ -45,12 +45,14 @@ class Options:
     strength: float = 0.0
 
 
-def generate(model, tokenizer, templates, seed, options=Options(), first=0, watch=None):
+def generate(model, tokenizer, templates, seed, options=Options(), numbers=None, watch=None):
     """Yield ids and network calls for each template, batch by batch.
 
-    Template i draws its noise from (seed, first + i), whatever its neighbours; texts of like length share a batch.
+    Template i draws its noise from (seed, numbers[i]), whatever its neighbours; its number is i if there are none given.
+    Texts of like length share a batch.
     watch(t, p, given) sees every call of the first batch.
     """
+    numbers = range(len(templates)) if numbers is None else numbers
     longest = max(map(len, templates), default=1)
     rows = rows_at_once(longest, model.config, next(model.parameters()).device)
     for start in range(0, len(templates), 16 * rows):  # sorted by length, a few batches at a time
@@ -59,7 +61,7 @@ def generate(model, tokenizer, templates, seed, options=Options(), first=0, watc
         done = {}
         for at in range(0, len(order), rows):
             batch = order[at : at + rows]
-            seeds = [bfn.mix_seed(seed, first + i) for i in batch]
+            seeds = [bfn.mix_seed(seed, numbers[i]) for i in batch]
             watch_now = watch if start == at == 0 else None
             done.update(zip(batch, sample_batch(model, tokenizer, [templates[i] for i in batch], seeds, options, watch_now)))
         yield from (done[i] for i in group)
@@ -109,7 +111,7 @@ def sample_batch(model, tokenizer, templates, seeds, options, watch=None):
 def generate_long(model, tokenizer, template, limit, seed, options):
     """Write a text longer than the trained length, block after block, the last half of a block given to the next.
 
-    The template is given tokens and then FREE -> ids up to eos, calls.
+    The template is given tokens and then FREE -> ids to the end of the block that has eos, calls.
     """
     text, calls = [k for k in template if k >= 0], 0
     while len(text) < len(template) and tokenizer.eos_id() not in text:
@@ -120,13 +122,15 @@ def generate_long(model, tokenizer, template, limit, seed, options):
     return text, calls
 
 
-def generate_mixed(model, tokenizer, templates, limit, seed, seeds, options):
-    """`generate` for templates of which some are longer than the trained length, which have `seeds` -> as `generate`."""
+def generate_mixed(model, tokenizer, templates, limit, seed, options):
+    """`generate` for templates of which some are longer than the trained length."""
+    short = [i for i, template in enumerate(templates) if len(template) <= limit]
+    texts = generate(model, tokenizer, [templates[i] for i in short], seed, options, numbers=short)
     for i, template in enumerate(templates):
-        if len(template) > limit:
-            yield generate_long(model, tokenizer, template, limit, seeds[i], options)
+        if len(template) <= limit:
+            yield next(texts)
         else:
-            yield from generate(model, tokenizer, [template], seed, options, first=i)
+            yield generate_long(model, tokenizer, template, limit, bfn.mix_seed(seed, i), options)
 
 
 def decode(tokenizer, ids):
@@ -194,7 +198,12 @@ def flags():
         default=defaults.corrections,
         help=f"further calls of commit, which draw the least likely tokens anew ({defaults.corrections})",
     )
-    add("--time_grid", choices=["uniform", "learned"], default="uniform", help="even, or steps of equal loss (uniform)")
+    add(
+        "--time_grid",
+        choices=["uniform", "learned"],
+        default="uniform",
+        help="even, or smaller steps where the loss is (uniform)",
+    )
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")
     add("--top_p", type=cli.above_zero_to_one, default=1.0, help="keep the likeliest tokens that sum to this (1)")
     add("--argmax", action="store_true", help="read out the likeliest tokens in place of drawing them")
@@ -250,7 +259,7 @@ def start(args, model, tokenizer, run, prompts, options):
     if max(map(len, templates)) > limit:
         if options.hints or args.trace:
             raise ValueError(f"--hint and --trace are for texts of at most {limit} tokens, as trained: lower --length")
-        return generate_mixed(model, tokenizer, templates, limit, args.seed, seeds, options), None
+        return generate_mixed(model, tokenizer, templates, limit, args.seed, options), None
     check_hints(options.hints, templates, tokenizer.bos_id() >= 0)
     trace = Trace(tokenizer, len(templates[0])) if args.trace else None
     return generate(model, tokenizer, templates, args.seed, options, watch=trace), trace

@@ -337,9 +337,9 @@ def full_precision():
 
 def validate(model, tokens, bos_id, args, device):
     """Bound on at most VAL_TOKENS of the validation text, on the same noise each time -> dict of figures, loss by time."""
-    options = dict(seed="validation", max_tokens=VAL_TOKENS, batch_size=args.batch_size)
     with full_precision():
-        scores = evaluate.score(model, tokens, args.sequence_length, bos_id, device, **options)
+        length = args.sequence_length
+        scores = evaluate.score(model, tokens, length, bos_id, device, seed="validation", max_tokens=VAL_TOKENS)
     return evaluate.likelihood(scores, tokens, bos_id), np.nan_to_num(scores.by_time(20)[1]).tolist()
 
 
@@ -352,7 +352,7 @@ def sample_texts(model, tokenizer, val, args, run):
             window = val.ids[plan.starts[i % len(plan.starts)] :][: plan.lengths[i % len(plan.starts)]].tolist()
             given = window[: len(window) // 3]
             template, shown = given + [FREE] * (len(window) - len(given)), f"[{decode(tokenizer, given)}] "
-        ((ids, _),) = generate(model, tokenizer, [template], args.seed, first=i)
+        ((ids, _),) = generate(model, tokenizer, [template], args.seed, numbers=[i])
         lines.append(shown + decode(tokenizer, ids[len(given) if shown else 0 :]))
     return lines
 

@@ -273,6 +273,7 @@ def main():
     p.add_argument("cases", nargs="*", help=f"which of {', '.join(CASES)} (all)")
     p.add_argument("--quick", action="store_true", help="a few small cases, within two minutes")
     p.add_argument("--repetitions", type=cli.count, default=5, help="of each measurement (5)")
+    p.add_argument("--K", type=cli.several, nargs="+", help="vocabulary sizes, of the cases that have any (all)")
     p.add_argument("--rounds", type=cli.count, default=1, help="through all variants (1)")
     p.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
     p.add_argument("--output", default="runs/bench", help="folder for results and pictures (runs/bench)")
@@ -290,6 +291,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     peak = speed.peak(device)
     jobs = plan(args.cases or CASES, args.quick, device.type == "cuda")
+    jobs = [job for job in jobs if not args.K or job[2].get("K", args.K[0]) in args.K]
+    if not jobs:
+        raise ValueError("there are no such cases: leave --quick or --K out")
     measured = [[] for _ in jobs]
     for i in tqdm(list(range(len(jobs))) * args.rounds, disable=None):
         command = [sys.executable, __file__, f"--one={json.dumps(jobs[i])}", f"--device={device}"]

@@ -58,6 +58,14 @@ def test_the_bound_of_a_text_is_its_code_length_under_the_exact_network_and_neve
     assert figures["bits_per_byte"] == pytest.approx(figures["bound_nats_per_token"] / math.log(2))
 
 
+@pytest.mark.parametrize("n_steps", [None, 5])
+def test_what_is_read_together_changes_no_figure(n_steps):
+    tokens = tokens_of(draw(SEQUENCES, P, 50))
+    one, seven = (evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_steps=n_steps, batch_size=n) for n in (1, 7))
+    for name in ("t", "loss", "cross_entropy", "reconstruction"):
+        np.testing.assert_allclose(getattr(one, name), getattr(seven, name), rtol=1e-4, atol=1e-5)
+
+
 def test_the_monte_carlo_error_is_the_spread_over_seeds():
     """And the error of the text is that of the mean code length."""
     ids = draw(SEQUENCES, P, 500)

@@ -24,9 +24,9 @@ import compare
 
 PATCHED = [
     (model, "FiLM"),
-    (model.BFNTransformer, "head attention_mask forward"),
+    (model.BFNTransformer, "__init__ head attention_mask forward"),
     (model.Convolution, "offsets forward"),
-    (bfn, "predict squared_error_loss reconstruction_loss"),
+    (bfn, "give predict squared_error_loss reconstruction_loss"),
     (data, "draw_cond_mask"),
     (train, "CROSS_ENTROPY make_optimizers"),
 ]
@@ -60,7 +60,7 @@ def test_the_autoregressive_baseline_is_a_distribution_over_sequences(unpatched)
 
 def test_every_variant_changes_what_it_says(unpatched):
     for name, variant in compare.VARIANTS.items():
-        args = SimpleNamespace(learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0)
+        args = SimpleNamespace(learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0, fused="off")
         before = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]
         variant(args)
         after = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]

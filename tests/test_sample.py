@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 from runs import make_run
 
+import bfn
 import cli
 import data
 import evaluate
@@ -73,7 +74,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(loaded):
     templates = [make_template("", tokenizer, run, i, length) for i, length in enumerate([9, 14, 9])]
     for options in (FEW, Options(steps=20, corrections=2)):  # a shorter text is corrected while a longer one is drawn
         together = list(generate(model, tokenizer, templates, 5, options))
-        alone = [next(generate(model, tokenizer, [template], 5, options, first=i)) for i, template in enumerate(templates)]
+        alone = [
+            next(generate(model, tokenizer, [template], 5, options, numbers=[i])) for i, template in enumerate(templates)
+        ]
         assert together == alone
 
 
@@ -323,6 +326,14 @@ def test_text_longer_than_the_trained_length_goes_on_from_its_end(loaded, monkey
         assert begin == ids[max(0, end - 8) : end] and len(template) <= 16
         end += len(template) - len(begin)
     assert end == 60
+
+
+def test_short_texts_beside_a_long_one_are_those_without_it(loaded):
+    model, tokenizer, run = loaded
+    templates = [make_template("the king", tokenizer, run, i, n) for i, n in enumerate((10, 40, 12))]
+    mixed = list(sample.generate_mixed(model, tokenizer, templates, 16, 3, FEW))
+    assert mixed[::2] == list(generate(model, tokenizer, templates[::2], 3, FEW, numbers=[0, 2]))
+    assert mixed[1] == sample.generate_long(model, tokenizer, templates[1], 16, bfn.mix_seed(3, 1), FEW)
 
 
 def test_the_trace_shades_in_place_in_a_terminal_and_has_no_control_codes_elsewhere(loaded, monkeypatch):

@@ -173,7 +173,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(run, tmp_path, capsy
 @pytest.mark.parametrize(
     "flag, values", [("-mdim=64", "32.*64"), ("--seed=1", "0.*1"), ("-bsz=8", "4.*8"), ("-b=0.5", "auto.*0.5")]
 )
-def test_another_model_seed_batch_or_text_is_refused_with_both_values(run, tmp_path, flag, values):
+def test_another_model_seed_or_batch_is_refused_with_both_values(run, tmp_path, flag, values):
     run(tmp_path / "run", "--max_steps=1")
     with pytest.raises(ValueError, match=values):
         run(tmp_path / "run", flag)
