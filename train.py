@@ -45,7 +45,7 @@ PRESETS = {
     "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
 }  # fmt: skip
 CROSS_ENTROPY = 5.0  # weight of the cross-entropy beside the continuous-time loss
-FUSED_FROM = 2000  # tokens of the vocabulary: below, the plain operations are as fast
+FUSED_FROM = 1000  # tokens of the vocabulary: below, the plain operations are as fast
 COMPILED_FROM = 256  # width, on a CPU: below, compiling gains nothing
 FLEX_FROM = 256  # length of rows: below, the mask is small
 TOY_SENTENCES, TOY_STEPS = 60_000, 1_500
@@ -111,7 +111,7 @@ def flags():
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     choices = ["auto", "on", "off"]
     add("--compile", choices=choices, default="auto", help="torch.compile (auto: on CUDA, and from width 256)")
-    add("--fused", choices=choices, default="auto", help="no (tokens, K) tensors (auto: from 2000 tokens of vocabulary)")
+    add("--fused", choices=choices, default="auto", help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")
     add("--recompute", action="store_true", help="keep no activations within layers: less memory, a third more time")
     return p
 
