@@ -266,9 +266,11 @@ def start(args, model, tokenizer, run, prompts, options):
 
 
 def read_prompts(args):
-    """Prompts of the flags -> list. Raises ValueError for a file without any."""
+    """Prompts of the flags -> list. Raises ValueError for a file that is missing or has none."""
     prompts = list(args.prompt)
     if args.prompt_file is not None:
+        if not os.path.isfile(args.prompt_file):
+            raise ValueError(f"no file of prompts at {args.prompt_file}")
         prompts += [piece.text for piece in data.read_pieces(args.prompt_file)]
         if not prompts:
             raise ValueError(f"no prompts in {args.prompt_file}")

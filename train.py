@@ -119,18 +119,22 @@ def flags():
 def complete(args, saved=None):
     """Fill in what the flags leave open: from --init_from (or the checkpoint), then from the preset. Raises ValueError."""
     if args.data_path is None:
-        if args.spm_model or args.val_path or args.init_from or args.tokenizer:
-            raise ValueError("-spm, --tokenizer, --val_path and --init_from go with a corpus: give -d")
+        if args.spm_model or args.val_path or args.init_from or args.tokenizer or args.vocab_size:
+            raise ValueError("-spm, --tokenizer, --vocab_size, --val_path and --init_from go with a corpus: give -d")
         args.preset, args.tokenizer = args.preset or "toy", "word"
         args.max_steps = args.max_steps or (None if args.epochs else TOY_STEPS)
-    if (args.tokenizer or args.vocab_size) and (args.spm_model or args.init_from):
+    before = saved["args"] if saved else vars(args)
+    if args.init_from and (not before["init_from"] or Path(args.init_from) != Path(before["init_from"])):
+        raise ValueError(f"{args.model_dir} is a run that did not start from {args.init_from}: give another -mdir")
+    args.init_from = before["init_from"]
+    brings_tokenizer = args.spm_model or args.init_from or (saved and before["tokenizer"] is None)
+    if brings_tokenizer and (args.tokenizer or args.vocab_size):
         raise ValueError("-spm and --init_from bring a tokenizer: leave --tokenizer and --vocab_size out")
     args.epochs = args.epochs or 10
     if args.init_from:
         start_from(args, saved or load(args.init_from)[2])
     elif saved:
-        args.tokenizer = args.tokenizer or saved["args"]["tokenizer"]
-        args.vocab_size = args.vocab_size or saved["args"]["vocab_size"]
+        args.tokenizer, args.vocab_size = args.tokenizer or before["tokenizer"], args.vocab_size or before["vocab_size"]
     elif not args.spm_model:
         args.tokenizer, args.vocab_size = args.tokenizer or "bpe", args.vocab_size or 8192
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset or "base"], strict=True):
@@ -214,10 +218,10 @@ def check_identity(saved, now, run_dir):
     """Refuse to resume a run with another model, data, seed or batch. Raises ValueError that names the difference."""
     for name in IDENTITY:
         if name in now and saved[name] != now[name]:
-            change = f"{name}={saved[name]}, now it is {now[name]}"
+            change, back = f"{name}={saved[name]}, now it is {now[name]}", "change it back"
             if name in ("corpus", "validation"):  # values that tell a reader nothing
-                change = f"another {name} text than -d and --val_path give now"
-            raise ValueError(f"{run_dir} was trained with {change}: change it back or give another -mdir")
+                change, back = f"another {name} text", "give -d and --val_path (or none) as before"
+            raise ValueError(f"{run_dir} was trained with {change}: {back} or give another -mdir")
 
 
 def word_lengths(tokenizer, tokens, longest=16):

@@ -287,13 +287,13 @@ def main():
         return
     if unknown := set(args.cases) - set(CASES):
         raise ValueError(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    peak = speed.peak(device)
     jobs = plan(args.cases or CASES, args.quick, device.type == "cuda")
     jobs = [job for job in jobs if not args.K or job[2].get("K", args.K[0]) in args.K]
     if not jobs:
         raise ValueError("there are no such cases: leave --quick or --K out")
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    peak = speed.peak(device)
     measured = [[] for _ in jobs]
     for i in tqdm(list(range(len(jobs))) * args.rounds, disable=None):
         command = [sys.executable, __file__, f"--one={json.dumps(jobs[i])}", f"--device={device}"]

@@ -541,9 +541,10 @@ def test_a_run_goes_on_with_its_tokenizer_named_or_not(run, tmp_path):
     "flags, message",
     [
         (("-spm=TRAINED", "--tokenizer=word"), "bring a tokenizer: leave"),
-        (("--init_from=RUN", "--vocab_size=9"), "bring a tokenizer: leave"),
+        (("-spm=TRAINED", "--vocab_size=9"), "bring a tokenizer: leave"),
+        (("--init_from=RUN",), "did not start from"),
         (("--tokenizer=char",), "with tokenizer=word, now it is char"),
-        (("--val_path=CORPUS",), "with another corpus text than -d and --val_path give now"),
+        (("--val_path=CORPUS",), "with another corpus text: give -d and --val_path"),
     ],
 )
 def test_a_run_keeps_its_tokenizer_and_text(flags, message, run, corpus, tmp_path, monkeypatch, capsys):
