@@ -268,7 +268,7 @@ def pictures(results, folder):
                 plot.lines(folder / f"{case}_{size}_{figure}.png", lines, size, figure, f"{figure} over {size}", log=True)
 
 
-def main():
+def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("cases", nargs="*", help=f"which of {', '.join(CASES)} (all)")
     p.add_argument("--quick", action="store_true", help="a few small cases, within two minutes")
@@ -278,7 +278,11 @@ def main():
     p.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
     p.add_argument("--output", default="runs/bench", help="folder for results and pictures (runs/bench)")
     p.add_argument("--one", help="one job as JSON, run in this process")
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = flags().parse_args()
     device = cli.device(args.device)
     torch.set_float32_matmul_precision("high")
     if args.one:
