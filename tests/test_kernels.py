@@ -44,6 +44,17 @@ def test_noise_depends_on_its_own_keys_alone():
     assert not torch.equal(together[0, 0], together[0, 1])
 
 
+def test_noise_is_box_and_mullers_rule():
+    """Sine and cosine are polynomials of ours."""
+    keys = kernels.draw_keys(100)
+    i = torch.arange(500, dtype=torch.int32)
+    u = kernels._mix(i + keys[:, :1]).double().abs().float().double() / 2**31
+    angle = kernels._mix(i ^ keys[:, 1:]).double() * math.pi / 2**31
+    radius = (-2 * u.log()).sqrt()
+    expected = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
+    assert (kernels.noise(keys, 1000) - expected).abs().max() < 2e-5
+
+
 def test_noise_is_finite_for_every_hash(monkeypatch):
     """Also for those where Box and Muller's logarithm would be that of 0."""
     hashes = torch.tensor([-(2**31), -(2**31) + 64, -1, 0, 1, 2**31 - 1], dtype=torch.int32)
