@@ -50,17 +50,21 @@ def _polynomial(x, coefficients):
     return total.add_(coefficients[0])
 
 
-def noise(keys, K):
-    """Standard normal numbers as a function of the keys alone, by Box and Muller's rule: (..., 2) -> (..., K) float32.
-
-    The same for every device and chunk but for rounding. |eps| < 6.7.
-    """
-    i = torch.arange((K + 1) // 2, dtype=torch.int32, device=keys.device)
+def _normal_pairs(keys, n):
+    """Standard normal numbers as a function of the keys alone, by Box and Muller's rule -> two (..., n) float32."""
+    i = torch.arange(n, dtype=torch.int32, device=keys.device)
     u = (_mix(i + keys[..., :1]).float().abs() * 2.0**-31).clamp(min=2.0**-32)  # exact where it is small
     half_turns = _mix(i ^ keys[..., 1:]).float() * 2.0**-31
     square, radius = half_turns.square(), (-2 * u.log()).sqrt()
-    cosine, sine = _polynomial(square, COSINE), half_turns * _polynomial(square, SINE)
-    return torch.cat([radius * cosine, radius * sine], -1)[..., :K]
+    return radius * _polynomial(square, COSINE), radius * (half_turns * _polynomial(square, SINE))
+
+
+def noise(keys, K):
+    """Standard normal numbers as a function of the keys alone: (..., 2) -> (..., K) float32.
+
+    The same for every device and chunk but for rounding. |eps| < 6.7.
+    """
+    return torch.cat(_normal_pairs(keys, (K + 1) // 2), -1)[..., :K]
 
 
 def uniform(keys):
@@ -72,12 +76,23 @@ def uniform(keys):
 # ---------------------------------------------------------------- what is done to a chunk
 
 
+def _halves(x, dim=0):
+    """Cut a dimension of length K where the noise's pairs do: the first half is the longer one."""
+    return x.split((x.shape[dim] + 1) // 2, dim)
+
+
+def _evidence(keys, ids, s, K):
+    """z = s eps + s^2 e_x (n, K) in halves. If they were put together here, a compiler would write the noise to memory."""
+    k = torch.arange(K, dtype=torch.int32, device=ids.device)
+    for part, eps in zip(_halves(k), _normal_pairs(keys, (K + 1) // 2), strict=True):
+        yield s * eps[:, : len(part)] + torch.where(part == ids.int()[:, None], s * s, 0.0)
+
+
 def _weights(keys, ids, s, K, dtype):
-    """exp(z - s^2), theta but for its sum: z = s eps + s^2 e_x, no overflow for s < 13 -> (n, K) of dtype, sums (n,)."""
+    """exp(z - s^2), theta but for its sum, in halves of dtype, and sums (n,). No overflow for s < 13."""
     s = s[:, None]
-    is_x = torch.arange(K, device=ids.device) == ids[:, None]
-    w = torch.exp(s * noise(keys, K) - torch.where(is_x, 0.0, s * s))
-    return w.to(dtype), w.sum(-1)
+    first, second = (torch.exp(z - s * s) for z in _evidence(keys, ids, s, K))
+    return first.to(dtype), second.to(dtype), first.sum(-1) + second.sum(-1)
 
 
 def _errors(linear, keys, ids, s, squared_weight, scale, bias, entropy_weight):
@@ -87,12 +102,12 @@ def _errors(linear, keys, ids, s, squared_weight, scale, bias, entropy_weight):
     d loss / d logits_j = 2 a p_j (p_j - e_j - (sum_k p_k^2 - p_x)) + c (p_j - e_j)
     """
     K, s, a, c = linear.shape[-1], s[:, None], squared_weight[:, None], entropy_weight
-    is_x = torch.arange(K, device=ids.device) == ids[:, None]
-    logits = linear.float() + bias + s * noise(keys, K) + torch.where(is_x, s * s, 0.0)
+    halves = zip(_halves(linear, -1), _halves(bias), _evidence(keys, ids, s, K), strict=True)
+    logits = torch.cat([x.float() + b + z for x, b, z in halves], -1)
     logits = logits - logits.amax(-1, keepdim=True)
-    p = logits.exp()
+    p, e_x = logits.exp(), (torch.arange(K, dtype=torch.int32, device=ids.device) == ids.int()[:, None]).float()
     total = p.sum(-1, keepdim=True)
-    p, e_x = p / total, is_x.float()
+    p = p / total
     p_x, squares, log_p_x = (x.sum(-1, keepdim=True) for x in (p * e_x, p * p, logits * e_x))
     losses = a * (1 - 2 * p_x + squares) - c * (log_p_x - total.log())
     gradient = 2 * a * p * (p - e_x - (squares - p_x)) + c * (p - e_x)
@@ -145,12 +160,13 @@ class _NoisyEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, E, ids, rows, keys, s):
         h = F.embedding(ids, E).to(_matmul_dtype(E))
-        cast, total = E.to(h.dtype), E.new_empty(len(rows))
+        cast, total = _halves(E.to(h.dtype)), E.new_empty(len(rows))
         chunks, size = _chunks(len(rows), len(E), E.device)
         with torch.autocast(E.device.type, enabled=False):
             for n in chunks:
-                w, total[n] = _call(_weights, size, (keys[n], ids[rows[n]], s[n]), len(E), h.dtype)
-                h[rows[n]] = ((w @ cast) / total[n, None]).to(h.dtype)
+                *halves, total[n] = _call(_weights, size, (keys[n], ids[rows[n]], s[n]), len(E), h.dtype)
+                average = sum(w @ e for w, e in zip(halves, cast, strict=True)) / total[n, None]
+                h[rows[n]] = average.to(h.dtype)
         ctx.save_for_backward(ids, rows, keys, s, total)
         ctx.shape = E.shape
         return h
@@ -161,8 +177,10 @@ class _NoisyEmbedding(torch.autograd.Function):
         dE = dh.new_zeros(ctx.shape, dtype=torch.float32)
         chunks, size = _chunks(len(rows), len(dE), dE.device)
         for n in chunks:
-            w, _ = _call(_weights, size, (keys[n], ids[rows[n]], s[n]), len(dE), dh.dtype)
-            _add_product(dE, w.T, (dh[rows[n]] / total[n, None]).to(dh.dtype))
+            *halves, _ = _call(_weights, size, (keys[n], ids[rows[n]], s[n]), len(dE), dh.dtype)
+            d = (dh[rows[n]] / total[n, None]).to(dh.dtype)
+            for w, part in zip(halves, _halves(dE), strict=True):
+                _add_product(part, w.T, d)
         dE.index_add_(0, ids, dh.float().index_fill(0, rows, 0.0))
         return dE, None, None, None, None
 
