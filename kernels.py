@@ -9,17 +9,20 @@ token's noise is a function of two integers, computed wherever it is needed and 
     h, hidden   (N, D)                   input to the projection; output of the body
     E, W, bias  (K, D), (K, D), (K,)     embeddings; weights and bias of the output
 
-Under autocast the matrices are multiplied in its dtype; everything else is float32.
+Under autocast the matrices are multiplied in its dtype, and what they are made of is rounded to it; noise, softmax and
+sums are float32.
 """
 
 import torch
 import torch.nn.functional as F
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements (tokens, K) of a chunk
-LEAST_TOKENS = 128  # of a chunk, which holds a multiple: fewer make small products, which reread all embeddings
+LEAST_TOKENS = 128  # a full chunk has a multiple of these: smaller products spend their time rereading the embeddings
 LARGEST_S = 13.0  # exp(z - s^2) overflows beyond
-COSINE = 0.9999992, -4.934745, 4.058041, -1.332369, 0.2296504, -0.02057725  # cos(pi x) by powers of x^2, |x| <= 1, to 2e-6
-SINE = 3.141593, -5.167699, 2.549998, -0.5985506, 0.08074782, -0.006089475  # sin(pi x) / x likewise
+# cos(pi x) and sin(pi x) / x by powers of x^2, the highest first, for |x| <= 1, to 2e-6: a third of the operations that
+# the functions themselves take on a GPU
+COSINE = -0.02057725, 0.2296504, -1.332369, 4.058041, -4.934745, 0.9999992
+SINE = -0.006089475, 0.08074782, -0.5985506, 2.549998, -5.167699, 3.141593
 compiled = {}  # the functions of a chunk in their compiled form; empty, they run as they are written
 
 # ---------------------------------------------------------------- noise
@@ -43,20 +46,26 @@ def _mix(x):
 
 
 def _polynomial(x, coefficients):
-    """Horner's rule, the constant first. Sine and cosine's own functions take half the noise's operations on a GPU."""
-    total = coefficients[-1] * x
-    for c in coefficients[-2:0:-1]:
-        total.add_(c).mul_(x)
-    return total.add_(coefficients[0])
+    """Horner's rule."""
+    total = torch.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        total.mul_(x).add_(c)
+    return total
 
 
-def _normal_pairs(keys, n):
-    """Standard normal numbers as a function of the keys alone, by Box and Muller's rule -> two (..., n) float32."""
-    i = torch.arange(n, dtype=torch.int32, device=keys.device)
+def _halves(x, dim=0):
+    """Cut a dimension of length K where the noise's pairs do, into K - K // 2 and K // 2."""
+    K = x.shape[dim]
+    return x.split((K - K // 2, K // 2), dim)
+
+
+def _noise_halves(keys, K):
+    """Standard normal numbers as a function of the keys alone, by Box and Muller's rule: (..., 2) -> the two `_halves`."""
+    i = torch.arange(K - K // 2, dtype=torch.int32, device=keys.device)
     u = (_mix(i + keys[..., :1]).float().abs() * 2.0**-31).clamp(min=2.0**-32)  # exact where it is small
     half_turns = _mix(i ^ keys[..., 1:]).float() * 2.0**-31
     square, radius = half_turns.square(), (-2 * u.log()).sqrt()
-    return radius * _polynomial(square, COSINE), radius * (half_turns * _polynomial(square, SINE))
+    return radius * _polynomial(square, COSINE), (radius * (half_turns * _polynomial(square, SINE)))[..., : K // 2]
 
 
 def noise(keys, K):
@@ -64,7 +73,7 @@ def noise(keys, K):
 
     The same for every device and chunk but for rounding. |eps| < 6.7.
     """
-    return torch.cat(_normal_pairs(keys, (K + 1) // 2), -1)[..., :K]
+    return torch.cat(_noise_halves(keys, K), -1)
 
 
 def uniform(keys):
@@ -76,36 +85,36 @@ def uniform(keys):
 # ---------------------------------------------------------------- what is done to a chunk
 
 
-def _halves(x, dim=0):
-    """Cut a dimension of length K where the noise's pairs do: the first half is the longer one."""
-    return x.split((x.shape[dim] + 1) // 2, dim)
-
-
 def _evidence(keys, ids, s, K):
-    """z = s eps + s^2 e_x (n, K) in halves. If they were put together here, a compiler would write the noise to memory."""
-    k = torch.arange(K, dtype=torch.int32, device=ids.device)
-    for part, eps in zip(_halves(k), _normal_pairs(keys, (K + 1) // 2), strict=True):
-        yield s * eps[:, : len(part)] + torch.where(part == ids.int()[:, None], s * s, 0.0)
+    """z = s eps + s^2 e_x, in halves: put together here, a compiler would write the noise to memory.
+
+    keys (n, 2), ids (n,), s (n,) -> (n, K - K // 2), (n, K // 2).
+    """
+    s, k = s[:, None], torch.arange(K, dtype=torch.int32, device=ids.device)
+    is_x = [part == ids.int()[:, None] for part in _halves(k)]
+    return [s * eps + torch.where(x, s * s, 0.0) for eps, x in zip(_noise_halves(keys, K), is_x, strict=True)]
 
 
 def _weights(keys, ids, s, K, dtype):
-    """exp(z - s^2), theta but for its sum, in halves of dtype, and sums (n,). No overflow for s < 13."""
-    s = s[:, None]
-    first, second = (torch.exp(z - s * s) for z in _evidence(keys, ids, s, K))
+    """exp(z - s^2), theta but for its sum, s < 13 -> halves (n, K - K // 2) and (n, K // 2) of dtype, sums (n,) float32."""
+    first, second = (torch.exp(z - (s * s)[:, None]) for z in _evidence(keys, ids, s, K))
     return first.to(dtype), second.to(dtype), first.sum(-1) + second.sum(-1)
 
 
 def _errors(linear, keys, ids, s, squared_weight, scale, bias, entropy_weight):
-    """Losses of logits = linear + bias + z, and scale times their gradient by the logits -> (n,), as linear (n, K).
+    """Losses of logits = linear + bias + z, and scale times their gradient by the logits.
 
     loss = a |e_x - p|^2 - c log p_x
     d loss / d logits_j = 2 a p_j (p_j - e_j - (sum_k p_k^2 - p_x)) + c (p_j - e_j)
+
+    -> losses (n,) float32, gradient (n, K) in linear's dtype.
     """
-    K, s, a, c = linear.shape[-1], s[:, None], squared_weight[:, None], entropy_weight
-    halves = zip(_halves(linear, -1), _halves(bias), _evidence(keys, ids, s, K), strict=True)
-    logits = torch.cat([x.float() + b + z for x, b, z in halves], -1)
+    K, a, c = linear.shape[-1], squared_weight[:, None], entropy_weight
+    parts = zip(_halves(linear, -1), _halves(bias), _evidence(keys, ids, s, K), strict=True)
+    logits = torch.cat([x.float() + b + z for x, b, z in parts], -1)
     logits = logits - logits.amax(-1, keepdim=True)
-    p, e_x = logits.exp(), (torch.arange(K, dtype=torch.int32, device=ids.device) == ids.int()[:, None]).float()
+    e_x = (torch.arange(K, dtype=torch.int32, device=ids.device) == ids.int()[:, None]).float()
+    p = logits.exp()
     total = p.sum(-1, keepdim=True)
     p = p / total
     p_x, squares, log_p_x = (x.sum(-1, keepdim=True) for x in (p * e_x, p * p, logits * e_x))
@@ -160,26 +169,28 @@ class _NoisyEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, E, ids, rows, keys, s):
         h = F.embedding(ids, E).to(_matmul_dtype(E))
-        cast, total = _halves(E.to(h.dtype)), E.new_empty(len(rows))
+        cast, sums = _halves(E.to(h.dtype)), E.new_empty(len(rows))
         chunks, size = _chunks(len(rows), len(E), E.device)
         with torch.autocast(E.device.type, enabled=False):
             for n in chunks:
-                *halves, total[n] = _call(_weights, size, (keys[n], ids[rows[n]], s[n]), len(E), h.dtype)
-                average = sum(w @ e for w, e in zip(halves, cast, strict=True)) / total[n, None]
-                h[rows[n]] = average.to(h.dtype)
-        ctx.save_for_backward(ids, rows, keys, s, total)
+                first, second, sums[n] = _call(_weights, size, (keys[n], ids[rows[n]], s[n]), len(E), h.dtype)
+                average = E.new_zeros(len(first), E.shape[1])
+                for w, e in zip((first, second), cast, strict=True):
+                    _add_product(average, w, e)
+                h[rows[n]] = (average / sums[n, None]).to(h.dtype)
+        ctx.save_for_backward(ids, rows, keys, s, sums)
         ctx.shape = E.shape
         return h
 
     @staticmethod
     def backward(ctx, dh):
-        ids, rows, keys, s, total = ctx.saved_tensors
+        ids, rows, keys, s, sums = ctx.saved_tensors
         dE = dh.new_zeros(ctx.shape, dtype=torch.float32)
         chunks, size = _chunks(len(rows), len(dE), dE.device)
         for n in chunks:
-            *halves, _ = _call(_weights, size, (keys[n], ids[rows[n]], s[n]), len(dE), dh.dtype)
-            d = (dh[rows[n]] / total[n, None]).to(dh.dtype)
-            for w, part in zip(halves, _halves(dE), strict=True):
+            first, second, _ = _call(_weights, size, (keys[n], ids[rows[n]], s[n]), len(dE), dh.dtype)
+            d = (dh[rows[n]] / sums[n, None]).to(dh.dtype)
+            for w, part in zip((first, second), _halves(dE), strict=True):
                 _add_product(part, w.T, d)
         dE.index_add_(0, ids, dh.float().index_fill(0, rows, 0.0))
         return dE, None, None, None, None

@@ -104,12 +104,12 @@ def operations(device, repetitions, variant, K, n_tokens, width):
         theta = bfn.flow(ids, t, s1, K).softmax(-1)
         logits = (theta @ E) @ W.T + bias + theta.clamp(min=1e-37).log()
         losses = bfn.squared_error_loss(logits, ids, t, s1) + train.CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
-        (losses * scale).sum().backward()
+        return (losses * scale).sum()
 
     def fused():
         keys, s = kernels.draw_keys(n_tokens, device=device), s1 * t[0]
         h = kernels.noisy_embedding(E, ids[0], rows, keys, s)
-        kernels.linear_errors(h, W, bias, ids[0], keys, s, s1 * s, scale, train.CROSS_ENTROPY)[0].backward()
+        return kernels.linear_errors(h, W, bias, ids[0], keys, s, s1 * s, scale, train.CROSS_ENTROPY)[0]
 
     call = fused if "fused" in variant else plain
     if variant == "plain, compiled":
@@ -119,7 +119,8 @@ def operations(device, repetitions, variant, K, n_tokens, width):
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=speed.fast_bf16(device)):
-            call()
+            loss = call()
+        loss.backward()
 
     return measure(step, device, n_tokens, repetitions, 10 * K * width * n_tokens)
 
@@ -265,7 +266,9 @@ def pictures(results, folder):
                 xs.append(r["sizes"][size]), ys.append(r[figure])
         for figure, lines in series.items():
             if lines := {name: line for name, line in lines.items() if len(line[0]) > 1}:
-                plot.lines(folder / f"{case}_{size}_{figure}.png", lines, size, figure, f"{figure} over {size}", log=True)
+                plot.lines(
+                    folder / f"{case}_{size}_{figure}.png", lines, size, figure, f"{figure} over {size}", log=size == "K"
+                )
 
 
 def flags():

@@ -51,11 +51,16 @@ def assert_alike(ours, reference, tolerance=0.03):
     assert (ours[1] - reference[1]).norm() < tolerance * reference[1].norm()
 
 
-def test_fused_operations_equal_the_plain_ones(model, batch):
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setitem(kernels.CHUNK, "cuda", 1)
+
+
+def test_fused_operations_equal_the_plain_ones(model, batch, small_chunks):
     assert_alike(gradients(model, batch, fused=True), gradients(model, batch))
 
 
-def test_compiled_chunks_equal_the_written_ones(model, batch, monkeypatch):
+def test_compiled_chunks_equal_the_written_ones(model, batch, small_chunks, monkeypatch):
     written = gradients(model, batch, fused=True)
     monkeypatch.setattr(kernels, "compiled", {})
     kernels.compile_chunks()

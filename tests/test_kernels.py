@@ -46,6 +46,7 @@ def test_noise_depends_on_its_own_keys_alone():
 
 def test_noise_is_box_and_mullers_rule():
     """Sine and cosine are polynomials of ours."""
+    torch.manual_seed(2)
     keys = kernels.draw_keys(100)
     i = torch.arange(500, dtype=torch.int32)
     u = kernels._mix(i + keys[:, :1]).double().abs().float().double() / 2**31
@@ -93,7 +94,7 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(kernels, "LEAST_TOKENS", request.param)
 
 
-@pytest.mark.parametrize("K", [3, 28, 1001, 50_257])
+@pytest.mark.parametrize("K", [2, 3, 28, 1001, 50_257])
 def test_the_noisy_embedding_equals_theta_times_e(K, chunk):
     E, _, _, ids, keys, s, rows = problem(K)
     theta = bfn.flow(ids[rows][None], s[rows][None], 1.0, K, kernels.noise(keys[rows], K)[None])[0].softmax(-1)
@@ -105,7 +106,7 @@ def test_the_noisy_embedding_equals_theta_times_e(K, chunk):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("K", [3, 28, 1001, 50_257])
+@pytest.mark.parametrize("K", [2, 3, 28, 1001, 50_257])
 @pytest.mark.parametrize("entropy_weight", [0.0, 5.0])
 def test_linear_errors_equal_the_plain_losses(K, entropy_weight, chunk):
     _, W, bias, ids, keys, s, _ = problem(K)
@@ -168,7 +169,7 @@ def test_the_fused_loss_of_the_network_equals_the_plain_one(recompute):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
-def test_under_autocast_the_fused_loss_is_near_that_of_float32():
+def test_under_autocast_the_fused_loss_is_near_that_of_float32(chunk):
     model, *batch = setup()
     expected, _, gradients = losses_and_gradients(model, *batch, fused=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -224,8 +225,12 @@ def test_nothing_of_size_tokens_times_vocabulary_is_kept_for_the_gradient(monkey
     assert set(of_vocabulary) <= {(1001, 32), (1001,)}
 
 
-def test_compiled_chunks_equal_the_others_and_never_compile_again():
-    model, ids, segment_ids, cond_mask = setup()
+@pytest.mark.parametrize("K", [1000, 1001])
+def test_compiled_chunks_equal_the_others_and_never_compile_again(K, monkeypatch):
+    """Several chunks, the last a short one, and vocabularies with and without equal halves."""
+    monkeypatch.setitem(kernels.CHUNK, "cpu", 1)
+    monkeypatch.setattr(kernels, "LEAST_TOKENS", 16)
+    model, ids, segment_ids, cond_mask = setup(K)
     expected = losses_and_gradients(model, ids, segment_ids, cond_mask, fused=True)
     kernels.compile_chunks()
     try:
@@ -239,6 +244,13 @@ def test_compiled_chunks_equal_the_others_and_never_compile_again():
         kernels.compiled.clear()
     for a, b in zip((found[0], *found[2]), (expected[0], *expected[2]), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_chunks_cover_all_tokens_and_stay_small():
+    for kind, n_tokens in (("cpu", 128), ("cuda", 2048)):
+        chunks, size = kernels._chunks(10_000, 32_000, torch.device(kind))
+        assert size == n_tokens and [i for n in chunks for i in range(n.start, n.stop)] == list(range(10_000))
+        assert kernels._chunks(37, 32_000, torch.device(kind)) == ([slice(0, 37)], 64)
 
 
 def test_attention_without_a_mask_gives_the_same_numbers():
