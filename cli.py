@@ -1,4 +1,4 @@
-"""What the commands share: flags that must be spelled out, devices, and errors in one line."""
+"""What the commands share: flags that must be spelled out, devices, errors in one line, signals, files that are replaced whole."""
 
 import argparse
 import difflib
@@ -6,6 +6,8 @@ import math
 import os
 import signal
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -86,6 +88,36 @@ def device(name):
     if found is None or found.type not in ("cpu", "cuda"):
         raise ValueError(f"no device {name!r} here: use --device=cpu, or cuda where there is a GPU")
     return found
+
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary path next to `path`. What is written there replaces `path` at the end, whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the name
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def catch_signals():
+    """Note Ctrl-C, SIGTERM and SIGHUP in the returned list; a second one leaves at once."""
+    caught = []
+
+    def note(number, _frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        os.write(2, b"\nfinishing this step, then saving (again to leave at once)\n")  # print is not safe in a handler
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP, of a closed terminal, is missing on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), note)
+    return caught
 
 
 def fail(message):

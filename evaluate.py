@@ -1,12 +1,14 @@
-"""Measure a trained model: the bound on the likelihood of a text with its errors, and the quality of samples.
+"""Measure a trained model: an upper bound on -log P(text) with its errors, and the quality of samples.
 
     python evaluate.py -mdir=RUN_DIR -d=TEXT.txt
 
-The text is cut into N windows, and noise and a time are drawn for each of them R times:
+The text is cut into N windows, which are packed into rows. One draw gives a time to every window and noise to every
+position; the bound is the mean of R draws:
 
-    t      (R, N)  time of a window in a draw
-    loss   (R, N)  nats, summed over the window's scored tokens: integrand of L_inf, or of L_n
-    n      (N,)    scored tokens of a window: all but bos and what --given gives
+    index     (B, L)  int64    window of each position, counted through the text
+    t         (R, N)  float64  time of each window
+    loss      (R, N)  float64  integrand of L_inf (or of L_n), nats, summed over the window's scored tokens
+    n_scored  (N,)    float64  scored tokens of each window: all but bos and what --given gives
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,347 +30,450 @@ import cli
 import data
 import plot
 import quality
-from model import load, rows_at_once
+import toy
+from checkpoint import load
+from model import rows_at_once
+from noise import Draws, mix_seed
 from prompts import make_template
 from sample import Options, decode, generate
+from text import GOLDEN, read_pieces
 
-MOST_DRAWS = 64
+MAX_DRAWS = 64
 TIME_BINS = 50
-FIGURES = ("t", "loss", "cross_entropy", "reconstruction", "n")
-UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: the byte, and whether another one follows
+VAL_TOKENS = 16_384  # a validation scores at most this many tokens
+UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: 8 for the byte, 1 for whether another one follows
 
 
-# ---------------------------------------------------------------- draws
+# ---------------------------------------------------------------- what is scored
 
 
 def nothing_given(segment_ids):
-    return np.zeros_like(segment_ids, dtype=bool)
+    """Give nothing: segment_ids (B, L) -> (B, L) bool, all False."""
+    return torch.zeros_like(segment_ids, dtype=torch.bool)
 
 
 def parse_given(text):
-    """ "prefix:0.5" or "around:0.2" -> function from segment_ids (B, L) to the mask of what is given (B, L).
+    """Read "prefix:0.5" or "around:0.2" -> function from segment_ids (B, L) to the mask of what is given (B, L).
 
-    prefix:S gives the first share S of every window; around:S gives all but a gap of share S in the middle.
+    prefix:S gives the first share S of each window; around:S gives everything but a gap of share S in the middle.
     """
     kind, _, share = text.partition(":")
     if kind not in ("prefix", "around"):
         raise argparse.ArgumentTypeError(f"{text!r}: write prefix:SHARE or around:SHARE")
     share = cli.share(share)
 
-    def prefix(segment_ids):
-        position, size = data.places(segment_ids)
-        return position < np.round(share * size)
+    def given(segment_ids):
+        before, after = data.segment_positions(segment_ids)
+        size = (before + after + 1).double()
+        if kind == "prefix":
+            return before < (share * size).round()
+        gap = (share * size).round().clamp(min=1)
+        start = (size - gap) // 2
+        return (before < start) | (before >= start + gap)
 
-    def around(segment_ids):
-        position, size = data.places(segment_ids)
-        gap = np.maximum(1, np.round(share * size))
-        begin = (size - gap) // 2
-        return (position < begin) | (position >= begin + gap)
+    return given
 
-    return prefix if kind == "prefix" else around
+
+@dataclass(frozen=True)
+class Text:
+    """A text as windows in rows, and what of it is scored."""
+
+    tokens: data.Tokens
+    plan: data.Plan
+    row_length: int  # also the longest window
+    bos_id: int  # -1 if the tokenizer has none
+    given: object  # function of segment_ids, see `parse_given`
+
+    def read(self, rows):
+        """Read a range of rows -> ids, segment_ids, cond_mask, index (window of each position), each (B, L).
+
+            segment_ids  1 1 1 2 2 0      row_starts[row] = 7: the row holds windows 7 and 8
+            index        7 7 7 8 8 7
+
+        Padding gets the index of the row's first window; it is never scored.
+        """
+        ids, segment_ids = map(torch.as_tensor, data.gather_rows(self.tokens, self.plan, np.asarray(rows), self.row_length))
+        cond_mask = ((ids == self.bos_id) | self.given(segment_ids)) & (segment_ids > 0)
+        first = torch.as_tensor(self.plan.row_starts[rows.start : rows.stop])
+        return ids, segment_ids, cond_mask, first[:, None] + (segment_ids - 1).clamp(min=0)
+
+
+def first_rows(plan, n_rows):
+    """Cut a plan to its first rows."""
+    n_windows = plan.row_starts[n_rows]
+    return data.Plan(plan.starts[:n_windows], plan.lengths[:n_windows], plan.row_starts[: n_rows + 1])
+
+
+# ---------------------------------------------------------------- draws
+
+
+def draw_times(n_windows, seed, n_steps=None):
+    """Draw a time for each window w: t = frac(u + w * golden ratio), one u for the whole text -> (N,) float32.
+
+    Each t is uniform and together they are spread evenly. For L_n, t is where one of the n_steps steps starts.
+    """
+    u = seed / 2**63  # seeds from `mix_seed` are uniform in [0, 2^63)
+    t = (u + torch.arange(n_windows, dtype=torch.float64) * GOLDEN).frac().float()
+    return (t * n_steps).long().clamp(max=n_steps - 1) / n_steps if n_steps else t
+
+
+@torch.no_grad()
+def losses_at(model, ids, segment_ids, cond_mask, t, noise, n_steps=None):
+    """Compute the integrand of L_inf (or L_n) at t, the output's cross-entropy, and a draw of L_rec -> three (B, L), nats."""
+    K, s1 = model.config.K, model.config.s1
+    network = partial(model, segment_ids=segment_ids)
+    log_p = bfn.predict_at(network, ids, t, cond_mask, s1, K, noise.normal(K))
+    if n_steps:
+        i = (t * n_steps).round().long() + 1  # t = (i - 1) / n_steps
+        loss = bfn.n_step_error(log_p, ids, i, n_steps, s1, noise.normal(K))
+    else:
+        loss = bfn.squared_error_loss(log_p, ids, t, s1)
+    return loss, bfn.cross_entropy(log_p, ids), bfn.reconstruction_loss(network, ids, cond_mask, s1, K, noise.normal(K))
+
+
+def score_once(model, text, batches, device, n_steps, seed, bar):
+    """Make one draw -> t, loss, cross-entropy, reconstruction loss, number of scored tokens, each (N,) float64.
+
+    All but t are sums over the scored tokens of each window. A row's noise follows from the seed and the row's number, so
+    the batch size does not change it.
+    """
+    t = draw_times(len(text.plan.starts), seed, n_steps)
+    sums = torch.zeros(4, len(t), dtype=torch.float64)
+    for rows in batches:
+        ids, segment_ids, cond_mask, index = text.read(rows)
+        noise = Draws.seeded([mix_seed(seed, row) for row in rows], [text.row_length] * len(rows), device)
+        inputs = (x.to(device) for x in (ids, segment_ids, cond_mask, t[index]))
+        losses = losses_at(model, *inputs, noise, n_steps)
+        scored = (segment_ids > 0) & ~cond_mask
+        values = torch.stack([*(loss.cpu().double() for loss in losses), torch.ones(ids.shape, dtype=torch.float64)])
+        sums.index_add_(1, index[scored], values[:, scored])
+        bar.update()
+    return t.double().numpy(), *sums.numpy()
 
 
 @dataclass
 class Scores:
-    """R draws for N windows of a text."""
+    """R draws for the N windows of a text."""
 
     t: np.ndarray  # (R, N)
-    loss: np.ndarray  # (R, N)
+    loss: np.ndarray  # (R, N) nats
     cross_entropy: np.ndarray  # (R, N) of the output at t, nats
-    reconstruction: np.ndarray  # (R, N)
-    n: np.ndarray  # (N,)
+    reconstruction: np.ndarray  # (R, N) nats
+    n_scored: np.ndarray  # (N,) tokens
     document: np.ndarray  # (N,) which document of the text a window belongs to
     n_steps: int | None  # None for the continuous-time loss
+
+    @classmethod
+    def of(cls, draws, document, n_steps):
+        """Stack the draws of `score_once`. Raises ValueError if they scored no token."""
+        t, loss, cross_entropy, reconstruction, n_scored = map(np.stack, zip(*draws, strict=True))
+        if n_scored[0].sum() == 0:
+            raise ValueError("nothing of this text is left to score: give less of it")
+        return cls(t, loss, cross_entropy, reconstruction, n_scored[0], document, n_steps)
 
     @property
     def nats_per_token(self):
         """L_inf (or L_n) and L_rec, nats per scored token."""
-        return self.loss.mean(0).sum() / self.n.sum(), self.reconstruction.mean(0).sum() / self.n.sum()
+        n = self.n_scored.sum()
+        return self.loss.mean(0).sum() / n, self.reconstruction.mean(0).sum() / n
 
     def by_time(self, n_bins=TIME_BINS):
-        """Loss and cross-entropy per token by time -> which bin each draw is in (R, N), two curves (n_bins,).
+        """Average over bins of time -> bin of each draw (R, N), loss and cross-entropy in nats per token, each (n_bins,).
 
-        A curve is nan where no draw fell.
+        A curve is nan in a bin without draws. L_n has at most one bin per step.
         """
         n_bins = min(n_bins, self.n_steps or n_bins)
-        at = np.minimum((self.t * n_bins + 1e-4).astype(int), n_bins - 1)  # steps of L_n lie on the bins' edges
-        n = np.bincount(at.ravel(), np.broadcast_to(self.n, at.shape).ravel(), n_bins)
+        index = np.minimum((self.t * n_bins + 1e-4).astype(int), n_bins - 1)  # the steps of L_n start at the bins' edges
+
+        def total(x):
+            return np.bincount(index.ravel(), np.broadcast_to(x, index.shape).ravel(), n_bins)
+
         with np.errstate(invalid="ignore"):
-            return at, *(np.bincount(at.ravel(), x.ravel(), n_bins) / n for x in (self.loss, self.cross_entropy))
+            return index, *(total(x) / total(self.n_scored) for x in (self.loss, self.cross_entropy))
 
     def residuals(self):
-        """Losses without what the mean curve over t explains -> (R, N), factor that corrects their variance for the fit.
+        """Subtract what t explains, the mean loss by time -> residuals (R, N), correction of their variance.
 
-        Times are spread evenly, so what t alone decides is no error. Few draws get few bins.
+        Times are spread evenly, so what follows from t alone adds no error. The correction n / (n - n_bins) is for fitting
+        the curve to the same n draws.
         """
         n_draws = self.loss.size
         n_bins = int(np.clip(n_draws // 20, 1, TIME_BINS))
-        at, curve, _ = self.by_time(n_bins)
-        return self.loss - self.n * np.nan_to_num(curve)[at], n_draws / max(1, n_draws - len(curve))
+        index, curve, _ = self.by_time(n_bins)
+        return self.loss - self.n_scored * np.nan_to_num(curve)[index], n_draws / max(1, n_draws - len(curve))
 
     def monte_carlo_variance(self):
-        """Variance of the text's total bound over noise and times, given the text, nats^2. nan for one draw."""
+        """Variance of the whole text's bound over noise and times, nats^2. nan for a single draw."""
         if len(self.loss) < 2:
             return math.nan
-        residual, correction = self.residuals()
-        spread = correction * residual.var(0, ddof=1) + self.reconstruction.var(0, ddof=1)
-        return spread.sum() / len(self.loss)
+        residuals, correction = self.residuals()
+        variance = correction * residuals.var(0, ddof=1) + self.reconstruction.var(0, ddof=1)
+        return variance.sum() / len(self.loss)
 
     def monte_carlo_error(self):
         """Standard error of the bound from noise and times, nats per token."""
-        return math.sqrt(self.monte_carlo_variance()) / self.n.sum()
+        return math.sqrt(self.monte_carlo_variance()) / self.n_scored.sum()
 
     def text_error(self):
-        """Standard error from the choice of text, nats per token, by documents -> (error, number of them).
+        """Standard error of the bound from the choice of text, clustered by document -> nats per token, n_clusters.
 
-        A text of one document is taken window by window. The Monte-Carlo variance is subtracted; nan where nothing is
-        left, or where there is one window.
+        If the text is one document, its windows are the clusters. The Monte-Carlo variance is subtracted. nan if nothing
+        is left of the variance, or for a single cluster.
         """
-        excess = self.residuals()[0].mean(0) + self.reconstruction.mean(0) - self.n * self.nats_per_token[1]
-        several = len(np.unique(self.document[self.n > 0])) > 1
-        cluster = self.document if several else np.arange(len(self.n))
-        excess = np.bincount(cluster, excess)[np.bincount(cluster, self.n) > 0]
-        many = len(excess)
-        if many < 2:
-            return math.nan, many
-        variance = np.square(excess).sum() * many / (many - 1) - np.nan_to_num(self.monte_carlo_variance())
-        return (math.sqrt(variance) / self.n.sum() if variance > 0 else math.nan), many
+        excess = self.residuals()[0].mean(0) + self.reconstruction.mean(0) - self.n_scored * self.nats_per_token[1]
+        several = len(np.unique(self.document[self.n_scored > 0])) > 1
+        cluster = self.document if several else np.arange(len(self.n_scored))
+        excess = np.bincount(cluster, excess)[np.bincount(cluster, self.n_scored) > 0]
+        n_clusters = len(excess)
+        if n_clusters < 2:
+            return math.nan, n_clusters
+        variance = np.square(excess).sum() * n_clusters / (n_clusters - 1) - np.nan_to_num(self.monte_carlo_variance())
+        return (math.sqrt(variance) / self.n_scored.sum() if variance > 0 else math.nan), n_clusters
+
+
+def draws_needed(scores, error):
+    """Estimate how many draws reach a Monte-Carlo error in nats per token: it falls with the root of their number."""
+    n_draws, ratio = len(scores.loss), scores.monte_carlo_error() / error
+    return math.ceil(min(MAX_DRAWS, max(n_draws + 1, n_draws * ratio**2))) if ratio > 1 else n_draws
 
 
 def score(
     model, tokens, window, bos_id, device, *, error=None, n_draws=2, n_steps=None, given=nothing_given, seed=0,
     max_tokens=None, batch_size=None, progress=False,
 ):  # fmt: skip
-    """Estimate the bound of a text: `n_draws` draws, or as many as an `error` in nats per token takes -> Scores.
+    """Estimate the bound of a text from `n_draws` draws, or from as many as an `error` in nats per token takes -> Scores.
 
-    model is any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model. Every token of the text
-    is in one window; `max_tokens` looks at that many alone, in windows from all over the text. `batch_size` rows are read
-    at a time, as many as `rows_at_once` says if it is None; it changes nothing but rounding.
+    model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model. Each token is in one window
+    of at most `window` tokens; with max_tokens, only about that many are scored, in windows from all over the text.
+    batch_size (`rows_at_once` if None) changes nothing but rounding. Raises ValueError if no token is left to score.
     """
     plan = data.plan_validation(tokens, window)
     n_rows = min(plan.n_rows, -(-max_tokens // window)) if max_tokens else plan.n_rows
-    n_windows = int(plan.row_starts[n_rows])
-    document = np.searchsorted(tokens.offsets, plan.starts[:n_windows], side="right") - 1
-    draws, wanted = [], 2 if error else n_draws
-    at_once = batch_size or rows_at_once(window, model.config, device)
-    batches = [range(i, min(i + at_once, n_rows)) for i in range(0, n_rows, at_once)]
-    with tqdm(total=wanted * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
-        while len(draws) < wanted:
-            draw = {name: np.zeros(n_windows) for name in FIGURES}
-            draw_seed = bfn.mix_seed(seed, "evaluate", len(draws))
-            for rows in batches:
-                part = score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given, draw_seed)
-                for name in FIGURES:
-                    draw[name][plan.row_starts[rows[0]] : plan.row_starts[rows[-1] + 1]] = part[name]
-                bar.update()
-            draws.append(draw)
-            stacked = {name: np.stack([draw[name] for draw in draws]) for name in FIGURES}
-            n = stacked.pop("n")[0]
-            if n.sum() == 0:
-                raise ValueError("nothing of this text is left to score: give less of it")
-            stacked["t"] /= np.maximum(1, n)
-            scores = Scores(**stacked, n=n, document=document, n_steps=n_steps)
-            if error and len(draws) == wanted and scores.monte_carlo_error() > error:
-                more = math.ceil(wanted * (scores.monte_carlo_error() / error) ** 2)
-                wanted = min(MOST_DRAWS, max(wanted + 1, more))
-                bar.total = wanted * len(batches)
+    text = Text(tokens, first_rows(plan, n_rows), window, bos_id, given)
+    document = np.searchsorted(tokens.offsets, text.plan.starts, side="right") - 1
+    batch_size = batch_size or rows_at_once(window, model.config, device)
+    batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
+    draws, n_draws = [], 2 if error else n_draws
+    with tqdm(total=n_draws * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
+        while len(draws) < n_draws:
+            draw_seed = mix_seed(seed, "evaluate", len(draws))
+            draws.append(score_once(model, text, batches, device, n_steps, draw_seed, bar))
+            scores = Scores.of(draws, document, n_steps)
+            if error and len(draws) == n_draws:
+                n_draws = draws_needed(scores, error)
+                bar.total = n_draws * len(batches)
     if error and scores.monte_carlo_error() > error:
-        print(f"the error is {scores.monte_carlo_error():.4f} after {wanted} draws, not {error}", file=sys.stderr)
+        print(f"the error is {scores.monte_carlo_error():.4f} after {n_draws} draws, not {error}", file=sys.stderr)
     return scores
-
-
-@torch.no_grad()
-def score_rows(model, tokens, plan, rows, window, bos_id, device, n_steps, given, seed):
-    """One draw for a range of rows -> {figure: sums over the scored tokens of each of their windows}.
-
-    Window w takes t = frac(u + w * golden ratio), with one u for the whole text: the times of a draw are spread evenly.
-    The noise of a row is its own, so what is read beside it changes nothing.
-    """
-    K, s1 = model.config.K, model.config.s1
-    ids, segment_ids = data.gather_rows(tokens, plan, np.asarray(rows), window)
-    cond_mask = ((ids == bos_id) | given(segment_ids)) & (segment_ids > 0)
-    scored = (segment_ids > 0) & ~cond_mask
-    first = plan.row_starts[rows[0]]
-    at = plan.row_starts[np.asarray(rows)][:, None] + segment_ids - 1  # window of each position
-    t = torch.from_numpy(((seed / 2**63 + at * data.GOLDEN) % 1).astype(np.float32)).to(device)
-    ids, segment_ids, cond_mask = (torch.from_numpy(x).to(device) for x in (ids, segment_ids, cond_mask))
-    network = partial(model, segment_ids=segment_ids)
-    draws = bfn.Draws.seeded([bfn.mix_seed(seed, row) for row in rows], [window] * len(rows), device)
-    if n_steps:
-        i = (t * n_steps).long().clamp(max=n_steps - 1) + 1
-        t = (i - 1) / n_steps
-    logits = bfn.predict(network, bfn.flow(ids, t, s1, K, draws.normal(K)).softmax(-1), t, ids, cond_mask)
-    if n_steps:
-        loss = bfn.n_step_error(logits, ids, i, n_steps, s1, draws.normal(K))
-    else:
-        loss = bfn.squared_error_loss(logits, ids, t, s1)
-    figures = dict(
-        t=t,
-        loss=loss,
-        cross_entropy=bfn.cross_entropy(logits, ids),
-        reconstruction=bfn.reconstruction_loss(network, ids, cond_mask, s1, K, draws.normal(K)),
-        n=torch.ones_like(t),
-    )
-    n_windows = plan.row_starts[rows[-1] + 1] - first
-    at = (at - first)[scored]
-    return {name: np.bincount(at, x.cpu().double().numpy()[scored], n_windows) for name, x in figures.items()}
 
 
 # ---------------------------------------------------------------- figures
 
 
 def likelihood(scores, tokens, bos_id, conditional=False):
-    """Figures of a scored text, units in their names -> dict. Those per character and byte are of the raw text.
+    """Compute the figures of a scored text, with units in their names -> dict of floats and ints.
 
-    Text that the tokenizer does not know costs UNKNOWN_BITS a byte besides, taken to be spread evenly over the text. There
-    are no figures per character where part of the text was given. Where not all windows were scored, tokens per character
-    are those of the whole text.
+    Characters and bytes are those of the raw text; `conditional` leaves out the figures per character and byte, which have
+    no meaning if part of the text was given. Text that the tokenizer does not know costs UNKNOWN_BITS per byte. This, and
+    the tokens per character, are averages over the whole text, even if only some windows were scored.
     """
     diffusion, reconstruction = scores.nats_per_token
     n_scored = int(tokens.offsets[-1]) - (bos_id >= 0) * len(tokens.lengths)
-    spelling = UNKNOWN_BITS * math.log(2) * tokens.n_unknown_bytes / n_scored
-    bound = diffusion + reconstruction + spelling
+    unknown = UNKNOWN_BITS * math.log(2) * tokens.n_unknown_bytes / n_scored
+    bound = diffusion + reconstruction + unknown
     text_error, n_clusters = scores.text_error()
     figures = {f"L_{scores.n_steps or 'inf'}_nats_per_token": diffusion} | dict(
         L_rec_nats_per_token=reconstruction,
-        unknown_nats_per_token=spelling,
+        unknown_nats_per_token=unknown,
         bound_nats_per_token=bound,
         bound_bits_per_token=bound / math.log(2),
         monte_carlo_error_nats_per_token=scores.monte_carlo_error(),
         text_error_nats_per_token=text_error,
-        perplexity_per_token=math.exp(min(bound, 700.0)),
+        perplexity_per_token=math.exp(min(bound, 700.0)),  # exp(710) overflows
     )
     if not conditional:
         figures |= dict(
             bits_per_char=bound / math.log(2) * n_scored / tokens.n_chars,
             bits_per_byte=bound / math.log(2) * n_scored / tokens.n_bytes,
         )
-    counts = dict(n_tokens_scored=int(scores.n.sum()), n_clusters=n_clusters, n_draws=len(scores.loss))
-    return {name: float(value) for name, value in figures.items()} | counts  # checkpoints hold plain types alone
+    counts = dict(n_tokens_scored=int(scores.n_scored.sum()), n_clusters=n_clusters, n_draws=len(scores.loss))
+    return {name: float(value) for name, value in figures.items()} | counts  # plain types, for checkpoints and JSON
 
 
 def table(figures, n_steps):
-    """Likelihood figures as lines of text."""
-    per = {"nats/token": 1.0, "bits/token": 1 / math.log(2)}
+    """Lay out the figures of `likelihood` -> lines of text."""
+    units = {"nats/token": 1.0, "bits/token": 1 / math.log(2)}
     if "bits_per_char" in figures:
-        per["bits/char"] = figures["bits_per_char"] / figures["bound_nats_per_token"]
-        per["bits/byte"] = figures["bits_per_byte"] / figures["bound_nats_per_token"]
-    rows = {f"L_{n_steps or 'inf'}": f"L_{n_steps or 'inf'}_nats_per_token", "L_rec": "L_rec_nats_per_token"}
-    rows |= {"unknown text": "unknown_nats_per_token"} if figures["unknown_nats_per_token"] else {}
-    rows |= {"bound": "bound_nats_per_token", "  +- noise, times": "monte_carlo_error_nats_per_token"}
-    rows |= {"  +- choice of text": "text_error_nats_per_token"}
-    lines = [" " * 20 + "".join(f"{name:>12}" for name in per)]
-    lines += [f"{row:20}" + "".join(f"{figures[name] * x:12.4f}" for x in per.values()) for row, name in rows.items()]
+        units["bits/char"] = figures["bits_per_char"] / figures["bound_nats_per_token"]
+        units["bits/byte"] = figures["bits_per_byte"] / figures["bound_nats_per_token"]
+    L = f"L_{n_steps or 'inf'}"
+    labels = {L: f"{L}_nats_per_token", "L_rec": "L_rec_nats_per_token"}
+    labels |= {"unknown text": "unknown_nats_per_token"} if figures["unknown_nats_per_token"] else {}
+    labels |= {"bound": "bound_nats_per_token", "  +- noise, times": "monte_carlo_error_nats_per_token"}
+    labels |= {"  +- choice of text": "text_error_nats_per_token"}
+    lines = [" " * 20 + "".join(f"{unit:>12}" for unit in units)]
+    for label, name in labels.items():
+        lines.append(f"{label:20}" + "".join(f"{figures[name] * x:12.4f}" for x in units.values()))
     return [*lines, f"perplexity per token {figures['perplexity_per_token']:.2f}"]
 
 
 def write_by_time(scores, path, title):
-    """Write the loss and the output's cross-entropy by time as PATH.csv and PATH.png."""
+    """Write the loss and the output's cross-entropy by time to PATH.csv and PATH.png."""
     _, loss, cross_entropy = scores.by_time()
-    t = (np.arange(len(loss)) + 0.5 * (scores.n_steps is None)) / len(loss)
+    t = (np.arange(len(loss)) + 0.5 * (scores.n_steps is None)) / len(loss)  # bins' middles, or where steps start
     t, loss, cross_entropy = (x[~np.isnan(loss)] for x in (t, loss, cross_entropy))
     lines = ["t,loss_nats_per_token,cross_entropy_nats_per_token"]
     lines += [f"{a:.4f},{b:.6f},{c:.6f}" for a, b, c in zip(t, loss, cross_entropy, strict=True)]
     Path(f"{path}.csv").write_text("\n".join(lines) + "\n")
-    name = f"loss (its mean is L_{scores.n_steps or 'inf'})"
-    plot.lines(
-        f"{path}.png", {name: (t, loss), "cross-entropy of the output": (t, cross_entropy)}, "t", "nats per token", title
-    )
+    label = f"loss (its mean is L_{scores.n_steps or 'inf'})"
+    series = {label: (t, loss), "cross-entropy of the output": (t, cross_entropy)}
+    plot.lines(f"{path}.png", series, "t", "nats per token", title)
 
 
-def lossy_share(path, tokenizer, n_lines=1000):
-    """Share of a text's first pieces that the tokenizer does not give back unchanged."""
-    texts = [piece.text for piece, _ in zip(data.read_pieces(path), range(n_lines))]
-    known = [text for text in texts if tokenizer.unk_id() not in tokenizer.encode(text)]
-    return sum(tokenizer.decode(tokenizer.encode(text)) != text for text in known) / max(1, len(known))
+# ---------------------------------------------------------------- validation
+
+
+@contextmanager
+def full_precision():
+    """Multiply float32 matrices in float32 and not in TF32, which is accurate enough to train but not to measure."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
+    """Estimate the bound on the same tokens and the same noise each time -> figures (see `likelihood`), loss by time.
+
+    The loss by time is a list of 20 values, nats per token, in even bins.
+    """
+    with full_precision():
+        scores = score(model, tokens, row_length, bos_id, device, seed="validation", max_tokens=max_tokens)
+    _, loss_by_time, _ = scores.by_time(20)
+    return likelihood(scores, tokens, bos_id), np.nan_to_num(loss_by_time).tolist()
+
+
+def check_toy(model, tokenizer, run, bound_nats_per_token, seed, corpus):
+    """Compare a model of the built-in language with the exact entropy, and check 256 samples -> two lines of text.
+
+    corpus: Path of the text that the model was trained on.
+    """
+    n_tokens = toy.mean_length() + 1  # eos is scored too
+    entropy = toy.entropy_given_length() / n_tokens / math.log(2)
+    bound = bound_nats_per_token / math.log(2)
+    difference = bound / entropy - 1
+    templates = [make_template("", tokenizer, run, mix_seed("toy", i)) for i in range(256)]
+    texts = [decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, templates, seed)]
+    known = set(corpus.read_text().splitlines())
+    grammatical = [text for text in texts if toy.is_grammatical(text)]
+    new_share = sum(text not in known for text in grammatical) / max(1, len(grammatical))
+    side, percent = "above" if difference >= 0 else "below", f"{abs(difference):.1%}"
+    good, new = f"{len(grammatical) / len(texts):.1%} of {len(texts)}", f"{new_share:.0%}"
+    return [
+        f"bound {bound:.3f} bits per token, {percent} {side} the exact entropy given the length, {entropy:.3f}",
+        f"{good} samples are grammatical, {new} of these are not in the corpus",
+    ]
 
 
 # ---------------------------------------------------------------- samples
 
 
 def find_corpus(args, run):
-    """The training text that samples are held against, and which part of it was trained on. Raises ValueError."""
+    """Find the text that the model was trained on -> its path, which part of it was used. Raises ValueError if it is gone."""
     corpus = args.corpus or run["args"]["data_path"] or Path(args.model_dir) / "corpus.txt"
     if not os.path.isfile(corpus):
-        raise ValueError(
-            f"samples are held against the training text, which is not at {corpus}: say where it is with --corpus"
-        )
+        raise ValueError(f"samples are compared with the training text, which is not at {corpus}: give it with --corpus")
     return corpus, "all" if run["args"]["val_path"] else "train"
 
 
 def choose_texts(tokens, tokenizer, window, n, seed):
-    """Choose windows of a text at random -> up to n texts, their lengths in tokens."""
+    """Choose random windows of a text -> up to n texts, their lengths in tokens. Raises ValueError if all are too short."""
     plan = data.plan_validation(tokens, window)
     long_enough = np.flatnonzero(plan.lengths > 1)
     if not len(long_enough):
-        raise ValueError("no window of this text has two tokens, to sample as many: give another text")
+        raise ValueError("every window of this text is a single token, too short to compare with samples: give another text")
     chosen = np.random.default_rng(seed).permutation(long_enough)[:n]
-    lengths = plan.lengths[chosen].tolist()
-    spans = zip(plan.starts[chosen].tolist(), lengths, strict=True)
-    return [decode(tokenizer, tokens.ids[start : start + m].tolist()) for start, m in spans], lengths
+    starts, lengths = plan.starts[chosen].tolist(), plan.lengths[chosen].tolist()
+    windows = [tokens.ids[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
+    return [decode(tokenizer, ids) for ids in windows], lengths
 
 
 def sample_quality(model, tokenizer, run, tokens, reference, args):
-    """Hold generated texts against windows of the text, as many and as long -> {name: {figure: (value, low, high)}}."""
+    """Compare generated texts with windows of the text, equally many and long -> {name: {figure: (value, low, high)}}."""
     real, lengths = choose_texts(tokens, tokenizer, run["args"]["sequence_length"], args.samples, args.seed)
-    templates = [make_template("", tokenizer, run, bfn.mix_seed(args.seed, i), n) for i, n in enumerate(lengths)]
-    samples = generate(model, tokenizer, templates, args.seed, Options(args.solver, args.steps, args.corrections))
+    templates = [make_template("", tokenizer, run, mix_seed(args.seed, i), n) for i, n in enumerate(lengths)]
+    options = Options(sampler=args.sampler, steps=args.steps, corrections=args.corrections)
+    samples = generate(model, tokenizer, templates, args.seed, options)
     samples = list(tqdm(samples, total=len(templates), unit="sample", desc="sampling", disable=None))
     generated = [decode(tokenizer, ids) for ids, _ in samples]
-    calls = sum(n for _, n in samples) / len(samples)
+    calls_per_sample = sum(calls for _, calls in samples) / len(samples)
     return {
-        f"{len(real)} samples, {calls:.4g} calls": quality.figures(generated, reference, args.seed),
+        f"{len(real)} samples, {calls_per_sample:.4g} calls": quality.figures(generated, reference, args.seed),
         f"{len(real)} real texts": quality.figures(real, reference, args.seed),
     }
+
+
+# ---------------------------------------------------------------- the command
 
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("-d", "--data_path", required=True, help="text file, one example a line")
+    add("-d", "--data_path", required=True, help="text file, one example per line")
     add("--checkpoint", choices=["best", "last"], default="best", help="best by validation, or last (best)")
-    add("--ema", type=int, default=-1, help="which of the averages to measure, counted from 0 (-1: the last)")
-    add("--window", type=cli.count, help="tokens scored together (the training's sequence length)")
+    add("--ema", type=int, default=-1, help="which of the weight averages to measure, counted from 0 (-1: the last)")
+    add("--window", type=cli.count, help="tokens scored together (the sequence length of the training)")
     add("--se", type=cli.positive, default=0.005, help="Monte-Carlo error to reach, nats per token (0.005)")
-    add("--n_steps", type=cli.count, help="the discrete-time bound for N steps in place of the continuous one")
+    add("--n_steps", type=cli.count, help="measure the discrete-time bound for N steps instead of the continuous one")
     add(
         "--given",
         type=parse_given,
         default=nothing_given,
-        help="score the rest, given prefix:SHARE of each window, or all around:SHARE in its middle",
+        help="score only the rest, given the first share of each window (prefix:SHARE), or all but a gap (around:SHARE)",
     )
-    add("--max_tokens", type=cli.count, help="look at this many tokens of the text (all)")
-    add("-bsz", "--batch_size", type=cli.count, help="rows at a time (by the sizes of the model)")
+    add("--max_tokens", type=cli.count, help="score only about this many tokens of the text (all)")
+    add("-bsz", "--batch_size", type=cli.count, help="rows per network call (chosen by the size of the model)")
     add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
-    add("--samples", type=cli.natural, default=0, help="also judge this many generated texts (0)")
-    add("--solver", choices=["commit", *bfn.SOLVERS], default=Options.solver, help=f"for --samples ({Options.solver})")
+    add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
+    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help=f"for --samples ({Options.sampler})")
     add("--steps", type=cli.count, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
     add("--corrections", type=cli.natural, default=Options.corrections, help=f"of commit ({Options.corrections})")
-    add("--corpus", help="training text that --samples are held against (the one trained on)")
-    add("--json", action="store_true", help="print one JSON object in place of the tables")
-    add("--seed", type=cli.natural, default=0, help="of everything random (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    add("--corpus", help="training text that --samples are compared with (the one that the model was trained on)")
+    add("--json", action="store_true", help="print one JSON object instead of the tables")
+    add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     return p
+
+
+def warn_of_changes(path, tokenizer, n_lines=1000):
+    """Say on standard error which share of a text's first lines the tokenizer does not give back unchanged."""
+    texts = [piece.text for piece, _ in zip(read_pieces(path), range(n_lines))]
+    encoded = [(text, tokenizer.encode(text)) for text in texts]
+    known = [(text, ids) for text, ids in encoded if tokenizer.unk_id() not in ids]  # unknown text is accounted for
+    share = sum(tokenizer.decode(ids) != text for text, ids in known) / max(1, len(known))
+    if share:
+        print(
+            f"the tokenizer changes {share:.1%} of the lines (spaces, letter forms): figures per character and byte are of "
+            "the changed text's tokens",
+            file=sys.stderr,
+        )
 
 
 def main():
     args = flags().parse_args()
     device = cli.device(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
-    if args.samples:  # what is wrong with the training text shows before an hour's work
+    if args.samples:  # before the work of an hour, not after: this fails if the training text is missing or empty
         corpus, part = find_corpus(args, run)
         reference = quality.Reference.fit(corpus, tokenizer, part)
     if args.by_time:
         Path(args.by_time).parent.mkdir(parents=True, exist_ok=True)
     tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir)
-    if lossy := lossy_share(args.data_path, tokenizer):
-        print(
-            f"the tokenizer changes {lossy:.1%} of the lines (spaces, letter forms): figures per character and byte are of "
-            "the changed text's tokens",
-            file=sys.stderr,
-        )
+    warn_of_changes(args.data_path, tokenizer)
     window, bos_id = args.window or run["args"]["sequence_length"], tokenizer.bos_id()
     options = dict(error=args.se, n_steps=args.n_steps, given=args.given, seed=args.seed, max_tokens=args.max_tokens)
     scores = score(model, tokens, window, bos_id, device, **options, batch_size=args.batch_size, progress=True)
@@ -380,12 +486,12 @@ def main():
             f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
         )
         print("\n".join(table(figures, args.n_steps)))
-    judged = sample_quality(model, tokenizer, run, tokens, reference, args) if args.samples else {}
+    samples = sample_quality(model, tokenizer, run, tokens, reference, args) if args.samples else {}
     if args.json:
-        figures = {name: None if math.isnan(value) else value for name, value in figures.items()}  # JSON knows no nan
-        print(json.dumps({**figures, **({"samples": judged} if judged else {})}))
-    elif judged:
-        print("\n".join(quality.table(judged)))
+        figures = {name: None if math.isnan(value) else value for name, value in figures.items()}  # JSON has no nan
+        print(json.dumps({**figures, **({"samples": samples} if samples else {})}))
+    elif samples:
+        print("\n".join(quality.table(samples)))
 
 
 if __name__ == "__main__":

@@ -2,22 +2,16 @@
 
     theta        (B, L, K)  input distribution: softmax of the state, or the one-hot of a given token
     t            (B, L)     time in [0, 1] of each position
-    segment_ids  (B, L)     segment of each position in a packed row, 0 = padding: the one source of the attention mask
-    h, hidden    (B, L, D)  residual stream before and after the body
+    segment_ids  (B, L)     segment of each position in a packed row, 0 = padding: the only source of the attention mask
+    h, hidden    (B, L, D)  residual stream before and after the layers
     logits       (B, L, K)  p = softmax(logits) is the prediction for each position
 
 The forward pass has three parts: `embed` (theta -> h), `body` (h -> hidden), `head` (hidden -> logits).
 """
 
-import hashlib
 import math
-import os
-import zipfile
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
@@ -25,11 +19,10 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-import kernels
+from data import segment_positions
 
-FORMAT = 4  # of the checkpoint file and the network in it
-AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of the largest tensors: 8 MB fit a CPU's cache, ten of 256 MB a GPU
-compiled_block_mask = torch.compile(create_block_mask, dynamic=False)  # as it stands, it makes the whole L x L mask
+BATCH_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a batch's largest tensor: 8 MB fit a CPU's cache, ten of 256 MB a GPU
+compiled_block_mask = torch.compile(create_block_mask, dynamic=False)  # not compiled, it builds the whole L x L mask
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,9 @@ class Config:
 
     def __post_init__(self):
         if self.d_model % (2 * self.n_heads) or self.d_model == 2 * self.n_heads:
-            raise ValueError(f"model_dim {self.d_model} is not an even multiple, from 4, of num_heads {self.n_heads}")
+            raise ValueError(
+                f"model_dim {self.d_model} and num_heads {self.n_heads} do not fit: each head must have an even width of at least 4"
+            )
 
     @property
     def s1(self):
@@ -57,8 +52,8 @@ class Config:
 
 
 def rows_at_once(length, config, device):
-    """How many rows of a length a network had best read at a time without gradient."""
-    return max(1, AT_ONCE[device.type] // (length * max(config.K, 4 * config.d_model, length)))
+    """Choose how many rows of a length to read in one batch without gradient: what is fastest on the device."""
+    return max(1, BATCH_ELEMENTS[device.type] // (length * max(config.K, 4 * config.d_model, length)))
 
 
 class TimeEmbedding(nn.Module):
@@ -75,10 +70,10 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
 
 
-class PlaceEmbedding(nn.Module):
-    """Where a position stands in its segment, counted from both ends: segment_ids (B, L) -> (B, L, D).
+class PositionEmbedding(nn.Module):
+    """Sines and cosines of the distance to both ends of the segment: segment_ids (B, L) -> (B, L, D).
 
-    Rotary attention sees differences of positions alone; the ends tell the network how long the text is.
+    Rotary attention only sees differences of positions; the ends tell the network how long the text is.
     """
 
     def __init__(self, d_model, n_octaves=8):
@@ -88,13 +83,7 @@ class PlaceEmbedding(nn.Module):
         self.linear = nn.Linear(4 * n_octaves, d_model)
 
     def forward(self, segment_ids):
-        i = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-        change = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = F.pad(change, (1, 0), value=True)
-        ends = F.pad(change, (0, 1), value=True)
-        first = torch.where(starts, i, 0).cummax(1).values
-        last = torch.where(ends, i, i.shape[1]).flip(1).cummin(1).values.flip(1)
-        angle = torch.stack([i - first, last - i], -1)[..., None] * self.frequencies  # (B, L, 2, n_octaves)
+        angle = torch.stack(segment_positions(segment_ids), -1)[..., None] * self.frequencies  # (B, L, 2, n_octaves)
         return self.linear(torch.cat([angle.sin(), angle.cos()], -1).flatten(2))
 
 
@@ -114,9 +103,9 @@ class FiLM(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Add to each channel a learned sum of it over the nearest positions of the segment: (B, L, D) -> (B, L, D).
+    """Add a depthwise convolution over the nine nearest positions of the segment: (B, L, D) -> (B, L, D).
 
-    Depthwise, as in Primer [So et al. 2021], but to both sides. It is zero at first.
+    As in Primer [So et al. 2021], but looking both ways. Its weights start at zero.
     """
 
     offsets = range(-4, 5)
@@ -146,8 +135,8 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, h, mask, rotations):
-        qk, v = self.qkv(h).unflatten(-1, (3 * self.n_heads, -1)).transpose(1, 2).split((2 * self.n_heads, self.n_heads), 1)
-        q, k = apply_rotary_emb(rotations, F.rms_norm(qk, qk.shape[-1:])).to(v.dtype).chunk(2, 1)  # each (B, H, L, D / H)
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
+        q, k = (apply_rotary_emb(rotations, F.rms_norm(x, x.shape[-1:])).to(v.dtype) for x in (q, k))
         if isinstance(mask, BlockMask):
             attended = flex_attention(q, k, v, block_mask=mask)
         else:
@@ -155,7 +144,7 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
+class MLP(nn.Module):
     """Two layers with a squared ReLU between them [So et al. 2021]: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, d_model):
@@ -170,28 +159,31 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then feed-forward, each modulated by the time and added to the stream.
+    """One pre-norm layer: attention, then an MLP, each modulated by the time and added to the residual stream.
 
-    The feed-forward layer reads what is near as well.
+    The MLP reads the output of a convolution, so it sees the neighbouring positions too.
     """
 
     def __init__(self, d_model, n_heads, d_time, dropout):
         super().__init__()
-        self.film_attention, self.film_forward = FiLM(d_model, d_time), FiLM(d_model, d_time)
+        self.film_attention, self.film_mlp = FiLM(d_model, d_time), FiLM(d_model, d_time)
         self.attention, self.convolution = Attention(d_model, n_heads), Convolution(d_model)
-        self.forward_layer = FeedForward(d_model)
+        self.mlp = MLP(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h, time, segment_ids, mask, rotations):
         h = h + self.dropout(self.attention(self.film_attention(h, time), mask, rotations))
-        near = self.convolution(self.film_forward(h, time), segment_ids)
-        return h + self.dropout(self.forward_layer(near))
+        return h + self.dropout(self.mlp(self.convolution(self.film_mlp(h, time), segment_ids)))
 
 
 class BFNTransformer(nn.Module):
     """The network: theta (B, L, K), t (B, L), segment_ids (B, L) -> logits (B, L, K)."""
 
-    flex = False  # attend without an L x L mask, which wants compiled blocks
+    # How the same numbers are computed. train.py sets these for the network that it trains.
+    compiled = False  # the blocks are compiled, and so are the chunks of fused.py
+    bf16 = False  # matrices are multiplied in bfloat16 (autocast)
+    flex = False  # flex attention, which needs no L x L mask; it is only fast in compiled blocks
+    fused = False  # embedding and loss without a (tokens, K) tensor (fused.py)
     recompute = False  # keep no activations within a block: compute them again for the gradient
 
     def __init__(self, config):
@@ -200,7 +192,7 @@ class BFNTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.K, D)
         self.project = nn.Linear(D, D)
-        self.place = PlaceEmbedding(D)
+        self.position = PositionEmbedding(D)
         self.convolution = Convolution(D)
         self.time = TimeEmbedding(d_time)
         self.rotary = RotaryEmbedding(D // config.n_heads, cache_if_possible=False)
@@ -211,11 +203,11 @@ class BFNTransformer(nn.Module):
         nn.init.zeros_(self.linear_out.bias)
 
     def layer_matrices(self):
-        """The weights of attention and feed-forward layers."""
-        return [p for block in self.blocks for part in (block.attention, block.forward_layer) for p in part.parameters()]
+        """The weight matrices of the attention and MLP layers."""
+        return [p for block in self.blocks for part in (block.attention, block.mlp) for p in part.parameters()]
 
     def attention_mask(self, segment_ids):
-        """Which positions (column) a position (row) sees, those of its segment: (B, 1, L, L) bool, or a BlockMask."""
+        """Let each position see its own segment -> (B, 1, L, L) bool, or a BlockMask with `flex`."""
         if self.flex:
             B, L = segment_ids.shape
 
@@ -224,114 +216,32 @@ class BFNTransformer(nn.Module):
 
             create = compiled_block_mask if segment_ids.is_cuda else create_block_mask
             return create(same_segment, B, None, L, L, segment_ids.device)
-        return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no empty row
+        return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no row is empty
 
     def embed(self, theta):
-        """theta -> h: the average of the embeddings under theta, projected to the model's width."""
+        """theta (B, L, K) -> h (B, L, D): the mean embedding under theta, projected."""
         return self.project(theta @ self.embedding.weight)
 
     def body(self, h, t, segment_ids):
-        """h -> hidden: the layers, each position attending to its own segment."""
+        """h (B, L, D) -> hidden (B, L, D): the layers."""
         mask = self.attention_mask(segment_ids)
         rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
         time = self.time(t)
-        h = h.float() + self.place(segment_ids)  # under autocast too, the stream is float32
-        call = lambda part, *inputs: part(*inputs)
-        if self.recompute and torch.is_grad_enabled():
-            call = partial(checkpoint, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
-        h = call(self.convolution, h, segment_ids)
+        h = h.float() + self.position(segment_ids)  # the residual stream is float32, under autocast too
+        h = self._call(self.convolution, h, segment_ids)
         for block in self.blocks:
-            h = call(block, h, time, segment_ids, mask, rotations)
+            h = self._call(block, h, time, segment_ids, mask, rotations)
         return self.film_out(h, time)
 
+    def _call(self, part, *inputs):
+        """Call a part of the network, keeping its activations or, with `recompute`, not."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+        return part(*inputs)
+
     def head(self, hidden, theta):
-        """hidden -> logits, by Bayes' rule: what the context says of each token, times the evidence theta for it."""
+        """hidden (B, L, D) -> logits (B, L, K), by Bayes' rule: what the context says, times the evidence theta."""
         return self.linear_out(hidden) + theta.clamp(min=1e-37).log()
 
     def forward(self, theta, t, segment_ids):
         return self.head(self.body(self.embed(theta), t, segment_ids), theta)
-
-    def fused_loss(self, ids, t, cond_mask, segment_ids, rows, keys, scale, entropy_weight):
-        """The training loss of a batch without a (tokens, K) tensor, for the flow with the noise of `keys` (B, L, 2).
-
-            sum over predicted positions of scale (squared_error_loss + entropy_weight cross_entropy)
-
-        rows (n,) are the predicted positions, counted through the batch. scale (B, L) -> scalar, and the losses (B, L)
-        without gradient, 0 where nothing is predicted.
-        """
-        ids, keys, t_rows, scale = ids.flatten(), keys.flatten(0, 1)[rows], t.flatten()[rows], scale.flatten()[rows]
-        s = self.config.s1 * t_rows
-        h = self.project(kernels.noisy_embedding(self.embedding.weight, ids, rows, keys, s)).view(*t.shape, -1)
-        hidden = self.body(h, t.masked_fill(cond_mask, 1.0), segment_ids).flatten(0, 1)[rows]
-        output = self.linear_out.weight, self.linear_out.bias
-        squared_weight = self.config.s1 * s  # s1^2 t
-        loss, losses = kernels.linear_errors(hidden, *output, ids[rows], keys, s, squared_weight, scale, entropy_weight)
-        return loss, torch.zeros_like(t).flatten().index_copy(0, rows, losses).view_as(t)
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint whole or not at all: temporary file, fsync, rename. Raises OSError where it cannot."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}. Earlier checkpoints are intact: make room, run again") from error
-
-
-def read_checkpoint(path):
-    """Read a checkpoint -> dict of plain types and of tensors on the CPU.
-
-    Raises ValueError for a missing or damaged file, or one of another format.
-    """
-    if not os.path.isfile(path):
-        other = Path(path).with_name("last.pt")
-        hint = (
-            "nothing is validated yet, take --checkpoint=last"
-            if other.is_file()
-            else "train first, or give another run folder"
-        )
-        raise ValueError(f"no checkpoint at {path}: {hint}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if (part := archive.testzip()) is not None:  # torch.load itself checks no sums
-                raise zipfile.BadZipFile(part)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = int(checkpoint["format"])
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
-        best = Path(path).with_name("best.pt")
-        hint = f"rename {best}, if that is whole, to last.pt" if best.is_file() and best != Path(path) else "use another"
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}): {hint}") from None
-    if version != FORMAT:
-        raise ValueError(
-            f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it, or another run folder"
-        )
-    return checkpoint
-
-
-def load(run_dir, which="best", device="cpu", ema=-1):
-    """Load a trained model: `model, tokenizer, run = load("runs/demo")`.
-
-    which is "best" by validation or "last"; ema is the index of a weight average, the last by default. `model.config` is
-    the Config, and run the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
-    Raises ValueError for a missing or damaged checkpoint or a tokenizer that is not the one of the training.
-    """
-    run = read_checkpoint(Path(run_dir) / f"{which}.pt")
-    path = Path(run_dir) / "tokenizer.model"
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != run["tokenizer_hash"]:
-        raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
-    model = BFNTransformer(Config(**run["config"]))
-    if not -len(run["emas"]) <= ema < len(run["emas"]):
-        raise ValueError(f"{run_dir} has {len(run['emas'])} weight averages, counted from 0: there is no {ema}")
-    model.load_state_dict(run["emas"][ema])
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return model.to(device).eval(), tokenizer, {k: v for k, v in run.items() if k not in ("model", "emas", "optimizers")}

@@ -1,140 +1,151 @@
-"""Figures of generated text beside the same figures of real text.
+"""Figures of generated text, next to the same figures of real text.
 
-No single one of them means much: a model that repeats one likely sentence has a low n-gram perplexity, and known words
-alone make no sentence. Perplexity is shown with entropy and distinct n-grams for this reason.
+Each of them is easy to fool: a model that repeats one likely sentence has a low n-gram perplexity, and known words do not
+make a sentence. So perplexity is always shown with entropy and distinct bigrams.
+
+    stream  (N,)  int64  the tokens of all texts in one sequence, with order - 1 marks (the number K) before, between and after
+    grams   (n,)  int64  n-grams of tokens, each as one integer, its digits in base K + 1
 """
 
 import math
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
+from itertools import pairwise
 
 import numpy as np
 
-import data
+from text import read_part
 
-REFERENCE_CHARS = 20_000_000  # of the training text that the n-gram model is fitted on
-N_BOOTSTRAP = 200
+REFERENCE_CHARS = 20_000_000  # how much of the training text the n-gram model is fitted to
+N_RESAMPLES = 200  # of the bootstrap
+
+# ---------------------------------------------------------------- the n-gram model
 
 
 @dataclass
 class Reference:
-    """Words of the training text and counts of its token n-grams, orders 1 to `order`."""
+    """The words of the training text, and a model of its token n-grams of orders 1 to `order`."""
 
     words: set
-    counts: list  # one a length: sorted keys of n-grams, how often each occurs
-    followers: list  # one a length of history: sorted keys, how often it occurs, by how many tokens it is followed
+    counts: list  # per order: sorted grams, how often each occurs
+    histories: list  # per order: sorted grams without their last token, how often each occurs, number of its successors
     tokenizer: object
 
     @classmethod
     def fit(cls, corpus, tokenizer, part="all"):
-        """Count a part of a text file. Vocabularies under 400, characters say, get 6-grams, larger ones 3-grams.
+        """Count the n-grams of a part of a text file: 6-grams for vocabularies under 400 (characters), else 3-grams.
 
         Raises ValueError for a part without text.
         """
         K, order = len(tokenizer), 6 if len(tokenizer) < 400 else 3
-        words, rows, n_chars = set(), [], 0
-        for piece in data.read_part(corpus, part):
+        words, texts, n_chars = set(), [], 0
+        for piece in read_part(corpus, part):
             words.update(piece.text.split())
             if n_chars < REFERENCE_CHARS:
-                rows.append(piece.text)
+                texts.append(piece.text)
                 n_chars += len(piece.text)
         if not words:
-            raise ValueError(f"{corpus} has no text to hold samples against")
-        stream = _stream(tokenizer.encode_as_numpy(rows), K, order)
-        counts, followers = [], []
+            raise ValueError(f"{corpus} has no text to compare samples with")
+        stream = _stream(tokenizer.encode_as_numpy(texts), K, order)
+        is_token = stream[order - 1 :] < K  # an n-gram ends in a token, not in a mark
+        counts, histories = [], []
         for n in range(1, order + 1):
-            keys = _keys(stream, n, K)
-            kept = stream[order - 1 :] < K  # n-grams end in a token, not in the mark between lines
-            key, count = np.unique(keys[order - n :][kept], return_counts=True)
-            history, first = np.unique(key // (K + 1), return_index=True)
-            counts.append((key, count))
-            followers.append((history, np.add.reduceat(count, first), np.diff(np.append(first, len(key)))))
-        return cls(words, counts, followers, tokenizer)
+            gram, count = np.unique(_grams(stream, n, K)[order - n :][is_token], return_counts=True)
+            history, first = np.unique(gram // (K + 1), return_index=True)
+            counts.append((gram, count))
+            histories.append((history, np.add.reduceat(count, first), np.diff(np.append(first, len(gram)))))
+        return cls(words, counts, histories, tokenizer)
 
     def nats(self, text):
-        """-log P of a text's tokens, interpolated by Witten and Bell's rule, summed -> (nats, number of tokens)."""
+        """Compute -log P of a text's tokens, in nats, under the interpolated model of Witten and Bell -> nats, number of tokens.
+
+            p_n = (count + n_successors p_{n-1}) / (count of the history + n_successors),    p_0 = 1 / K
+
+        A history that the training text does not have changes nothing: p_n = p_{n-1}.
+        """
         K, order = len(self.tokenizer), len(self.counts)
         stream = _stream([self.tokenizer.encode(text)], K, order)[: -(order - 1) or None]
         if len(stream) < order:
             return 0.0, 0
         p = np.full(len(stream) - order + 1, 1 / K)
         for n in range(1, order + 1):
-            key = _keys(stream, n, K)[order - n :]
-            count = _look_up(key, *self.counts[n - 1])
-            total = _look_up(key // (K + 1), *self.followers[n - 1][:2])
-            kinds = _look_up(key // (K + 1), self.followers[n - 1][0], self.followers[n - 1][2])
-            p = np.where(total > 0, (count + kinds * p) / np.maximum(1, total + kinds), p)
+            gram, (histories, totals, n_successors) = _grams(stream, n, K)[order - n :], self.histories[n - 1]
+            count = _look_up(gram, *self.counts[n - 1])
+            total, s = (_look_up(gram // (K + 1), histories, values) for values in (totals, n_successors))
+            p = np.where(total > 0, (count + s * p) / np.maximum(1, total + s), p)
         return -np.log(p).sum(), len(p)
 
 
-def _stream(rows, K, order):
-    """Token rows in one line, each with order - 1 marks (id K) before it and after the last."""
+def _stream(texts, K, order):
+    """Join the ids of texts to one stream (N,)."""
     marks = np.full(order - 1, K)
-    return np.concatenate([part for row in rows for part in (marks, row)] + [marks]).astype(np.int64)
+    return np.concatenate([part for ids in texts for part in (marks, ids)] + [marks]).astype(np.int64)
 
 
-def _keys(stream, n, K):
-    """One integer for each n-gram of a stream: (len(stream) - n + 1,) int64. Raises ValueError where they do not fit."""
+def _grams(stream, n, K):
+    """All n-grams of a stream (N,) -> (N - n + 1,). Raises ValueError if they do not fit into int64."""
     if (K + 1) ** n >= 2**63:
         raise ValueError(f"a vocabulary of {K} is too large for {n}-grams")
-    keys = np.zeros(len(stream) - n + 1, dtype=np.int64)
+    grams = np.zeros(len(stream) - n + 1, dtype=np.int64)
     for i in range(n):
-        keys = keys * (K + 1) + stream[i : len(stream) - n + 1 + i]
-    return keys
+        grams = grams * (K + 1) + stream[i : len(stream) - n + 1 + i]
+    return grams
 
 
-def _look_up(key, keys, values):
-    at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
-    return np.where(keys[at] == key, values[at], 0)
+def _look_up(query, grams, values):
+    """The value of each gram of `query` in the sorted `grams`, 0 for those that are not there."""
+    index = np.minimum(np.searchsorted(grams, query), len(grams) - 1)
+    return np.where(grams[index] == query, values[index], 0)
 
 
-def _words(texts):
-    return [text.split() for text in texts]
+# ---------------------------------------------------------------- figures
 
 
-def _ratio(pairs):
-    top, bottom = np.sum(pairs, 0)
-    return top / max(bottom, 1e-9)
+@dataclass(frozen=True)
+class _Text:
+    words: list
+    n_known: int  # words that are in the training text
+    nats: float  # under the n-gram model
+    n_tokens: int
 
 
-def _distinct(rows, n):
-    grams = [gram for words in rows for gram in zip(*(islice(words, i, None) for i in range(n)), strict=False)]
-    return len(set(grams)) / max(1, len(grams))
-
-
-def _entropy(rows):
-    counts = np.array(list(Counter(word for words in rows for word in words).values()) or [1])
-    return -(counts / counts.sum() * np.log2(counts / counts.sum())).sum()
+def _measure(texts):
+    """Compute the figures of a list of _Text -> {figure: value}."""
+    n_words, n_tokens = sum(len(text.words) for text in texts), sum(text.n_tokens for text in texts)
+    bigrams = [bigram for text in texts for bigram in pairwise(text.words)]
+    counts = np.array(list(Counter(word for text in texts for word in text.words).values()) or [1])
+    share = counts / counts.sum()
+    return {
+        "known words": sum(text.n_known for text in texts) / max(1, n_words),
+        "distinct bigrams": len(set(bigrams)) / max(1, len(bigrams)),
+        "word entropy (bits)": -(share * np.log2(share)).sum(),
+        "n-gram perplexity": math.exp(sum(text.nats for text in texts) / max(1, n_tokens)),
+    }
 
 
 def figures(texts, reference, seed=0):
-    """Judge a list of texts -> {figure: (value, low, high)}, 95 % intervals of the bootstrap's spread over texts.
+    """Measure a list of texts -> {figure: (value, low, high)}, a 95 % interval from the bootstrap's spread over texts.
 
-    The spread and not the quantiles: a resample repeats texts, which alone makes it less diverse than the whole.
+    The spread is put around the value itself. Quantiles would be too low: a resample repeats texts, so it is less diverse.
     """
-    rows = _words(texts)
-    known = [(sum(word in reference.words for word in words), len(words)) for words in rows]
-    nats = [reference.nats(text) for text in texts]
-    judges = {
-        "known words": lambda i: _ratio([known[j] for j in i]),
-        "distinct bigrams": lambda i: _distinct([rows[j] for j in i], 2),
-        "word entropy (bits)": lambda i: _entropy([rows[j] for j in i]),
-        "n-gram perplexity": lambda i: math.exp(_ratio([nats[j] for j in i])),
-    }
+    measured = []
+    for text in texts:
+        words = text.split()
+        measured.append(_Text(words, sum(word in reference.words for word in words), *reference.nats(text)))
     rng = np.random.default_rng(seed)
-    draws = rng.integers(len(texts), size=(N_BOOTSTRAP, len(texts)))
+    chosen = rng.integers(len(texts), size=(N_RESAMPLES, len(texts)))
+    resamples = [_measure([measured[i] for i in indices]) for indices in chosen]
     result = {}
-    for name, judge in judges.items():
-        value, spread = judge(range(len(texts))), 1.96 * np.std([judge(i) for i in draws])
-        result[name] = (float(value), float(value - spread), float(value + spread))
+    for name, value in _measure(measured).items():
+        margin = 1.96 * np.std([resample[name] for resample in resamples])
+        result[name] = (float(value), float(value - margin), float(value + margin))
     return result
 
 
-def table(judged):
-    """{row: {figure: (value, low, high)}} -> lines of text."""
-    names = next(iter(judged.values()))
-    lines = ["", " " * 24 + "".join(f"{name:>26}" for name in names)]
-    for row, values in judged.items():
-        lines.append(f"{row:24}" + "".join(f"{v:10.3f} [{low:6.3f}, {high:6.3f}]" for v, low, high in values.values()))
+def table(samples):
+    """Lay out {name: {figure: (value, low, high)}} -> lines of text."""
+    figure_names = next(iter(samples.values()))
+    lines = ["", " " * 24 + "".join(f"{name:>26}" for name in figure_names)]
+    for name, values in samples.items():
+        lines.append(f"{name:24}" + "".join(f"{v:10.3f} [{low:6.3f}, {high:6.3f}]" for v, low, high in values.values()))
     return lines

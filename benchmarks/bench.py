@@ -1,11 +1,11 @@
-"""Measure speed and memory of every variant, each in a process of its own, beside the machine's matrix multiplication.
+"""Measure speed and memory of every variant, each in its own process, and compare with the machine's matrix products.
 
     python benchmarks/bench.py --quick
     python benchmarks/bench.py operations step --output=runs/bench
 
-Writes results.json, results.md and pictures. Times are medians over repetitions, and over --rounds through all variants
-where a machine's speed wavers; memory is the most that a call needs above what it starts with: weights and optimizer
-state, and for "operations" the gradients. Ratios are to the first variant of a case.
+Writes results.json, results.md and pictures. Times are medians over repetitions, and over --rounds through all variants,
+for machines whose speed changes. Memory is what a call needs on top of what is there before it: weights, optimizer state
+and, for "operations", the gradients. Ratios are to the first variant of a case.
 """
 
 import ctypes
@@ -30,12 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bfn
 import cli
 import data
-import kernels
+import fused
+import log
 import plot
-import speed
 import toy
 import train
 from model import BFNTransformer, Config
+from noise import draw_keys
+from text import train_tokenizer
 
 VOCABULARIES = (27, 1024, 8192, 32_000, 50_257)
 
@@ -67,14 +69,14 @@ def measure(call, device, n_tokens, repetitions, flops=0.0):
     """Call once to warm up, then `repetitions` times -> {figure: value}."""
     begin = time.perf_counter()
     call()
-    speed.synchronise(device)
+    log.synchronise(device)
     warm_up = time.perf_counter() - begin
     forget_peak(device)
     before, seconds = memory_now(device), []
     for _ in range(repetitions):
         begin = time.perf_counter()
         call()
-        speed.synchronise(device)
+        log.synchronise(device)
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds)
     return dict(
@@ -90,35 +92,29 @@ def measure(call, device, n_tokens, repetitions, flops=0.0):
 
 
 def operations(device, repetitions, variant, K, n_tokens, width):
-    """Input and loss alone, forward and backward."""
+    """Only input and loss, forward and backward."""
     torch.manual_seed(0)
     E, W = (torch.nn.Parameter(0.02 * torch.randn(K, width, device=device)) for _ in range(2))
     bias = torch.nn.Parameter(torch.zeros(K, device=device))
     for p in (E, W, bias):
         p.grad = torch.zeros_like(p)
     ids, t = torch.randint(K, (1, n_tokens), device=device), torch.rand(1, n_tokens, device=device)
-    s1, scale = 5.9, torch.full((n_tokens,), 1 / n_tokens, device=device)
-    rows = torch.arange(n_tokens, device=device)
+    s1, scale = 5.9, torch.full((1, n_tokens), 1 / n_tokens, device=device)
+    predicted, compiled = torch.arange(n_tokens, device=device), "compiled" in variant
 
     def plain():
         theta = bfn.flow(ids, t, s1, K).softmax(-1)
         logits = (theta @ E) @ W.T + bias + theta.clamp(min=1e-37).log()
-        losses = bfn.squared_error_loss(logits, ids, t, s1) + train.CROSS_ENTROPY * bfn.cross_entropy(logits, ids)
-        return (losses * scale).sum()
+        return (bfn.training_loss(logits.float().log_softmax(-1), ids, t, s1) * scale).sum()
 
-    def fused():
-        keys, s = kernels.draw_keys(n_tokens, device=device), s1 * t[0]
-        h = kernels.noisy_embedding(E, ids[0], rows, keys, s)
-        return kernels.linear_errors(h, W, bias, ids[0], keys, s, s1 * s, scale, train.CROSS_ENTROPY)[0]
+    def in_chunks():
+        noisy = fused.Noisy(ids, t, draw_keys(1, n_tokens, device=device), predicted, s1, compiled)
+        return fused.HiddenToLoss.apply(fused.ThetaToH.apply(E, noisy), W, bias, scale, noisy)[0]
 
-    call = fused if "fused" in variant else plain
-    if variant == "plain, compiled":
-        call = torch.compile(plain, dynamic=False)
-    elif variant == "fused, compiled":
-        kernels.compile_chunks()
+    call = in_chunks if "fused" in variant else torch.compile(plain, dynamic=False) if compiled else plain
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=speed.fast_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=log.fast_bf16(device)):
             loss = call()
         loss.backward()
 
@@ -126,28 +122,28 @@ def operations(device, repetitions, variant, K, n_tokens, width):
 
 
 def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_length=64):
-    """A whole training step of the network, on packed rows."""
+    """A whole training step on packed rows."""
     flags = ["-d=none", f"-slen={row_length}", f"-bsz={n_tokens // row_length}", f"-nl={n_layers}", f"-mdim={width}"]
     flags += ["--max_steps=1000", f"--fused={'on' if 'fused' in variant else 'off'}"]
     flags += [f"--compile={'on' if 'compiled' in variant else 'off'}"]
     args = train.complete(train.flags().parse_args(flags))
     config = train.make_config(args, K)
     state = train.build(config, args, device, None)
-    fused = train.prepare_network(state.model, args, device)
+    train.set_switches(state.model, args, device)
     torch.manual_seed(0)
     segment_ids = 1 + (torch.rand(n_tokens // row_length, row_length) < 0.05).cumsum(1)
     batch = torch.randint(K, segment_ids.shape), segment_ids, torch.zeros_like(segment_ids, dtype=torch.bool)
 
     def call():
-        train.accumulate_gradients(state.model, [batch], [0], device, state.times, fused)
+        train.accumulate_gradients(state.model, [batch], [0], device, state.times)
         train.update_weights(state, args)
 
-    return measure(call, device, n_tokens, repetitions, speed.model_flops(config, row_length) * n_tokens)
+    return measure(call, device, n_tokens, repetitions, log.model_flops(config, row_length) * n_tokens)
 
 
 def attention(device, repetitions, variant, row_length, n_tokens=8192, n_heads=8, width=64):
-    """Attention alone over packed rows, forward and backward (forward alone on a CPU, where flex has no more)."""
-    B, dtype = n_tokens // row_length, torch.bfloat16 if speed.fast_bf16(device) else torch.float32
+    """Attention over packed rows, forward and backward (on a CPU only forward, which is all that flex has there)."""
+    B, dtype = n_tokens // row_length, torch.bfloat16 if log.fast_bf16(device) else torch.float32
     q, k, v = (torch.randn(B, n_heads, row_length, width, device=device, dtype=dtype) for _ in range(3))
     segments = (1 + (torch.rand(B, row_length) < 0.05).cumsum(1)).to(device)
     train_it = device.type == "cuda"
@@ -155,11 +151,13 @@ def attention(device, repetitions, variant, row_length, n_tokens=8192, n_heads=8
     flex = torch.compile(flex_attention, dynamic=False)
     make_mask = torch.compile(create_block_mask, dynamic=False) if train_it else create_block_mask
 
+    def same_segment(b, h, i, j):
+        return segments[b, i] == segments[b, j]
+
     def call():
         with torch.set_grad_enabled(train_it):
             if variant == "flex":
-                same = lambda b, h, i, j: segments[b, i] == segments[b, j]
-                out = flex(q, k, v, block_mask=make_mask(same, B, None, row_length, row_length, device))
+                out = flex(q, k, v, block_mask=make_mask(same_segment, B, None, row_length, row_length, device))
             else:
                 mask = (segments[:, None, :, None] == segments[:, None, None]) if variant == "boolean mask" else None
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -174,25 +172,24 @@ def text(device, repetitions, variant, n_sentences=50_000):
     with tempfile.TemporaryDirectory() as folder:
         corpus, tokenizer = Path(folder) / "corpus.txt", Path(folder) / "tokenizer.model"
         corpus.write_text(toy.corpus(n_sentences) * 4)
-        tokenizer.write_bytes(data.train_tokenizer(corpus, "bpe", 1000))
+        tokenizer.write_bytes(train_tokenizer(corpus, "bpe", 1000))
         tokens = data.load_corpus(corpus, tokenizer, Path(folder) / "cache")
         if variant == "tokenise":
-            caches = iter(range(1000))
-            call = lambda: data.load_corpus(corpus, tokenizer, Path(folder) / f"cache{next(caches)}")
-            return measure(call, device, len(tokens.ids), repetitions)
+            caches = (Path(folder) / f"cache{i}" for i in range(1000))
+            return measure(lambda: data.load_corpus(corpus, tokenizer, next(caches)), device, len(tokens.ids), repetitions)
         loader, n = data.Loader(tokens, 64, 128, seed=0), iter(range(10**6))
         return measure(lambda: [loader.batch(next(n)) for _ in range(20)], device, 20 * 128 * 64, repetitions)
 
 
 def sampling(device, repetitions, variant, K, rows, length=64, width=256, n_layers=4):
-    """Sampling texts; `variant` is the solver and the number of network calls."""
-    solver, n_calls = variant.split()
-    times = bfn.time_grid(solver, int(n_calls) - (solver != "commit"))
+    """Sampling texts; `variant` is the sampler and the number of network calls."""
+    sampler, n_calls = variant.split()
+    controls = bfn.Controls(sampler, int(n_calls) - (sampler != "commit"))  # the flow's samplers make one call more
     model = BFNTransformer(Config(K, bfn.auto_beta1(K), width, n_layers, 8)).to(device).eval()
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
     network = partial(model, segment_ids=torch.ones_like(ids))
     nothing = torch.zeros_like(ids, dtype=torch.bool)
-    call = partial(bfn.sample, network, ids, nothing, model.config.s1, K, times, solver)
+    call = partial(bfn.sample, network, ids, nothing, model.config.s1, K, controls)
     return measure(call, device, rows * length, repetitions)
 
 
@@ -300,7 +297,7 @@ def main():
         raise ValueError("there are no such cases: leave --quick or --K out")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    peak = speed.peak(device)
+    peak = log.peak(device)
     measured = [[] for _ in jobs]
     for i in tqdm(list(range(len(jobs))) * args.rounds, disable=None):
         command = [sys.executable, __file__, f"--one={json.dumps(jobs[i])}", f"--device={device}"]

@@ -1,4 +1,4 @@
-"""Measure the text side on a corpus: tokenising, how full packed rows are, and how fast batches are made.
+"""Measure how fast a corpus is tokenised, how full its packed rows are, and how fast batches are made.
 
 python benchmarks/packing.py -d=CORPUS.txt -spm=TOKENIZER.model
 """
@@ -18,23 +18,24 @@ LENGTHS = (64, 128, 256)
 
 
 def best_fit(lengths, row_length):
-    """Fill that the textbook's best-fit decreasing reaches with whole items of at most `row_length`."""
-    rows_with = np.zeros(row_length + 1, dtype=np.int64)  # how many open rows have so much room
+    """Compute the fill that the textbook's best-fit decreasing reaches with documents of at most `row_length` tokens."""
+    rows_with = np.zeros(row_length + 1, dtype=np.int64)  # number of rows by how many positions are free
     n_rows = 0
     for length in np.sort(lengths)[::-1]:
         fits = np.flatnonzero(rows_with[length:])
-        room = length + fits[0] if len(fits) else row_length
         if len(fits):
-            rows_with[room] -= 1
+            free = length + fits[0]
+            rows_with[free] -= 1
         else:
+            free = row_length
             n_rows += 1
-        rows_with[room - length] += 1
+        rows_with[free - length] += 1
     return lengths.sum() / (n_rows * row_length)
 
 
 def main():
     flags = cli.Parser(__doc__.split("\n")[0])
-    flags.add_argument("-d", "--data_path", required=True, help="text file, one example a line")
+    flags.add_argument("-d", "--data_path", required=True, help="text file, one document per line")
     flags.add_argument("-spm", "--spm_model", required=True, help="SentencePiece model")
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as cache_dir:
@@ -45,9 +46,7 @@ def main():
         begin = time.perf_counter()
         data.load_corpus(args.data_path, args.spm_model, cache_dir)
         print(f"found it in the cache in {time.perf_counter() - begin:.2f} s\n")
-        print(
-            "| length | a window a row | best fit, whole lines | packed | tokens in 128 rows | plan, s | batches, tokens/s |"
-        )
+        print("| length | one window per row | best fit, uncut lines | packed | tokens in 128 rows | plan, s | tokens/s |")
         print("|---|---|---|---|---|---|---|")
         for row_length in LENGTHS:
             begin = time.perf_counter()
@@ -56,10 +55,10 @@ def main():
             planned = time.perf_counter()
             n_tokens = sum(int((loader.batch(n)[1] > 0).sum()) for n in range(50))
             speed = n_tokens / (time.perf_counter() - planned)
-            n_windows = (-(-tokens.lengths // row_length)).sum()
-            whole = tokens.lengths[tokens.lengths <= row_length]
+            unpacked = tokens.lengths.sum() / ((-(-tokens.lengths // row_length)).sum() * row_length)
+            short = tokens.lengths[tokens.lengths <= row_length]
             print(
-                f"| {row_length} | {tokens.lengths.sum() / (n_windows * row_length):.1%} | {best_fit(whole, row_length):.1%} "
+                f"| {row_length} | {unpacked:.1%} | {best_fit(short, row_length):.1%} "
                 f"| {plan.fill(row_length):.2%} | {n_tokens / 50:.0f} | {planned - begin:.2f} | {speed:,.0f} |"
             )
 

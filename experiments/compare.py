@@ -4,9 +4,12 @@
     python experiments/compare.py --minutes=12 --seeds=3 base autoregressive \\
         -d=wiki8.train.txt --val_path=wiki8.valid.txt --flags="--preset=laptop --tokenizer=char -slen=128 -bsz=16"
 
-A variant is a function that changes the network, the loss or the optimizer before training starts. Every variant and
-seed runs in a process of its own, one after another. The learning rate falls to zero at the end of the budget. Records are
-added to those already in the folder. The weights of "base" are kept there too, as run folders base-0, base-1, ...
+A variant is a function that changes the network, the loss or the optimizer before training starts. Each variant and seed
+runs in its own process, one after another. The learning rate falls to zero at the end of the budget. Results are added to
+those already in the folder. The weights of "base" are kept there too, as run folders base-0, base-1, ...
+
+A variant need not care about fused.py: train.py checks whether the fused form follows the change and trains in the plain
+form otherwise.
 """
 
 import json
@@ -18,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -26,12 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bfn
+import checkpoint
 import cli
 import data
 import evaluate
 import model as model_file
+import optim
 import plot
 import train
+from noise import mix_seed
 
 N_POINTS = 8  # of the curve over time
 VAL_TOKENS = 32_768
@@ -45,12 +52,11 @@ def base(args):
 
 def no_skip(args):
     """Output without log theta."""
-    args.fused = "off"
     model_file.BFNTransformer.head = lambda self, hidden, theta: self.linear_out(hidden)
 
 
 def no_convolution(args):
-    """The layers read single positions."""
+    """No convolutions: only attention sees other positions."""
     model_file.Convolution.forward = lambda self, h, segment_ids: h
 
 
@@ -64,7 +70,7 @@ def adamw(args):
         groups = [dict(params=group, weight_decay=decay) for group, decay in zip(groups, decays, strict=True)]
         return [torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)]
 
-    train.make_optimizers = make_optimizers
+    optim.make_optimizers = make_optimizers
 
 
 def segment_times(args):
@@ -88,27 +94,27 @@ def uniform_times(args):
 
 
 def no_cross_entropy(args):
-    """The continuous-time loss alone."""
-    train.CROSS_ENTROPY = 0.0
+    """Only the continuous-time loss."""
+    bfn.CROSS_ENTROPY = 0.0
 
 
 def cross_entropy_2(args):
-    """Cross-entropy of weight 2."""
-    train.CROSS_ENTROPY = 2.0
+    """Cross-entropy with weight 2."""
+    bfn.CROSS_ENTROPY = 2.0
 
 
 def cross_entropy_20(args):
-    """Cross-entropy of weight 20."""
-    train.CROSS_ENTROPY = 20.0
+    """Cross-entropy with weight 20."""
+    bfn.CROSS_ENTROPY = 20.0
 
 
 def half_batch(args):
-    """Half the rows a step."""
+    """Half the rows per step."""
     args.batch_size //= 2
 
 
 def double_batch(args):
-    """Twice the rows a step."""
+    """Twice the rows per step."""
     args.batch_size *= 2
 
 
@@ -124,23 +130,23 @@ def double_rate(args):
 
 def nothing_given(args):
     """No text is partly given in training."""
-    data.draw_cond_mask = lambda segment_ids, rng: evaluate.nothing_given(segment_ids)
+    data.draw_cond_mask = lambda segment_ids, rng: np.zeros_like(segment_ids, dtype=bool)
 
 
 def given_apart(args):
-    """Given positions have a time of their own, 1.5: told apart from those about to be read out."""
-    args.fused, give = "off", bfn.give
+    """Given positions have time 1.5 instead of 1, so the network can tell them from positions that are almost clear."""
+    clamp_given = bfn.clamp_given
 
-    def give_apart(theta, t, ids, cond_mask):
-        theta, t = give(theta, t, ids, cond_mask)
+    def clamp_apart(theta, t, ids, cond_mask):
+        theta, t = clamp_given(theta, t, ids, cond_mask)
         return theta, t.masked_fill(cond_mask, 1.5)
 
-    bfn.give = give_apart
+    bfn.clamp_given = clamp_apart
 
 
 def self_conditioning(args):
-    """The network reads its own first answer to the same input, which has no gradient: twice the calls."""
-    network, args.fused = model_file.BFNTransformer, "off"
+    """The network reads its own first answer to the same input, without gradient: twice the calls."""
+    network = model_file.BFNTransformer
     build, answer = network.__init__, network.forward
 
     def __init__(self, config):
@@ -158,7 +164,7 @@ def self_conditioning(args):
 
 
 def first_formulation(args):
-    """theta @ E, FiLM without the 1 +, beta 0.005, logits alone, no convolution, one t a text, one loss, AdamW at 1e-3."""
+    """theta @ E, FiLM without the 1 +, beta 0.005, no evidence skip, no convolution, one t per text, one loss, AdamW at 1e-3."""
 
     class FiLM(model_file.FiLM):
         def __init__(self, d_model, d_time):
@@ -176,8 +182,8 @@ def first_formulation(args):
 
 
 def autoregressive(args):
-    """The same body, causal: what not being autoregressive costs."""
-    network, args.fused = model_file.BFNTransformer, "off"
+    """The same body as a causal language model: what not being autoregressive costs."""
+    network = model_file.BFNTransformer
     network.head = lambda self, hidden, theta: self.linear_out(hidden)
     plain_mask = network.attention_mask
 
@@ -191,14 +197,14 @@ def autoregressive(args):
         return self.head(self.body(self.embed(before * same[..., None]), torch.ones_like(t), segment_ids), theta)
 
     def predict(network, theta, t, ids, cond_mask):
-        return network(F.one_hot(ids, theta.shape[-1]).float(), t).float()
+        return network(F.one_hot(ids, theta.shape[-1]).float(), t).float().log_softmax(-1)
 
     network.attention_mask, network.forward, bfn.predict = attention_mask, forward, predict
     model_file.Convolution.offsets = range(-4, 1)
-    bfn.squared_error_loss = lambda logits, ids, t, s1: bfn.cross_entropy(logits, ids)
+    bfn.squared_error_loss = lambda log_p, ids, t, s1: bfn.cross_entropy(log_p, ids)
     bfn.reconstruction_loss = lambda network, ids, *rest: torch.zeros(ids.shape, device=ids.device)
-    data.draw_cond_mask = lambda segment_ids, rng: evaluate.nothing_given(segment_ids)
-    train.CROSS_ENTROPY = 0.0
+    data.draw_cond_mask = lambda segment_ids, rng: np.zeros_like(segment_ids, dtype=bool)
+    bfn.CROSS_ENTROPY = 0.0
 
 
 VARIANTS = {
@@ -215,7 +221,7 @@ VARIANTS = {
 
 
 class Budget:
-    """Seconds or tokens that a run may spend, and the share of them that is spent. Validation costs nothing."""
+    """The seconds or tokens that a run may spend, and what is spent of them. Validation costs nothing."""
 
     def __init__(self, minutes, n_tokens):
         self.seconds, self.n_tokens = minutes * 60, n_tokens
@@ -263,14 +269,14 @@ def run(name, args, minutes, n_tokens, text, folder):
     config = train.make_config(args, len(tokenizer))
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
-    fused = train.prepare_network(state.model, args, device)
-    train.probe(state.model, loader, args, device, fused)
-    train.learning_rate = lambda step, args: args.learning_rate * rate_share(budget.progress)
+    train.set_switches(state.model, args, device)
+    train.warm_up(state.model, loader, args, device)
+    optim.learning_rate = lambda step, args: args.learning_rate * rate_share(budget.progress)
 
     def step():
         batch = loader.batch(state.step)
-        seeds = [bfn.mix_seed(args.seed, state.step, 0)]
-        train.accumulate_gradients(state.model, [batch], seeds, device, state.times, fused)
+        seeds = [mix_seed(args.seed, state.step, 0)]
+        train.accumulate_gradients(state.model, [batch], seeds, device, state.times)
         train.update_weights(state, args)
         state.step += 1
         return int((batch[1] > 0).sum())
@@ -280,21 +286,23 @@ def run(name, args, minutes, n_tokens, text, folder):
 
     result = record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
     if name == "base":  # the file would not tell how another variant's network differs
-        state.loss_by_time = train.validate(state.emas[-1], val, tokenizer.bos_id(), args, device)[1]
+        state.loss_by_time = evaluate.validate(
+            state.emas[-1], val, tokenizer.bos_id(), args.sequence_length, device
+        )[1]
         try:
-            keep_weights(state, train.describe_run(args, config, *text, folder), folder / f"base-{args.seed}")
+            keep_weights(state, checkpoint.describe_run(args, config, *text, folder), folder / f"base-{args.seed}")
         except OSError as error:
             print(f"the weights are not kept: {error}", file=sys.stderr)
     return result
 
 
 def keep_weights(state, run, run_dir):
-    """Make a run folder within the comparison's, for sample.py and evaluate.py."""
+    """Make a run folder inside the comparison's folder, for sample.py and evaluate.py."""
     run_dir.mkdir(exist_ok=True)
     for name in ("tokenizer.model", "corpus.txt"):
         if (run_dir.parent / name).exists():
             shutil.copyfile(run_dir.parent / name, run_dir / name)
-    train.save(state, run, run_dir, is_best=True)
+    checkpoint.save(state, run, run_dir, is_best=True)
 
 
 def record(name, seed, model, curve):
@@ -335,14 +343,14 @@ def table(records):
 def prepare(args, folder):
     """Tokenizer and Tokens of the text, in the folder of the comparison -> tokenizer, training and validation Tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    return train.prepare_text(args, folder, None)
+    return checkpoint.prepare_text(args, folder, None)
 
 
 def main():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("variants", nargs="+", choices=VARIANTS, help="what to compare")
-    p.add_argument("--minutes", type=cli.positive, default=3.0, help="of training, validation not counted (3)")
-    p.add_argument("--tokens", type=cli.count, help="tokens of training, in place of minutes")
+    p.add_argument("--minutes", type=cli.positive, default=3.0, help="minutes of training, without validation (3)")
+    p.add_argument("--tokens", type=cli.count, help="tokens of training, instead of minutes")
     p.add_argument("--seeds", type=cli.count, default=1, help="runs of each variant (1)")
     p.add_argument("-d", "--data_path", help="text file (the built-in language)")
     p.add_argument("--val_path", help="text file for validation")
@@ -372,7 +380,7 @@ def main():
 
 
 def keep(new, folder):
-    """Add a record to those of a folder, in place of an older one of the same name and seed; renew table and picture."""
+    """Add a record to a folder, replacing an older one of the same name and seed; redraw table and picture."""
     path = folder / "results.json"
     records = json.loads(path.read_text()) if path.exists() else []
     records = [r for r in records if (r["name"], r["seed"]) != (new["name"], new["seed"])] + [new]

@@ -21,7 +21,9 @@ from compare import Budget, bound, keep, prepare, rate_share, record, spend
 import bfn
 import cli
 import data
+import optim
 import train
+from noise import mix_seed
 
 
 def load_official(code):
@@ -83,14 +85,14 @@ def main():
         nonlocal n_steps
         ids, segment_ids, _ = loader.batch(n_steps)
         check_one_text_a_row(segment_ids)
-        torch.manual_seed(bfn.mix_seed(args.seed, n_steps, 0))
+        torch.manual_seed(mix_seed(args.seed, n_steps, 0))
         optimizer.zero_grad(set_to_none=True)
         model(ids).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * rate_share(budget.progress)
         optimizer.step()
-        train.average_weights(average, net, 0.999, n_steps)
+        optim.average_weights(average, net, 0.999, n_steps)
         n_steps += 1
         return int((segment_ids > 0).sum())
 

@@ -30,10 +30,12 @@ import evaluate
 import plot
 import quality
 import toy
-from model import load
+from checkpoint import load
 from prompts import GAP, make_template
 from sample import Options, decode, generate
+from text import read_part
 
+FLOW_SAMPLERS = [name for name in bfn.SAMPLERS if name != "commit"]
 CALLS = 5, 10, 20, 50, 100
 MOST_CALLS = 500  # of the ancestral sampler alone
 CORRECTED = "corrected"  # commit, the last of its calls corrections
@@ -51,7 +53,7 @@ class Job:
     def options(self, curve):
         """Options that make so many network calls; curve is the loss by time for a learned time grid, or None."""
         controls = dict(curve=curve, temperature=self.temperature, top_p=self.top_p)
-        if self.solver in bfn.SOLVERS:
+        if self.solver in FLOW_SAMPLERS:
             return Options(self.solver, self.calls - 1, **controls)
         corrections = min(Options.corrections, self.calls // 3) if self.solver == CORRECTED else 0
         return Options("commit", self.calls - corrections, corrections, **controls)
@@ -170,7 +172,7 @@ def pictures(rows, is_toy, folder, title):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    add, solvers = p.add_argument, [CORRECTED, "commit", *bfn.SOLVERS]
+    add, solvers = p.add_argument, [CORRECTED, "commit", *FLOW_SAMPLERS]
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("-d", "--data_path", help="held-out text (the built-in language's validation part)")
     add("--corpus", help="training text that texts are held against (the one trained on)")
@@ -215,7 +217,7 @@ def main():
         (folder / "results.md").write_text("\n".join(table(rows)) + "\n")
     lines = table(rows)
     if args.infill:
-        sentences = [piece.text for piece in data.read_part(corpus, "val")][: args.infill]
+        sentences = [piece.text for piece in read_part(corpus, "val")][: args.infill]
         jobs = [Job(solver, calls) for solver in args.solvers for calls in args.calls if calls <= 20]
         lines += infill_table(model, tokenizer, run, jobs, sentences, args)
     (folder / "results.md").write_text("\n".join(lines) + "\n")

@@ -18,7 +18,10 @@ import bfn
 import cli
 import data
 import train
-from model import BFNTransformer, Config, read_checkpoint
+from checkpoint import read_checkpoint
+from model import BFNTransformer, Config
+from noise import mix_seed
+from text import load_tokenizer
 from times import Times
 
 
@@ -29,7 +32,7 @@ def variance(model, batches, times, n_draws, bar):
         losses, gradients = [], []
         for n in range(n_draws):
             model.zero_grad(set_to_none=True)
-            seeds = [bfn.mix_seed("variance", b, n)]
+            seeds = [mix_seed("variance", b, n)]
             losses.append(train.accumulate_gradients(model, [batch], seeds, torch.device("cpu"), times))
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
             bar.update()
@@ -43,9 +46,9 @@ def main():
     p.add_argument("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     p.add_argument("--n_batches", type=cli.count, default=4, help="batches (4)")
     p.add_argument("--n_draws", type=cli.several, default=32, help="draws of noise and times for each (32)")
-    p.add_argument("--cross_entropy", type=cli.non_negative, default=train.CROSS_ENTROPY, help="its weight in the loss (5)")
+    p.add_argument("--cross_entropy", type=cli.non_negative, default=bfn.CROSS_ENTROPY, help="its weight in the loss (5)")
     args = p.parse_args()
-    train.CROSS_ENTROPY = args.cross_entropy
+    bfn.CROSS_ENTROPY = args.cross_entropy
     run_dir = Path(args.model_dir)
     run = read_checkpoint(run_dir / "last.pt")
     flags, model = run["args"], BFNTransformer(Config(**run["config"]))
@@ -53,7 +56,7 @@ def main():
     corpus = flags["data_path"] or run_dir / "corpus.txt"
     part = "all" if flags["val_path"] else "train"
     tokens = data.load_corpus(corpus, run_dir / "tokenizer.model", flags["cache_dir"], part)
-    bos_id = data.load_tokenizer(run_dir / "tokenizer.model").bos_id()
+    bos_id = load_tokenizer(run_dir / "tokenizer.model").bos_id()
     loader = data.Loader(tokens, flags["sequence_length"], flags["batch_size"], flags["seed"], bos_id)
     batches = [loader.batch(n) for n in range(args.n_batches)]
     results = {}

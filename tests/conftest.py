@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are small: more threads only wait for each other
 if not os.environ.get("BFN_TEST_CUDA"):  # everything is tested on the CPU, where results are the same bit for bit
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

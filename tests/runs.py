@@ -1,11 +1,10 @@
-"""Run folders with untrained networks, for the commands that read them."""
-
-import hashlib
+"""Untrained networks, run folders for the commands that read them, and a comparison of checkpoints."""
 
 import torch
 
-import data
-from model import BFNTransformer, Config, save_checkpoint
+from checkpoint import save_checkpoint
+from model import BFNTransformer, Config
+from text import file_hash, load_tokenizer, train_tokenizer
 
 WORDS = {
     "word_lengths": [0, 3, 1],
@@ -14,12 +13,22 @@ WORDS = {
 }
 
 
+def random_network(config, std=0.2):
+    """A network with all weights random, also those that start at zero: every part matters."""
+    torch.manual_seed(0)
+    network = BFNTransformer(config).eval()
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=std)
+    return network
+
+
 def make_run(folder, kind, text):
     """A run folder with an untrained network of random weights."""
     folder.mkdir()
     (folder / "text.txt").write_text(text)
-    (folder / "tokenizer.model").write_bytes(data.train_tokenizer(folder / "text.txt", kind, 300))
-    tokenizer = data.load_tokenizer(folder / "tokenizer.model")
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(folder / "text.txt", kind, 300))
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
     torch.manual_seed(0)
     config = Config(K=len(tokenizer), beta1=0.3, d_model=32, n_layers=1, n_heads=2)
     model = BFNTransformer(config)
@@ -29,10 +38,21 @@ def make_run(folder, kind, text):
         dict(
             WORDS,
             config=vars(config),
-            tokenizer_hash=hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest(),
+            tokenizer_hash=file_hash(folder / "tokenizer.model"),
             emas=[model.state_dict()],
             step=1,
             loss_by_time=None,
         ),
     )
     return folder
+
+
+def equal(a, b):
+    """Whether two checkpoints, or parts of them, are the same in every bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b

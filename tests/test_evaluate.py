@@ -1,7 +1,8 @@
-"""The bound and its errors against exact distributions; the command."""
+"""Evaluation: the bound and its errors for known distributions, the figures of samples, the command, pictures."""
 
 import json
 import math
+import random
 import sys
 from types import SimpleNamespace
 
@@ -15,14 +16,17 @@ import bfn
 import cli
 import data
 import evaluate
+import plot
 import quality
 import toy
+from text import load_tokenizer, train_tokenizer
 
 SEQUENCES, P = random_joint()
 CPU = torch.device("cpu")
 
 
 def exact_model(s1):
+    """The exact network of P as a model that `score` takes."""
     network = ExactNetwork(SEQUENCES, P)
 
     def model(theta, t, segment_ids):
@@ -32,8 +36,18 @@ def exact_model(s1):
     return model
 
 
+def uniform_model(K, s1=2.0):
+    """A model that predicts every token with probability 1 / K."""
+
+    def model(theta, t, segment_ids):
+        return torch.zeros_like(theta)
+
+    model.config = SimpleNamespace(K=K, d_model=1, s1=s1)
+    return model
+
+
 def tokens_of(ids):
-    """A text of one document a row, without bos and eos, a character and a byte a token."""
+    """A text in which each row is a document, without bos and eos, of one character and one byte per token."""
     B, L = ids.shape
     return data.Tokens(ids.numpy().ravel(), np.arange(B + 1) * L, ids.numel(), ids.numel(), 0, "test")
 
@@ -43,9 +57,12 @@ def code_length(ids):
     return -P.log()[(ids * torch.tensor([16, 4, 1])).sum(-1)].sum().item() / ids.numel()
 
 
+# ---------------------------------------------------------------- the bound and its errors
+
+
 @pytest.mark.parametrize("s1, n_steps, tight", [(2, None, False), (8, None, True), (8, 400, False)])
-def test_the_bound_of_a_text_is_its_code_length_under_the_exact_network_and_never_less(s1, n_steps, tight):
-    """Given the text, so that only noise and times are left to err."""
+def test_the_bound_of_the_exact_network_is_above_the_code_length_and_reaches_it_for_large_s1(s1, n_steps, tight):
+    """For the continuous-time loss. Both are of the same text, so only noise and times can make a difference."""
     ids = draw(SEQUENCES, P, 4000)
     tokens = tokens_of(ids)
     scores = evaluate.score(exact_model(s1), tokens, 3, -1, CPU, n_draws=8, n_steps=n_steps, batch_size=500)
@@ -58,16 +75,28 @@ def test_the_bound_of_a_text_is_its_code_length_under_the_exact_network_and_neve
     assert figures["bits_per_byte"] == pytest.approx(figures["bound_nats_per_token"] / math.log(2))
 
 
+def test_the_n_step_loss_of_each_step_agrees_with_a_direct_estimate():
+    ids, n, s1 = draw(SEQUENCES, P, 3000), 3, 4.0
+    scores = evaluate.score(exact_model(s1), tokens_of(ids), 3, -1, CPU, n_draws=4, n_steps=n, batch_size=500)
+    _, loss_by_step, _ = scores.by_time()
+    torch.manual_seed(0)
+    for i in range(1, n + 1):
+        t, nothing = torch.full(ids.shape, (i - 1) / n), torch.zeros_like(ids, dtype=torch.bool)
+        log_p = bfn.predict_at(ExactNetwork(SEQUENCES, P), ids, t, nothing, s1, 4)
+        direct = bfn.n_step_error(log_p, ids, torch.full_like(ids, i), n, s1).mean().item()
+        assert loss_by_step[i - 1] == pytest.approx(direct, rel=0.1)
+
+
 @pytest.mark.parametrize("n_steps", [None, 5])
-def test_what_is_read_together_changes_no_figure(n_steps):
+def test_the_batch_size_changes_no_figure(n_steps):
     tokens = tokens_of(draw(SEQUENCES, P, 50))
     one, seven = (evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_steps=n_steps, batch_size=n) for n in (1, 7))
     for name in ("t", "loss", "cross_entropy", "reconstruction"):
         np.testing.assert_allclose(getattr(one, name), getattr(seven, name), rtol=1e-4, atol=1e-5)
 
 
-def test_the_monte_carlo_error_is_the_spread_over_seeds():
-    """And the error of the text is that of the mean code length."""
+def test_the_two_errors_are_the_spread_over_seeds_and_the_spread_over_texts():
+    """The Monte-Carlo error against 16 seeds, the error of the text against that of the mean code length."""
     ids = draw(SEQUENCES, P, 500)
     tokens = tokens_of(ids)
     bounds, errors = [], []
@@ -83,8 +112,8 @@ def test_the_monte_carlo_error_is_the_spread_over_seeds():
 
 
 @pytest.mark.parametrize("n_texts", [1, 10])
-def test_the_monte_carlo_error_of_few_windows_is_not_taken_for_nothing(n_texts):
-    """Their times are not spread evenly, and no curve can be fitted to them."""
+def test_the_monte_carlo_error_holds_for_very_short_texts(n_texts):
+    """Times of few windows do not cover [0, 1], and a curve fitted to them would explain away all of the variance."""
     tokens = tokens_of(draw(SEQUENCES, P, n_texts))
     scores = [evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=8, seed=seed) for seed in range(30)]
     spread = np.std([sum(s.nats_per_token) for s in scores], ddof=1)
@@ -92,69 +121,112 @@ def test_the_monte_carlo_error_of_few_windows_is_not_taken_for_nothing(n_texts):
     assert math.isnan(scores[0].text_error()[0]) == (n_texts == 1)
 
 
-def test_draws_are_added_until_the_error_asked_for_is_reached():
+def test_draws_are_added_until_the_requested_error_is_reached():
     tokens = tokens_of(draw(SEQUENCES, P, 200))
     scores = evaluate.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
-    assert scores.monte_carlo_error() < 0.04 and 2 < len(scores.loss) < evaluate.MOST_DRAWS
-    again = evaluate.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
-    assert np.array_equal(scores.loss, again.loss)
+    assert scores.monte_carlo_error() < 0.04 and 2 < len(scores.loss) < evaluate.MAX_DRAWS
+    repeated = evaluate.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
+    assert np.array_equal(scores.loss, repeated.loss)
 
 
-def test_the_control_variate_of_the_n_step_loss_changes_its_noise_alone():
+def test_a_text_that_misses_the_requested_error_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "MAX_DRAWS", 3)
+    scores = evaluate.score(exact_model(4), tokens_of(draw(SEQUENCES, P, 5)), 3, -1, CPU, error=1e-4)
+    assert len(scores.loss) == 3 and "after 3 draws, not 0.0001" in capsys.readouterr().err
+
+
+def test_the_control_variate_of_the_n_step_loss_changes_only_its_variance():
     torch.manual_seed(0)
     ids = torch.zeros(200_000, 1, dtype=torch.long)
-    logits = torch.tensor([1.0, 0.0, -1.0]).expand(200_000, 1, 3)
+    log_p = torch.tensor([1.0, 0.0, -1.0]).log_softmax(-1).expand(200_000, 1, 3)
     i, n, s1 = torch.full_like(ids, 70), 100, 3.0
-    loss = bfn.n_step_error(logits, ids, i, n, s1)
+    loss = bfn.n_step_error(log_p, ids, i, n, s1)
     a = torch.tensor(s1 * math.sqrt(139) / n)
     y = bfn.sender_sample(ids, a, 3)
-    plain = n * (y[..., 0] - torch.logsumexp(logits.log_softmax(-1) + y, -1))
+    plain = n * (y[..., 0] - torch.logsumexp(log_p + y, -1))
     error = plain.std() / math.sqrt(len(plain))
     assert abs(loss.mean() - plain.mean()) < 4 * error
     assert loss.std() < plain.std() / 4
 
 
-def test_every_token_is_scored_once_whatever_the_window():
+def test_every_token_is_scored_once_for_any_window():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 40, 30)
     tokens = data.Tokens(rng.integers(1, 4, lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "test")
-
-    def model(theta, t, segment_ids):
-        return torch.zeros_like(theta)
-
-    model.config = SimpleNamespace(K=4, d_model=1, s1=2.0)
     for window in (5, 16, 50):
-        scores = evaluate.score(model, tokens, window, 3, CPU)
-        assert scores.n.sum() == (tokens.ids != 3).sum()
-        by_document = np.bincount(scores.document, scores.n)
+        scores = evaluate.score(uniform_model(4), tokens, window, 3, CPU)
+        assert scores.n_scored.sum() == (tokens.ids != 3).sum()
+        by_document = np.bincount(scores.document, scores.n_scored)
         assert by_document.tolist() == [(tokens.ids[a:b] != 3).sum() for a, b in zip(tokens.offsets, tokens.offsets[1:])]
-    some = evaluate.score(model, tokens, 16, -1, CPU, max_tokens=100)
-    assert 80 < some.n.sum() <= 112
+    some = evaluate.score(uniform_model(4), tokens, 16, -1, CPU, max_tokens=100)
+    assert 80 < some.n_scored.sum() <= 112
 
 
-def test_what_is_given_is_not_scored():
-    segment_ids = np.array([[1] * 10 + [2] * 5 + [0]])
-    assert np.flatnonzero(~evaluate.parse_given("prefix:0.4")(segment_ids)[0, :15]).tolist() == [
-        4,
-        5,
-        6,
-        7,
-        8,
-        9,
-        12,
-        13,
-        14,
-    ]
-    assert np.flatnonzero(~evaluate.parse_given("around:0.2")(segment_ids)[0, :15]).tolist() == [4, 5, 12]
+def test_given_tokens_are_not_scored_and_the_bound_is_the_conditional_code_length():
+    segment_ids = torch.tensor([[1] * 10 + [2] * 5 + [0]])
+    prefix, around = (evaluate.parse_given(text)(segment_ids)[0, :15] for text in ("prefix:0.4", "around:0.2"))
+    assert (~prefix).nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9, 12, 13, 14]
+    assert (~around).nonzero().flatten().tolist() == [4, 5, 12]
+    assert (~evaluate.parse_given("around:0.01")(segment_ids)[0, :15]).sum() == 2  # one token of each window
     tokens = tokens_of(draw(SEQUENCES, P, 3000))
     scores = evaluate.score(
         exact_model(8), tokens, 3, -1, CPU, n_draws=4, given=evaluate.parse_given("prefix:0.34"), batch_size=500
     )
     first = torch.zeros(4).index_add_(0, SEQUENCES[:, 0], P)
-    conditional = -(P * (P / first[SEQUENCES[:, 0]]).log()).sum().item() / 2  # H(x2, x3 | x1) a token
+    conditional = -(P * (P / first[SEQUENCES[:, 0]]).log()).sum().item() / 2  # H(x2, x3 | x1) per token
     assert sum(scores.nats_per_token) == pytest.approx(
         conditional, abs=4 * (scores.monte_carlo_error() + scores.text_error()[0])
     )
+
+
+# ---------------------------------------------------------------- validation
+
+
+def test_two_validations_use_the_same_tokens_and_noise_and_agree_exactly():
+    tokens = tokens_of(draw(SEQUENCES, P, 1000))
+    first, second = (evaluate.validate(exact_model(4), tokens, -1, 3, CPU, max_tokens=600) for _ in range(2))
+    assert first == second
+    figures, loss_by_time = first
+    assert len(loss_by_time) == 20 and figures["n_tokens_scored"] == 600
+
+
+def test_bits_per_character_count_eos_but_not_bos_and_all_characters_of_the_raw_text(tmp_path, monkeypatch):
+    """The losses are set to one nat per token for L_inf and to nothing for L_rec."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(toy.corpus(300))
+    (tmp_path / "model").write_bytes(train_tokenizer(corpus, "word", 500))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    monkeypatch.setattr(bfn, "squared_error_loss", lambda log_p, ids, *rest: torch.ones(ids.shape))
+    monkeypatch.setattr(bfn, "reconstruction_loss", lambda network, ids, *rest: torch.zeros(ids.shape))
+    tokens = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
+    figures, _ = evaluate.validate(uniform_model(len(tokenizer)), tokens, tokenizer.bos_id(), 32, CPU)
+    lines = corpus.read_text().splitlines()
+    assert figures["bound_nats_per_token"] == pytest.approx(1)
+    expected = sum(len(line.split()) + 1 for line in lines) / sum(map(len, lines)) / math.log(2)
+    assert figures["bits_per_char"] == pytest.approx(expected)
+
+
+def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences(tmp_path, monkeypatch):
+    """64 samples from the corpus, 128 new sentences, 64 that are not grammatical; a bound 10% above the exact entropy."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(toy.corpus(400))
+    known = corpus.read_text().splitlines()
+    new = [line for line in toy.corpus(400, seed=1).splitlines() if line not in known][:128]
+    (tmp_path / "model").write_bytes(train_tokenizer(corpus, "word", 500))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    samples = [(tokenizer.encode(text), 1) for text in known[:64] + new + ["the the cat"] * 64]
+    random.Random(0).shuffle(samples)
+    monkeypatch.setattr(evaluate, "generate", lambda *inputs: iter(samples))
+    run = dict(lengths=[0, 0, 0, 0, 1], word_lengths=[0, 1], args=dict(sequence_length=32))
+    bound = 1.1 * toy.entropy_given_length() / (toy.mean_length() + 1)
+    lines = evaluate.check_toy(None, tokenizer, run, bound, 0, corpus)
+    assert lines == [
+        f"bound {bound / math.log(2):.3f} bits per token, 10.0% above the exact entropy given the length, 1.792",
+        "75.0% of 256 samples are grammatical, 67% of these are not in the corpus",
+    ]
+
+
+# ---------------------------------------------------------------- the command
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +256,14 @@ def test_the_command_prints_the_same_figures_for_the_same_seed(monkeypatch, caps
     assert set(figures["samples"]) == {"4 samples, 3 calls", "4 real texts"}
     assert figures["samples"]["4 real texts"]["known words"][0] > 0.9
     assert (tmp_path / "curve.png").stat().st_size > 5000
-    rows = np.genfromtxt(tmp_path / "curve.csv", delimiter=",", names=True)
-    assert np.nanmean(rows["loss_nats_per_token"]) == pytest.approx(figures["L_inf_nats_per_token"], rel=0.3)
+    curve = np.genfromtxt(tmp_path / "curve.csv", delimiter=",", names=True)
+    assert np.nanmean(curve["loss_nats_per_token"]) == pytest.approx(figures["L_inf_nats_per_token"], rel=0.3)
     shown = command(monkeypatch, capsys, run_dir, *quick)
     assert f"{figures['bits_per_char']:.4f}" in shown and "n-gram perplexity" in shown
     assert "L_20" in command(monkeypatch, capsys, run_dir, "--se=5", "--n_steps=20")
 
 
-def test_text_that_the_tokenizer_does_not_know_costs_its_bytes(monkeypatch, capsys, run_dir):
+def test_text_that_the_tokenizer_does_not_know_costs_nine_bits_per_byte(monkeypatch, capsys, run_dir):
     (run_dir / "new.txt").write_text("the \U0001f600\U0001f600 king\n")
     figures = json.loads(command(monkeypatch, capsys, run_dir, "--json", "--se=5"))
     known = figures["bound_nats_per_token"] - figures["unknown_nats_per_token"]
@@ -204,24 +276,32 @@ def test_text_that_the_tokenizer_does_not_know_costs_its_bytes(monkeypatch, caps
     "flag, message",
     [("--given=middle", "write prefix:SHARE"), ("--given=around:1.5", "must be below 1"), ("--ema=3", "there is no 3")],
 )
-def test_bad_flags_get_one_line(monkeypatch, capsys, run_dir, flag, message):
+def test_a_bad_flag_gets_one_line_and_exit_code_2(monkeypatch, capsys, run_dir, flag, message):
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, capsys, run_dir, flag)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_the_n_gram_model_is_witten_and_bells_and_sums_to_one(tmp_path):
+def test_both_names_of_the_sampler_flag_are_read():
+    for flag in ("--sampler", "--solver"):
+        assert evaluate.flags().parse_args(["-d=text.txt", f"{flag}=sde2"]).sampler == "sde2"
+
+
+# ---------------------------------------------------------------- the figures of samples
+
+
+def test_the_n_gram_model_follows_witten_and_bells_rule_and_sums_to_one(tmp_path):
     (tmp_path / "text.txt").write_text("a b a b a c\nb a\n")
-    (tmp_path / "model").write_bytes(data.train_tokenizer(tmp_path / "text.txt", "word", 100))
-    tokenizer = data.load_tokenizer(tmp_path / "model")
+    (tmp_path / "model").write_bytes(train_tokenizer(tmp_path / "text.txt", "word", 100))
+    tokenizer = load_tokenizer(tmp_path / "model")
     reference = quality.Reference.fit(tmp_path / "text.txt", tokenizer)
     assert reference.words == {"a", "b", "c"}
     K = len(tokenizer)
-    nats, n = reference.nats("a")  # at the start of a line: seen twice, a once, followed by 2 kinds
+    nats, n = reference.nats("a")  # the start of a line was seen twice, with 2 successors, "a" once
     unigram = (4 + 3 / K) / (8 + 3)
     p = unigram
-    for _ in range(5):  # orders 2 to 6: after the marks of a line's beginning
+    for _ in range(5):  # orders 2 to 6, whose histories are the marks before the line
         p = (1 + 2 * p) / (2 + 2)
     assert n == 1 and nats == pytest.approx(-math.log(p))
     known = sum(math.exp(-reference.nats(f"a b {w}")[0] + reference.nats("a b")[0]) for w in "abc")
@@ -229,19 +309,62 @@ def test_the_n_gram_model_is_witten_and_bells_and_sums_to_one(tmp_path):
     assert known + (K - 3) * unseen == pytest.approx(1)
 
 
-def test_repetition_shows_in_entropy_and_distinct_bigrams():
-    words = toy.corpus(30).splitlines()
+def test_repetition_lowers_entropy_and_distinct_bigrams():
+    texts = toy.corpus(30).splitlines()
     reference = SimpleNamespace(words=set(toy.vocabulary()), nats=lambda text: (len(text.split()), len(text.split())))
-    real, dull = quality.figures(words, reference), quality.figures([words[0]] * 30, reference)
-    assert real["known words"][0] == dull["known words"][0] == 1
+    real, repeated = quality.figures(texts, reference), quality.figures([texts[0]] * 30, reference)
+    assert real["known words"][0] == repeated["known words"][0] == 1
     assert real["n-gram perplexity"][0] == pytest.approx(math.e)
     for name in ("distinct bigrams", "word entropy (bits)"):
-        assert dull[name][2] < real[name][1]
+        assert repeated[name][2] < real[name][1]
 
 
-def test_a_training_text_without_text_is_refused_before_anything_is_scored(monkeypatch, capsys, run_dir, tmp_path):
+def test_an_empty_training_text_is_refused_before_anything_is_scored(monkeypatch, capsys, run_dir, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     monkeypatch.setattr(evaluate, "score", None)
     with pytest.raises(SystemExit):
         command(monkeypatch, capsys, run_dir, "--samples=4", f"--corpus={tmp_path / 'empty.txt'}")
-    assert "has no text to hold samples against" in capsys.readouterr().err
+    assert "has no text to compare samples with" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def picture(tmp_path, monkeypatch):
+    """picture(name) draws a line into a file of tmp_path."""
+    monkeypatch.setattr(plot, "_reported", set())
+    return lambda name: plot.lines(tmp_path / name, {"a line": ([0, 1], [1, 2])}, "t", "nats", "title")
+
+
+def test_without_matplotlib_a_picture_is_one_line_on_standard_error(picture, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not picture("a.png") and not picture("a.png")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"no picture at {tmp_path / 'a.png'}: " in error
+    assert error.endswith("(pip install matplotlib)\n")
+    assert not picture("b.png") and "b.png" in capsys.readouterr().err
+
+
+def test_a_broken_matplotlib_does_not_stop_a_run(picture, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(figure=None))
+    assert not picture("a.png")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing_behind(picture, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    assert not picture("folder.png")
+    assert "directory (give a path that can be written)" in capsys.readouterr().err
+    (tmp_path / "file").write_text("text")
+    assert not picture("file/a.png") and not picture("a.unknown")
+    assert capsys.readouterr().err.count("\n") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_picture_that_fails_keeps_the_one_that_was_there(picture, tmp_path, monkeypatch, capsys):
+    assert picture("a.png") and capsys.readouterr().err == ""
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.write_text("half") / 0)
+    assert not picture("a.png")
+    assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

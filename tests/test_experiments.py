@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import bfn
+import checkpoint
 import data
 import model
+import optim
 import toy
 import train
 
@@ -26,9 +28,9 @@ PATCHED = [
     (model, "FiLM"),
     (model.BFNTransformer, "__init__ head attention_mask forward"),
     (model.Convolution, "offsets forward"),
-    (bfn, "give predict squared_error_loss reconstruction_loss"),
+    (bfn, "CROSS_ENTROPY clamp_given predict squared_error_loss reconstruction_loss"),
     (data, "draw_cond_mask"),
-    (train, "CROSS_ENTROPY make_optimizers"),
+    (optim, "make_optimizers"),
 ]
 
 
@@ -53,14 +55,15 @@ def test_the_autoregressive_baseline_is_a_distribution_over_sequences(unpatched)
     nothing = torch.zeros_like(packed, dtype=torch.bool)
     with torch.no_grad():
         t = torch.rand(packed.shape)
-        loss = bfn.continuous_time_loss(partial(network, segment_ids=segment_ids), packed, t, nothing, 1.0, 3)
+        log_p = bfn.predict_at(partial(network, segment_ids=segment_ids), packed, t, nothing, 1.0, 3)
+        loss = bfn.training_loss(log_p, packed, t, 1.0)
     for segment in (loss[:, :4], loss[:, 4:]):
         assert (-segment.sum(-1)).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_every_variant_changes_what_it_says(unpatched):
     for name, variant in compare.VARIANTS.items():
-        args = SimpleNamespace(learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0, fused="off")
+        args = SimpleNamespace(learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0)
         before = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]
         variant(args)
         after = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]
@@ -81,7 +84,7 @@ def test_a_comparison_writes_its_table_and_picture(tmp_path):
     assert all(4000 <= r["n_tokens"] < 4300 and len(r["curve"]) == compare.N_POINTS for r in records)
     assert (tmp_path / "results.md").read_text() == done.stdout and done.stdout.count("|") > 20
     assert (tmp_path / "results.png").stat().st_size > 5000
-    network, tokenizer, run = model.load(tmp_path / "base-0")
+    network, tokenizer, run = checkpoint.load(tmp_path / "base-0")
     assert len(tokenizer) == network.config.K and run["step"] > 0 and len(run["loss_by_time"]) > 1
 
 

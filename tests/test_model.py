@@ -1,27 +1,18 @@
-"""The transformer's masks and parts, and the checkpoint file."""
-
-import hashlib
-import os
+"""The transformer: its masks and its parts."""
 
 import pytest
 import torch
+from runs import random_network
 
-import data
 import model as model_file
-from model import BFNTransformer, Config, load, read_checkpoint, save_checkpoint
+from model import BFNTransformer, Config
 
 CONFIG = Config(K=11, beta1=1.0, d_model=32, n_layers=2, n_heads=2)
 
 
 @pytest.fixture
 def model():
-    """A network whose zero-initialised parts are random, so that every part matters."""
-    torch.manual_seed(0)
-    model = BFNTransformer(CONFIG).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return random_network(CONFIG)
 
 
 def random_input(*lengths):
@@ -40,8 +31,7 @@ def test_a_packed_row_equals_its_segments_alone(model, lengths):
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_the_convolution_is_torchs_within_a_segment():
-    """And adds to what it reads."""
+def test_the_convolution_adds_what_torchs_gives_within_a_segment():
     torch.manual_seed(0)
     convolution, h = model_file.Convolution(6), torch.randn(2, 7, 6)
     torch.nn.init.normal_(convolution.weight)
@@ -88,78 +78,19 @@ def test_a_new_network_predicts_what_the_evidence_says():
 
 
 def test_a_width_that_heads_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"100.*8"):
-        Config(K=11, beta1=1.0, d_model=100, n_heads=8)
+    for width in (100, 16, 24):
+        with pytest.raises(ValueError, match=rf"{width}.*8"):
+            Config(K=11, beta1=1.0, d_model=width, n_heads=8)
 
 
-@pytest.fixture
-def run_dir(tmp_path, model):
-    text = tmp_path / "text.txt"
-    text.write_text("abcdefghij\n" * 3)
-    (tmp_path / "tokenizer.model").write_bytes(data.train_tokenizer(text, "char", 0))
-    checkpoint = dict(
-        config=vars(CONFIG),
-        tokenizer_hash=hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest(),
-        emas=[model.state_dict()],
-        model={},
-        optimizers=[],
-        step=3,
-    )
-    save_checkpoint(tmp_path / "best.pt", checkpoint)
-    return tmp_path
-
-
-def test_load_gives_back_the_averaged_weights_and_the_tokenizer(run_dir, model):
-    loaded, tokenizer, run = load(run_dir)
-    assert tokenizer.decode(tokenizer.encode("badge")) == "badge" and run["step"] == 3 and loaded.config == CONFIG
-    for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value)
-
-
-def same(a, b):
-    return str(a) == str(b)
-
-
-def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
-    path = run_dir / "best.pt"
-    whole, intact = path.read_bytes(), read_checkpoint(path)
-    for n in (0, 10, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match="damaged"):
-            read_checkpoint(path)
-    for at in range(0, len(whole), len(whole) // 40):  # a flipped bit anywhere but in what zip files do not read
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
-        try:
-            assert same(read_checkpoint(path), intact)
-        except ValueError as error:
-            assert "damaged" in str(error) or "format" in str(error)
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="damaged or no checkpoint"):
-        read_checkpoint(path)
-    path.write_bytes(whole)
-    monkeypatch.setattr(model_file, "FORMAT", 99)
-    with pytest.raises(ValueError, match="this code reads 99"):
-        read_checkpoint(path)
-    path.unlink()
-    with pytest.raises(ValueError, match="no checkpoint at"):
-        read_checkpoint(path)
-
-
-def test_another_tokenizer_is_refused(run_dir):
-    with open(run_dir / "tokenizer.model", "ab") as file:
-        file.write(b"\n")
-    with pytest.raises(ValueError, match="not the tokenizer"):
-        load(run_dir)
-
-
-def test_a_write_that_fails_leaves_the_earlier_checkpoint(run_dir, monkeypatch):
-    before = (run_dir / "best.pt").read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(run_dir / "best.pt", {"step": 4})
-    assert (run_dir / "best.pt").read_bytes() == before
-    assert not list(run_dir.glob("*.tmp"))
+def test_what_a_position_sees_ends_with_its_segment_in_every_part(model):
+    """Changing one segment changes no output of the others, whatever the time."""
+    (theta,), (t,) = random_input(9)
+    segment_ids = torch.tensor([[1, 1, 1, 2, 2, 2, 3, 3, 3]])
+    before = model(theta, t, segment_ids)
+    changed_theta, changed_t = theta.clone(), t.clone()
+    changed_theta[:, 3:6], changed_t[:, 3:6] = theta[:, 3:6].roll(1, -1), 1 - t[:, 3:6]
+    after = model(changed_theta, changed_t, segment_ids)
+    others = [0, 1, 2, 6, 7, 8]
+    torch.testing.assert_close(after[:, others], before[:, others])
+    assert not torch.allclose(after[:, 3:6], before[:, 3:6], atol=1e-3)

@@ -1,14 +1,14 @@
-"""Prompts, gaps and the sampling command."""
+"""Prompts, gaps, hints and drafts, and the sampling command."""
 
+import copy
 import io
 import json
 import random
 import re
-import shlex
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -17,27 +17,29 @@ from runs import make_run
 import bfn
 import cli
 import data
-import evaluate
 import model as model_file
 import sample
 import toy
-import train
-from model import load
+from checkpoint import load
+from noise import Draws, mix_seed
 from prompts import (
     FREE,
     GAP,
     WORD_REST,
     WORD_START,
+    allowed_at,
     allowed_tokens,
     check_hints,
-    find_token,
+    find_ids,
     make_template,
     parse_hint,
     parse_prompt,
+    word_lengths,
 )
 from sample import Options, generate
+from text import add_marks
 
-FEW = Options(steps=3, corrections=0)
+QUICK = Options(steps=3, corrections=0)
 
 
 @pytest.fixture(scope="module", params=["bpe", "word", "char"])
@@ -50,108 +52,189 @@ def loaded(run_dir):
     return load(run_dir)
 
 
-def command(monkeypatch, capsys, *argv):
-    """Run sample.py -> its standard output, line by line."""
+@pytest.fixture(scope="module")
+def mixing(loaded):
+    """A run whose network mixes positions and knows the time: the layers of an untrained one do nothing yet."""
+    model, tokenizer, run = loaded
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return model, tokenizer, run
+
+
+def run_command(monkeypatch, capsys, *argv):
+    """Run sample.py -> the lines of its standard output."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
     cli.run(sample.main)
     return capsys.readouterr().out.splitlines()
 
 
-def fill(loaded, prompt, seed=0):
+def run_failing_command(monkeypatch, capsys, *argv):
+    """Run sample.py with flags that it refuses -> its one line on standard error."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(monkeypatch, capsys, *argv)
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.err.count("\n") == 1 and not output.out
+    return output.err
+
+
+def sample_prompt(loaded, prompt, seed=0):
+    """Sample one prompt -> its template, ids."""
     model, tokenizer, run = loaded
     template = make_template(prompt, tokenizer, run, seed)
-    ((ids, _),) = generate(model, tokenizer, [template], seed, FEW)
+    ((ids, _),) = generate(model, tokenizer, [template], seed, QUICK)
     return template, ids
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(loaded):
-    assert fill(loaded, "", 1) == fill(loaded, "", 1)
-    assert fill(loaded, "", 1)[1] != fill(loaded, "", 2)[1]
+def train_plain_tokenizer(kind, lines):
+    """Train a tokenizer with SentencePiece's own defaults, which puts a space before every text."""
+    model = io.BytesIO()
+    options = dict(model_type=kind, vocab_size=60, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(loaded):
+# ---------------------------------------------------------------- a sample depends on nothing but its seed and number
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_a_different_one(loaded):
+    assert sample_prompt(loaded, "", 1) == sample_prompt(loaded, "", 1)
+    assert sample_prompt(loaded, "", 1)[1] != sample_prompt(loaded, "", 2)[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(steps=3, corrections=0),
+        Options(steps=20, corrections=2),
+        Options(steps=20, corrections=2, until=0.5),
+        *(Options(sampler=name, steps=3) for name in bfn.SAMPLERS if name != "commit"),
+        Options(sampler="sde2", steps=10, until=0.2),
+    ],
+    ids=lambda options: f"{options.sampler}-{options.steps}-{options.corrections}-{options.until}",
+)
+def test_a_sample_does_not_change_with_its_neighbours(mixing, options):
+    """Short texts next to a long one are padded, make fewer calls, and with `until` finish at other calls than it."""
+    model, tokenizer, run = mixing
+    templates = [make_template("", tokenizer, run, i, length) for i, length in enumerate([4, 30, 3, 17])]
+    together = sample.sample_batch(model, tokenizer, templates, seeds=[5, 6, 7, 8], options=options)
+    for template, seed, text in zip(templates, [5, 6, 7, 8], together, strict=True):
+        assert sample.sample_batch(model, tokenizer, [template], [seed], options) == [text]
+    if options.until:
+        n_calls = [calls for _, calls in together]
+        assert len(set(n_calls)) > 1 and min(n_calls) < options.steps
+
+
+def test_the_size_of_the_batches_does_not_change_a_sample(loaded, monkeypatch):
     model, tokenizer, run = loaded
-    templates = [make_template("", tokenizer, run, i, length) for i, length in enumerate([9, 14, 9])]
-    for options in (FEW, Options(steps=20, corrections=2)):  # a shorter text is corrected while a longer one is drawn
-        together = list(generate(model, tokenizer, templates, 5, options))
-        alone = [
-            next(generate(model, tokenizer, [template], 5, options, numbers=[i])) for i, template in enumerate(templates)
-        ]
-        assert together == alone
+    lengths = [20, 12, 16, 14, 12]
+    templates = [make_template("the king", tokenizer, run, i, length) for i, length in enumerate(lengths)]
+    in_one_batch = list(generate(model, tokenizer, templates, 5, QUICK))
+    assert [len(ids) for ids, _ in in_one_batch] == lengths
+    monkeypatch.setattr(sample, "SORTED_BATCHES", 2)
+    monkeypatch.setitem(model_file.BATCH_ELEMENTS, "cpu", 1)  # batches of one text
+    assert list(generate(model, tokenizer, templates, 5, QUICK)) == in_one_batch
 
 
-def test_batches_of_one_equal_one_batch(loaded, monkeypatch):
+def test_the_number_of_a_text_decides_its_random_numbers(loaded):
     model, tokenizer, run = loaded
-    templates = [make_template("the king", tokenizer, run, i, 20) for i in range(3)]
-    whole = list(generate(model, tokenizer, templates, 5, FEW))
-    monkeypatch.setitem(model_file.AT_ONCE, "cpu", 1)
-    assert list(generate(model, tokenizer, templates, 5, FEW)) == whole
+    templates = [make_template("", tokenizer, run, 0, 12)] * 3
+    texts = list(generate(model, tokenizer, templates, 5, QUICK))
+    assert texts[0] != texts[1] != texts[2]
+    assert list(generate(model, tokenizer, templates[:2], 5, QUICK, numbers=[2, 0])) == [texts[2], texts[0]]
+
+
+@pytest.mark.parametrize("sampler", bfn.SAMPLERS)
+def test_the_evidence_of_a_draft_changes_no_other_draw(loaded, sampler):
+    """A draft of strength 0 is no evidence, so all that it could change are the random numbers of the sampler."""
+    model, tokenizer, _ = loaded
+    draft = tuple(tokenizer.encode("the old king sleeps"))
+    templates = [[FREE] * len(draft)] * 3
+    without = generate(model, tokenizer, templates, 0, Options(sampler=sampler, steps=4))
+    assert list(generate(model, tokenizer, templates, 0, Options(sampler=sampler, steps=4, draft=draft))) == list(without)
+
+
+@pytest.mark.parametrize("sampler", bfn.SAMPLERS)
+def test_no_random_numbers_are_used_twice(loaded, sampler, monkeypatch):
+    model, tokenizer, _ = loaded
+    used, real = [], Draws.at
+
+    def at(self, phase, call):
+        used.append((phase, call))
+        return real(self, phase, call)
+
+    monkeypatch.setattr(Draws, "at", at)
+    draft = tuple(tokenizer.encode("the old king sleeps"))
+    options = Options(sampler=sampler, steps=3, corrections=1, until=1e-9, draft=draft, strength=0.3)
+    list(generate(model, tokenizer, [[FREE] * len(draft)], 0, options))
+    assert (sample.DRAFT, 0) in used and len(used) == len(set(used)) >= 4
+
+
+# ---------------------------------------------------------------- prompts and gaps
 
 
 @pytest.mark.parametrize(
     "prompt", ["the king", "the ___ sleeps", "the ___{3} sleeps", "___ sleeps today", "the king ___", "___"]
 )
 def test_given_tokens_come_out_unchanged(loaded, prompt):
-    template, ids = fill(loaded, prompt)
-    assert all(token == wanted for token, wanted in zip(ids, template, strict=True) if wanted >= 0)
+    template, ids = sample_prompt(loaded, prompt)
+    assert len(ids) == len(template)
+    assert all(token == given for token, given in zip(ids, template, strict=True) if given >= 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_gap_is_filled_with_one_word_and_the_rest_stays(loaded, seed):
+def test_each_gap_is_filled_with_one_word(loaded, seed):
     _, tokenizer, _ = loaded
-    _, ids = fill(loaded, "the ___ sleeps near ___ boat", seed)
+    _, ids = sample_prompt(loaded, "the ___ sleeps near ___ boat", seed)
     text = sample.decode(tokenizer, ids)
     assert re.fullmatch(r"the \S+ sleeps near \S+ boat", text), text
 
 
-def test_a_gap_with_a_count_takes_so_many_tokens(loaded):
+def test_a_gap_with_a_count_takes_that_many_tokens(loaded):
     _, tokenizer, _ = loaded
-    template, closed = parse_prompt("the ___{3} sleeps", tokenizer, [0, 1], random.Random(0))
-    assert closed and template.count(GAP) == 3
+    template, has_gap = parse_prompt("the ___{3} sleeps", tokenizer, [0, 1], random.Random(0))
+    assert has_gap and template.count(GAP) == 3
     assert tokenizer.decode([token for token in template if token >= 0]).split() == ["the", "sleeps"]
 
 
-def test_text_right_after_a_gap_gets_no_space(tmp_path):
-    """Also with a tokenizer that puts a space before every text; where it cannot do without, it says so."""
-    corpus = ["the king, then the queen s sleeps", "a king s hat, a queen"] * 20
-    for kind, text in (("char", "the ___s"), ("bpe", "the ___, then")):
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus),
-            model_writer=model,
-            model_type=kind,
-            vocab_size=60,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-        template, _ = parse_prompt(text, tokenizer, [0, 1], random.Random(0))
-        filled = [token if token >= 0 else tokenizer.encode("k")[-1] for token in template]
-        assert tokenizer.decode(filled).split() == text.replace("___", "k").split()
+def test_a_gap_without_a_count_takes_as_many_tokens_as_a_word(run_dir, loaded):
+    """Of 4 tokens here. A tokenizer of whole words has one, and one of characters counts the space before the gap."""
+    _, tokenizer, _ = loaded
+    words_of_4 = [0, 0, 0, 0, 1]
+    template, _ = parse_prompt("the ___ sleeps", tokenizer, words_of_4, random.Random(0))
+    expected = {"bpe": [WORD_START] + [WORD_REST] * 3, "word": [WORD_START], "char": [WORD_REST] * 3}[run_dir.name]
+    assert [kind for kind in template if kind < 0] == expected
+
+
+@pytest.mark.parametrize("kind, prompt", [("char", "the ___s"), ("bpe", "the ___, then")])
+def test_text_right_after_a_gap_gets_no_space(kind, prompt):
+    """Also with a tokenizer that puts a space before every text."""
+    tokenizer = train_plain_tokenizer(kind, ["the king, then the queen s sleeps", "a king s hat, a queen"] * 20)
+    template, _ = parse_prompt(prompt, tokenizer, [0, 1], random.Random(0))
+    filled = [token if token >= 0 else tokenizer.encode("k")[-1] for token in template]
+    assert tokenizer.decode(filled).split() == prompt.replace("___", "k").split()
+
+
+def test_text_that_cannot_be_joined_to_a_gap_is_refused():
+    tokenizer = train_plain_tokenizer("word", ["the king s hat", "a queen s hat"] * 20)
     with pytest.raises(ValueError, match="cannot join 's'"):
-        word = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus),
-            model_writer=word,
-            model_type="word",
-            vocab_size=60,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        parse_prompt("king___s", sentencepiece.SentencePieceProcessor(model_proto=word.getvalue()), [0, 1], random.Random(0))
+        parse_prompt("king___s", tokenizer, [0, 1], random.Random(0))
 
 
 def test_special_tokens_are_never_drawn(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, 30) for i in range(20)]
     special = {tokenizer.unk_id(), tokenizer.bos_id()}
-    for ids, _ in generate(model, tokenizer, templates, 0, FEW):
+    for ids, _ in generate(model, tokenizer, templates, 0, QUICK):
         assert not special & set(ids[1:] if tokenizer.bos_id() >= 0 else ids)
-    table = allowed_tokens(tokenizer)
+
+
+def test_a_text_can_end_at_a_free_position_but_not_in_a_gap(loaded):
+    _, tokenizer, _ = loaded
     if tokenizer.eos_id() >= 0:
-        assert [bool(table[-kind, tokenizer.eos_id()]) for kind in (FREE, GAP, WORD_START, WORD_REST)] == [True] + [
-            False
-        ] * 3
+        may_end = allowed_tokens(tokenizer)[:, tokenizer.eos_id()]
+        assert may_end[-FREE] and not any(may_end[-kind] for kind in (GAP, WORD_START, WORD_REST))
 
 
 def test_lengths_are_drawn_from_the_training_texts(loaded):
@@ -161,112 +244,95 @@ def test_lengths_are_drawn_from_the_training_texts(loaded):
         assert lengths.count(length) / 2000 == pytest.approx(share, abs=0.04)
 
 
-def test_a_prompt_that_does_not_fit_is_refused(loaded):
-    _, tokenizer, run = loaded
-    with pytest.raises(ValueError, match="trained on 32"):
-        make_template("the ___{40} sleeps", tokenizer, run, 0)
-    with pytest.raises(ValueError, match="gap of no tokens"):
-        make_template("the ___{0} sleeps", tokenizer, run, 0)
-    with pytest.raises(ValueError, match="leaves nothing of length 3"):
-        make_template("the old king sleeps", tokenizer, run, 0, length=3)
+def test_words_are_counted_by_their_tokens_and_within_documents():
+    class Pieces(list):
+        id_to_piece = list.__getitem__
+
+    tokenizer = Pieces(["\u2581the", "s", "\u2581king"])
+    ids = np.array([0, 1, 1, 2, 0, 0, 1, 2])  # "thess king the", "thes king"
+    tokens = SimpleNamespace(ids=ids, offsets=np.array([0, 5, 8]))
+    assert word_lengths(tokenizer, tokens) == [0, 1, 1, 1]
+    assert word_lengths(tokenizer, tokens, longest=2) == [0, 1, 1]
 
 
-@pytest.mark.parametrize("prompt", ["a ___{-1}", "a ___{} b", "____", "___{3", "caf\udce9"])
-def test_gaps_written_otherwise_and_text_that_is_not_unicode_are_refused(loaded, prompt):
+@pytest.mark.parametrize(
+    "prompt, length, message",
+    [
+        ("the ___{40} sleeps", None, "trained on 32: shorten it"),
+        ("the ___{0} sleeps", None, "gap of no tokens"),
+        ("the old king sleeps", 3, "a text of 3 has none left to sample: raise --length"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused(loaded, prompt, length, message):
     _, tokenizer, run = loaded
-    with pytest.raises(ValueError, match="a gap is ___ or|is not UTF-8"):
+    with pytest.raises(ValueError, match=message):
+        make_template(prompt, tokenizer, run, 0, length)
+
+
+@pytest.mark.parametrize("prompt", ["a ___{-1}", "a ___{} b", "____", "___{3", "___{two}"])
+def test_a_misspelled_gap_is_refused(loaded, prompt):
+    _, tokenizer, run = loaded
+    with pytest.raises(ValueError, match="a gap is ___ or ___{N}"):
         make_template(prompt, tokenizer, run, seed=0)
 
 
-def test_a_sample_is_one_line(loaded):
+def test_a_prompt_that_is_not_unicode_is_refused(loaded):
+    _, tokenizer, run = loaded
+    with pytest.raises(ValueError, match="is not UTF-8: convert it"):
+        make_template("caf\udce9", tokenizer, run, seed=0)
+
+
+def test_a_sample_is_printed_on_one_line():
     tokenizer = SimpleNamespace(eos_id=lambda: -1, bos_id=lambda: -1, decode=lambda ids: "a\u2028b\x0cc\r\nd")
     assert sample.decode(tokenizer, []) == "a b c d"
 
 
-def test_a_file_without_prompts_gets_one_line_and_unknown_words_a_warning(run_dir, monkeypatch, capsys, tmp_path):
-    (tmp_path / "empty").write_text("\n \n")
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, capsys, f"-mdir={run_dir}", f"--prompt_file={tmp_path / 'empty'}")
-    assert stop.value.code == 2 and "no prompts in" in capsys.readouterr().err
-    monkeypatch.setattr(
-        sys, "argv", ["sample.py", f"-mdir={run_dir}", "--num_samples=1", "--steps=2", "--prompt=the \u5468"]
-    )
-    sample.main()
-    assert ("does not know" in capsys.readouterr().err) == (run_dir.name != "bpe")
-
-
-def test_text_ends_at_eos(run_dir):
-    tokenizer = data.load_tokenizer(run_dir / "tokenizer.model")
+def test_a_text_ends_at_eos(loaded):
+    _, tokenizer, _ = loaded
     the = tokenizer.encode("the")
+    assert sample.decode(tokenizer, add_marks(the, tokenizer)) == "the"
     if tokenizer.eos_id() >= 0:
-        assert sample.decode(tokenizer, [tokenizer.bos_id(), *the, tokenizer.eos_id(), *the]) == "the"
-    assert sample.decode(tokenizer, the) == "the"
+        assert sample.decode(tokenizer, add_marks(the, tokenizer) + the) == "the"
 
 
-def test_the_command_prints_samples_and_nothing_else(run_dir, monkeypatch, capsys, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("anna ___\n\n___ walks\n")
-    flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=3", "--device=cpu"]
-    lines = command(monkeypatch, capsys, *flags, "--prompt=the", f"--prompt_file={prompts}", f"--output={tmp_path / 'out'}")
-    records = [json.loads(line) for line in open(tmp_path / "out")]
-    assert len(lines) == 6 and lines == [record["text"] for record in records]
-    assert [record["prompt"] for record in records] == ["the"] * 2 + ["anna ___"] * 2 + ["___ walks"] * 2
-    assert lines == command(monkeypatch, capsys, *flags, "--prompt=the", f"--prompt_file={prompts}", "--trace")
-
-
-# ---------------------------------------------------------------- what the user knows
+# ---------------------------------------------------------------- hints, bans and drafts
 
 
 def test_a_hint_is_the_odds_of_its_tokens(loaded):
     _, tokenizer, _ = loaded
     token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
-    (i, *_) = ids = find_token(token, tokenizer)
+    ids = find_ids(token, tokenizer)
     position, hint = parse_hint(f"3:{token}=0.75", tokenizer)
     odds = hint.exp()
-    assert position == 3 and odds[i] == pytest.approx(0.75)
-    assert odds[[k for k in range(len(odds)) if k not in ids]] == pytest.approx(0.25 / len(odds))
+    assert position == 3 and odds[ids].tolist() == pytest.approx([0.75] * len(ids))
+    others = [k for k in range(len(odds)) if k not in ids]
+    assert odds[others].tolist() == pytest.approx([0.25 / len(odds)] * len(others))
 
 
 @pytest.mark.parametrize("hint", ["the=1", "3:", "3:the", "-1:the=1", "0:the=2", "0:the=0.9,anna=0.9", "0:the=0", "x:the=1"])
-def test_a_hint_written_otherwise_is_refused(loaded, hint):
+def test_a_misspelled_hint_is_refused(loaded, hint):
     with pytest.raises(ValueError, match="write POSITION:TOKEN=SHARE"):
         parse_hint(hint, loaded[1])
 
 
-def test_what_is_not_one_token_is_refused_with_its_tokens(loaded):
+def test_a_word_of_several_tokens_is_refused_with_its_tokens(loaded):
     with pytest.raises(ValueError, match="not one token of this tokenizer, but"):
-        find_token("the zebra", loaded[1])
+        find_ids("the zebra", loaded[1])
 
 
-def test_a_prompt_with_a_gap_is_the_same_beside_a_text_longer_than_the_trained_length(run_dir, monkeypatch, capsys):
-    flags = [f"-mdir={run_dir}", "--num_samples=1", "--steps=3", "--prompt=the ___ walks"]
-    alone = command(monkeypatch, capsys, *flags)
-    assert command(monkeypatch, capsys, *flags, "--prompt=anna", "--length=50")[0] == alone[0]
-
-
-def test_output_is_not_written_over_the_prompts_or_the_run(run_dir, monkeypatch, capsys, tmp_path):
-    (tmp_path / "prompts.txt").write_text("anna\n")
-    (run_dir / "metrics.jsonl").write_text("{}\n")
-    for path in (tmp_path / "prompts.txt", run_dir / "best.pt", run_dir / "metrics.jsonl"):
-        before = path.read_bytes()
-        flags = [f"-mdir={run_dir}", f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output={path}"]
-        with pytest.raises(SystemExit):
-            command(monkeypatch, capsys, *flags)
-        assert path.read_bytes() == before and "give another name" in capsys.readouterr().err
-
-
-def test_a_hint_decides_its_position(loaded):
+@pytest.mark.parametrize("sampler", ["commit", "sde2"])
+def test_a_strong_hint_decides_its_position(loaded, sampler):
     model, tokenizer, run = loaded
     template = make_template("", tokenizer, run, 0, 12)
-    ids = [i for i in range(len(tokenizer)) if allowed_tokens(tokenizer)[1, i]]
-    for wanted in ids[3:5]:
-        hint = (2, torch.full((len(tokenizer),), -30.0).index_fill(0, torch.tensor(wanted), 0.0))
-        for solver in ("commit", "sde2"):
-            ((text, _),) = generate(model, tokenizer, [template], 0, Options(solver, 3, hints=(hint,)))
-            assert text[2 + (tokenizer.bos_id() >= 0)] == wanted
+    drawable = allowed_tokens(tokenizer)[-FREE].nonzero().flatten().tolist()
+    for wanted in drawable[3:5]:
+        hint = torch.full((len(tokenizer),), -30.0).index_fill(0, torch.tensor(wanted), 0.0)
+        options = Options(sampler=sampler, steps=3, hints=((2, hint),))
+        ((ids, _),) = generate(model, tokenizer, [template], 0, options)
+        assert ids[2 + (tokenizer.bos_id() >= 0)] == wanted
 
 
-def test_a_hint_without_its_position_or_for_a_given_token_is_refused(loaded):
+def test_a_hint_outside_the_text_or_for_a_given_token_is_refused(loaded):
     _, tokenizer, run = loaded
     template = make_template("the", tokenizer, run, 0, 12)
     with pytest.raises(ValueError, match="a hint is for token 40"):
@@ -278,135 +344,214 @@ def test_a_hint_without_its_position_or_for_a_given_token_is_refused(loaded):
 def test_a_banned_token_is_never_drawn_but_may_be_given(loaded):
     model, tokenizer, run = loaded
     template = make_template("the", tokenizer, run, 0, 25)
-    given = sum(kind >= 0 for kind in template)
-    drawn = {k for ids, _ in generate(model, tokenizer, [template] * 20, 0, FEW) for k in ids[given:]}
+    n_given = sum(kind >= 0 for kind in template)
+    drawn = {k for ids, _ in generate(model, tokenizer, [template] * 20, 0, QUICK) for k in ids[n_given:]}
     banned = tuple(sorted(drawn)[:3])
-    for ids, _ in generate(model, tokenizer, [template] * 20, 0, Options(steps=3, banned=(*banned, template[given - 1]))):
-        assert ids[:given] == template[:given] and not set(banned) & set(ids[given:])
+    assert len(banned) == 3
+    options = Options(steps=3, banned=(*banned, template[n_given - 1]))
+    for ids, _ in generate(model, tokenizer, [template] * 20, 0, options):
+        assert ids[:n_given] == template[:n_given] and not set(options.banned) & set(ids[n_given:])
 
 
-def test_the_stronger_the_evidence_for_a_draft_the_more_of_it_stays(run_dir, monkeypatch, capsys, tmp_path):
-    text, kept = "the old king sleeps", []
+def test_a_ban_does_not_touch_given_tokens(loaded):
+    """The trace shows them as what the network is most certain of."""
+    _, tokenizer, _ = loaded
+    (allowed,) = allowed_at(torch.tensor([[5, FREE]]), tokenizer, banned=(5,))
+    assert allowed[0].all() and not allowed[1, 5]
+
+
+def test_bans_that_leave_no_token_are_refused(loaded):
+    _, tokenizer, _ = loaded
+    with pytest.raises(ValueError, match="--ban leaves no token to draw"):
+        allowed_at(torch.tensor([[FREE]]), tokenizer, banned=range(len(tokenizer)))
+
+
+def test_a_stronger_draft_keeps_more_of_its_text(run_dir, loaded, monkeypatch, capsys, tmp_path):
+    _, tokenizer, _ = loaded
+    text, n_kept = "the old king sleeps", []
+    draft = add_marks(tokenizer.encode(text), tokenizer)
+    flags = [f"-mdir={run_dir}", f"--draft={text}", "--num_samples=20", "--steps=4", f"--output={tmp_path / 'out'}"]
     for strength in (0.01, 0.6, 0.99):
-        flags = [
-            f"--draft={text}",
-            f"--strength={strength}",
-            "--num_samples=20",
-            "--steps=4",
-            f"--output={tmp_path / 'out'}",
-        ]
-        command(monkeypatch, capsys, f"-mdir={run_dir}", *flags)
-        tokenizer = data.load_tokenizer(run_dir / "tokenizer.model")
-        marks = [[i] if i >= 0 else [] for i in (tokenizer.bos_id(), tokenizer.eos_id())]
-        draft = marks[0] + tokenizer.encode(text) + marks[1]
+        run_command(monkeypatch, capsys, *flags, f"--strength={strength}")
         texts = [json.loads(line)["ids"] for line in open(tmp_path / "out")]
-        assert all(len(ids) == len(draft) and ids[: len(marks[0])] == marks[0] for ids in texts)
-        kept.append(sum(a == b for ids in texts for a, b in zip(ids, draft, strict=True)))
-    assert kept[0] <= kept[1] <= kept[2] and kept[0] < kept[2]
+        assert len(texts) == 20 and all(len(ids) == len(draft) for ids in texts)
+        assert tokenizer.bos_id() < 0 or all(ids[0] == tokenizer.bos_id() for ids in texts)
+        n_kept.append(sum(a == b for ids in texts for a, b in zip(ids, draft, strict=True)))
+    assert n_kept[0] < n_kept[1] < n_kept[2]
 
 
-def test_text_longer_than_the_trained_length_goes_on_from_its_end(loaded, monkeypatch):
+def test_the_network_is_told_the_time_of_the_draft_but_not_of_a_strength_without_one(loaded):
+    """The flag --strength has a default, so it is set without a draft too."""
+    model, tokenizer, _ = loaded
+    draft, times = tuple(tokenizer.encode("the old king sleeps")), set()
+    for options, expected in ((Options(strength=0.4), 0.0), (Options(draft=draft, strength=0.4), 0.4)):
+        times.clear()
+        hook = model.register_forward_pre_hook(lambda model, inputs: times.update(inputs[1].flatten().tolist()))
+        list(generate(model, tokenizer, [[FREE] * len(draft)], 0, options))
+        hook.remove()
+        assert sorted(times) == pytest.approx([expected, 1.0])  # 1: tokens that are given to the next call
+
+
+# ---------------------------------------------------------------- texts longer than the trained length
+
+
+def test_each_block_of_a_long_text_begins_with_the_end_of_the_text_so_far(loaded, monkeypatch):
     model, tokenizer, run = loaded
-    prompt = make_template("the king", tokenizer, run, 0, 60)
+    template = make_template("the king", tokenizer, run, 0, 60)
     monkeypatch.setattr(tokenizer, "eos_id", lambda: -1)
-    seen = []
-    real = sample.generate
+    blocks, real = [], sample.generate
 
-    def watched(model, tokenizer, templates, *rest):
-        seen.extend(templates)
+    def record(model, tokenizer, templates, *rest):
+        blocks.extend(templates)
         return real(model, tokenizer, templates, *rest)
 
-    monkeypatch.setattr(sample, "generate", watched)
-    ids, calls = sample.generate_long(model, tokenizer, prompt, 16, 0, FEW)
-    given = [k for k in prompt if k >= 0][-8:]
-    assert len(ids) == 60 and ids[: len(given)] == given and 3 * len(seen) - 2 <= calls <= 3 * len(seen)
-    end = len([k for k in prompt if k >= 0])
-    for template in seen:
-        begin = [k for k in template if k >= 0]
-        assert begin == ids[max(0, end - 8) : end] and len(template) <= 16
-        end += len(template) - len(begin)
-    assert end == 60
+    monkeypatch.setattr(sample, "generate", record)
+    ids, calls = sample.generate_long(model, tokenizer, template, 16, 0, QUICK)
+    n_written = sum(k >= 0 for k in template)
+    assert len(ids) == 60 and ids[:n_written] == template[:n_written]
+    for block in blocks:
+        given = [k for k in block if k >= 0]
+        assert given == ids[max(0, n_written - 8) : n_written] and len(block) <= 16
+        n_written += block.count(FREE)
+    assert n_written == 60
+    assert calls == sum(min(QUICK.steps, block.count(FREE)) for block in blocks)
 
 
-def test_short_texts_beside_a_long_one_are_those_without_it(loaded):
+def test_a_long_text_changes_none_of_the_short_ones(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("the king", tokenizer, run, i, n) for i, n in enumerate((10, 40, 12))]
-    mixed = list(sample.generate_mixed(model, tokenizer, templates, 16, 3, FEW))
-    assert mixed[::2] == list(generate(model, tokenizer, templates[::2], 3, FEW, numbers=[0, 2]))
-    assert mixed[1] == sample.generate_long(model, tokenizer, templates[1], 16, bfn.mix_seed(3, 1), FEW)
+    mixed = list(sample.generate_any_length(model, tokenizer, templates, 16, 3, QUICK))
+    assert mixed[::2] == list(generate(model, tokenizer, templates[::2], 3, QUICK, numbers=[0, 2]))
+    assert mixed[1] == sample.generate_long(model, tokenizer, templates[1], 16, mix_seed(3, 1), QUICK)
 
 
-def test_the_trace_shades_in_place_in_a_terminal_and_has_no_control_codes_elsewhere(loaded, monkeypatch):
+def test_the_command_samples_a_prompt_with_a_gap_next_to_a_long_text(run_dir, monkeypatch, capsys):
+    flags = [f"-mdir={run_dir}", "--num_samples=1", "--steps=3", "--prompt=the ___ walks"]
+    (text,) = run_command(monkeypatch, capsys, *flags)
+    assert run_command(monkeypatch, capsys, *flags, "--prompt=anna", "--length=50")[0] == text
+
+
+# ---------------------------------------------------------------- watching
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_trace_has_control_codes_only_in_a_terminal(loaded, monkeypatch, is_terminal):
     _, tokenizer, _ = loaded
     monkeypatch.setattr(sample.time, "sleep", lambda seconds: None)
     p = torch.eye(len(tokenizer))[tokenizer.encode("the king sleeps")][None] * 0.5
     given = torch.zeros(p.shape[:2], dtype=torch.bool)
     given[0, 0] = True
-    for is_terminal in (True, False):
-        file = io.StringIO()
-        file.isatty = lambda is_terminal=is_terminal: is_terminal
-        trace = sample.Trace(tokenizer, p.shape[1], file)
-        trace(0.5, p, given), trace(1.0, p, given)
-        trace.close()
-        plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", file.getvalue())
-        assert ("\x1b[" in file.getvalue()) == is_terminal
-        assert plain.count("the king sleeps") == 2 and (is_terminal or plain.count("\n") == 2)
-        if is_terminal:
-            assert "\x1b[0;1m" in file.getvalue() and "\x1b[0;22m" in file.getvalue()
+    file = io.StringIO()
+    file.isatty = lambda: is_terminal
+    trace = sample.Trace(tokenizer, file)
+    trace(0.5, p, given)
+    trace(1.0, p, given)
+    trace.close()
+    shown = file.getvalue()
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown)
+    assert plain.count("the king sleeps") == 2
+    assert plain.count("\n") == (1 if is_terminal else 2)
+    assert all((code in shown) == is_terminal for code in ("\x1b[0;1m", "\x1b[0;22m"))  # given: bold, p = 0.5: normal
 
 
-def test_the_trace_shows_the_first_text_beside_shorter_ones(loaded):
+def test_tracing_shows_only_the_first_text_and_changes_none(loaded, capsys):
     model, tokenizer, run = loaded
-    templates, seen = [make_template("", tokenizer, run, i, n) for i, n in enumerate((14, 9, 12))], []
-    texts = list(generate(model, tokenizer, templates, 0, FEW, watch=lambda t, p, given: seen.append(given[0].sum().item())))
-    bos = tokenizer.bos_id() >= 0
-    assert len(texts[0][0]) == 14 and len(seen) == 3 and seen[0] == bos  # no padding in the first row
+    templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate((14, 9, 20))]
+    traced = list(sample.generate_traced(model, tokenizer, templates, 0, QUICK))
+    shown = capsys.readouterr().err.splitlines()
+    assert traced == list(generate(model, tokenizer, templates, 0, QUICK))
+    assert [line.split()[:2] for line in shown] == [["call", str(i)] for i in (1, 2, 3)]
+
+
+def test_the_examples_of_training_are_free_or_continue_validation_texts(run_dir, loaded, tmp_path):
+    model, tokenizer, run = loaded
+    tokens = data.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
+    lines = sample.example_texts(model, tokenizer, tokens, run, n=5, seed=3)
+    free = [make_template("", tokenizer, run, mix_seed(3, i)) for i in range(2)]
+    assert lines[:2] == [sample.decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, free, 3)]
+    plan = data.plan_validation(tokens, 32)
+    for i, line in list(enumerate(lines))[2:]:
+        start, length = plan.starts[i], plan.lengths[i]
+        assert line.startswith(f"[{sample.decode(tokenizer, tokens.ids[start : start + length // 3].tolist())}] ")
+    assert len(lines) == 5
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_samples_and_nothing_else(run_dir, monkeypatch, capsys, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("anna ___\n\n___ walks\n")
+    flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=3", "--device=cpu", "--prompt=the", f"--prompt_file={prompts}"]
+    lines = run_command(monkeypatch, capsys, *flags, f"--output={tmp_path / 'out'}")
+    records = [json.loads(line) for line in open(tmp_path / "out")]
+    assert len(lines) == 6 and lines == [record["text"] for record in records]
+    assert [record["prompt"] for record in records] == ["the"] * 2 + ["anna ___"] * 2 + ["___ walks"] * 2
+    assert lines == run_command(monkeypatch, capsys, *flags, "--trace")
+
+
+def test_a_file_without_prompts_is_refused(run_dir, monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty").write_text("\n \n")
+    for name, message in (("empty", "no prompts in"), ("missing", "no file of prompts at")):
+        assert message in run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", f"--prompt_file={tmp_path / name}")
+
+
+def test_unknown_words_get_a_warning(run_dir, monkeypatch, capsys):
+    """bpe spells them in bytes."""
+    monkeypatch.setattr(sys, "argv", f"sample.py -mdir={run_dir} --num_samples=1 --steps=2 --prompt=the_\u5468".split())
+    sample.main()
+    assert ("does not know" in capsys.readouterr().err) == (run_dir.name != "bpe")
+
+
+def test_output_never_overwrites_the_prompts_or_the_run(run_dir, monkeypatch, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("anna\n")
+    (run_dir / "metrics.jsonl").write_text("{}\n")
+    for path in (tmp_path / "prompts.txt", run_dir / "best.pt", run_dir / "metrics.jsonl"):
+        before = path.read_bytes()
+        flags = [f"-mdir={run_dir}", f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output={path}"]
+        assert "give another name" in run_failing_command(monkeypatch, capsys, *flags)
+        assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--top_p=0"], "must be above 0"),
-        (["--length=70", "--trace"], "trained"),
+        (["--length=70", "--trace"], "--hint and --trace need texts of at most 32 tokens"),
         (["--prompt=the ___ sleeps ___{40}", "--length=60"], "the model was trained on 32"),
         (["--draft=the king", "--length=9"], "--draft is the whole text"),
         (["--draft= "], "--draft is empty"),
+        ([f"--draft={'the king ' * 20}"], "the model was trained on at most 32"),
         (["--time_grid=learned"], "before the first validation"),
     ],
 )
-def test_what_does_not_go_together_gets_one_line(run_dir, monkeypatch, capsys, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, capsys, f"-mdir={run_dir}", "--steps=2", *flags)
-    output = capsys.readouterr()
-    assert stop.value.code == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
-
-
-def test_all_controls_go_together_on_the_command_line(run_dir, monkeypatch, capsys, tmp_path):
-    tokenizer = data.load_tokenizer(run_dir / "tokenizer.model")
-    token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
-    flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=4", "--corrections=1", f"--output={tmp_path / 'out'}"]
-    flags += ["--temperature=0.8", "--top_p=0.9", "--argmax", "--until=0.5", f"--hint=1:{token}=0.5", f"--ban={token}"]
-    for solver in ("commit", *sample.bfn.SOLVERS):
-        assert len(command(monkeypatch, capsys, *flags, f"--solver={solver}", "--length=12")) == 2
-        assert all(1 <= json.loads(line)["calls"] <= 5 for line in open(tmp_path / "out"))
-    assert len(command(monkeypatch, capsys, *flags, "--draft=the king sleeps", "--strength=0.5")) == 2
-    assert len(command(monkeypatch, capsys, f"-mdir={run_dir}", "--num_samples=1", "--steps=2", "--length=70")) == 1
+def test_flags_that_do_not_go_together_get_one_line(run_dir, monkeypatch, capsys, flags, message):
+    assert message in run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", "--steps=2", *flags)
 
 
 def test_a_folder_without_a_run_gets_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"-mdir={tmp_path}"])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(sample.main)
-    output = capsys.readouterr()
-    assert stop.value.code == 2 and "no checkpoint at" in output.err and output.err.count("\n") == 1 and not output.out
+    assert "no checkpoint at" in run_failing_command(monkeypatch, capsys, f"-mdir={tmp_path}")
 
 
-def test_every_command_of_the_readme_has_flags_that_exist():
-    readme = (Path(train.__file__).parent / "README.md").read_text()
-    commands = re.findall(r"python ((?:train|sample|evaluate)\.py[^\n`|&#)]*)", readme)
-    assert len(commands) >= 6
-    for line in commands:
-        name, *flags = shlex.split(line)
-        if flags == ["--help"]:
-            continue
-        {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}[name].flags().parse_args(flags)
+@pytest.mark.parametrize("sampler", bfn.SAMPLERS)
+def test_all_controls_go_together_on_the_command_line(run_dir, loaded, monkeypatch, capsys, tmp_path, sampler):
+    _, tokenizer, _ = loaded
+    token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
+    flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=4", "--corrections=1", f"--output={tmp_path / 'out'}"]
+    flags += ["--temperature=0.8", "--top_p=0.9", "--argmax", "--until=0.5", f"--hint=1:{token}=0.5", f"--ban={token}"]
+    flags += [f"--sampler={sampler}"]
+    for text in ("--length=12", "--draft=the king sleeps"):
+        lines = run_command(monkeypatch, capsys, *flags, text)
+        records = [json.loads(line) for line in open(tmp_path / "out")]
+        assert lines == [record["text"] for record in records] and len(lines) == 2
+        assert all(1 <= record["calls"] <= 5 for record in records)
+
+
+def test_the_command_writes_texts_longer_than_the_trained_length(run_dir, monkeypatch, capsys, tmp_path):
+    flags = [f"-mdir={run_dir}", "--num_samples=1", "--steps=2", "--length=70", f"--output={tmp_path / 'out'}"]
+    assert len(run_command(monkeypatch, capsys, *flags)) == 1
+    assert len(json.loads((tmp_path / "out").read_text())["ids"]) > 16
+
+
+def test_solver_is_another_name_for_sampler():
+    assert sample.flags().parse_args(["--solver=sde2"]) == sample.flags().parse_args(["--sampler=sde2"])

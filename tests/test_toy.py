@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+import checkpoint
 import toy
-import train
 
 
 def test_weights_sum_to_one():
@@ -17,7 +17,7 @@ def test_weights_sum_to_one():
 
 def test_the_vocabulary_has_50_to_200_words_and_the_language_far_more_sentences_than_are_trained_on():
     assert 50 <= len(toy.vocabulary()) <= 200
-    assert toy.count() > 100 * train.TOY_SENTENCES
+    assert toy.count() > 100 * checkpoint.TOY_SENTENCES
 
 
 def test_the_probability_of_drawn_sentences_estimates_the_entropy():

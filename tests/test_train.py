@@ -1,32 +1,27 @@
 """The training loop: exact resumption, refusals, and that it learns."""
 
 import json
-import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partialmethod
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from exact import draw, random_joint
+from runs import equal
 
 import bfn
+import checkpoint
 import cli
-import data
-import kernels
 import model as model_file
-import speed
 import toy
 import train
-from model import BFNTransformer
-from muon import orthogonalise, orthogonalise_by_gram
+from checkpoint import read_checkpoint
+from text import file_hash, train_tokenizer
 from times import Times, draw_evenly
 
 ROOT = Path(train.__file__).parent
@@ -61,21 +56,10 @@ def run(corpus, monkeypatch):
     return run
 
 
-def equal(a, b):
-    """Whether two checkpoints are the same in every bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 def assert_same_run(one, other):
     """Compare everything that two run folders hold, but for their names and intervals."""
     for name in ("last.pt", "best.pt"):
-        a, b = (model_file.read_checkpoint(run_dir / name) for run_dir in (one, other))
+        a, b = (read_checkpoint(run_dir / name) for run_dir in (one, other))
         a.pop("args"), b.pop("args")
         assert a["step"] == b["step"] and equal(a, b)
     losses = [
@@ -104,30 +88,43 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
             run(tmp_path / "parts", *dropout)
         except SystemExit as stop:
             assert stop.code == 128 + signal.SIGTERM
-            assert model_file.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_at
+            assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_at
         finally:
             train.update_weights = real
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_result(run, corpus, tmp_path):
+@pytest.mark.parametrize("moment", ["in the first save", "in a later step", "in a later save"])
+def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_result(run, corpus, tmp_path, moment):
+    """The process kills itself at a given point of a step, long after its imports; what it leaves is loaded and goes on."""
     run(tmp_path / "whole", "-svi=1")
-    cut = [sys.executable, str(ROOT / "train.py"), *command(corpus, tmp_path / "parts", "-svi=1")[1:]]
-    rng = random.Random(0)
-    for _ in range(2):
-        process = subprocess.Popen(cut, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 60
-        while not (tmp_path / "parts" / "last.pt").exists() and time.time() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.2)
-        process.kill()
-        process.wait()
-        model_file.read_checkpoint(tmp_path / "parts" / "last.pt")
+    victim = """
+import os, runpy, sys
+import cli, optim, train
+real_average, real_replace, n_saves = optim.average_weights, os.replace, 0
+
+def average_weights(ema, model, rate, step):
+    if MOMENT == "in a later step" and step == 4:
+        os.kill(os.getpid(), 9)
+    real_average(ema, model, rate, step)
+
+def replace(source, target):
+    global n_saves
+    n_saves += str(target).endswith("last.pt")
+    if (MOMENT, n_saves) in (("in the first save", 1), ("in a later save", 5)):
+        os.kill(os.getpid(), 9)
+    real_replace(source, target)
+
+optim.average_weights, os.replace = average_weights, replace
+cli.run(train.main)
+"""
+    argv = [sys.executable, "-c", f"MOMENT = {moment!r}\n{victim}", *command(corpus, tmp_path / "parts", "-svi=1")[1:]]
+    done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    if moment != "in the first save":
+        assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 4
     run(tmp_path / "parts", "-svi=1")
-    for name in ("last.pt", "best.pt"):
-        a, b = (model_file.read_checkpoint(tmp_path / part / name) for part in ("whole", "parts"))
-        a.pop("args"), b.pop("args")
-        assert equal(a, b)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_crash_between_the_two_files_of_a_best_step_loses_neither(run, tmp_path, monkeypatch):
@@ -151,14 +148,8 @@ def test_a_crash_between_the_two_files_of_a_best_step_loses_neither(run, tmp_pat
 def test_weight_decay_may_change_when_a_run_goes_on(run, tmp_path):
     run(tmp_path / "run", "--max_steps=1")
     run(tmp_path / "run", "--max_steps=2", "-wd=0.5")
-    groups = [g for o in model_file.read_checkpoint(tmp_path / "run" / "last.pt")["optimizers"] for g in o["param_groups"]]
+    groups = [g for o in read_checkpoint(tmp_path / "run" / "last.pt")["optimizers"] for g in o["param_groups"]]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5]
-
-
-def test_word_lengths_are_counted_within_lines(corpus, tmp_path):
-    (tmp_path / "model").write_bytes(data.train_tokenizer(corpus, "word", 500))
-    tokens = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
-    assert train.word_lengths(data.load_tokenizer(tmp_path / "model"), tokens)[2:] == []
 
 
 def test_a_finished_run_says_so_and_goes_on_with_more_steps(run, tmp_path, capsys):
@@ -167,7 +158,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(run, tmp_path, capsy
     run(tmp_path / "run")
     assert "is finished at step 8" in capsys.readouterr().out
     run(tmp_path / "run", "--max_steps=10", "-lgi=2")
-    assert model_file.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 10
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 10
 
 
 @pytest.mark.parametrize(
@@ -189,34 +180,23 @@ def test_another_corpus_is_refused(run, corpus, tmp_path):
 def test_a_file_of_the_users_is_never_written_over(run, corpus, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer.model").write_text("mine")
-    with pytest.raises(ValueError, match="tokenizer.model is there already"):
+    with pytest.raises(ValueError, match="tokenizer.model exists already"):
         run(tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer.model").read_text() == "mine"
     (tmp_path / "run" / "corpus.txt").write_text("mine")
-    with pytest.raises(ValueError, match="corpus.txt is there already"):
-        train.prepare_text(train.complete(train.flags().parse_args([])), tmp_path / "run", None)
+    with pytest.raises(ValueError, match="corpus.txt exists already"):
+        checkpoint.prepare_text(train.complete(train.flags().parse_args([])), tmp_path / "run", None)
     assert (tmp_path / "run" / "corpus.txt").read_text() == "mine"
 
 
-def test_a_run_that_lost_its_last_checkpoint_is_not_begun_again_over_the_best(run, tmp_path):
+def test_a_run_that_lost_its_last_checkpoint_does_not_start_again_over_the_best_one(run, tmp_path):
     run(tmp_path / "run", "--max_steps=4")
     (tmp_path / "run" / "last.pt").unlink()
     with pytest.raises(ValueError, match="rename it to last.pt"):
         run(tmp_path / "run")
     (tmp_path / "run" / "best.pt").rename(tmp_path / "run" / "last.pt")
     run(tmp_path / "run")
-    assert model_file.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
-
-
-def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
-    path = tmp_path / "samples.txt"
-    odd = "1\tone\u2028line\x0cwith\x85breaks\r"
-    path.write_bytes(f"{odd}\n5\nno step\n2\ttwo\n3\tundone\n".encode() + b"\xff")
-    train.drop_undone(path, lambda line: int(line.split(b"\t")[0]), 2)
-    assert path.read_bytes() == f"{odd}\n2\ttwo\n".encode()
-    path.write_text('5\n[]\n{"step": 1}\n{"step": 2')
-    train.drop_undone(path, lambda line: json.loads(line)["step"], 2)
-    assert path.read_text() == '{"step": 1}\n'
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
 
 
 def test_samples_are_taken_after_the_save(run, tmp_path, monkeypatch):
@@ -225,10 +205,10 @@ def test_samples_are_taken_after_the_save(run, tmp_path, monkeypatch):
     def fail(*anything):
         raise BrokenPipeError
 
-    monkeypatch.setattr(train, "sample_texts", fail)
+    monkeypatch.setattr(train, "example_texts", fail)
     with pytest.raises(BrokenPipeError):
         run(tmp_path / "run")
-    assert model_file.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
 
 
 def test_a_fine_tuned_run_resumes_without_the_run_it_came_from(run, tmp_path):
@@ -236,19 +216,19 @@ def test_a_fine_tuned_run_resumes_without_the_run_it_came_from(run, tmp_path):
     run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1")
     shutil.rmtree(tmp_path / "first")
     run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=2")
-    assert model_file.read_checkpoint(tmp_path / "second" / "last.pt")["step"] == 2
+    assert read_checkpoint(tmp_path / "second" / "last.pt")["step"] == 2
 
 
 def test_fine_tuning_starts_from_the_other_runs_average_and_tokenizer(run, tmp_path):
     run(tmp_path / "first", "--max_steps=3")
-    source = model_file.read_checkpoint(tmp_path / "first" / "best.pt")
+    source = read_checkpoint(tmp_path / "first" / "best.pt")
     run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1", "-lr=1e-9", "-wd=0")
-    tuned = model_file.read_checkpoint(tmp_path / "second" / "last.pt")
+    tuned = read_checkpoint(tmp_path / "second" / "last.pt")
     assert tuned["tokenizer_hash"] == source["tokenizer_hash"]
     for name, value in source["emas"][-1].items():
         torch.testing.assert_close(tuned["model"][name], value, atol=1e-6, rtol=0)
     other = tmp_path / "other.model"
-    other.write_bytes(data.train_tokenizer(tmp_path / "corpus.txt", "char", 0))
+    other.write_bytes(train_tokenizer(tmp_path / "corpus.txt", "char", 0))
     with pytest.raises(ValueError, match="not the tokenizer of"):
         run(tmp_path / "third", f"--init_from={tmp_path / 'first'}", f"-spm={other}")
     with pytest.raises(ValueError, match="model_dim=64.*has 32"):
@@ -262,29 +242,29 @@ def tiny_setup(K=4):
     torch.manual_seed(0)
     args = train.complete(train.flags().parse_args(["-d=none", *TINY]))
     config = train.make_config(args, K)
-    state = train.build(config, args, torch.device("cpu"), None)
-    return args, config, state
+    return args, config, train.build(config, args, torch.device("cpu"))
 
 
 def batch_of(ids):
     return ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, fused):
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused):
     """On the same noise, and with different numbers of predicted tokens, even none, in the parts."""
     _, _, state = tiny_setup()
     torch.nn.init.normal_(state.model.linear_out.weight)
     monkeypatch.setattr(Times, "draw", lambda self, segment_ids: torch.full((2, *segment_ids.shape), 0.6))
-    keys = kernels.draw_keys(1, 10)
-    monkeypatch.setattr(kernels, "draw_keys", lambda B, L, device: keys.expand(B, L, 2))
+    keys = train.draw_keys(1, 10)
+    monkeypatch.setattr(train, "draw_keys", lambda B, L, device: keys.expand(B, L, 2))
+    state.model.fused = is_fused
     ids, segment_ids, cond_mask = batch_of(torch.randint(4, (6, 10)))
     cond_mask[4:, 3:] = True
     cond_mask[5] = True
     gradients = []
     for splits in ([6], [2, 4], [3, 3], [5, 1]):
         batches = list(zip(*(x.split(splits) for x in (ids, segment_ids, cond_mask)), strict=True))
-        train.accumulate_gradients(state.model, batches, range(len(splits)), torch.device("cpu"), state.times, fused)
+        train.accumulate_gradients(state.model, batches, range(len(splits)), torch.device("cpu"), state.times)
         gradients.append([p.grad.clone() for p in state.model.parameters() if p.requires_grad])
         state.model.zero_grad()
     for other in gradients[1:]:
@@ -295,16 +275,11 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, fused):
 def test_fused_training_logs_the_losses_of_plain_training(run, tmp_path):
     """The noise is the same: a function of the step."""
     losses = []
-    for fused in ("off", "on"):
-        run(tmp_path / fused, f"--fused={fused}", "--max_steps=6", "-nex=0")
-        lines = map(json.loads, open(tmp_path / fused / "metrics.jsonl"))
+    for form in ("off", "on"):
+        run(tmp_path / form, f"--fused={form}", "--max_steps=6", "-nex=0")
+        lines = map(json.loads, open(tmp_path / form / "metrics.jsonl"))
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=2e-3)
-
-
-def test_fusing_is_refused_where_its_numbers_would_overflow(run, tmp_path):
-    with pytest.raises(ValueError, match="--fused=on takes"):
-        run(tmp_path / "run", "--fused=on", "-b=5")
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
@@ -323,18 +298,11 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, tmp_path, monkeypatch):
     run(tmp_path / "run", "--max_steps=3")
-    monkeypatch.setattr(bfn, "squared_error_loss", lambda logits, ids, t, s1: logits.sum(-1) * float("nan"))
+    monkeypatch.setattr(bfn, "training_loss", lambda log_p, ids, t, s1: log_p.sum(-1) * float("nan"))
     with pytest.raises(ValueError, match="not finite.*lower -lr"):
         run(tmp_path / "run")
-    saved = model_file.read_checkpoint(tmp_path / "run" / "last.pt")
+    saved = read_checkpoint(tmp_path / "run" / "last.pt")
     assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
-
-
-def test_the_learning_rate_rises_falls_and_never_rises_again():
-    args = train.complete(train.flags().parse_args(["-d=none", "--max_steps=100", "-wus=10", "-lr=2"]))
-    rates = [train.learning_rate(step, args) for step in range(120)]
-    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[10] == 2
-    assert all(a >= b for a, b in pairwise(rates[10:])) and 0 < rates[99] < 0.01 and rates[100] == 0
 
 
 def test_averages_follow_their_rates():
@@ -348,38 +316,6 @@ def test_averages_follow_their_rates():
     train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
     train.update_weights(state, args)
     torch.testing.assert_close(average, 0.1 * weight)
-
-
-def test_decay_is_on_matrices_only():
-    args, _, state = tiny_setup()
-    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
-    for group in groups:
-        for p in group["params"]:
-            assert group["weight_decay"] == (args.weight_decay if p.ndim >= 2 else 0)
-    trained = [p for p in state.model.parameters() if p.requires_grad]
-    assert {id(p) for group in groups for p in group["params"]} == set(map(id, trained))
-
-
-@pytest.mark.parametrize("form", [orthogonalise, orthogonalise_by_gram])
-def test_orthogonalised_matrices_have_singular_values_near_one(form):
-    """All that are above 0.003 of the matrix's norm."""
-    torch.manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(n, 20))[0] for n in (20, 50))
-    values = torch.logspace(0, -2.2, 20)
-    X = U @ torch.diag(values / values.norm()) @ V.T
-    values = torch.linalg.svdvals(form(torch.stack([X, 7 * X])))
-    assert 0.79 < values.min() and values.max() < 1.21
-
-
-@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 64), (1, 1, 5)])
-def test_orthogonalising_by_the_gram_matrix_is_the_same(shape):
-    """For singular values of four orders of magnitude, some of them zero."""
-    torch.manual_seed(0)
-    U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    values = torch.logspace(0, -4, shape[1])
-    values[shape[1] // 2 + 1 :: 3] = 0
-    X = U * values @ Vh
-    torch.testing.assert_close(orthogonalise_by_gram(X), orthogonalise(X.double()).float(), rtol=0, atol=1e-3)
 
 
 def test_a_small_joint_distribution_is_learned():
@@ -398,35 +334,20 @@ def test_a_small_joint_distribution_is_learned():
         return state.emas[0](theta, t, torch.ones(theta.shape[:2], dtype=torch.long))
 
     with torch.no_grad():
-        bound = bfn.continuous_time_loss(network, ids, draw_evenly(segment_ids), given, config.s1, 4)
+        t = draw_evenly(segment_ids)
+        bound = bfn.squared_error_loss(bfn.predict_at(network, ids, t, given, config.s1, 4), ids, t, config.s1)
         bound = bound + bfn.reconstruction_loss(network, ids, given, config.s1, 4)
     entropy = -(P * P.log()).sum().item()
     assert entropy - 0.05 < bound.sum(-1).mean() < 1.15 * entropy
-    samples = bfn.sample(network, torch.zeros_like(ids), given, config.s1, 4, bfn.time_grid("ancestral", 30))[0]
+    samples = bfn.sample(network, torch.zeros_like(ids), given, config.s1, 4, bfn.Controls("ancestral", 30))[0]
     counts = torch.bincount((samples * torch.tensor([16, 4, 1])).sum(-1), minlength=64) / len(ids)
     assert (counts - P).abs().sum() / 2 < 0.12
-
-
-def test_bits_per_character_count_eos_but_not_bos_and_characters_of_the_raw_text(corpus, tmp_path, monkeypatch):
-    """At one nat a token, L_rec nothing."""
-    (tmp_path / "model").write_bytes(data.train_tokenizer(corpus, "word", 500))
-    tokenizer = data.load_tokenizer(tmp_path / "model")
-    args, _, _ = tiny_setup()
-    config = train.make_config(args, len(tokenizer))
-    monkeypatch.setattr(bfn, "squared_error_loss", lambda logits, ids, *rest: torch.ones(ids.shape))
-    monkeypatch.setattr(bfn, "reconstruction_loss", lambda network, ids, *rest: torch.zeros(ids.shape))
-    tokens = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
-    figures, _ = train.validate(BFNTransformer(config), tokens, tokenizer.bos_id(), args, torch.device("cpu"))
-    lines = corpus.read_text().splitlines()
-    assert figures["bound_nats_per_token"] == pytest.approx(1)
-    expected = sum(len(line.split()) + 1 for line in lines) / sum(map(len, lines)) / math.log(2)
-    assert figures["bits_per_char"] == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------- the command
 
 
-def test_a_compiler_that_fails_is_done_without(run, tmp_path, monkeypatch, capsys):
+def test_training_goes_on_without_a_compiler_that_fails(run, tmp_path, monkeypatch, capsys):
     def broken(*inputs):
         raise RuntimeError("no compiler")
 
@@ -520,9 +441,9 @@ def test_a_corpus_smaller_than_a_batch_trains(corpus, run, tmp_path):
 
 
 def test_an_untouched_tokenizer_without_special_pieces_trains(corpus, run, tmp_path):
-    (tmp_path / "plain.model").write_bytes(data.train_tokenizer(corpus, "char", 0))
+    (tmp_path / "plain.model").write_bytes(train_tokenizer(corpus, "char", 0))
     run(tmp_path / "run", f"-spm={tmp_path / 'plain.model'}", "--max_steps=2")
-    assert data.file_hash(tmp_path / "run" / "tokenizer.model") == data.file_hash(tmp_path / "plain.model")
+    assert file_hash(tmp_path / "run" / "tokenizer.model") == file_hash(tmp_path / "plain.model")
 
 
 def test_a_run_goes_on_with_its_tokenizer_named_or_not(run, tmp_path):
@@ -534,7 +455,7 @@ def test_a_run_goes_on_with_its_tokenizer_named_or_not(run, tmp_path):
     sys.argv[:] = [*argv, "--max_steps=2"]
     train.main()
     for name in ("trained", "given"):
-        assert model_file.read_checkpoint(tmp_path / name / "last.pt")["step"] == 2
+        assert read_checkpoint(tmp_path / name / "last.pt")["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -557,7 +478,7 @@ def test_a_run_keeps_its_tokenizer_and_text(flags, message, run, corpus, tmp_pat
 
 @pytest.mark.parametrize("wrong", ["-mdim=33", "--val_path=nowhere.txt", "--val_path=EMPTY"])
 def test_what_cannot_be_trained_is_refused_before_a_tokenizer_is(wrong, corpus, monkeypatch, capsys, tmp_path):
-    """A tokenizer left behind would stand in the way of the mended command."""
+    """A tokenizer left behind would make the corrected command fail."""
     (tmp_path / "empty.txt").write_text("\n")
     wrong = wrong.replace("EMPTY", str(tmp_path / "empty.txt"))
     error = fails(["train.py", f"-d={corpus}", f"-mdir={tmp_path / 'run'}", wrong], monkeypatch, capsys)
@@ -565,11 +486,40 @@ def test_what_cannot_be_trained_is_refused_before_a_tokenizer_is(wrong, corpus, 
     assert not list((tmp_path / "run").glob("*"))
 
 
-def test_measuring_the_machine_draws_no_random_numbers():
-    """Else the first step of a process would not be what it is in the middle of one."""
-    speed.matmul_peak.cache_clear()
-    torch.manual_seed(0)
-    speed.peak(torch.device("cpu"))
-    drawn = torch.rand(3)
-    torch.manual_seed(0)
-    assert torch.equal(drawn, torch.rand(3))
+@pytest.mark.parametrize("broken", ["no matplotlib", "a folder has the picture's name"])
+def test_a_run_goes_on_where_no_picture_can_be_drawn(broken, run, tmp_path, monkeypatch, capsys):
+    if broken == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    else:
+        (tmp_path / "run" / "times.png").mkdir(parents=True)
+    run(tmp_path / "run")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "times.png" in line]
+    assert len(lines) == 1 and "no picture" in lines[0]
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
+
+
+def test_training_needs_only_the_packages_of_the_mission(corpus, tmp_path):
+    """torch, sentencepiece, rotary-embedding-torch, tqdm and numpy, with what they need themselves."""
+    blocked = "import sys\nsys.modules['matplotlib'] = sys.modules['tensorboard'] = sys.modules['scipy'] = None\n"
+    code = f"{blocked}sys.argv = {command(corpus, tmp_path / 'run', '--max_steps=1')!r}\nimport cli, train\ncli.run(train.main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
+def test_the_chain_from_the_loop_to_the_loss_is_short(monkeypatch):
+    """main, accumulate_gradients, HiddenToLoss.forward, loss_and_gradient, bfn.training_loss, in our own files."""
+    import inspect
+
+    _, _, state = tiny_setup()
+    state.model.fused, chains = True, []
+    real = bfn.training_loss
+
+    def spy(*anything):
+        frames = [frame for frame in inspect.stack() if Path(frame.filename).parent == ROOT]
+        chains.append([frame.function for frame in reversed(frames)])
+        return real(*anything)
+
+    monkeypatch.setattr(bfn, "training_loss", spy)
+    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
+    assert chains == [["accumulate_gradients", "forward", "loss_and_gradient", "weighted_sum"]]

@@ -1,0 +1,237 @@
+"""The run folder: what is saved, and how a run goes on.
+
+A checkpoint is one file of plain types and tensors, the description of the run (which never changes) and its state:
+
+    args, identity, config, tokenizer_hash, lengths, word_lengths                    `describe_run`
+    step, best, model, emas, optimizers, times, loss_by_time                         `State`
+"""
+
+import math
+import os
+import shutil
+import sys
+import zipfile
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cli
+import data
+import toy
+from model import BFNTransformer, Config
+from prompts import word_lengths
+from text import file_hash, load_tokenizer, read_pieces, train_tokenizer
+from times import Times
+
+FORMAT = 5  # of the checkpoint file and the network in it
+RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt times.png".split()
+TOY_SENTENCES = 60_000
+
+# What a run is: these must not change when it is resumed, everything else may.
+IDENTITY = (
+    "seed model_dim num_layers num_heads dropout_prob beta sequence_length batch_size accumulation_steps ema_rate "
+    "tokenizer vocab_size tokenizer_hash corpus validation"
+).split()
+
+# ---------------------------------------------------------------- files
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint whole or not at all. Raises OSError where it cannot."""
+    try:
+        with cli.replacing(path) as temporary:
+            torch.save({"format": FORMAT, **checkpoint}, temporary)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        raise OSError(f"cannot write {path}: {error}. Earlier checkpoints are intact: make room, run again") from error
+
+
+def read_checkpoint(path):
+    """Read a checkpoint -> dict of plain types and of tensors on the CPU.
+
+    Raises ValueError for a missing or damaged file, or one of another format.
+    """
+    if not os.path.isfile(path):
+        has_last = Path(path).with_name("last.pt").is_file()
+        hint = "nothing is validated yet, use --checkpoint=last" if has_last else "train first, or give another run folder"
+        raise ValueError(f"no checkpoint at {path}: {hint}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch.load checks no sums
+                raise zipfile.BadZipFile(part)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        version = int(checkpoint["format"])
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+        best = Path(path).with_name("best.pt")
+        hint = f"rename {best}, if that is whole, to last.pt" if best.is_file() and best != Path(path) else "use another"
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}") from None
+    if version == 4:
+        return upgrade(checkpoint)
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it, or another run folder"
+        )
+    return checkpoint
+
+
+def upgrade(checkpoint):
+    """Give the parts of the network in a checkpoint of format 4 the names that they have now."""
+    renamed = {"place.": "position.", ".forward_layer.": ".mlp.", ".film_forward.": ".film_mlp."}
+
+    def rename(weights):
+        for old, new in renamed.items():
+            weights = {name.replace(old, new): value for name, value in weights.items()}
+        return weights
+
+    networks = dict(model=rename(checkpoint.get("model", {})), emas=[rename(ema) for ema in checkpoint["emas"]])
+    return {**checkpoint, **networks, "format": FORMAT}
+
+
+def load(run_dir, which="best", device="cpu", ema=-1):
+    """Load a trained model: `model, tokenizer, run = load("runs/demo")`.
+
+    which: "best" by validation or "last". ema: index of the weight average, by default the last. `model.config` is the
+    Config; run is the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
+    Raises ValueError for a missing or damaged checkpoint, or a tokenizer that the model was not trained with.
+    """
+    run = read_checkpoint(Path(run_dir) / f"{which}.pt")
+    path = Path(run_dir) / "tokenizer.model"
+    if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:
+        raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
+    model = BFNTransformer(Config(**run["config"]))
+    if not -len(run["emas"]) <= ema < len(run["emas"]):
+        raise ValueError(f"{run_dir} has {len(run['emas'])} weight averages, counted from 0: there is no {ema}")
+    model.load_state_dict(run["emas"][ema])
+    rest = {name: value for name, value in run.items() if name not in ("model", "emas", "optimizers")}
+    return model.to(device).eval(), load_tokenizer(path), rest
+
+
+# ---------------------------------------------------------------- the state of a run
+
+
+@dataclass
+class State:
+    """What training changes."""
+
+    model: BFNTransformer
+    optimizers: list
+    emas: list  # averaged copies of the model, one per rate
+    times: Times
+    step: int = 0
+    best: float = math.inf  # lowest validation bound so far, nats per token
+    loss_by_time: list | None = None  # of the last validation, in even bins
+
+
+def restore(state, saved):
+    """Put a checkpoint back into a new state."""
+    state.model.load_state_dict(saved["model"])
+    for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
+        groups = optimizer.state_dict()["param_groups"]  # today's: weight decay may change
+        optimizer.load_state_dict({**moments, "param_groups": groups})
+    for ema, weights in zip(state.emas, saved["emas"], strict=True):
+        ema.load_state_dict(weights)
+    state.step, state.best, state.loss_by_time = saved["step"], saved["best"], saved["loss_by_time"]
+    state.times.curve.copy_(saved["times"])
+
+
+def save(state, run, run_dir, is_best=False):
+    """Write last.pt. If it is the best so far, write best.pt first and make last.pt the same file.
+
+    A crash between the two leaves the older last.pt: the run repeats its last steps and writes best.pt again.
+    """
+    path, last = run_dir / ("best.pt" if is_best else "last.pt"), run_dir / "last.pt"
+    networks = dict(model=state.model.state_dict(), emas=[ema.state_dict() for ema in state.emas])
+    optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
+    progress = dict(step=state.step, best=state.best, times=state.times.curve, loss_by_time=state.loss_by_time)
+    save_checkpoint(path, {**run, **networks, **progress, "optimizers": optimizers})
+    if is_best:
+        with cli.replacing(last) as temporary:
+            try:
+                os.link(path, temporary)  # checkpoints are only ever replaced, never changed
+            except OSError:  # a file system without links
+                shutil.copyfile(path, temporary)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def find_checkpoint(run_dir):
+    """Create the run folder -> its last checkpoint, or None. Raises ValueError if it is a file or has only best.pt."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is a file: give another -mdir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if (run_dir / "last.pt").exists():
+        return read_checkpoint(run_dir / "last.pt")
+    if (run_dir / "best.pt").exists():
+        raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to go on, or give another -mdir")
+    return None
+
+
+def write_once(path, content):
+    """Write a file of the run folder. Raises ValueError if another file has its name, so nothing of the user's is lost."""
+    if path.exists() and path.read_bytes() != content:
+        raise ValueError(f"{path} exists already and does not belong to this run: move it away or give another -mdir")
+    with cli.replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def prepare_text(args, run_dir, resume):
+    """Put tokenizer (and the built-in corpus) into the run folder and tokenise -> tokenizer, training and validation Tokens.
+
+    Raises ValueError for a missing or empty text, and for a tokenizer that is not the run's.
+    """
+    corpus = Path(args.data_path or run_dir / "corpus.txt")
+    if args.data_path is None and not resume:
+        write_once(corpus, toy.corpus(TOY_SENTENCES, args.seed).encode())
+    for text in filter(None, (corpus, args.val_path)):
+        if not os.path.isfile(text):
+            raise ValueError(f"no text file at {text}")
+        if next(read_pieces(text), None) is None:
+            raise ValueError(f"{text} has no text")
+    path = run_dir / "tokenizer.model"
+    if not resume:
+        write_once(path, make_tokenizer(args, corpus))
+    elif args.spm_model and not args.init_from and file_hash(args.spm_model) != file_hash(path):
+        raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
+    tokenizer = load_tokenizer(path)
+    read = partial(data.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir)
+    if args.val_path:
+        return tokenizer, read(corpus, part="all"), read(args.val_path, part="all")
+    return tokenizer, read(corpus, part="train"), read(corpus, part="val")
+
+
+def make_tokenizer(args, corpus):
+    """Read the tokenizer of the flags, or train one on the corpus -> the model as bytes."""
+    if args.spm_model:
+        load_tokenizer(args.spm_model)  # raises ValueError if it is none
+        return Path(args.spm_model).read_bytes()
+    print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
+    return train_tokenizer(corpus, args.tokenizer, args.vocab_size)
+
+
+def describe_run(args, config, tokenizer, tokens, val, run_dir):
+    """Collect what never changes during a run -> dict, a part of its checkpoints."""
+    tokenizer_hash = file_hash(run_dir / "tokenizer.model")
+    facts = {**vars(args), "corpus": tokens.key, "validation": val.key, "tokenizer_hash": tokenizer_hash}
+    return dict(
+        args=vars(args),
+        identity={name: facts[name] for name in IDENTITY},
+        config=asdict(config),
+        tokenizer_hash=tokenizer_hash,
+        lengths=np.bincount(np.minimum(tokens.lengths, args.sequence_length)).tolist(),
+        word_lengths=word_lengths(tokenizer, tokens),
+    )
+
+
+def check_identity(saved, now, run_dir):
+    """Refuse to resume a run with another model, text, seed or batch. Raises ValueError that names the difference."""
+    for name in IDENTITY:
+        if name in now and saved[name] != now[name]:
+            change, back = f"{name}={saved[name]}, now it is {now[name]}", "change it back"
+            if name in ("corpus", "validation"):  # hashes, which tell a reader nothing
+                change, back = f"another {name} text", "give -d and --val_path (or none) as before"
+            raise ValueError(f"{run_dir} was trained with {change}: {back} or give another -mdir")

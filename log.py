@@ -1,0 +1,207 @@
+"""What a run reports: metrics, figures, lines for the terminal; and how fast the device is.
+
+The figures of a log line carry their units in their names. utilisation is the share of the floating-point operations per
+second that large matrix products reach on this device.
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager, suppress
+from functools import cache
+
+import numpy as np
+import torch
+
+import cli
+import plot
+from times import N_BINS
+
+POSTFIX = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {utilisation:.0%} of peak, {peak_memory_gb:.1f} GB"
+
+# ---------------------------------------------------------------- speed
+
+
+def synchronise(device):
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@cache
+def matmul_peak(device, dtype):
+    """Measure the floating-point operations per second of large matrix products."""
+    n = 8192 if device.type == "cuda" else 512
+    generator = torch.Generator(device).manual_seed(0)  # leaves the caller's random numbers alone
+    a = torch.randn(n, n, device=device, generator=generator).to(dtype)  # ones would be faster: they take less power
+    seconds = math.inf
+    for _ in range(5):
+        synchronise(device)
+        begin = time.perf_counter()
+        a @ a
+        synchronise(device)
+        seconds = min(seconds, time.perf_counter() - begin)
+    del a
+    if device.type == "cuda":  # the run's memory is counted from here
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return 2 * n**3 / seconds
+
+
+@cache
+def fast_bf16(device):
+    """Whether the device multiplies bfloat16 matrices fast: all recent GPUs do; CPUs are measured.
+
+    A CPU must be four times faster than in float32, which a busy moment cannot explain.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return matmul_peak(device, torch.bfloat16) > 4 * matmul_peak(device, torch.float32)
+
+
+def peak(device):
+    """Measure the floating-point operations per second in the dtype that training multiplies matrices in."""
+    return matmul_peak(device, torch.bfloat16 if fast_bf16(device) else torch.float32)
+
+
+def model_flops(config, row_length):
+    """Count the floating-point operations per token of training, forward and backward, without recomputation.
+
+    Each weight takes 2 forward and 4 backward (2 for the embedding, whose input needs no gradient); attention over the
+    whole row takes 12 L D per layer.
+    """
+    D, d_time = config.d_model, config.d_time
+    layer = 12 * D**2 + 4 * d_time * D
+    return 6 * (config.n_layers * (layer + 2 * row_length * D) + D**2 + 2 * d_time * D) + 10 * config.K * D
+
+
+def peak_memory(device):
+    """Largest memory in use so far, in GB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return math.nan
+
+
+# ---------------------------------------------------------------- the logs of a run
+
+
+def drop_undone(path, step_of, step):
+    """Remove the lines of a log that belong to steps which a crash undid, and lines that are not whole."""
+    kept = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            kept += [line + b"\n"] * (step_of(line) <= step)
+    with cli.replacing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+
+
+def open_metrics(run_dir, step):
+    """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures)."""
+    drop_undone(run_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], step)
+    drop_undone(run_dir / "samples.txt", lambda line: int(line.split(b"\t")[0]), step)
+    file = open(run_dir / "metrics.jsonl", "a", buffering=1)
+    board = None
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(run_dir, purge_step=step + 1)
+
+    def write(step, **figures):
+        file.write(json.dumps(dict(step=step, **figures)) + "\n")
+        for name, value in figures.items() if board else ():
+            board.add_scalar(name, value, step)
+
+    return write
+
+
+class Meter:
+    """Losses, gradient norms, tokens and time since the last log line. Nothing waits for the device until `figures`."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.steps, self.n_tokens, self.start = [], 0, time.perf_counter()
+
+    def add(self, loss, norm, batches):
+        """Count a step: its loss and gradient norm, on the device, and its micro-batches."""
+        self.steps.append(torch.stack([loss, norm]))
+        self.n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in batches)
+
+    @contextmanager
+    def paused(self):
+        """Do not count the time of validating, sampling and saving."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
+
+    def figures(self, step, learning_rate, config, args, device):
+        """Average over the steps since the last call and start again -> dict. Raises ValueError if they are not finite."""
+        loss, norm = torch.stack(self.steps).mean(0).tolist()  # the only wait for the device
+        if not math.isfinite(loss + norm):
+            raise ValueError(
+                f"loss {loss}, gradient norm {norm}: not finite near step {step}: run again with a lower -lr; "
+                "if that does not help, start from best.pt, if there is one, renamed to last.pt"
+            )
+        tokens_per_s = self.n_tokens / (time.perf_counter() - self.start)
+        n_positions = len(self.steps) * args.accumulation_steps * args.batch_size * args.sequence_length
+        figures = dict(
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            fill=self.n_tokens / n_positions,
+            tokens_per_s=tokens_per_s,
+            utilisation=tokens_per_s * model_flops(config, args.sequence_length) / peak(device),
+            peak_memory_gb=peak_memory(device),
+        )
+        self.restart()
+        return figures
+
+
+def plot_times(times, path):
+    """Draw the loss by time as training has seen it, and the density that times are drawn from."""
+    t = (np.arange(N_BINS) + 0.5) / N_BINS
+    density = times.density().tolist() if times.kind == "learned" else [1.0] * N_BINS
+    series = {"root mean square of the loss, nats": (t, times.curve.sqrt().tolist()), "density of t": (t, density)}
+    plot.lines(path, series, "t", "", "training loss by time")
+
+
+# ---------------------------------------------------------------- lines for the terminal
+
+
+def opening_line(state, loader, config, seconds_per_step, args, device):
+    """Size of the model, memory, tokens, and when the run will end -> a line."""
+    seconds = (args.max_steps - state.step) * seconds_per_step
+    return (
+        f"{sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
+        f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens an epoch "
+        f"({loader.plan(0).fill(args.sequence_length):.1%} of positions), step {state.step} to {args.max_steps} "
+        f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
+    )
+
+
+def validation_line(figures):
+    """Validation figures -> a line."""
+    names = "L_inf", "L_rec", "bound", "monte_carlo_error"
+    L_inf, L_rec, bound, error = (figures[f"{name}_nats_per_token"] for name in names)
+    unknown = figures["unknown_nats_per_token"]
+    spelling = f" + unknown text {unknown:.3f}" if unknown else ""
+    return (
+        f"validation L_inf {L_inf:.3f} + L_rec {L_rec:.3f}{spelling} = {bound:.3f} +- {error:.3f} nats per token, "
+        f"{figures['bits_per_char']:.3f} bits per character"
+    )
+
+
+def next_commands(args):
+    """What to do with a finished run -> a line or two."""
+    again = (
+        "python train.py -d=CORPUS.txt --preset=laptop -mdir=runs/mine"
+        if args.data_path is None
+        else "a larger --max_steps trains on"
+    )
+    return f"next: python sample.py -mdir={args.model_dir}\n      {again}"

@@ -1,0 +1,73 @@
+"""Muon, the schedule and the averaged weights."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import optim
+from model import BFNTransformer, Config
+from optim import Muon, orthogonalise, orthogonalise_by_gram
+
+ARGS = SimpleNamespace(learning_rate=0.003, weight_decay=0.1)
+
+
+def test_the_learning_rate_rises_falls_and_never_rises_again():
+    args = SimpleNamespace(max_steps=100, warmup_steps=10, learning_rate=2.0)
+    rates = [optim.learning_rate(step, args) for step in range(120)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[10] == 2
+    assert all(a >= b for a, b in pairwise(rates[10:])) and 0 < rates[99] < 0.01 and rates[100] == 0
+
+
+def test_weight_decay_is_on_matrices_only_and_every_parameter_is_in_one_group():
+    model = BFNTransformer(Config(K=4, beta1=1.0, d_model=32, n_layers=2, n_heads=2))
+    groups = [group for optimizer in optim.make_optimizers(model, ARGS) for group in optimizer.param_groups]
+    for group in groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (ARGS.weight_decay if p.ndim >= 2 else 0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, trained))
+
+
+@pytest.mark.parametrize("form", [orthogonalise, orthogonalise_by_gram])
+def test_orthogonalised_matrices_have_singular_values_near_one(form):
+    """All that are above 0.003 of the matrix's norm."""
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 20))[0] for n in (20, 50))
+    values = torch.logspace(0, -2.2, 20)
+    X = U @ torch.diag(values / values.norm()) @ V.T
+    values = torch.linalg.svdvals(form(torch.stack([X, 7 * X])))
+    assert 0.79 < values.min() and values.max() < 1.21
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 64), (1, 1, 5)])
+def test_both_ways_to_orthogonalise_give_the_same(shape):
+    """For singular values of four orders of magnitude, some of them zero."""
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(0, -4, shape[1])
+    values[shape[1] // 2 + 1 :: 3] = 0
+    X = U * values @ Vh
+    torch.testing.assert_close(orthogonalise_by_gram(X), orthogonalise(X.double()).float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8)])
+def test_a_muon_update_is_an_orthogonal_matrix_of_adamws_size(shape):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = torch.randn(shape)
+    Muon([p], lr=0.5, weight_decay=0.0).step()
+    values = torch.linalg.svdvals(p.detach()) / (0.5 * 0.2 * max(shape) ** 0.5)
+    assert 0.75 < values.min() and values.max() < 1.25
+    U, _, Vh = torch.linalg.svd(p.grad, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(p.detach().flatten(), -(U @ Vh).flatten(), dim=0) > 0.98
+
+
+def test_averages_start_fast_and_then_follow_their_rate():
+    model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    for step, kept in ((0, 0.1), (90, 0.91), (10**6, 0.99)):
+        with torch.no_grad():
+            model.weight.fill_(1.0), ema.weight.fill_(0.0)
+        optim.average_weights(ema, model, 0.99, step)
+        assert ema.weight.item() == pytest.approx(1 - kept, abs=1e-4)

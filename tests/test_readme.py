@@ -1,0 +1,95 @@
+"""What the README promises: its commands have flags that exist, its recipes work as written, its links lead somewhere."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import bfn
+import evaluate
+import model as model_file
+import plot
+import sample
+import train
+from model import BFNTransformer, Config
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
+RECIPES = next(block for block in re.findall(r"(?:^    .*\n|^\n)+", README, re.MULTILINE) if "def training_loss" in block)
+
+
+def recipe(start, n_lines):
+    """Lines of the README's examples, from the one that starts so -> source without the indent."""
+    lines = [line[4:] for line in RECIPES.splitlines()]
+    i = next(i for i, line in enumerate(lines) if line.startswith(start))
+    return "\n".join(lines[i : i + n_lines])
+
+
+def test_every_command_has_flags_that_exist():
+    commands = re.findall(r"python ((?:train|sample|evaluate|plot)\.py[^\n`|&#)]*)", README)
+    assert len(commands) >= 10
+    modules = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "plot.py": plot}
+    for line in commands:
+        name, *flags = shlex.split(line)
+        if flags != ["--help"]:
+            modules[name].flags().parse_args(flags)
+
+
+def test_files_pictures_and_links_exist():
+    for name in re.findall(r"`(\w+\.py)`|\((\w+/[\w.]+)\)", README):
+        assert (ROOT / max(name)).exists() or (ROOT / "tests" / max(name)).exists(), name
+    for path in re.findall(r"`((?:tests|experiments|benchmarks)/\w+\.py)", README):
+        assert (ROOT / path).exists(), path
+    tops = {path.name for path in ROOT.glob("*.py")}
+    assert tops <= set(re.findall(r"`(\w+\.py)`", README)), "a file is missing in the file table"
+    sections = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()) for line in open(ROOT / "RESULTS.md") if line[0] == "#"]
+    for link in re.findall(r"RESULTS\.md#([\w-]+)", README):
+        assert link in [section.strip().replace(" ", "-") for section in sections], link
+
+
+def test_it_is_short_enough_to_be_read():
+    assert len(README.split()) <= 1800
+
+
+def test_the_recipe_for_another_loss_works(monkeypatch):
+    namespace = dict(vars(bfn))
+    exec(recipe("def training_loss", 2), namespace)  # noqa: S102
+    monkeypatch.setattr(bfn, "training_loss", namespace["training_loss"])
+    log_p, ids = torch.randn(2, 3, 5).log_softmax(-1), torch.randint(5, (2, 3))
+    assert torch.equal(bfn.training_loss(log_p, ids, torch.rand(2, 3), 3.0), bfn.cross_entropy(log_p, ids))
+
+
+def test_the_recipe_for_a_sampler_commits_from_left_to_right():
+    namespace = dict(vars(bfn), SAMPLERS=dict(bfn.SAMPLERS))
+    exec(recipe("def leftmost", 3), namespace)  # noqa: S102
+    seen = []
+    controls = bfn.Controls("left_to_right", 4, watch=lambda t, p, given: seen.append(given[0].tolist()))
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    task = bfn.Task(lambda theta, t: theta, ids, ids.bool(), 3.0, 2, controls, bfn.Draws(bfn.draw_keys(1, 8)))
+    namespace["SAMPLERS"]["left_to_right"](task)
+    assert seen == [[i < n for i in range(8)] for n in (0, 2, 4, 6)]
+
+
+def test_the_recipe_for_a_gate_in_the_mlp_trains(monkeypatch):
+    source = inspect.getsource(model_file.MLP)
+    source = source.replace("nn.init.zeros_", recipe("self.gate", 1) + "\n        nn.init.zeros_")
+    body = source.index("        h = F.relu")
+    source = source[:body] + "        " + recipe("return self.down", 1)
+    namespace = dict(vars(model_file))
+    exec(source, namespace)  # noqa: S102
+    monkeypatch.setattr(model_file, "MLP", namespace["MLP"])
+    network = BFNTransformer(Config(K=5, beta1=1.0, d_model=32, n_layers=1, n_heads=2))
+    torch.nn.init.normal_(network.blocks[0].mlp.down.weight)
+    torch.nn.init.normal_(network.linear_out.weight)
+    assert any(p is network.blocks[0].mlp.gate.weight for p in network.layer_matrices())
+    network(torch.rand(1, 3, 5), torch.rand(1, 3), torch.ones(1, 3).long()).square().sum().backward()
+    assert network.blocks[0].mlp.gate.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["no_cross_entropy", "no_convolution", "adamw"])
+def test_the_variants_that_are_named_exist(name):
+    source = (ROOT / "experiments" / "compare.py").read_text()
+    assert f"def {name}(args)" in source and name in README
