@@ -75,10 +75,11 @@ def predict(network, theta, t, ids, cond_mask):
     return network(*clamp_given(theta, t, ids, cond_mask)).float().log_softmax(-1)
 
 
-def predict_at(network, ids, t, cond_mask, s1, K, eps=None):
+def predict_noisy(network, ids, t, cond_mask, s1, K, eps=None):
     """Draw the network's input at time t from the flow and call it -> log_p (B, L, K). eps: see `flow`.
 
-    Training, validation and evaluation all see the network through this function.
+    Plain training, validation and evaluation see the network through this function; fused training is compared with it
+    when a run starts.
     """
     return predict(network, flow(ids, t, s1, K, eps).softmax(-1), t, ids, cond_mask)
 
@@ -135,7 +136,7 @@ def n_step_error(log_p, ids, i, n, s1, eps=None):
 def reconstruction_loss(network, ids, cond_mask, s1, K, eps=None):
     """One draw of L_rec = -log p_x from the output at t = 1 -> (B, L). eps (B, L, K), or None for fresh noise."""
     t = torch.ones(ids.shape, device=ids.device)
-    return cross_entropy(predict_at(network, ids, t, cond_mask, s1, K, eps), ids)
+    return cross_entropy(predict_noisy(network, ids, t, cond_mask, s1, K, eps), ids)
 
 
 # ---------------------------------------------------------------- the Bayesian update
@@ -189,7 +190,7 @@ class Controls:
     """How to sample. None of these changes a given token."""
 
     sampler: str = "commit"  # a name in SAMPLERS
-    steps: int = 32  # most network calls of commit; the flow's samplers make steps + 1
+    steps: int = 32  # most calls of commit that fill the text; the flow's samplers make steps + 1
     corrections: int = 0  # further calls of commit that redraw tokens
     curve: list | None = None  # loss in even bins of time: the flow's samplers take smaller steps where it is large
     temperature: float = 1.0
@@ -197,9 +198,9 @@ class Controls:
     argmax: bool = False  # take the likeliest tokens instead of drawing them
     until: float = 0.0  # finish a row once its open positions have a mean entropy below this, in nats
     hint: torch.Tensor | None = None  # log-odds from elsewhere, broadcast to (B, L, K)
-    hint_time: float = 0.0  # the hint is as strong as what the flow brings until this time
+    hint_time: float = 0.0  # the hint counts as observed at this noise level t
     allowed: torch.Tensor | None = None  # (..., K) bool, False for tokens that must not be drawn
-    watch: object = None  # called with (t, p, given) at each network call
+    watch: object = None  # called with (t, p, given) at each network call, t of the flow without the hint
 
 
 @dataclass
@@ -252,7 +253,7 @@ class Task:
 
 @torch.no_grad()
 def sample(network, ids, cond_mask, s1, K, controls, draws=None):
-    """Carry all positions from ignorance to text -> ids (B, L), network calls (B,).
+    """Sample the open positions -> ids (B, L), network calls (B,).
 
     ids (B, L) are read where cond_mask (B, L) is True and come back unchanged there. draws: a `Draws` of shape (B, L), or
     None for fresh random numbers.
@@ -261,22 +262,23 @@ def sample(network, ids, cond_mask, s1, K, controls, draws=None):
     return SAMPLERS[controls.sampler](Task(network, ids, cond_mask, s1, K, controls, draws))
 
 
-START, STEP, READ, FILL, CORRECT = range(5)  # phases that random numbers are counted in
+START, STEP, READ, FILL, CORRECT = range(5)  # each phase has its own random numbers
 ODE_START = 1e-3  # time at which an ODE starts, from z = s1 u eps
 
 
-def solve(task, step, times=None):
+def solve(task, step, start=0.0, times=None):
     """Sample by a solver of the flow, which moves the state z from one time to the next -> ids (B, L), calls (B,).
 
-    times: those of the network calls, from `time_grid` if None. A row that is certain enough is read out early.
+    times: those of the network calls, from `time_grid` if None, the first at `start`. A row that is certain enough is read
+    out early.
     """
     c, cond_mask, K = task.controls, task.cond_mask, task.K
-    times = times or time_grid(c.steps, c.curve, ODE_START if step in (ode1, ode2) else 0.0)
+    times = times or time_grid(c.steps, c.curve, start)
     z = torch.zeros(*task.ids.shape, K, device=task.ids.device)
     if times[0]:
         z += task.s1 * times[0] * task.draws.at(START, 0).normal(K)
     ids, calls, running = task.ids, torch.zeros_like(task.n_open), torch.ones_like(task.n_open, dtype=torch.bool)
-    p_before, u_before = None, 0.0
+    sharpened_before, u_before = None, 0.0
     for i, u in enumerate(times):
         p, sharpened = task.ask(task.theta(z), u, task.ids, cond_mask)
         calls += running
@@ -287,8 +289,8 @@ def solve(task, step, times=None):
             running = running & ~finished
             if not running.any():
                 break
-        dp = torch.zeros_like(p) if p_before is None else (sharpened - p_before) / (u - u_before)
-        p_before, u_before = sharpened, u
+        dp = torch.zeros_like(p) if sharpened_before is None else (sharpened - sharpened_before) / (u - u_before)
+        sharpened_before, u_before = sharpened, u
         z = step(z, sharpened, dp, u, times[i + 1], task.s1, task.draws.at(STEP, i))
     return ids, calls
 
@@ -342,7 +344,7 @@ def fill(task, choose):
         n_filled_after = task.n_open * (i + 1) // n_calls
         n_now = n_filled_after.minimum(task.n_open) - (given & ~task.cond_mask).sum(1)
         chosen = choose(entropy(p), ~given, n_now)
-        ids, p_drawn = redraw(task, chosen, p, sharpened, task.draws.at(FILL, i), ids, p_drawn)
+        ids, p_drawn = draw_chosen(task, chosen, p, sharpened, task.draws.at(FILL, i), ids, p_drawn)
         given = given | chosen
         if (n_calls <= i + 1).all():
             break
@@ -361,18 +363,25 @@ def correct(task, ids, p_drawn, finished):
         n_redraw = (task.n_open // 8).clamp(min=1) * (i < n_calls)
         chosen = spread_out(p_drawn, ~task.cond_mask, n_redraw)
         p, sharpened = task.ask(theta, 0.0, ids, ~chosen)
-        ids, p_drawn = redraw(task, chosen, p, sharpened, task.draws.at(CORRECT, i), ids, p_drawn)
+        ids, p_drawn = draw_chosen(task, chosen, p, sharpened, task.draws.at(CORRECT, i), ids, p_drawn)
     return ids, n_calls
 
 
-def redraw(task, chosen, p, sharpened, draws, ids, p_drawn):
-    """Draw the positions `chosen` (B, L) anew -> ids (B, L), probability of each drawn token (B, L)."""
+def draw_chosen(task, chosen, p, sharpened, draws, ids, p_drawn):
+    """Draw tokens at the positions `chosen` (B, L) -> ids (B, L), probability of each drawn token (B, L)."""
     index = chosen.nonzero(as_tuple=True)  # waits for the device
     k = task.read(sharpened, draws, index)
     return ids.index_put(index, k), p_drawn.index_put(index, p[index].gather(-1, k[:, None]).squeeze(-1))
 
 
-SAMPLERS = {"commit": commit} | {step.__name__: partial(solve, step=step) for step in (ancestral, sde1, sde2, ode1, ode2)}
+SAMPLERS = {
+    "commit": commit,
+    "ancestral": partial(solve, step=ancestral),
+    "sde1": partial(solve, step=sde1),
+    "sde2": partial(solve, step=sde2),
+    "ode1": partial(solve, step=ode1, start=ODE_START),
+    "ode2": partial(solve, step=ode2, start=ODE_START),
+}
 
 
 def entropy(p):
@@ -381,7 +390,7 @@ def entropy(p):
 
 
 def sharpen(p, temperature=1.0, top_p=1.0):
-    """Take p^(1 / temperature), normalised, and keep the likeliest tokens that sum to `top_p` -> as p (..., K)."""
+    """Take p^(1 / temperature), normalised, and keep the likeliest tokens that sum to `top_p` -> (..., K)."""
     if temperature != 1:
         log_ratio = (p / p.amax(-1, keepdim=True)).log()  # 0 for the likeliest token, which every temperature keeps
         p = (log_ratio / max(temperature, 1e-6)).softmax(-1)
@@ -394,7 +403,7 @@ def sharpen(p, temperature=1.0, top_p=1.0):
 
 
 def quantiles(u, density):
-    """Turn uniform numbers into numbers with a given density on [0, 1] -> as u, and the bin of each.
+    """Turn uniform numbers into numbers with a given density on [0, 1] -> numbers shaped like u, and the bin of each.
 
     density (n_bins,) is constant in each of n_bins equal bins and need not be normalised. This is the inverse of its
     distribution function, so it increases with u.

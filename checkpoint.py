@@ -1,6 +1,7 @@
-"""The run folder: what is saved, and how a run goes on.
+"""The run folder: what is saved, and how a run resumes.
 
-A checkpoint is one file of plain types and tensors, the description of the run (which never changes) and its state:
+A checkpoint is one file of plain types and tensors, the description of the run (made when training starts or resumes) and
+its state:
 
     args, identity, config, tokenizer_hash, lengths, word_lengths                    `describe_run`
     step, best, model, emas, optimizers, times, loss_by_time                         `State`
@@ -22,7 +23,7 @@ import cli
 import data
 import toy
 from model import BFNTransformer, Config
-from prompts import word_lengths
+from prompts import count_word_lengths
 from text import file_hash, load_tokenizer, read_pieces, train_tokenizer
 from times import Times
 
@@ -159,15 +160,15 @@ def save(state, run, run_dir, is_best=False):
 # ---------------------------------------------------------------- the run folder
 
 
-def find_checkpoint(run_dir):
-    """Create the run folder -> its last checkpoint, or None. Raises ValueError if it is a file or has only best.pt."""
+def open_run_folder(run_dir):
+    """Create the run folder if it is missing -> its last checkpoint, or None. Raises ValueError if it is a file or has only best.pt."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file: give another -mdir")
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / "last.pt").exists():
         return read_checkpoint(run_dir / "last.pt")
     if (run_dir / "best.pt").exists():
-        raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to go on, or give another -mdir")
+        raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to resume, or give another -mdir")
     return None
 
 
@@ -214,7 +215,7 @@ def make_tokenizer(args, corpus):
 
 
 def describe_run(args, config, tokenizer, tokens, val, run_dir):
-    """Collect what never changes during a run -> dict, a part of its checkpoints."""
+    """Describe the run -> dict, a part of its checkpoints."""
     tokenizer_hash = file_hash(run_dir / "tokenizer.model")
     facts = {**vars(args), "corpus": tokens.key, "validation": val.key, "tokenizer_hash": tokenizer_hash}
     return dict(
@@ -223,7 +224,7 @@ def describe_run(args, config, tokenizer, tokens, val, run_dir):
         config=asdict(config),
         tokenizer_hash=tokenizer_hash,
         lengths=np.bincount(np.minimum(tokens.lengths, args.sequence_length)).tolist(),
-        word_lengths=word_lengths(tokenizer, tokens),
+        word_lengths=count_word_lengths(tokenizer, tokens),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: flags that must be spelled out, devices, errors in one line, signals, files that are replaced whole."""
+"""What all commands share: strict flags, devices, errors in one line, signals, and files that are replaced as a whole."""
 
 import argparse
 import difflib
@@ -13,9 +13,9 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses unknown and shortened flags; errors are one line and exit code 2.
+    """An argument parser that refuses unknown and abbreviated flags. An error is one line and exit code 2.
 
-    argparse alone reads -dpo=0.1 as -d po=0.1, -bs=12 as -b s=12, and -md as -mdir.
+    argparse itself reads -dpo=0.1 as -d po=0.1, -bs=12 as -b s=12, and -md as -mdir.
     """
 
     def __init__(self, description):
@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _is_number(word):
+    """Tell whether a word is a number, because a negative one looks like a flag."""
     try:
         float(word)
     except ValueError:
@@ -45,6 +46,8 @@ def _is_number(word):
 
 
 def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
+    """Make a type for flags: a function that turns text into a number of this kind and range, or refuses it."""
+
     def convert(text):
         try:
             value = kind(text)
@@ -68,16 +71,17 @@ above_zero_to_one = _number(float, 0, exclusive=True, most=1)
 
 
 def shares(text):
-    """ "0.99,0.999" -> [0.99, 0.999]."""
+    """Read "0.99,0.999" -> [0.99, 0.999]."""
     return [share(part) for part in text.split(",")]
 
 
 def auto_or_positive(text):
+    """Read "auto" or a positive number."""
     return text if text == "auto" else positive(text)
 
 
 def device(name):
-    """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises ValueError for one that is not there."""
+    """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device. Raises ValueError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -86,37 +90,37 @@ def device(name):
     except (RuntimeError, AssertionError, NotImplementedError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f"no device {name!r} here: use --device=cpu, or cuda where there is a GPU")
+        raise ValueError(f"no device {name!r} here: use --device=cpu, or --device=cuda if there is a GPU")
     return found
 
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path next to `path`. What is written there replaces `path` at the end, whole or not at all."""
+    """Yield a temporary path next to `path`. At the end it replaces `path`; after an error, `path` stays as it was."""
     temporary = Path(f"{path}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it takes the name
+            os.fsync(file.fileno())  # the content must be on the disk before the name refers to it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def catch_signals():
-    """Note Ctrl-C, SIGTERM and SIGHUP in the returned list; a second one leaves at once."""
+    """Collect Ctrl-C, SIGTERM and SIGHUP in the returned list instead of stopping. A second signal stops at once."""
     caught = []
 
-    def note(number, _frame):
+    def handle(number, _frame):
         if caught:
             os._exit(128 + number)
         caught.append(number)
-        os.write(2, b"\nfinishing this step, then saving (again to leave at once)\n")  # print is not safe in a handler
+        os.write(2, b"\nfinishing this step, then saving (again to leave at once)\n")  # print is not safe here
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP, of a closed terminal, is missing on Windows
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: the terminal was closed; Windows has no such signal
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), note)
+            signal.signal(getattr(signal, name), handle)
     return caught
 
 
@@ -127,13 +131,13 @@ def fail(message):
 
 
 def run(main):
-    """Call main() and turn errors that a user can mend into one line and exit code 2; BFN_DEBUG=1 shows tracebacks."""
+    """Call main(). An error that the user can correct becomes one line and exit code 2; BFN_DEBUG=1 shows tracebacks."""
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output has left
+    except BrokenPipeError:  # whoever reads our output has stopped, for example head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:

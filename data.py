@@ -180,8 +180,8 @@ def pack(lengths, row_length, rng):
     """
     order = rng.permutation(len(lengths))
     order = order[np.argsort(lengths[order], kind="stable")]  # by length, and random within each length
-    n_left = np.bincount(lengths, minlength=row_length + 1)  # windows of each length that have no row yet,
-    ends = np.cumsum(n_left)  # which are order[ends[length] - n_left[length] : ends[length]]
+    n_left = np.bincount(lengths, minlength=row_length + 1)  # windows of each length without a row:
+    ends = np.cumsum(n_left)  # they are order[ends[length] - n_left[length] : ends[length]]
     row_of, n_rows = np.empty(len(lengths), dtype=np.int64), 0
     while n_left.any():
         contents = _fill_row(n_left, row_length)

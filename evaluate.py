@@ -33,10 +33,10 @@ import quality
 import toy
 from checkpoint import load
 from model import rows_at_once
-from noise import Draws, mix_seed
+from noise import GOLDEN, Draws, mix_seed
 from prompts import make_template
 from sample import Options, decode, generate
-from text import GOLDEN, read_pieces
+from text import read_pieces
 
 MAX_DRAWS = 64
 TIME_BINS = 50
@@ -122,7 +122,7 @@ def losses_at(model, ids, segment_ids, cond_mask, t, noise, n_steps=None):
     """Compute the integrand of L_inf (or L_n) at t, the output's cross-entropy, and a draw of L_rec -> three (B, L), nats."""
     K, s1 = model.config.K, model.config.s1
     network = partial(model, segment_ids=segment_ids)
-    log_p = bfn.predict_at(network, ids, t, cond_mask, s1, K, noise.normal(K))
+    log_p = bfn.predict_noisy(network, ids, t, cond_mask, s1, K, noise.normal(K))
     if n_steps:
         i = (t * n_steps).round().long() + 1  # t = (i - 1) / n_steps
         loss = bfn.n_step_error(log_p, ids, i, n_steps, s1, noise.normal(K))

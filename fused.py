@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import bfn
 from noise import halves, noise_halves
 
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements (tokens, K) of a chunk
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of a chunk's (tokens, K) tensor
 LEAST_TOKENS = 128  # chunks are multiples of this: smaller products spend their time reading the embeddings again
 LARGEST_S1 = 13.0  # exp(z - s^2) overflows beyond
 
@@ -60,7 +60,7 @@ def pad(x, size):
 def evidence(ids, t, keys, s1, K):
     """Compute the flow z = s eps + s^2 e_x, s = s1 t, of n tokens -> its `halves` (n, K - K // 2), (n, K // 2).
 
-    In halves, as the noise comes: joined here, the compiler would write the noise to memory.
+    Kept in halves, as the noise comes: if they were joined here, the compiler would write the noise to memory.
     """
     s, k = s1 * t[:, None], torch.arange(K, dtype=torch.int32, device=ids.device)
     is_x = [part == ids.int()[:, None] for part in halves(k)]
@@ -76,7 +76,7 @@ def theta_times_sum(ids, t, keys, s1, K, dtype):
 def loss_and_gradient(linear, bias, ids, t, keys, scale, s1):
     """Compute bfn.training_loss for logits = linear + bias + z, and the gradient of its sum weighted by scale (n,).
 
-    linear (n, K) -> losses (n,) float32, gradient by linear (n, K).
+    linear (n, K) -> losses (n,) float32, gradient with respect to linear (n, K).
     """
     z = evidence(ids, t, keys, s1, linear.shape[-1])
     logits = torch.cat([x.float() + b + half for x, b, half in zip(halves(linear, -1), halves(bias), z, strict=True)], -1)
@@ -85,7 +85,7 @@ def loss_and_gradient(linear, bias, ids, t, keys, scale, s1):
         losses = bfn.training_loss(logits.log_softmax(-1), ids, t, s1)
         return (scale * losses).sum(), losses
 
-    gradient, losses = torch.func.grad(weighted_sum, has_aux=True)(logits)  # by the logits, which is by linear too
+    gradient, losses = torch.func.grad(weighted_sum, has_aux=True)(logits)  # also that with respect to linear
     return losses, gradient.to(linear.dtype)
 
 

@@ -179,7 +179,7 @@ def opening_line(state, loader, config, seconds_per_step, args, device):
     seconds = (args.max_steps - state.step) * seconds_per_step
     return (
         f"{sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
-        f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens an epoch "
+        f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens per epoch "
         f"({loader.plan(0).fill(args.sequence_length):.1%} of positions), step {state.step} to {args.max_steps} "
         f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
     )

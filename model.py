@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import segment_positions
 
-BATCH_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a batch's largest tensor: 8 MB fit a CPU's cache, ten of 256 MB a GPU
+BATCH_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a batch's largest tensor: 8 MB fit into a CPU's cache
 compiled_block_mask = torch.compile(create_block_mask, dynamic=False)  # not compiled, it builds the whole L x L mask
 
 
@@ -88,7 +88,7 @@ class PositionEmbedding(nn.Module):
 
 
 class FiLM(nn.Module):
-    """RMS-normalise, then scale by (1 + gamma) and shift by beta, both read from the time embedding [Perez et al. 2017]."""
+    """RMS-normalise h, multiply by (1 + scale) and add shift, both computed from the time embedding [Perez et al. 2017]."""
 
     def __init__(self, d_model, d_time):
         super().__init__()
@@ -181,9 +181,9 @@ class BFNTransformer(nn.Module):
 
     # How the same numbers are computed. train.py sets these for the network that it trains.
     compiled = False  # the blocks are compiled, and so are the chunks of fused.py
-    bf16 = False  # matrices are multiplied in bfloat16 (autocast)
+    bf16 = False  # matrices are multiplied in bfloat16 (autocast); read by train.py
     flex = False  # flex attention, which needs no L x L mask; it is only fast in compiled blocks
-    fused = False  # embedding and loss without a (tokens, K) tensor (fused.py)
+    fused = False  # embedding and loss without a (tokens, K) tensor (fused.py); read by train.py
     recompute = False  # keep no activations within a block: compute them again for the gradient
 
     def __init__(self, config):
@@ -204,7 +204,8 @@ class BFNTransformer(nn.Module):
 
     def layer_matrices(self):
         """The weight matrices of the attention and MLP layers."""
-        return [p for block in self.blocks for part in (block.attention, block.mlp) for p in part.parameters()]
+        parts = [part for block in self.blocks for part in (block.attention, block.mlp)]
+        return [p for part in parts for p in part.parameters() if p.ndim == 2]
 
     def attention_mask(self, segment_ids):
         """Let each position see its own segment -> (B, 1, L, L) bool, or a BlockMask with `flex`."""

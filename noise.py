@@ -14,6 +14,8 @@ import torch
 COSINE = -0.02057725, 0.2296504, -1.332369, 4.058041, -4.934745, 0.9999992
 SINE = -0.006089475, 0.08074782, -0.5985506, 2.549998, -5.167699, 3.141593
 
+GOLDEN = (5**0.5 - 1) / 2  # the fractions of 1, 2, 3, ... times this number are spread evenly over (0, 1)
+
 
 def mix_seed(*parts):
     """Hash several numbers or strings, such as (seed, step, micro-batch), to one seed -> int in [0, 2^63)."""

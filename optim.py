@@ -20,7 +20,7 @@ QUINTICS = (
 MARGIN = 1.01  # the polynomials grow fast beyond 1, so a rounded norm must not be below the largest singular value
 
 
-def orthogonalise(X):
+def orthogonalise_directly(X):
     """Move all singular values of matrices (n, height, width >= height) close to 1."""
     X = X / (MARGIN * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in QUINTICS:
@@ -30,7 +30,7 @@ def orthogonalise(X):
 
 
 def orthogonalise_by_gram(X):
-    """The same as `orthogonalise`, computed on the small matrix X X^T: half the work where X is wide.
+    """The same as `orthogonalise_directly`, computed on the small matrix X X^T: half the work where X is wide.
 
     On a CPU it makes a whole training step 12 % faster. It needs full float32 precision, so it is not used with TF32.
     """
@@ -46,7 +46,7 @@ def orthogonalise_by_gram(X):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates, as large as AdamW's: 0.2 sqrt(longer side) each [Liu et al. 2025].
+    """Momentum with orthogonalised updates. The factor 0.2 sqrt(longer side) makes them as large as AdamW's [Liu et al. 2025].
 
     As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and momentum unchanged.
     """
@@ -73,24 +73,27 @@ class Muon(torch.optim.Optimizer):
         momentum = torch.stack([self.state[p]["momentum"] for p in params])
         gradient = torch.stack([p.grad for p in params]).nan_to_num(0, 0, 0)
         momentum += keep * (1 - group["momentum"]) * (gradient - momentum)
-        update = orthogonalised(gradient.lerp(momentum, group["momentum"]))  # Nesterov momentum
+        update = orthogonalise(gradient.lerp(momentum, group["momentum"]))  # Nesterov momentum
         rate = keep * group["lr"]
         for p, m, u in zip(params, momentum, update, strict=True):
             self.state[p]["momentum"].copy_(m)
             p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * max(p.shape) ** 0.5 * u)
 
 
-def orthogonalised(X):
+def orthogonalise(X):
     """Orthogonalise matrices (n, height, width) of any shape by the faster of the two functions."""
     height, width = X.shape[1:]
     if height > width:
-        return orthogonalised(X.mT).mT
+        return orthogonalise(X.mT).mT
     by_gram = width >= 2 * height and not X.is_cuda
-    return orthogonalise_by_gram(X) if by_gram else orthogonalise(X)
+    return orthogonalise_by_gram(X) if by_gram else orthogonalise_directly(X)
 
 
 def make_optimizers(model, args):
-    """Make AdamW and Muon; weight decay is on matrices only. Both obey `found_inf`."""
+    """Make AdamW and Muon; weight decay is on matrices only.
+
+    Every optimizer here must skip its step where its `found_inf` is 1.
+    """
     matrices = model.layer_matrices()
     in_muon = set(map(id, matrices))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_muon]
@@ -98,7 +101,7 @@ def make_optimizers(model, args):
         dict(params=[p for p in rest if p.ndim >= 2], weight_decay=args.weight_decay),
         dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
     ]
-    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)  # only the fused form reads found_inf
     return [adamw, Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay)]
 
 

@@ -16,14 +16,15 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from text import add_marks, adds_prefix, read_pieces, unknown_bytes
+from text import SPACE, add_marks, adds_prefix, read_pieces, unknown_bytes
 
 FREE = -1  # any text, or its end
 GAP = -2  # any text
 WORD_START, WORD_REST = -3, -4  # the first token of a word, a later token
-GAP_MARK = r"___(?:\{(\d+)\})?"
-SPACE = "\u2581"  # how SentencePiece writes a space
+GAP_MARK = r"___(?:\{(\d+)(?:-(\d+))?\})?"
+MAX_CANDIDATES = 32  # templates of a prompt whose gaps have unknown sizes
 
 
 # ---------------------------------------------------------------- the tokenizer's habits
@@ -69,7 +70,7 @@ def space_style(tokenizer):
     return any(len(p) > 1 and p[0] == SPACE for p in pieces), any(p[0] != SPACE for p in pieces)
 
 
-def word_lengths(tokenizer, tokens, longest=16):
+def count_word_lengths(tokenizer, tokens, longest=16):
     """Count the words of 0, 1, ..., `longest` tokens in the first million tokens of a text -> list of counts."""
     spaced = np.array([tokenizer.id_to_piece(k).startswith(SPACE) for k in range(len(tokenizer))])
     begins = np.flatnonzero(spaced[tokens.ids[:1_000_000]])
@@ -132,64 +133,99 @@ def encode_after_gap(text, tokenizer):
     return ids[1:]
 
 
-def gap_kinds(count, follows_space, tokenizer, word_lengths, rng):
-    """Choose what may be drawn in a gap: `count` tokens (digits), or one word if that is None -> list of kinds.
+def gap_sizes(low, high, follows_space, tokenizer, word_lengths):
+    """List what a gap may become -> [(kinds of its tokens, weight)]: one word if low is None, else low to high tokens.
 
-    The word has as many tokens as a random word of the training text.
+    A word has as many tokens as the words of the training text, weighted by how often.
     """
-    if count is not None:
-        return [GAP] * min(int(count), 1_000_000)  # a larger gap is too long as well, and would fill the memory
+    if low is not None:
+        low = min(int(low), 1_000_000)  # a larger gap is too long as well, and would fill the memory
+        high = low if high is None else min(int(high), low + MAX_CANDIDATES)
+        return [([GAP] * n, 1.0) for n in range(low, high + 1)]
     joins_space, continues_words = space_style(tokenizer)
-    n = rng.choices(range(len(word_lengths)), word_lengths)[0] if continues_words else 1
-    if not joins_space:
-        return [WORD_REST] * max(1, n - 1)  # n counts the space, which is a token before the gap
-    return [WORD_START if follows_space else WORD_REST] + [WORD_REST] * (n - 1)
+    if not continues_words:
+        return [([WORD_START if follows_space else WORD_REST], 1.0)]
+    sizes = [(n, weight) for n, weight in enumerate(word_lengths) if weight]
+    if not joins_space:  # n counts the space, which is a token before the gap
+        return [([WORD_REST] * max(1, n - 1), weight) for n, weight in sizes]
+    return [([WORD_START if follows_space else WORD_REST] + [WORD_REST] * (n - 1), weight) for n, weight in sizes if n]
 
 
-def parse_prompt(prompt, tokenizer, word_lengths, rng):
-    """Turn a text with gaps into a template -> (template without bos and eos, whether it has a gap).
+def parse_prompt(prompt, tokenizer, word_lengths):
+    """Turn a text with gaps into templates without bos and eos -> [(template, weight)], whether it has a gap.
 
-    ___ is one word, ___{3} is three tokens. Raises ValueError for a gap that is written otherwise, and for text that is not
-    Unicode.
+    ___ is one word, ___{3} is three tokens, ___{1-4} is one to four. Gaps of unknown size give several templates, of which
+    the MAX_CANDIDATES of largest weight are kept. Raises ValueError for a gap that is written otherwise, and for text that
+    is not Unicode.
     """
-    if re.search(r"____|___\{(?!\d+\})", prompt):
-        raise ValueError(f"{shorten(prompt)}: a gap is ___ or ___{{N}}")
+    if re.search(r"____|___\{(?!\d+(?:-\d+)?\})", prompt):
+        raise ValueError(f"{shorten(prompt)}: a gap is ___ or ___{{N}} or ___{{N-M}}")
     if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python stands for bytes that it cannot decode
         raise ValueError(f"{shorten(prompt)} is not UTF-8: convert it, for example with iconv")
-    parts = re.split(GAP_MARK, prompt)  # text, count or None, text, ..., count or None, text
-    texts, counts = parts[::2], parts[1::2]
-    template = encode_part(texts[0], tokenizer, follows_gap=False)
-    for i, count in enumerate(counts):
+    parts = re.split(GAP_MARK, prompt)  # text, low or None, high or None, text, ...
+    texts, gaps = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
+    templates = [(encode_part(texts[0], tokenizer, follows_gap=False), 1.0)]
+    for i, (low, high) in enumerate(gaps):
+        if high is not None and int(high) < int(low):
+            raise ValueError(f"{shorten(prompt)}: a gap ___{{N-M}} has at least N and at most M tokens, here {low}-{high}")
         at_start = i == 0 and not texts[0]
         follows_space = texts[i].endswith(" ") or (at_start and adds_prefix(tokenizer))
-        template += gap_kinds(count, follows_space, tokenizer, word_lengths, rng)
-        template += encode_part(texts[i + 1], tokenizer, follows_gap=True)
-    return template, bool(counts)
+        sizes = gap_sizes(low, high, follows_space, tokenizer, word_lengths)
+        after = encode_part(texts[i + 1], tokenizer, follows_gap=True)
+        templates = [(t + kinds + after, w * weight) for t, w in templates for kinds, weight in sizes]
+        templates = heaviest(templates)
+    return templates, bool(gaps)
+
+
+def heaviest(templates):
+    """Keep the MAX_CANDIDATES templates of largest weight: [(template, weight)] -> the same."""
+    return sorted(templates, key=lambda pair: -pair[1])[:MAX_CANDIDATES]
+
+
+def candidates(prompt, tokenizer, run, length=None):
+    """Turn a prompt into the templates of a whole text that it may become -> templates, weights: lists.
+
+    A prompt with gaps is the whole text, of one template per size of its gaps. One without is continued to `length`
+    tokens, or to each length of the training texts. Weights are how often these occur in the training text. Raises
+    ValueError if the prompt does not fit.
+    """
+    limit, shares = run["args"]["sequence_length"], run["lengths"]
+    bodies, has_gap = parse_prompt(prompt, tokenizer, run["word_lengths"])
+    if has_gap:
+        templates = [(add_marks(body, tokenizer), weight) for body, weight in bodies]
+        shortest = min((template for template, _ in templates), key=len)
+        if all(kind >= 0 for kind in shortest) and len(templates) == 1:
+            raise ValueError(f"{shorten(prompt)} has a gap of no tokens: nothing is left to sample")
+        if len(shortest) > limit:
+            message = f"takes {len(shortest)} tokens, the model was trained on {limit}: shorten it"
+            raise ValueError(f"{shorten(prompt)} {message}")
+        fitting = [(t, w) for t, w in templates if len(t) <= limit and min(t) < 0]
+        share = {len(t): shares[len(t)] if len(t) < len(shares) else 0 for t, _ in fitting}
+        if any(share.values()):  # of these sizes, the ones that make a text as long as a training text
+            fitting = [(t, w * share[len(t)]) for t, w in fitting if share[len(t)]]
+        return map(list, zip(*fitting, strict=True))
+    given = add_marks(bodies[0][0], tokenizer, end=False)
+    if length is None:
+        lengths = {n: weight for n, weight in enumerate(shares) if weight and n > len(given)} or {limit: 1}
+    else:
+        lengths = {length: 1}
+    if max(lengths) <= len(given):
+        left = f"a text of {max(lengths)} has none left to sample"
+        raise ValueError(f"{shorten(prompt)} takes {len(given)} tokens, {left}: raise --length")
+    return [given + [FREE] * (n - len(given)) for n in lengths], list(lengths.values())
+
+
+def pad(templates, device):
+    """Put templates of different lengths into one batch -> padded (B, L), segment_ids (B, L)."""
+    padded = pad_sequence([torch.tensor(template) for template in templates], batch_first=True)
+    segment_ids = pad_sequence([torch.ones(len(template), dtype=torch.long) for template in templates], batch_first=True)
+    return padded.to(device), segment_ids.to(device)
 
 
 def make_template(prompt, tokenizer, run, seed, length=None):
-    """Turn a prompt into the template of a whole text.
-
-    A prompt with gaps is the whole text. One without is continued to `length` tokens, by default drawn from the lengths
-    of the training text. Raises ValueError if the prompt does not fit.
-    """
-    rng, limit = random.Random(seed), run["args"]["sequence_length"]
-    body, has_gap = parse_prompt(prompt, tokenizer, run["word_lengths"], rng)
-    if has_gap:
-        template = add_marks(body, tokenizer)
-        if all(kind >= 0 for kind in template):
-            raise ValueError(f"{shorten(prompt)} has a gap of no tokens: nothing is left to sample")
-        if len(template) > limit:
-            raise ValueError(f"{shorten(prompt)} takes {len(template)} tokens, the model was trained on {limit}: shorten it")
-        return template
-    given = add_marks(body, tokenizer, end=False)
-    if length is None:
-        weights = [n * (i > len(given)) for i, n in enumerate(run["lengths"])]  # only lengths that leave something to draw
-        length = rng.choices(range(len(weights)), weights)[0] if any(weights) else limit
-    if length <= len(given):
-        left = f"a text of {length} has none left to sample"
-        raise ValueError(f"{shorten(prompt)} takes {len(given)} tokens, {left}: raise --length")
-    return given + [FREE] * (length - len(given))
+    """Draw one of the `candidates` of a prompt by its weight, whatever the network says of the prompt."""
+    templates, weights = candidates(prompt, tokenizer, run, length)
+    return random.Random(seed).choices(templates, weights)[0]
 
 
 # ---------------------------------------------------------------- odds of tokens

@@ -1,10 +1,10 @@
-"""Figures of generated text, next to the same figures of real text.
+"""Figures of the quality of generated text, to be compared with the same figures of real text.
 
-Each of them is easy to fool: a model that repeats one likely sentence has a low n-gram perplexity, and known words do not
-make a sentence. So perplexity is always shown with entropy and distinct bigrams.
+Each figure is easy to deceive: a model that repeats one likely sentence has a low n-gram perplexity, and known words do not
+make a sentence. So perplexity is always shown together with entropy and distinct bigrams.
 
-    stream  (N,)  int64  the tokens of all texts in one sequence, with order - 1 marks (the number K) before, between and after
-    grams   (n,)  int64  n-grams of tokens, each as one integer, its digits in base K + 1
+    stream  (N,)  int64  tokens of all texts in one sequence, with order - 1 marks (the number K) before, between and after
+    grams   (n,)  int64  n-grams of tokens, each written as one integer in base K + 1
 """
 
 import math
@@ -57,7 +57,7 @@ class Reference:
         return cls(words, counts, histories, tokenizer)
 
     def nats(self, text):
-        """Compute -log P of a text's tokens, in nats, under the interpolated model of Witten and Bell -> nats, number of tokens.
+        """Compute -log P of a text's tokens under the interpolated model of Witten and Bell -> nats, number of tokens.
 
             p_n = (count + n_successors p_{n-1}) / (count of the history + n_successors),    p_0 = 1 / K
 
@@ -77,13 +77,13 @@ class Reference:
 
 
 def _stream(texts, K, order):
-    """Join the ids of texts to one stream (N,)."""
+    """Join the ids of texts into one stream (N,)."""
     marks = np.full(order - 1, K)
     return np.concatenate([part for ids in texts for part in (marks, ids)] + [marks]).astype(np.int64)
 
 
 def _grams(stream, n, K):
-    """All n-grams of a stream (N,) -> (N - n + 1,). Raises ValueError if they do not fit into int64."""
+    """List the n-grams of a stream (N,) -> (N - n + 1,). Raises ValueError if they do not fit into int64."""
     if (K + 1) ** n >= 2**63:
         raise ValueError(f"a vocabulary of {K} is too large for {n}-grams")
     grams = np.zeros(len(stream) - n + 1, dtype=np.int64)
@@ -93,7 +93,7 @@ def _grams(stream, n, K):
 
 
 def _look_up(query, grams, values):
-    """The value of each gram of `query` in the sorted `grams`, 0 for those that are not there."""
+    """Look up the value of each gram of `query` in the sorted `grams`; 0 for a gram that is not there."""
     index = np.minimum(np.searchsorted(grams, query), len(grams) - 1)
     return np.where(grams[index] == query, values[index], 0)
 
@@ -126,7 +126,8 @@ def _measure(texts):
 def figures(texts, reference, seed=0):
     """Measure a list of texts -> {figure: (value, low, high)}, a 95 % interval from the bootstrap's spread over texts.
 
-    The spread is put around the value itself. Quantiles would be too low: a resample repeats texts, so it is less diverse.
+    The interval is centred on the value itself. Quantiles of the resamples would be too low: a resample repeats texts, so it
+    is less diverse.
     """
     measured = []
     for text in texts:

@@ -9,6 +9,7 @@ python sample.py -mdir=RUN_DIR --prompt "the ___ is sweet"
 
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -17,19 +18,31 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import bfn
 import cli
 import data
 from checkpoint import RUN_FILES, load
+from lengths import fit_lengths
 from model import rows_at_once
 from noise import Draws, mix_seed
-from prompts import FREE, allowed_at, check_hints, find_ids, make_hint, make_template, parse_hint, read_prompts, warn_unknown
+from prompts import (
+    FREE,
+    allowed_at,
+    candidates,
+    check_hints,
+    find_ids,
+    make_hint,
+    make_template,
+    pad,
+    parse_hint,
+    read_prompts,
+    warn_unknown,
+)
 from text import add_marks
 
-DRAFT = bfn.CORRECT + 1  # phase that the draft's random numbers are counted in; those below it are bfn.py's
+DRAFT = bfn.CORRECT + 1  # the random numbers of the draft: a phase after those of bfn.py
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
 
 # ---------------------------------------------------------------- generation
@@ -37,7 +50,7 @@ SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then p
 
 @dataclass(frozen=True, eq=False)  # it may hold tensors
 class Options(bfn.Controls):
-    """How to sample, and what the user knows about the text. The defaults are the best we measured (README).
+    """How to sample, and what the user knows about the text. The defaults are the best we measured (RESULTS.md).
 
     `sample_batch` fills in hint, hint_time and allowed of Controls.
     """
@@ -89,13 +102,6 @@ def sample_batch(model, tokenizer, templates, seeds, options):
     network = partial(model, segment_ids=segment_ids)
     ids, calls = bfn.sample(network, padded.clamp(min=0), padded >= 0, config.s1, config.K, controls, draws)
     return [(row[:n], c) for row, n, c in zip(ids.tolist(), lengths, calls.tolist(), strict=True)]
-
-
-def pad(templates, device):
-    """Put templates of different lengths into one batch -> padded (B, L), segment_ids (B, L)."""
-    padded = pad_sequence([torch.tensor(template) for template in templates], batch_first=True)
-    segment_ids = pad_sequence([torch.ones(len(template), dtype=torch.long) for template in templates], batch_first=True)
-    return padded.to(device), segment_ids.to(device)
 
 
 def combine_evidence(options, tokenizer, config, draws):
@@ -287,8 +293,9 @@ def sample_prompts(args, model, tokenizer, run, prompts, options):
     if options.draft:  # only bos is given
         templates = [[k if k == tokenizer.bos_id() else FREE for k in options.draft]] * len(prompts)
     else:
+        choices = {p: fit_lengths(model, tokenizer, *candidates(p, tokenizer, run, args.length)) for p in set(prompts)}
         seeds = [mix_seed(args.seed, i) for i in range(len(prompts))]
-        templates = [make_template(p, tokenizer, run, s, args.length) for p, s in zip(prompts, seeds, strict=True)]
+        templates = [random.Random(seed).choices(*choices[p])[0] for p, seed in zip(prompts, seeds, strict=True)]
     if max(map(len, templates)) > limit:
         if options.hints or args.trace:
             raise ValueError(f"--hint and --trace need texts of at most {limit} tokens, the trained length: lower --length")

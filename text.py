@@ -8,12 +8,13 @@ from itertools import islice
 
 import sentencepiece
 
+from noise import GOLDEN
+
 PIECE_BYTES = 1 << 16  # longer lines are tokenised in pieces of this size, cut at spaces
 SPACE = "\u2581"  # the character that SentencePiece writes for a space
 FEW_LINES = 100  # a corpus of fewer lines is split for validation by bytes
 VAL_SHARE = {"lines": 0.02, "bytes": 0.05}
 TOKENIZER_BYTES = 20_000_000  # how much text a tokenizer is trained on
-GOLDEN = (5**0.5 - 1) / 2  # the fractions of 1, 2, 3, ... times this number are spread evenly over (0, 1)
 
 # ---------------------------------------------------------------- reading text
 

@@ -1,4 +1,4 @@
-"""Training times: one per text or per position, spread evenly over the batch, and more often where the loss is large.
+"""Training times: one per text or per position, spread evenly over the batch or, if learned, denser where the loss is large.
 
     segment_ids  (B, L)     segment of each position, numbered in order within its row
     t, weight    (B, L)     float32: times in [0, 1], and the weight of the loss at each
@@ -11,7 +11,7 @@ import torch
 
 from bfn import quantiles
 from data import segment_starts
-from text import GOLDEN
+from noise import GOLDEN
 
 N_BINS = 64
 MEMORY = 0.99  # the curve is an average over about 1 / (1 - 0.99) steps

@@ -1,8 +1,9 @@
 """The built-in language: a small unambiguous grammar whose entropy is known exactly.
 
-A sentence starts at "S"; each symbol is replaced by one of its rules, drawn with the rule's weight, until only words
-are left. Number agrees across a phrase with a distracting noun in it, pronouns agree in gender with a name, and a name
-is taken up again at the end. No sentence has two derivations, so the entropy of a sentence is that of its derivation.
+A sentence starts as the symbol "S". Each symbol is replaced by one of its rules, drawn by the rules' weights, until only
+words are left. The verb agrees in number with the subject, also if another noun stands between them; pronouns agree in
+gender with a name; some sentences repeat a name at the end. No sentence has two derivations, so the entropy of a sentence
+is that of its derivation.
 """
 
 import math
@@ -22,11 +23,12 @@ TIMES = "again often slowly today".split()
 
 
 def _words(words, ending=""):
+    """Make the rules of a symbol that becomes one of these words, all equally likely."""
     return [(1 / len(words), (word + ending,)) for word in words]
 
 
 def _grammar():
-    """Symbol -> [(weight, symbols)]. A symbol that is no key is a word."""
+    """Build the rules: symbol -> [(weight, symbols)]. A symbol without rules is a word."""
     rules = {
         "S": [(0.2, (f"CLAUSE {number}", "TIME?")) for number in ("one", "many")]
         + [(0.15, (f"REPORT {pronoun}",)) for pronoun in ("she", "he")]
@@ -48,7 +50,7 @@ def _grammar():
         "ACT one": _words(INTRANSITIVE, "s"),
         "ACT many": _words(INTRANSITIVE),
     }
-    for n in ("one", "many"):  # the number of the subject decides the verb, whatever stands between
+    for n in ("one", "many"):  # the verb has the number of the subject, whatever stands between them
         rules[f"SUBJECT {n}"] = [
             (0.5, ("the", "ADJECTIVE?", f"NOUN {n}")),
             (0.5, ("the", f"NOUN {n}", "PLACE", "the", "PERSON")),
@@ -83,19 +85,19 @@ def sample(rng):
 
 
 def corpus(n_sentences, seed=0):
-    """`n_sentences` independent draws, one a line -> str."""
+    """Draw sentences independently, one per line -> str."""
     rng = random.Random(seed)
     return "".join(" ".join(sample(rng)) + "\n" for _ in range(n_sentences))
 
 
 def vocabulary():
-    """All words of the language, sorted."""
+    """List all words of the language, sorted."""
     return sorted({word for rules in GRAMMAR.values() for _, body in rules for word in body} - GRAMMAR.keys())
 
 
 @cache
 def entropy(symbol="S"):
-    """Entropy in nats of what `symbol` turns into: that of its rule plus that of the rule's symbols."""
+    """Compute the entropy in nats of what a symbol becomes: that of its rule plus that of the rule's symbols."""
     if symbol not in GRAMMAR:
         return 0.0
     return sum(w * (-math.log(w) + sum(map(entropy, body))) for w, body in GRAMMAR[symbol])
@@ -103,7 +105,7 @@ def entropy(symbol="S"):
 
 @cache
 def lengths(symbol="S"):
-    """Exact distribution of the number of words of `symbol` -> {length: probability}."""
+    """Compute the exact distribution of the number of words that a symbol becomes -> {length: probability}."""
     if symbol not in GRAMMAR:
         return {1: 1.0}
     total = Counter()
@@ -121,24 +123,27 @@ def lengths(symbol="S"):
 
 @cache
 def count(symbol="S"):
-    """Number of distinct sentences."""
+    """Count the distinct sentences, or the distinct texts that another symbol can become."""
     if symbol not in GRAMMAR:
         return 1
     return sum(math.prod(map(count, body)) for _, body in GRAMMAR[symbol])
 
 
 def entropy_given_length():
-    """H(sentence | length) = H(sentence) - H(length) in nats, since a sentence determines its length."""
+    """Compute H(sentence | length) = H(sentence) - H(length) in nats; a sentence determines its length."""
     return entropy() + sum(p * math.log(p) for p in lengths().values())
 
 
 def mean_length():
-    """Mean number of words of a sentence."""
+    """Compute the mean number of words of a sentence."""
     return sum(n * p for n, p in lengths().items())
 
 
 def probability(words):
-    """Probability of a sentence, a list of words; 0 where it is not grammatical. None stands for any word: a sum."""
+    """Compute the probability of a sentence, a list of words; 0 if it is not grammatical.
+
+    None stands for any word: the result is the sum over all words at these places.
+    """
     words = tuple(words)
 
     @cache
@@ -161,5 +166,5 @@ def probability(words):
 
 
 def is_grammatical(sentence):
-    """Whether a sentence, a str, belongs to the language."""
+    """Tell whether a sentence, a str, belongs to the language."""
     return probability(sentence.split()) > 0

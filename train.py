@@ -1,4 +1,4 @@
-"""Train a Bayesian flow language model on a text file, one example a line.
+"""Train a Bayesian flow language model on a text file, one example per line.
 
     python train.py -d=CORPUS.txt -spm=TOKENIZER.model -mdir=RUN_DIR
 
@@ -22,7 +22,7 @@ import evaluate
 import fused
 import log
 import optim
-from checkpoint import State, check_identity, describe_run, find_checkpoint, load, prepare_text, restore, save
+from checkpoint import State, check_identity, describe_run, load, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
 from sample import example_texts
@@ -48,7 +48,7 @@ TOY_STEPS = 1_500
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add, on_off = p.add_argument, ["auto", "on", "off"]
-    add("-d", "--data_path", help="text file, one example a line (the built-in language)")
+    add("-d", "--data_path", help="text file, one example per line (the built-in language)")
     add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("--val_path", help="text file for validation (a held-out part of the corpus)")
@@ -147,25 +147,25 @@ def accumulate_gradients(model, batches, seeds, device, times):
 
     batches: micro-batches (ids, segment_ids, cond_mask), each (B, L) on the CPU; each has its own seed.
     """
-    predicted = [((segment_ids > 0) & ~cond_mask).flatten().nonzero().squeeze(1) for _, segment_ids, cond_mask in batches]
-    n_tokens, total = max(1, sum(map(len, predicted))), torch.zeros((), device=device)
+    masks = [(segment_ids > 0) & ~cond_mask for _, segment_ids, cond_mask in batches]  # of the predicted tokens
+    n_tokens, total = max(1, sum(int(mask.sum()) for mask in masks)), torch.zeros((), device=device)
     K, s1 = model.config.K, model.config.s1
-    for batch, index, seed in zip(batches, predicted, seeds, strict=True):
+    for batch, mask, seed in zip(batches, masks, seeds, strict=True):
         torch.manual_seed(seed)
-        ids, segment_ids, cond_mask, index = (to_device(x, device) for x in (*batch, index))
-        mask = (segment_ids > 0) & ~cond_mask
+        predicted = mask.flatten().nonzero().squeeze(1)  # on the CPU: nothing waits for the device
+        ids, segment_ids, cond_mask, mask, predicted = (to_device(x, device) for x in (*batch, mask, predicted))
         t, weight = times.draw(segment_ids)
         keys = draw_keys(*ids.shape, device=device)
         scale = weight * mask / n_tokens
         with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
             if model.fused:
-                noisy = fused.Noisy(ids, t, keys, index, s1, model.compiled)
+                noisy = fused.Noisy(ids, t, keys, predicted, s1, model.compiled)
                 h = model.project(fused.ThetaToH.apply(model.embedding.weight, noisy))
                 hidden = model.body(h, t.masked_fill(cond_mask, 1.0), segment_ids)
                 loss, losses = fused.HiddenToLoss.apply(hidden, *model.linear_out.parameters(), scale, noisy)
             else:
                 network = partial(model, segment_ids=segment_ids)
-                log_p = bfn.predict_at(network, ids, t, cond_mask, s1, K, noise(keys, K))
+                log_p = bfn.predict_noisy(network, ids, t, cond_mask, s1, K, noise(keys, K))
                 losses = bfn.training_loss(log_p, ids, t, s1)
                 loss = (scale * losses).sum()
         loss.backward()
@@ -277,7 +277,7 @@ def main():
     device = cli.device(args.device)
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
-    saved = find_checkpoint(run_dir)
+    saved = open_run_folder(run_dir)
     args = complete(args, saved)
     if saved:
         check_identity(saved["identity"], vars(args), run_dir)
@@ -336,13 +336,13 @@ def main():
                 with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
                     file.write("".join(f"{step}\t{line}\n" for line in lines))
                 news += ["  " + line for line in lines]
-            for line in news:  # after the save, which output that cannot be written must not prevent
+            for line in news:  # printed after the save, which a broken terminal must not prevent
                 bar.write(line)
     bar.close()
     if caught:
         if saved_at != state.step:  # the signal came after the step's save was due
             save(state, run, run_dir)
-        print(f"saved at step {state.step}: run the same command again to go on", file=sys.stderr)
+        print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + caught[0])
     if args.data_path is None:
         bound, corpus = figures["bound_nats_per_token"], run_dir / "corpus.txt"

@@ -1,11 +1,12 @@
-"""Measure speed and memory of every variant, each in its own process, and compare with the machine's matrix products.
+"""Measure the speed and memory of training and sampling, each variant in its own process.
 
     python benchmarks/bench.py --quick
     python benchmarks/bench.py operations step --output=runs/bench
 
-Writes results.json, results.md and pictures. Times are medians over repetitions, and over --rounds through all variants,
-for machines whose speed changes. Memory is what a call needs on top of what is there before it: weights, optimizer state
-and, for "operations", the gradients. Ratios are to the first variant of a case.
+Writes results.json, results.md and pictures. A time is the median over --repetitions, and over --rounds through all
+variants, for machines whose speed changes. Memory is what a call needs in addition to what is there before it: weights,
+optimizer state and, for "operations", gradients. Ratios are to the first variant of a case with the same sizes. The last
+column compares floating-point operations per second with those of a large matrix product on the same machine.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import tempfile
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -45,7 +47,7 @@ VOCABULARIES = (27, 1024, 8192, 32_000, 50_257)
 
 
 def memory_now(device, peak=False):
-    """Memory in use, or the most since `forget_peak`, in MB; of this process on a CPU (Linux alone, else 0)."""
+    """Read the memory in use, or the most since `forget_peak`, in MB: on a CPU that of this process on Linux, else 0."""
     if device.type == "cuda":
         return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 1e6
     with suppress(OSError):
@@ -56,6 +58,7 @@ def memory_now(device, peak=False):
 
 
 def forget_peak(device):
+    """Start measuring the most memory in use from now on."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -88,11 +91,11 @@ def measure(call, device, n_tokens, repetitions, flops=0.0):
     )
 
 
-# ---------------------------------------------------------------- cases: figures of one variant
+# ---------------------------------------------------------------- cases: each measures one variant -> {figure: value}
 
 
 def operations(device, repetitions, variant, K, n_tokens, width):
-    """Only input and loss, forward and backward."""
+    """Measure only the input and the loss, forward and backward."""
     torch.manual_seed(0)
     E, W = (torch.nn.Parameter(0.02 * torch.randn(K, width, device=device)) for _ in range(2))
     bias = torch.nn.Parameter(torch.zeros(K, device=device))
@@ -122,7 +125,7 @@ def operations(device, repetitions, variant, K, n_tokens, width):
 
 
 def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_length=64):
-    """A whole training step on packed rows."""
+    """Measure a whole training step on packed rows."""
     flags = ["-d=none", f"-slen={row_length}", f"-bsz={n_tokens // row_length}", f"-nl={n_layers}", f"-mdim={width}"]
     flags += ["--max_steps=1000", f"--fused={'on' if 'fused' in variant else 'off'}"]
     flags += [f"--compile={'on' if 'compiled' in variant else 'off'}"]
@@ -142,49 +145,49 @@ def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_lengt
 
 
 def attention(device, repetitions, variant, row_length, n_tokens=8192, n_heads=8, width=64):
-    """Attention over packed rows, forward and backward (on a CPU only forward, which is all that flex has there)."""
+    """Measure attention over packed rows, forward and backward (on a CPU only forward: flex has no backward there)."""
     B, dtype = n_tokens // row_length, torch.bfloat16 if log.fast_bf16(device) else torch.float32
     q, k, v = (torch.randn(B, n_heads, row_length, width, device=device, dtype=dtype) for _ in range(3))
     segments = (1 + (torch.rand(B, row_length) < 0.05).cumsum(1)).to(device)
-    train_it = device.type == "cuda"
-    q.requires_grad_(train_it)
+    with_backward = device.type == "cuda"
+    q.requires_grad_(with_backward)
     flex = torch.compile(flex_attention, dynamic=False)
-    make_mask = torch.compile(create_block_mask, dynamic=False) if train_it else create_block_mask
+    make_mask = torch.compile(create_block_mask, dynamic=False) if with_backward else create_block_mask
 
     def same_segment(b, h, i, j):
         return segments[b, i] == segments[b, j]
 
     def call():
-        with torch.set_grad_enabled(train_it):
+        with torch.set_grad_enabled(with_backward):
             if variant == "flex":
                 out = flex(q, k, v, block_mask=make_mask(same_segment, B, None, row_length, row_length, device))
             else:
                 mask = (segments[:, None, :, None] == segments[:, None, None]) if variant == "boolean mask" else None
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            if train_it:
+            if with_backward:
                 out.sum().backward()
 
     return measure(call, device, n_tokens, repetitions)
 
 
 def text(device, repetitions, variant, n_sentences=50_000):
-    """Tokenising, and making batches."""
+    """Measure tokenising a corpus, or loading batches."""
     with tempfile.TemporaryDirectory() as folder:
         corpus, tokenizer = Path(folder) / "corpus.txt", Path(folder) / "tokenizer.model"
         corpus.write_text(toy.corpus(n_sentences) * 4)
         tokenizer.write_bytes(train_tokenizer(corpus, "bpe", 1000))
         tokens = data.load_corpus(corpus, tokenizer, Path(folder) / "cache")
         if variant == "tokenise":
-            caches = (Path(folder) / f"cache{i}" for i in range(1000))
+            caches = (Path(folder) / f"cache{i}" for i in count())  # a new one each time: nothing is read from a cache
             return measure(lambda: data.load_corpus(corpus, tokenizer, next(caches)), device, len(tokens.ids), repetitions)
-        loader, n = data.Loader(tokens, 64, 128, seed=0), iter(range(10**6))
-        return measure(lambda: [loader.batch(next(n)) for _ in range(20)], device, 20 * 128 * 64, repetitions)
+        loader, steps = data.Loader(tokens, 64, 128, seed=0), count()
+        return measure(lambda: [loader.batch(next(steps)) for _ in range(20)], device, 20 * 128 * 64, repetitions)
 
 
 def sampling(device, repetitions, variant, K, rows, length=64, width=256, n_layers=4):
-    """Sampling texts; `variant` is the sampler and the number of network calls."""
+    """Measure sampling. `variant` is a sampler and a number of network calls, for example "commit 10"."""
     sampler, n_calls = variant.split()
-    controls = bfn.Controls(sampler, int(n_calls) - (sampler != "commit"))  # the flow's samplers make one call more
+    controls = bfn.Controls(sampler, int(n_calls) - (sampler != "commit"))  # flow samplers make one more call than steps
     model = BFNTransformer(Config(K, bfn.auto_beta1(K), width, n_layers, 8)).to(device).eval()
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
     network = partial(model, segment_ids=torch.ones_like(ids))
@@ -198,7 +201,7 @@ FORMS = "plain", "plain, compiled", "fused", "fused, compiled"
 
 
 def plan(names, quick, cuda):
-    """What to run -> [(case, variant, {sizes})]."""
+    """List what to measure -> [(case, variant, {sizes})]."""
     width, tokens = (1024, 65_536) if cuda else (256, 2048)
     large = dict(K=32_000, n_tokens=65_536, width=1024) if cuda else dict(K=32_000, n_tokens=4096, width=512)
     small = dict(K=27, n_tokens=65_536, width=768) if cuda else dict(K=27, n_tokens=2048, width=256, n_layers=4)
@@ -211,8 +214,8 @@ def plan(names, quick, cuda):
         ("attention", form, dict(row_length=n)) for n in (64, 256, 1024) for form in ("boolean mask", "no mask", "flex")
     ]
     jobs += [("text", form, {}) for form in ("tokenise", "load")]
-    ways = [f"{solver} {n}" for solver in ("commit", "sde2") for n in (10, 50)]
-    jobs += [("sampling", way, dict(K=K, rows=rows)) for K in (27, 8192) for rows in (1, 16) for way in ways]
+    samplers = [f"{name} {n_calls}" for name in ("commit", "sde2") for n_calls in (10, 50)]
+    jobs += [("sampling", sampler, dict(K=K, rows=rows)) for K in (27, 8192) for rows in (1, 16) for sampler in samplers]
     if quick:
         jobs = [
             ("operations", form, dict(K=K, n_tokens=1024, width=256)) for K in (27, 8192) for form in (FORMS[0], FORMS[3])
@@ -225,13 +228,16 @@ def plan(names, quick, cuda):
 
 
 def median_figures(rounds):
-    """Figures of one variant in several rounds -> the median of each, or why it failed in one."""
+    """Combine a variant's figures of several rounds -> the median of each, or the failure of a round that failed."""
     failed = [figures for figures in rounds if "failed" in figures]
     return failed[0] if failed else {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
 
 
 def table(results, peak):
-    """Markdown lines, with ratios to the first variant of the same case and sizes; peak in floating-point operations/s."""
+    """Lay out results, with ratios to the first variant of the same case and sizes -> Markdown lines.
+
+    peak: floating-point operations per second of a matrix product.
+    """
     lines = [
         "| case | sizes | variant | seconds | tokens/s | speed, ratio | memory, MB | ratio | share of matmul peak |",
         "|" + "---|" * 9,
@@ -252,8 +258,8 @@ def table(results, peak):
     return lines
 
 
-def pictures(results, folder):
-    """Speed and memory as functions of the vocabulary, the tokens of a batch and the length of rows."""
+def draw_pictures(results, folder):
+    """Draw speed and memory over the vocabulary size, the tokens of a batch and the length of rows."""
     for case, size in (("operations", "K"), ("step", "n_tokens"), ("step", "row_length")):
         series = {figure: {} for figure in ("tokens_per_s", "memory_mb")}
         for r in (r for r in results if r["case"] == case and size in r["sizes"] and "failed" not in r):
@@ -270,15 +276,39 @@ def pictures(results, folder):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("cases", nargs="*", help=f"which of {', '.join(CASES)} (all)")
-    p.add_argument("--quick", action="store_true", help="a few small cases, within two minutes")
-    p.add_argument("--repetitions", type=cli.count, default=5, help="of each measurement (5)")
-    p.add_argument("--K", type=cli.several, nargs="+", help="vocabulary sizes, of the cases that have any (all)")
-    p.add_argument("--rounds", type=cli.count, default=1, help="through all variants (1)")
-    p.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
+    p.add_argument("cases", nargs="*", help=f"cases to measure: {', '.join(CASES)} (all)")
+    p.add_argument("--quick", action="store_true", help="measure only a few small cases, in less than two minutes")
+    p.add_argument("--repetitions", type=cli.count, default=5, help="repetitions of each measurement (5)")
+    p.add_argument("--K", type=cli.several, nargs="+", help="vocabulary sizes, for the cases that have one (all)")
+    p.add_argument("--rounds", type=cli.count, default=1, help="number of times that all variants are measured (1)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     p.add_argument("--output", default="runs/bench", help="folder for results and pictures (runs/bench)")
-    p.add_argument("--one", help="one job as JSON, run in this process")
+    p.add_argument("--one", help="measure one job, given as JSON, in this process and print its figures")
     return p
+
+
+def measure_in_process(job, args, device):
+    """Measure a job in a new process -> its figures, or {"failed": the last line of the error}."""
+    command = [sys.executable, __file__, f"--one={json.dumps(job)}", f"--device={device}"]
+    command += [f"--repetitions={args.repetitions}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return dict(failed=(done.stderr.strip().splitlines() or ["no message"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_all(jobs, args, device, path):
+    """Measure all jobs in each round, and write the results so far to `path` after each job -> results."""
+    measured = [[] for _ in jobs]
+    for i in tqdm(list(range(len(jobs))) * args.rounds, disable=None):
+        measured[i].append(measure_in_process(jobs[i], args, device))
+        results = [
+            dict(case=case, variant=variant, sizes=sizes, **median_figures(rounds))
+            for (case, variant, sizes), rounds in zip(jobs, measured, strict=True)
+            if rounds
+        ]
+        path.write_text(json.dumps(results, indent=1))
+    return results
 
 
 def main():
@@ -290,33 +320,19 @@ def main():
         print(json.dumps(CASES[case](device, args.repetitions, variant, **sizes)))
         return
     if unknown := set(args.cases) - set(CASES):
-        raise ValueError(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
+        raise ValueError(f"there is no case {', '.join(sorted(unknown))}: choose from {', '.join(CASES)}")
     jobs = plan(args.cases or CASES, args.quick, device.type == "cuda")
     jobs = [job for job in jobs if not args.K or job[2].get("K", args.K[0]) in args.K]
     if not jobs:
-        raise ValueError("there are no such cases: leave --quick or --K out")
+        raise ValueError("no case has these sizes: leave out --quick or --K")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     peak = log.peak(device)
-    measured = [[] for _ in jobs]
-    for i in tqdm(list(range(len(jobs))) * args.rounds, disable=None):
-        command = [sys.executable, __file__, f"--one={json.dumps(jobs[i])}", f"--device={device}"]
-        command += [f"--repetitions={args.repetitions}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            measured[i].append(dict(failed=(done.stderr.strip().splitlines() or ["no message"])[-1]))
-        else:
-            measured[i].append(json.loads(done.stdout.splitlines()[-1]))
-        results = [
-            dict(case=case, variant=variant, sizes=sizes, **median_figures(rounds))
-            for (case, variant, sizes), rounds in zip(jobs, measured, strict=True)
-            if rounds
-        ]
-        (folder / "results.json").write_text(json.dumps(results, indent=1))
+    results = measure_all(jobs, args, device, folder / "results.json")
     lines = [f"matrix multiplication: {peak / 1e9:,.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads", ""]
     lines += table(results, peak)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    pictures(results, folder)
+    draw_pictures(results, folder)
     print("\n".join(lines))
 
 

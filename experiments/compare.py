@@ -1,4 +1,4 @@
-"""Train named variants for the same minutes or tokens, and compare their bounds in one table and one picture.
+"""Train variants for the same minutes or tokens, and compare their validation bounds in a table and a picture.
 
     python experiments/compare.py --minutes=3 base no_skip adamw                      (built-in language)
     python experiments/compare.py --minutes=12 --seeds=3 base autoregressive \\
@@ -8,8 +8,8 @@ A variant is a function that changes the network, the loss or the optimizer befo
 runs in its own process, one after another. The learning rate falls to zero at the end of the budget. Results are added to
 those already in the folder. The weights of "base" are kept there too, as run folders base-0, base-1, ...
 
-A variant need not care about fused.py: train.py checks whether the fused form follows the change and trains in the plain
-form otherwise.
+A variant need not know about fused.py: train.py checks whether the fused form follows the change, and otherwise trains in
+the plain form.
 """
 
 import json
@@ -40,10 +40,20 @@ import plot
 import train
 from noise import mix_seed
 
-N_POINTS = 8  # of the curve over time
-VAL_TOKENS = 32_768
+N_POINTS = 8  # validations of each run, evenly spaced over its budget
+VAL_TOKENS = 32_768  # of the validation text, scored each time
 
 # ---------------------------------------------------------------- variants: each changes args or patches a module
+
+
+def head_without_theta(self, hidden, theta):
+    """Replace BFNTransformer.head: hidden (B, L, D) -> logits (B, L, K)."""
+    return self.linear_out(hidden)
+
+
+def give_nothing(segment_ids, rng):
+    """Replace data.draw_cond_mask: no position is given -> (B, L) bool."""
+    return np.zeros_like(segment_ids, dtype=bool)
 
 
 def base(args):
@@ -51,13 +61,17 @@ def base(args):
 
 
 def no_skip(args):
-    """Output without log theta."""
-    model_file.BFNTransformer.head = lambda self, hidden, theta: self.linear_out(hidden)
+    """The output does not add log theta."""
+    model_file.BFNTransformer.head = head_without_theta
 
 
 def no_convolution(args):
     """No convolutions: only attention sees other positions."""
-    model_file.Convolution.forward = lambda self, h, segment_ids: h
+
+    def forward(self, h, segment_ids):
+        return h
+
+    model_file.Convolution.forward = forward
 
 
 def adamw(args):
@@ -74,22 +88,22 @@ def adamw(args):
 
 
 def segment_times(args):
-    """One t for all positions of a text, always."""
+    """All positions of a text always share one t."""
     args.position_times = 0.0
 
 
 def position_times(args):
-    """A t of its own for every position, always."""
+    """Each position always has its own t."""
     args.position_times = 1.0
 
 
 def learned_times(args):
-    """Times drawn where the loss is."""
+    """Times are drawn more often where the loss is large."""
     args.times = "learned"
 
 
 def uniform_times(args):
-    """Independent times, not spread evenly."""
+    """Times are drawn independently, not spread evenly."""
     args.times = "uniform"
 
 
@@ -130,11 +144,11 @@ def double_rate(args):
 
 def nothing_given(args):
     """No text is partly given in training."""
-    data.draw_cond_mask = lambda segment_ids, rng: np.zeros_like(segment_ids, dtype=bool)
+    data.draw_cond_mask = give_nothing
 
 
 def given_apart(args):
-    """Given positions have time 1.5 instead of 1, so the network can tell them from positions that are almost clear."""
+    """Given positions have time 1.5 instead of 1, which no other position has."""
     clamp_given = bfn.clamp_given
 
     def clamp_apart(theta, t, ids, cond_mask):
@@ -145,7 +159,7 @@ def given_apart(args):
 
 
 def self_conditioning(args):
-    """The network reads its own first answer to the same input, without gradient: twice the calls."""
+    """The network is called twice; the second call also reads the answer of the first, without gradient."""
     network = model_file.BFNTransformer
     build, answer = network.__init__, network.forward
 
@@ -164,7 +178,7 @@ def self_conditioning(args):
 
 
 def first_formulation(args):
-    """theta @ E, FiLM without the 1 +, beta 0.005, no evidence skip, no convolution, one t per text, one loss, AdamW at 1e-3."""
+    """theta @ E, FiLM without the 1 +, beta 0.005, no_skip, no_convolution, one t per text, one loss, AdamW at 1e-3."""
 
     class FiLM(model_file.FiLM):
         def __init__(self, d_model, d_time):
@@ -182,9 +196,9 @@ def first_formulation(args):
 
 
 def autoregressive(args):
-    """The same body as a causal language model: what not being autoregressive costs."""
+    """The same network as a causal language model, which shows what not being autoregressive costs."""
     network = model_file.BFNTransformer
-    network.head = lambda self, hidden, theta: self.linear_out(hidden)
+    network.head = head_without_theta
     plain_mask = network.attention_mask
 
     def attention_mask(self, segment_ids):
@@ -193,17 +207,22 @@ def autoregressive(args):
 
     def forward(self, theta, t, segment_ids):
         before = F.pad(theta, (0, 0, 1, 0))[:, :-1]
-        same = F.pad(segment_ids, (1, 0))[:, :-1] == segment_ids
-        return self.head(self.body(self.embed(before * same[..., None]), torch.ones_like(t), segment_ids), theta)
+        same_segment = F.pad(segment_ids, (1, 0))[:, :-1] == segment_ids
+        return self.head(self.body(self.embed(before * same_segment[..., None]), torch.ones_like(t), segment_ids), theta)
 
     def predict(network, theta, t, ids, cond_mask):
         return network(F.one_hot(ids, theta.shape[-1]).float(), t).float().log_softmax(-1)
 
+    def squared_error_loss(log_p, ids, t, s1):
+        return bfn.cross_entropy(log_p, ids)
+
+    def reconstruction_loss(network, ids, *rest):
+        return torch.zeros(ids.shape, device=ids.device)
+
     network.attention_mask, network.forward, bfn.predict = attention_mask, forward, predict
     model_file.Convolution.offsets = range(-4, 1)
-    bfn.squared_error_loss = lambda log_p, ids, t, s1: bfn.cross_entropy(log_p, ids)
-    bfn.reconstruction_loss = lambda network, ids, *rest: torch.zeros(ids.shape, device=ids.device)
-    data.draw_cond_mask = lambda segment_ids, rng: np.zeros_like(segment_ids, dtype=bool)
+    bfn.squared_error_loss, bfn.reconstruction_loss = squared_error_loss, reconstruction_loss
+    data.draw_cond_mask = give_nothing
     bfn.CROSS_ENTROPY = 0.0
 
 
@@ -211,8 +230,8 @@ VARIANTS = {
     f.__name__: f
     for f in (
         base, no_skip, no_convolution, adamw, segment_times, position_times, learned_times, uniform_times,
-        no_cross_entropy, cross_entropy_2, cross_entropy_20, half_batch, double_batch, half_rate, double_rate, nothing_given, given_apart,
-        self_conditioning, first_formulation, autoregressive,
+        no_cross_entropy, cross_entropy_2, cross_entropy_20, half_batch, double_batch, half_rate, double_rate, nothing_given,
+        given_apart, self_conditioning, first_formulation, autoregressive,
     )
 }  # fmt: skip
 
@@ -221,7 +240,7 @@ VARIANTS = {
 
 
 class Budget:
-    """The seconds or tokens that a run may spend, and what is spent of them. Validation costs nothing."""
+    """The seconds or tokens that a run may spend, and how many it has spent. Validation is not counted."""
 
     def __init__(self, minutes, n_tokens):
         self.seconds, self.n_tokens = minutes * 60, n_tokens
@@ -229,11 +248,12 @@ class Budget:
 
     @property
     def progress(self):
+        """The share of the budget that is spent."""
         return self.spent_tokens / self.n_tokens if self.n_tokens else self.spent_seconds / self.seconds
 
 
 def rate_share(progress):
-    """The schedule of every run: a tenth of the budget to warm up, then a cosine to zero."""
+    """Compute the learning rate as a share of its peak: a linear warm-up over a tenth of the budget, then a cosine to 0."""
     warm_up = 0.1
     if progress < warm_up:
         return progress / warm_up
@@ -241,7 +261,10 @@ def rate_share(progress):
 
 
 def spend(budget, step, measure, label):
-    """Call step() -> tokens until the budget is spent, measure() N_POINTS times -> curve [[minutes, tokens, figures]]."""
+    """Train until the budget is spent, with N_POINTS validations on the way -> curve [[minutes, tokens, figures]].
+
+    step() trains one step and returns its number of tokens; measure() returns the figures of a validation.
+    """
     curve = []
     with tqdm(total=100, desc=label, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}", disable=None) as bar:
         while budget.progress < 1:
@@ -257,12 +280,12 @@ def spend(budget, step, measure, label):
 
 
 def bound(model, val, window, bos_id, device):
-    """The bound on VAL_TOKENS of the validation text, on the same noise for every model -> figures."""
+    """Estimate the bound on VAL_TOKENS of the validation text, with the same noise for every model -> figures."""
     return evaluate.likelihood(evaluate.score(model, val, window, bos_id, device, max_tokens=VAL_TOKENS), val, bos_id)
 
 
-def run(name, args, minutes, n_tokens, text, folder):
-    """Train one variant on a prepared text -> its record."""
+def train_variant(name, args, minutes, n_tokens, text, folder):
+    """Train one variant on the text that `prepare` returned -> its record."""
     tokenizer, tokens, val = text
     VARIANTS[name](args)
     device, budget = cli.device(args.device), Budget(minutes, n_tokens)
@@ -271,7 +294,11 @@ def run(name, args, minutes, n_tokens, text, folder):
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
     train.set_switches(state.model, args, device)
     train.warm_up(state.model, loader, args, device)
-    optim.learning_rate = lambda step, args: args.learning_rate * rate_share(budget.progress)
+
+    def learning_rate(step, args):
+        return args.learning_rate * rate_share(budget.progress)
+
+    optim.learning_rate = learning_rate
 
     def step():
         batch = loader.batch(state.step)
@@ -285,19 +312,17 @@ def run(name, args, minutes, n_tokens, text, folder):
         return bound(state.emas[-1], val, args.sequence_length, tokenizer.bos_id(), device)
 
     result = record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
-    if name == "base":  # the file would not tell how another variant's network differs
-        state.loss_by_time = evaluate.validate(
-            state.emas[-1], val, tokenizer.bos_id(), args.sequence_length, device
-        )[1]
+    if name == "base":  # a checkpoint does not record how the network of another variant differs
+        state.loss_by_time = evaluate.validate(state.emas[-1], val, tokenizer.bos_id(), args.sequence_length, device)[1]
         try:
-            keep_weights(state, checkpoint.describe_run(args, config, *text, folder), folder / f"base-{args.seed}")
+            save_weights(state, checkpoint.describe_run(args, config, *text, folder), folder / f"base-{args.seed}")
         except OSError as error:
-            print(f"the weights are not kept: {error}", file=sys.stderr)
+            print(f"could not save the weights: {error}", file=sys.stderr)
     return result
 
 
-def keep_weights(state, run, run_dir):
-    """Make a run folder inside the comparison's folder, for sample.py and evaluate.py."""
+def save_weights(state, run, run_dir):
+    """Save the weights as a run folder inside the comparison's folder, for sample.py and evaluate.py."""
     run_dir.mkdir(exist_ok=True)
     for name in ("tokenizer.model", "corpus.txt"):
         if (run_dir.parent / name).exists():
@@ -306,7 +331,7 @@ def keep_weights(state, run, run_dir):
 
 
 def record(name, seed, model, curve):
-    """What is kept of a run: figures of its last point, and the curve."""
+    """Collect what results.json keeps of a run: the figures of its last validation, and the curve."""
     n_parameters = sum(p.numel() for p in model.parameters())
     points = [(minutes, n_tokens, figures["bits_per_char"]) for minutes, n_tokens, figures in curve]
     last = curve[-1]
@@ -317,7 +342,7 @@ def record(name, seed, model, curve):
 
 
 def table(records):
-    """Mean and standard error over seeds of each variant, best first -> Markdown lines."""
+    """Lay out each variant's mean and standard error over seeds, best first -> Markdown lines."""
     groups = {}
     for r in records:
         groups.setdefault(r["name"], []).append(r)
@@ -341,46 +366,51 @@ def table(records):
 
 
 def prepare(args, folder):
-    """Tokenizer and Tokens of the text, in the folder of the comparison -> tokenizer, training and validation Tokens."""
+    """Prepare the text in the folder of the comparison -> tokenizer, training Tokens, validation Tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     return checkpoint.prepare_text(args, folder, None)
 
 
-def main():
+def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("variants", nargs="+", choices=VARIANTS, help="what to compare")
-    p.add_argument("--minutes", type=cli.positive, default=3.0, help="minutes of training, without validation (3)")
-    p.add_argument("--tokens", type=cli.count, help="tokens of training, instead of minutes")
-    p.add_argument("--seeds", type=cli.count, default=1, help="runs of each variant (1)")
-    p.add_argument("-d", "--data_path", help="text file (the built-in language)")
-    p.add_argument("--val_path", help="text file for validation")
-    p.add_argument("--flags", default="", help="more flags of train.py, for all variants")
-    p.add_argument("--output", default="runs/compare", help="folder for results.json, .md and .png (runs/compare)")
-    p.add_argument("--one", type=cli.natural, help="run one variant with this seed in this process and print its record")
-    args = p.parse_args()
+    p.add_argument("variants", nargs="+", choices=VARIANTS, help="variants to compare")
+    p.add_argument("--minutes", type=cli.positive, default=3.0, help="minutes of training per run, without validation (3)")
+    p.add_argument("--tokens", type=cli.count, help="tokens of training for each run, instead of --minutes")
+    p.add_argument("--seeds", type=cli.count, default=1, help="number of runs of each variant, with seeds 0, 1, ... (1)")
+    p.add_argument("-d", "--data_path", help="text file to train on (the built-in language)")
+    p.add_argument("--val_path", help="text file for validation (a held-out part of the corpus)")
+    p.add_argument("--flags", default="", help="more flags of train.py, the same for all variants")
+    p.add_argument("--output", default="runs/compare", help="folder for results and pictures (runs/compare)")
+    p.add_argument("--one", type=cli.natural, help="train one variant with this seed in this process and print its record")
+    return p
+
+
+def main():
+    args = flags().parse_args()
     torch.set_float32_matmul_precision("high")  # as in train.py
     folder, files = Path(args.output), [f"-d={args.data_path}"] * bool(args.data_path)
     files += [f"--val_path={args.val_path}"] * bool(args.val_path)
     if args.one is not None:
         seed = [f"--seed={args.one}"]
-        flags = train.complete(train.flags().parse_args([*files, *args.flags.split(), *seed]))
-        text = train.complete(train.flags().parse_args([*files, *args.flags.split()]))  # the same for all seeds
-        print(json.dumps(run(args.variants[0], flags, args.minutes, args.tokens, prepare(text, folder), folder)))
+        run_flags = train.complete(train.flags().parse_args([*files, *args.flags.split(), *seed]))
+        text_flags = train.complete(train.flags().parse_args([*files, *args.flags.split()]))  # the same text for all seeds
+        text = prepare(text_flags, folder)
+        print(json.dumps(train_variant(args.variants[0], run_flags, args.minutes, args.tokens, text, folder)))
         return
-    shared = [f"--minutes={args.minutes}", f"--flags={args.flags}", f"--output={folder}", *files]
-    shared += [f"--tokens={args.tokens}"] * bool(args.tokens)
+    options = [f"--minutes={args.minutes}", f"--flags={args.flags}", f"--output={folder}", *files]
+    options += [f"--tokens={args.tokens}"] * bool(args.tokens)
     for seed in range(args.seeds):
         for name in args.variants:
-            command = [sys.executable, __file__, name, f"--one={seed}", *shared]
+            command = [sys.executable, __file__, name, f"--one={seed}", *options]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if output.returncode:
                 raise ValueError(f"variant {name}, seed {seed} failed: see above")
-            keep(json.loads(output.stdout.splitlines()[-1]), folder)
+            add_record(json.loads(output.stdout.splitlines()[-1]), folder)
     print((folder / "results.md").read_text(), end="")
 
 
-def keep(new, folder):
-    """Add a record to a folder, replacing an older one of the same name and seed; redraw table and picture."""
+def add_record(new, folder):
+    """Add a record to results.json, replacing an older one of the same name and seed; redraw table and picture."""
     path = folder / "results.json"
     records = json.loads(path.read_text()) if path.exists() else []
     records = [r for r in records if (r["name"], r["seed"]) != (new["name"], new["seed"])] + [new]

@@ -1,14 +1,16 @@
-"""Compare solvers at equal numbers of network calls, in one table and one picture.
+"""Compare samplers at equal numbers of network calls, in a table and a picture.
 
     python experiments/samplers.py -mdir=runs/demo --infill=200
     python experiments/samplers.py -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
     python experiments/samplers.py -mdir=runs/demo --calls=20 --temperatures 0.6 0.8 1.2 --top_ps 0.8 0.9
 
-Each solver's texts stand beside as many held-out ones (evaluate.py's figures, with bootstrap intervals); those of the
-built-in language are checked for grammar as well, and their fills of gaps are held against the exact conditional.
-"corrected" is sample.py's default, commit with corrections: a third of its calls, at most four; "commit" makes none.
-Both make fewer calls than asked for where a text has fewer tokens. Temperatures and shares top-p in place of 1 trade
-diversity for quality: a second picture shows the one over the other.
+The texts of each sampler are compared with equally many held-out texts, by the figures of quality.py with bootstrap
+intervals. For a model of the built-in language, their grammar is checked as well, and what it fills into gaps is compared
+with the exact conditional distribution.
+
+"corrected" is the default of sample.py: commit, with a third of the calls, at most four, used for corrections. "commit"
+makes no corrections. Both make fewer calls than asked for if a text has fewer tokens. Temperatures and top-p other than 1
+trade diversity for quality: a second picture shows quality over diversity.
 """
 
 import json
@@ -33,168 +35,211 @@ import toy
 from checkpoint import load
 from prompts import GAP, make_template
 from sample import Options, decode, generate
-from text import read_part
+from text import add_marks, read_part
 
 FLOW_SAMPLERS = [name for name in bfn.SAMPLERS if name != "commit"]
 CALLS = 5, 10, 20, 50, 100
-MOST_CALLS = 500  # of the ancestral sampler alone
-CORRECTED = "corrected"  # commit, the last of its calls corrections
+MOST_CALLS = 500  # only of the ancestral sampler
+CORRECTED = "corrected"  # commit, with corrections in the last of its calls
+HELD_OUT = "held-out text"
+MAX_GAP = 4  # words
+MAX_INFILL_CALLS = 20  # --infill leaves out jobs with more network calls
 
 
 @dataclass(frozen=True)
 class Job:
     """One way to sample."""
 
-    solver: str
+    sampler: str
     calls: int
     temperature: float = 1.0
     top_p: float = 1.0
 
     def options(self, curve):
-        """Options that make so many network calls; curve is the loss by time for a learned time grid, or None."""
+        """Make the Options with this number of network calls. curve: the loss by time for a learned time grid, or None."""
         controls = dict(curve=curve, temperature=self.temperature, top_p=self.top_p)
-        if self.solver in FLOW_SAMPLERS:
-            return Options(self.solver, self.calls - 1, **controls)
-        corrections = min(Options.corrections, self.calls // 3) if self.solver == CORRECTED else 0
+        if self.sampler in FLOW_SAMPLERS:
+            return Options(self.sampler, self.calls - 1, **controls)
+        corrections = min(Options.corrections, self.calls // 3) if self.sampler == CORRECTED else 0
         return Options("commit", self.calls - corrections, corrections, **controls)
 
 
 def plan(args):
-    """All jobs: solvers by calls, each of these at every temperature and top-p, and the longest ancestral one."""
+    """List all jobs: each sampler with each number of calls at each temperature and top-p, and one long ancestral job."""
     controls = [(1.0, 1.0), *((T, 1.0) for T in args.temperatures), *((1.0, p) for p in args.top_ps)]
-    jobs = [Job(solver, calls, *control) for solver in args.solvers for calls in args.calls for control in controls]
+    jobs = [Job(sampler, calls, *control) for sampler in args.samplers for calls in args.calls for control in controls]
     jobs = list(dict.fromkeys(jobs))
-    return jobs + [Job("ancestral", MOST_CALLS)] * ("ancestral" in args.solvers)
+    return jobs + [Job("ancestral", MOST_CALLS)] * ("ancestral" in args.samplers)
+
+
+def time_curve(run, args):
+    """Look up the loss by time that a learned time grid is made from -> list, or None for the uniform grid."""
+    return run["loss_by_time"] if args.time_grid == "learned" else None
+
+
+# ---------------------------------------------------------------- sampling
 
 
 def share(hits):
-    """Share of true values and its 95 % interval -> (value, low, high)."""
+    """Compute the share of true values and its 95 % interval -> (value, low, high)."""
     p = sum(hits) / len(hits)
     error = 1.96 * math.sqrt(p * (1 - p) / len(hits))
     return p, p - error, p + error
 
 
-def judge(texts, reference, is_toy, seed):
-    """Figures of texts; for the built-in language the share of grammatical ones as well."""
+def measure(texts, reference, is_toy, seed):
+    """Compute the figures of texts; for the built-in language also the share of grammatical texts."""
     figures = quality.figures(texts, reference, seed)
     if is_toy:
         figures = {"grammatical": share([toy.is_grammatical(text) for text in texts]), **figures}
     return figures
 
 
-def infill(model, tokenizer, sentences, options, seed):
-    """Fill a gap of one to four words in each sentence -> share grammatical, mean log P(words | surroundings) in nats.
-
-    Of the fills that are grammatical; that of the true words is `sentences` filled with themselves.
-    """
-    rng, gaps = random.Random(seed), []
-    for sentence in sentences:
-        words = sentence.split()
-        n = rng.randint(1, min(4, len(words)))
-        begin = rng.randint(0, len(words) - n)
-        gaps.append((words, begin, begin + n))
-    bos, eos = [tokenizer.bos_id()], [tokenizer.eos_id()]
-    templates = [
-        bos + [GAP if i <= k < j else tokenizer.encode(word)[0] for k, word in enumerate(words)] + eos
-        for words, i, j in gaps
-    ]
-    filled = [decode(tokenizer, ids).split() for ids, _ in generate(model, tokenizer, templates, seed, options)]
-    total = [toy.probability([*words[:i], *[None] * (j - i), *words[j:]]) for words, i, j in gaps]
-
-    def nats(texts):
-        p = [toy.probability(text) / z for text, z in zip(texts, total, strict=True)]
-        return share([x > 0 for x in p]), sum(math.log(x) for x in p if x > 0) / max(1, sum(x > 0 for x in p))
-
-    return nats(filled), nats([words for words, _, _ in gaps])
-
-
-def compare(model, tokenizer, run, jobs, templates, reference, is_toy, args):
-    """Sample by each job, yielding rows {solver, calls, temperature, top_p, made, seconds, n, figures}."""
+def sample_jobs(model, tokenizer, run, jobs, templates, reference, is_toy, args):
+    """Sample with each job and yield its result {the job's fields, calls_per_text, seconds, n_texts, figures}."""
     for job in tqdm(jobs, disable=None):
         begin = time.perf_counter()
-        samples = list(generate(model, tokenizer, templates, args.seed, job.options(curve_of(run, args))))
+        samples = list(generate(model, tokenizer, templates, args.seed, job.options(time_curve(run, args))))
         seconds = time.perf_counter() - begin
-        texts, made = [decode(tokenizer, ids) for ids, _ in samples], sum(n for _, n in samples) / len(samples)
-        figures = judge(texts, reference, is_toy, args.seed)
-        yield dict(asdict(job), made=made, seconds=seconds, n=len(texts), figures=figures)
+        texts = [decode(tokenizer, ids) for ids, _ in samples]
+        calls_per_text = sum(calls for _, calls in samples) / len(samples)
+        figures = measure(texts, reference, is_toy, args.seed)
+        yield dict(asdict(job), calls_per_text=calls_per_text, seconds=seconds, n_texts=len(texts), figures=figures)
 
 
-def curve_of(run, args):
-    return run["loss_by_time"] if args.time_grid == "learned" else None
-
-
-def table(rows):
-    """Rows -> Markdown lines."""
-    names = list(rows[0]["figures"])
-    columns = ["solver", "calls", "temperature", "top-p", *names, "texts/s"]
+def table(results):
+    """Lay out results -> Markdown lines."""
+    columns = ["sampler", "calls", "temperature", "top-p", *results[0]["figures"], "texts/s"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for r in rows:
-        cells = [r["solver"], f"{r['made']:.4g}", f"{r['temperature']:g}", f"{r['top_p']:g}"]
+    for r in results:
+        cells = [r["sampler"], f"{r['calls_per_text']:.4g}", f"{r['temperature']:g}", f"{r['top_p']:g}"]
         cells += [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in r["figures"].values()]
-        cells.append(f"{r['n'] / r['seconds']:.1f}" if r["seconds"] else "")
+        cells.append(f"{r['n_texts'] / r['seconds']:.1f}" if r["seconds"] else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def infill_table(model, tokenizer, run, jobs, sentences, args):
-    """Fill gaps by each job -> Markdown lines."""
-    lines = ["", "| solver | calls | fills grammatical | mean log P of fills | of the true words |", "|" + "---|" * 5]
+# ---------------------------------------------------------------- filling gaps
+
+
+def choose_gaps(sentences, seed):
+    """Choose a gap of one to four words in each sentence -> [(words, begin, end)]."""
+    rng, gaps = random.Random(seed), []
+    for sentence in sentences:
+        words = sentence.split()
+        n_words = rng.randint(1, min(MAX_GAP, len(words)))
+        begin = rng.randint(0, len(words) - n_words)
+        gaps.append((words, begin, begin + n_words))
+    return gaps
+
+
+def conditional_nats(texts, gaps):
+    """Compute the share of grammatical texts, with its interval, and their mean log P(gap | rest) in nats.
+
+        P(gap | rest) = P(text) / sum of P over all texts with the same rest
+
+    texts: lists of words, one for each gap.
+    """
+    totals = [toy.probability([*words[:i], *[None] * (j - i), *words[j:]]) for words, i, j in gaps]
+    p = [toy.probability(text) / total for text, total in zip(texts, totals, strict=True)]
+    logs = [math.log(x) for x in p if x > 0]
+    return share([x > 0 for x in p]), sum(logs) / max(1, len(logs))
+
+
+def infill(model, tokenizer, gaps, options, seed):
+    """Fill the gaps of `choose_gaps` -> the completed sentences, as lists of words."""
+    bodies = [
+        [GAP if begin <= i < end else tokenizer.encode(word)[0] for i, word in enumerate(words)]
+        for words, begin, end in gaps
+    ]
+    templates = [add_marks(body, tokenizer) for body in bodies]
+    return [decode(tokenizer, ids).split() for ids, _ in generate(model, tokenizer, templates, seed, options)]
+
+
+def infill_table(model, tokenizer, run, sentences, args):
+    """Fill gaps with each sampler -> Markdown lines."""
+    jobs = [Job(sampler, calls) for sampler in args.samplers for calls in args.calls if calls <= MAX_INFILL_CALLS]
+    gaps = choose_gaps(sentences, args.seed)
+    _, true_nats = conditional_nats([words for words, _, _ in gaps], gaps)
+    lines = ["", "| sampler | calls | fills grammatical | mean log P of fills | of the true words |", "|" + "---|" * 5]
     for job in jobs:
-        (good, nats), (_, true) = infill(model, tokenizer, sentences, job.options(curve_of(run, args)), args.seed)
-        shown = f"{good[0]:.3f} [{good[1]:.3f}, {good[2]:.3f}]"
-        lines.append(f"| {job.solver} | {job.calls} | {shown} | {nats:.2f} | {true:.2f} |")
+        filled = infill(model, tokenizer, gaps, job.options(time_curve(run, args)), args.seed)
+        (value, low, high), nats = conditional_nats(filled, gaps)
+        lines.append(f"| {job.sampler} | {job.calls} | {value:.3f} [{low:.3f}, {high:.3f}] | {nats:.2f} | {true_nats:.2f} |")
     return lines
 
 
-def pictures(rows, is_toy, folder, title):
-    """Draw the share of grammatical texts, or n-gram perplexity, over network calls, and over the diversity of the text."""
-    quality_figure = "grammatical" if is_toy else "n-gram perplexity"
-    held_out, by_calls, by_diversity = rows[0]["figures"], {}, {}
-    for r in rows[1:]:
-        value, diversity = r["figures"][quality_figure][0], r["figures"]["distinct bigrams"][0]
+# ---------------------------------------------------------------- pictures
+
+
+def draw_pictures(results, is_toy, folder, title):
+    """Draw quality over network calls, and over diversity if there are several temperatures or top-p.
+
+    Quality is the share of grammatical texts for the built-in language, else n-gram perplexity. Diversity is the share of
+    distinct bigrams.
+    """
+    figure = "grammatical" if is_toy else "n-gram perplexity"
+    draw_by_calls(results, figure, folder / "results.png", title)
+    draw_by_diversity(results, figure, folder / "diversity.png", title)
+
+
+def draw_by_calls(results, figure, path, title):
+    """Draw a figure over network calls, one line for each sampler, at temperature and top-p 1."""
+    held_out, *sampled = results
+    points = {}
+    for r in sampled:
         if r["temperature"] == r["top_p"] == 1:
-            by_calls.setdefault(r["solver"], []).append((r["made"], value))
-        for control in ("temperature", "top_p"):
-            if r["temperature" if control == "top_p" else "top_p"] == 1:
-                name = f"{r['solver']}, {r['calls']} calls, by {control}"
-                by_diversity.setdefault(name, []).append((r[control], diversity, value))
-    made = [r["made"] for r in rows[1:]]
-    lines = {solver: tuple(zip(*sorted(points), strict=True)) for solver, points in by_calls.items()}
-    lines["held-out text"] = ([min(made), max(made)], [held_out[quality_figure][0]] * 2)
-    plot.lines(folder / "results.png", lines, "network calls", quality_figure, title, log=True)
-    lines = {name: tuple(zip(*sorted(points), strict=True))[1:] for name, points in by_diversity.items() if len(points) > 1}
+            points.setdefault(r["sampler"], []).append((r["calls_per_text"], r["figures"][figure][0]))
+    lines = {sampler: tuple(zip(*sorted(pairs), strict=True)) for sampler, pairs in points.items()}
+    calls = [r["calls_per_text"] for r in sampled]
+    lines[HELD_OUT] = ([min(calls), max(calls)], [held_out["figures"][figure][0]] * 2)
+    plot.lines(path, lines, "network calls", figure, title, log=True)
+
+
+def draw_by_diversity(results, figure, path, title):
+    """Draw a figure over distinct bigrams, one line for each job's temperatures and one for its top-p. Needs two points."""
+    held_out, *sampled = results
+    points = {}
+    for r in sampled:
+        for control, other in (("temperature", "top_p"), ("top_p", "temperature")):
+            if r[other] == 1:
+                name = f"{r['sampler']}, {r['calls']} calls, by {control}"
+                diversity = r["figures"]["distinct bigrams"][0]
+                points.setdefault(name, []).append((r[control], diversity, r["figures"][figure][0]))
+    lines = {name: tuple(zip(*sorted(triples), strict=True))[1:] for name, triples in points.items() if len(triples) > 1}
     if lines:
-        xs, ys = ([min(v), max(v)] for v in ([x for line in lines.values() for x in line[i]] for i in (0, 1)))
-        lines["diversity of held-out text"] = ([held_out["distinct bigrams"][0]] * 2, ys)
-        lines["quality of held-out text"] = (xs, [held_out[quality_figure][0]] * 2)
-        plot.lines(folder / "diversity.png", lines, "distinct bigrams", quality_figure, title)
+        xs, ys = ([x for line in lines.values() for x in line[i]] for i in (0, 1))
+        lines["diversity of held-out text"] = ([held_out["figures"]["distinct bigrams"][0]] * 2, [min(ys), max(ys)])
+        lines["quality of held-out text"] = ([min(xs), max(xs)], [held_out["figures"][figure][0]] * 2)
+        plot.lines(path, lines, "distinct bigrams", figure, title)
+
+
+# ---------------------------------------------------------------- the command
 
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    add, solvers = p.add_argument, [CORRECTED, "commit", *FLOW_SAMPLERS]
+    add, samplers = p.add_argument, [CORRECTED, "commit", *FLOW_SAMPLERS]
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("-d", "--data_path", help="held-out text (the built-in language's validation part)")
-    add("--corpus", help="training text that texts are held against (the one trained on)")
-    add("--solvers", nargs="+", choices=solvers, default=solvers, help="(all)")
-    add("--calls", nargs="+", type=cli.several, default=[*CALLS], help="network calls (5 10 20 50 100)")
-    add("--time_grid", choices=["uniform", "learned"], default="uniform", help="of the flow's solvers (uniform)")
-    add("--temperatures", nargs="+", type=cli.positive, default=[], help="of the output, besides 1")
-    add("--top_ps", nargs="+", type=cli.above_zero_to_one, default=[], help="shares of the output kept, besides 1")
-    add("--num_samples", type=cli.several, default=256, help="texts (256)")
-    add("--length", type=cli.several, help="tokens of a text (those of the held-out texts)")
+    add("-d", "--data_path", help="held-out text (the validation part of the training text)")
+    add("--corpus", help="training text that samples are compared with (the one that the model was trained on)")
+    add("--samplers", "--solvers", nargs="+", choices=samplers, default=samplers, help="samplers to compare (all)")
+    add("--calls", nargs="+", type=cli.several, default=[*CALLS], help="numbers of network calls (5 10 20 50 100)")
+    add("--time_grid", choices=["uniform", "learned"], default="uniform", help="time steps of the flow samplers (uniform)")
+    add("--temperatures", nargs="+", type=cli.positive, default=[], help="temperatures of the output, besides 1")
+    add("--top_ps", nargs="+", type=cli.above_zero_to_one, default=[], help="top-p of the output, besides 1")
+    add("--num_samples", type=cli.several, default=256, help="texts per sampler (256)")
+    add("--length", type=cli.several, help="longest text, in tokens (the sequence length of the training)")
     add("--infill", type=cli.natural, default=0, help="sentences of the built-in language to fill gaps in (0)")
-    add("--seed", type=cli.natural, default=0, help="of everything random (0)")
-    add("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
+    add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
-    add("--output", default="runs/samplers", help="folder for results.json, .md and pictures (runs/samplers)")
+    add("--output", default="runs/samplers", help="folder for results.json, results.md and pictures (runs/samplers)")
     return p
 
 
-def main():
-    args = flags().parse_args()
-    model, tokenizer, run = load(args.model_dir, device=cli.device(args.device))
-    is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
+def check_flags(args, run, is_toy):
+    """Raise ValueError for flags that do not fit the run."""
     if args.infill and not is_toy:
         raise ValueError("--infill is for the built-in language, whose exact conditionals are known")
     if args.time_grid == "learned" and not run["loss_by_time"]:
@@ -202,26 +247,38 @@ def main():
     trained = run["args"]["sequence_length"]
     if (args.length or 0) > trained:
         raise ValueError(f"--length={args.length}, but the model was trained on texts of at most {trained} tokens")
+
+
+def held_out_texts(args, run, tokenizer, corpus):
+    """Choose texts from -d, or from the validation part of the training text -> texts, their lengths in tokens."""
+    path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
+    tokens = data.load_corpus(path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, part)
+    window = args.length or run["args"]["sequence_length"]
+    return evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
+
+
+def main():
+    args = flags().parse_args()
+    model, tokenizer, run = load(args.model_dir, device=cli.device(args.device))
+    is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
+    check_flags(args, run, is_toy)
     corpus, part = evaluate.find_corpus(args, run)
-    held_out, held_out_part = (args.data_path, "all") if args.data_path else (corpus, "val")
-    tokens = data.load_corpus(held_out, Path(args.model_dir) / "tokenizer.model", args.cache_dir, held_out_part)
+    real, lengths = held_out_texts(args, run, tokenizer, corpus)
     reference = quality.Reference.fit(corpus, tokenizer, part)
-    real, lengths = evaluate.choose_texts(tokens, tokenizer, args.length or trained, args.num_samples, args.seed)
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
-    judged = judge(real, reference, is_toy, args.seed)
-    rows = [dict(asdict(Job("held-out text", 0)), made=0, seconds=0, n=len(real), figures=judged)]
+    figures = measure(real, reference, is_toy, args.seed)
+    results = [dict(asdict(Job(HELD_OUT, 0)), calls_per_text=0, seconds=0, n_texts=len(real), figures=figures)]
     folder.mkdir(parents=True, exist_ok=True)
-    for row in compare(model, tokenizer, run, plan(args), templates, reference, is_toy, args):
-        rows.append(row)
-        (folder / "results.json").write_text(json.dumps(rows, indent=1))  # an hour's work is not lost
-        (folder / "results.md").write_text("\n".join(table(rows)) + "\n")
-    lines = table(rows)
+    for result in sample_jobs(model, tokenizer, run, plan(args), templates, reference, is_toy, args):
+        results.append(result)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))  # after each job: all of them can take hours
+        (folder / "results.md").write_text("\n".join(table(results)) + "\n")
+    lines = table(results)
     if args.infill:
         sentences = [piece.text for piece in read_part(corpus, "val")][: args.infill]
-        jobs = [Job(solver, calls) for solver in args.solvers for calls in args.calls if calls <= 20]
-        lines += infill_table(model, tokenizer, run, jobs, sentences, args)
+        lines += infill_table(model, tokenizer, run, sentences, args)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    pictures(rows, is_toy, folder, str(args.model_dir))
+    draw_pictures(results, is_toy, folder, str(args.model_dir))
     print("\n".join(lines))
 
 

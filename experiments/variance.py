@@ -1,9 +1,9 @@
-"""Measure what the drawing of times does to the variance of the training loss and of its gradient, batch by batch.
+"""Measure how the way times are drawn affects the variance of the training loss and of its gradient.
 
     python experiments/variance.py -mdir=runs/demo
 
-The weights are a trained run's, the batches fixed; noise and times are drawn again and again. The variance of the
-gradient is the trace of its covariance.
+The weights are those of a trained run. For each of a few fixed batches, noise and times are drawn many times. The variance
+of the gradient is the trace of its covariance.
 """
 
 import sys
@@ -26,13 +26,16 @@ from times import Times
 
 
 def variance(model, batches, times, n_draws, bar):
-    """Draw losses and gradients -> variance of the loss, trace of the gradient's covariance, means over the batches."""
+    """Draw noise and times n_draws times for each batch -> variance of the loss, trace of the gradient's covariance.
+
+    Both are means over the batches. bar: a progress bar.
+    """
     loss_variance = trace = 0.0
-    for b, batch in enumerate(batches):
+    for i, batch in enumerate(batches):
         losses, gradients = [], []
         for n in range(n_draws):
             model.zero_grad(set_to_none=True)
-            seeds = [mix_seed("variance", b, n)]
+            seeds = [mix_seed("variance", i, n)]
             losses.append(train.accumulate_gradients(model, [batch], seeds, torch.device("cpu"), times))
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
             bar.update()
@@ -41,29 +44,38 @@ def variance(model, batches, times, n_draws, bar):
     return loss_variance, trace
 
 
-def main():
+def read_run(run_dir, n_batches):
+    """Load the newest checkpoint of a run -> model, its first n_batches batches, its curve of the loss by time."""
+    run = read_checkpoint(run_dir / "last.pt")
+    args, model = run["args"], BFNTransformer(Config(**run["config"]))
+    model.load_state_dict(run["model"])
+    corpus = args["data_path"] or run_dir / "corpus.txt"
+    part = "all" if args["val_path"] else "train"
+    tokens = data.load_corpus(corpus, run_dir / "tokenizer.model", args["cache_dir"], part)
+    bos_id = load_tokenizer(run_dir / "tokenizer.model").bos_id()
+    loader = data.Loader(tokens, args["sequence_length"], args["batch_size"], args["seed"], bos_id)
+    return model, [loader.batch(i) for i in range(n_batches)], run["times"]
+
+
+def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    p.add_argument("--n_batches", type=cli.count, default=4, help="batches (4)")
-    p.add_argument("--n_draws", type=cli.several, default=32, help="draws of noise and times for each (32)")
-    p.add_argument("--cross_entropy", type=cli.non_negative, default=bfn.CROSS_ENTROPY, help="its weight in the loss (5)")
-    args = p.parse_args()
+    p.add_argument("--n_batches", type=cli.count, default=4, help="number of batches (4)")
+    p.add_argument("--n_draws", type=cli.several, default=32, help="draws of noise and times for each batch (32)")
+    weight_help = "weight of the cross-entropy in the loss (%(default)s)"
+    p.add_argument("--cross_entropy", type=cli.non_negative, default=bfn.CROSS_ENTROPY, help=weight_help)
+    return p
+
+
+def main():
+    args = flags().parse_args()
     bfn.CROSS_ENTROPY = args.cross_entropy
-    run_dir = Path(args.model_dir)
-    run = read_checkpoint(run_dir / "last.pt")
-    flags, model = run["args"], BFNTransformer(Config(**run["config"]))
-    model.load_state_dict(run["model"])
-    corpus = flags["data_path"] or run_dir / "corpus.txt"
-    part = "all" if flags["val_path"] else "train"
-    tokens = data.load_corpus(corpus, run_dir / "tokenizer.model", flags["cache_dir"], part)
-    bos_id = load_tokenizer(run_dir / "tokenizer.model").bos_id()
-    loader = data.Loader(tokens, flags["sequence_length"], flags["batch_size"], flags["seed"], bos_id)
-    batches = [loader.batch(n) for n in range(args.n_batches)]
+    model, batches, curve = read_run(Path(args.model_dir), args.n_batches)
     results = {}
     with tqdm(total=3 * args.n_batches * args.n_draws, unit="draw", disable=None) as bar:
         for kind in ("uniform", "stratified", "learned"):
             times = Times(kind, 0.0)
-            times.curve.copy_(run["times"])
+            times.curve.copy_(curve)
             results[kind] = variance(model, batches, times, args.n_draws, bar)
     print("| times | variance of the loss | ratio | trace of the gradient's covariance | ratio |\n" + "|---" * 5 + "|")
     for kind, (loss, gradient) in results.items():

@@ -24,12 +24,12 @@ def nothing_given(ids):
 
 def continuous_time_loss(network, ids, t, cond_mask, s1, K):
     """One draw of the integrand of L_inf at times t (B, L) -> (B, L)."""
-    return bfn.squared_error_loss(bfn.predict_at(network, ids, t, cond_mask, s1, K), ids, t, s1)
+    return bfn.squared_error_loss(bfn.predict_noisy(network, ids, t, cond_mask, s1, K), ids, t, s1)
 
 
 def n_step_loss(network, ids, i, n, cond_mask, s1, K):
     """One draw of the n-step loss at steps i (B, L) -> (B, L)."""
-    return bfn.n_step_error(bfn.predict_at(network, ids, (i - 1) / n, cond_mask, s1, K), ids, i, n, s1)
+    return bfn.n_step_error(bfn.predict_noisy(network, ids, (i - 1) / n, cond_mask, s1, K), ids, i, n, s1)
 
 
 def mean_and_error(losses):
@@ -260,7 +260,7 @@ def test_the_error_of_an_ode_sampler_falls_with_the_number_of_steps_to_the_power
 
         torch.manual_seed(6)
         draws = Draws(draw_keys(*ids.shape))
-        bfn.solve(bfn.Task(network, ids, nothing, s1, K, Controls(), draws), step, times)
+        bfn.solve(bfn.Task(network, ids, nothing, s1, K, Controls(), draws), step, times=times)
         return states[-1]
 
     fine = end(640)

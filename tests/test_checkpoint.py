@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from runs import equal, random_network
+from untrained import equal, random_network
 
 import checkpoint as checkpoint_file
 from checkpoint import load, read_checkpoint, save_checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from exact import ExactNetwork, draw, random_joint
-from runs import make_run
+from untrained import make_run
 
 import bfn
 import cli
@@ -82,7 +82,7 @@ def test_the_n_step_loss_of_each_step_agrees_with_a_direct_estimate():
     torch.manual_seed(0)
     for i in range(1, n + 1):
         t, nothing = torch.full(ids.shape, (i - 1) / n), torch.zeros_like(ids, dtype=torch.bool)
-        log_p = bfn.predict_at(ExactNetwork(SEQUENCES, P), ids, t, nothing, s1, 4)
+        log_p = bfn.predict_noisy(ExactNetwork(SEQUENCES, P), ids, t, nothing, s1, 4)
         direct = bfn.n_step_error(log_p, ids, torch.full_like(ids, i), n, s1).mean().item()
         assert loss_by_step[i - 1] == pytest.approx(direct, rel=0.1)
 

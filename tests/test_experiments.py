@@ -1,4 +1,4 @@
-"""The harness: variants run, the autoregressive baseline is a distribution, the benchmark measures."""
+"""Experiments and the benchmark: each variant changes what it says, and the commands write their results."""
 
 import json
 import subprocess
@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
 import bench
 import compare
+import samplers
 
 PATCHED = [
     (model, "FiLM"),
@@ -36,32 +37,32 @@ PATCHED = [
 
 @pytest.fixture
 def unpatched(monkeypatch):
-    """Undo what a variant changes."""
+    """Restore after the test what variants change."""
     for owner, names in PATCHED:
         for name in names.split():
             monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
-def test_the_autoregressive_baseline_is_a_distribution_over_sequences(unpatched):
-    """The probabilities of all sequences sum to one, so its loss is a likelihood that the bound may be held against."""
+def test_the_probabilities_of_the_autoregressive_baseline_sum_to_one(unpatched):
+    """Over all sequences, so its loss is a likelihood and can be compared with the bound."""
     compare.autoregressive(SimpleNamespace())
     torch.manual_seed(0)
     network = model.BFNTransformer(model.Config(K=3, beta1=0.5, d_model=32, n_layers=2, n_heads=2))
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3)
     ids = torch.cartesian_prod(*[torch.arange(3)] * 4)
-    packed = torch.cat([ids.flip(0), ids], 1)  # beside another segment
+    packed = torch.cat([ids.flip(0), ids], 1)  # two segments per row
     segment_ids = torch.tensor([1] * 4 + [2] * 4).expand_as(packed)
     nothing = torch.zeros_like(packed, dtype=torch.bool)
     with torch.no_grad():
         t = torch.rand(packed.shape)
-        log_p = bfn.predict_at(partial(network, segment_ids=segment_ids), packed, t, nothing, 1.0, 3)
+        log_p = bfn.predict_noisy(partial(network, segment_ids=segment_ids), packed, t, nothing, 1.0, 3)
         loss = bfn.training_loss(log_p, packed, t, 1.0)
     for segment in (loss[:, :4], loss[:, 4:]):
         assert (-segment.sum(-1)).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_every_variant_changes_what_it_says(unpatched):
+def test_every_variant_but_base_changes_something(unpatched):
     for name, variant in compare.VARIANTS.items():
         args = SimpleNamespace(learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0)
         before = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]
@@ -72,7 +73,7 @@ def test_every_variant_changes_what_it_says(unpatched):
             setattr(owner, n, value)
 
 
-def test_a_comparison_writes_its_table_and_picture(tmp_path):
+def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path):
     (tmp_path / "corpus.txt").write_text(toy.corpus(300))
     flags = f"--preset=toy --tokenizer=word -mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
     command = [sys.executable, ROOT / "experiments" / "compare.py", "base", "no_cross_entropy", "--tokens=4000"]
@@ -88,24 +89,29 @@ def test_a_comparison_writes_its_table_and_picture(tmp_path):
     assert len(tokenizer) == network.config.K and run["step"] > 0 and len(run["loss_by_time"]) > 1
 
 
-def test_samplers_are_compared_in_a_table_and_a_picture(tmp_path):
-    """On a run of the built-in language that has hardly been trained."""
+def test_a_comparison_of_samplers_writes_a_table_and_pictures(tmp_path):
+    """For a run of the built-in language that was trained for two steps."""
     run_dir, cache = tmp_path / "run", f"--cache_dir={tmp_path / 'cache'}"
     sizes = "-mdim=32 -nl=1 -nh=2 --max_steps=2 -nex=0".split()
     subprocess.run([sys.executable, ROOT / "train.py", f"-mdir={run_dir}", cache, *sizes], check=True, capture_output=True)
     command = [sys.executable, ROOT / "experiments" / "samplers.py", f"-mdir={run_dir}", cache, f"--output={tmp_path}"]
-    command += "--solvers corrected commit ode2 --calls 2 4 --num_samples=8 --infill=5 --time_grid=learned --temperatures 1e-3".split()
+    command += "--samplers corrected commit ode2 --calls 2 4 --num_samples=8 --infill=5 --time_grid=learned --temperatures 1e-3".split()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "results.json").read_text())
-    ways = [(r["solver"], r["calls"], r["temperature"]) for r in rows[1:]]
-    assert ways == [(solver, n, T) for solver in ("corrected", "commit", "ode2") for n in (2, 4) for T in (1.0, 1e-3)]
-    assert all(r["made"] <= r["calls"] for r in rows[1:])
-    entropies = [r["figures"]["word entropy (bits)"][0] for r in rows[1:]]
+    held_out, *results = json.loads((tmp_path / "results.json").read_text())
+    jobs = [(r["sampler"], r["calls"], r["temperature"]) for r in results]
+    assert jobs == [(sampler, n, T) for sampler in ("corrected", "commit", "ode2") for n in (2, 4) for T in (1.0, 1e-3)]
+    assert all(r["calls_per_text"] <= r["calls"] for r in results)
+    entropies = [r["figures"]["word entropy (bits)"][0] for r in results]
     assert all(sharp < plain for plain, sharp in zip(entropies[::2], entropies[1::2], strict=True))
-    assert rows[0]["figures"]["grammatical"][0] == 1
+    assert held_out["figures"]["grammatical"][0] == 1
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("results.png", "diversity.png"))
-    assert done.stdout.count("| ode2 |") == 6  # four samplings, two infillings
+    assert done.stdout.count("| ode2 |") == 6  # four rows of samples, two of filled gaps
+
+
+def test_samplers_are_chosen_by_either_name_of_the_flag():
+    for flag in ("--samplers", "--solvers"):
+        assert samplers.flags().parse_args([flag, "commit", "ode2"]).samplers == ["commit", "ode2"]
 
 
 @pytest.mark.parametrize(
@@ -121,20 +127,23 @@ def test_samplers_are_compared_in_a_table_and_a_picture(tmp_path):
         ("sampling", "sde2 3", dict(K=30, rows=2, length=8, width=32, n_layers=1)),
     ],
 )
-def test_every_case_of_the_benchmark_is_measured_and_makes_a_row(case, variant, sizes):
+def test_every_case_of_the_benchmark_is_measured_and_becomes_a_line_of_the_table(case, variant, sizes):
     figures = bench.CASES[case](torch.device("cpu"), 2, variant, **sizes)
     assert figures["seconds"] > 0 and figures["tokens_per_s"] > 0 and figures["memory_mb"] >= 0
     lines = bench.table([dict(case=case, variant=variant, sizes=sizes, **figures)], peak=1e9)
     assert len(lines) == 3 and lines[2].count("|") == lines[0].count("|") == 10 and " 1.00 " in lines[2]
 
 
-def test_a_benchmark_that_fails_is_a_row_too():
+def test_a_measurement_that_fails_becomes_a_line_of_the_table_too():
     results = [dict(case="step", variant=v, sizes={"K": 9}, failed="out of memory") for v in ("plain", "fused")]
     assert all("out of memory" in line and line.count("|") == 10 for line in bench.table(results, 1e9)[2:])
+
+
+def test_a_full_benchmark_has_every_case():
     assert {job[0] for job in bench.plan(bench.CASES, quick=False, cuda=False)} == set(bench.CASES)
 
 
-def test_figures_of_several_rounds_are_their_medians():
+def test_the_benchmark_takes_the_median_of_several_rounds():
     rounds = [dict(seconds=x, memory_mb=9 - x) for x in (1, 5, 2)]
     assert bench.median_figures(rounds) == dict(seconds=2, memory_mb=7)
     assert bench.median_figures([*rounds, dict(failed="out of memory")]) == dict(failed="out of memory")

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from runs import random_network
+from untrained import random_network
 
 import bfn
 import fused

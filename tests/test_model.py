@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import random_network
+from untrained import random_network
 
 import model as model_file
 from model import BFNTransformer, Config

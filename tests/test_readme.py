@@ -3,6 +3,7 @@
 import inspect
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ import torch
 import bfn
 import evaluate
 import model as model_file
-import plot
 import sample
 import train
 from model import BFNTransformer, Config
 
 ROOT = Path(train.__file__).parent
+sys.path.append(str(ROOT / "experiments"))
+
+import emerging
+
 README = (ROOT / "README.md").read_text()
 RECIPES = next(block for block in re.findall(r"(?:^    .*\n|^\n)+", README, re.MULTILINE) if "def training_loss" in block)
 
@@ -29,9 +33,9 @@ def recipe(start, n_lines):
 
 
 def test_every_command_has_flags_that_exist():
-    commands = re.findall(r"python ((?:train|sample|evaluate|plot)\.py[^\n`|&#)]*)", README)
+    commands = re.findall(r"python ((?:train|sample|evaluate|experiments/emerging)\.py[^\n`|&#)]*)", README)
     assert len(commands) >= 10
-    modules = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "plot.py": plot}
+    modules = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "experiments/emerging.py": emerging}
     for line in commands:
         name, *flags = shlex.split(line)
         if flags != ["--help"]:
@@ -41,7 +45,7 @@ def test_every_command_has_flags_that_exist():
 def test_files_pictures_and_links_exist():
     for name in re.findall(r"`(\w+\.py)`|\((\w+/[\w.]+)\)", README):
         assert (ROOT / max(name)).exists() or (ROOT / "tests" / max(name)).exists(), name
-    for path in re.findall(r"`((?:tests|experiments|benchmarks)/\w+\.py)", README):
+    for path in re.findall(r"((?:tests|experiments|benchmarks)/\w+\.py)", README):
         assert (ROOT / path).exists(), path
     tops = {path.name for path in ROOT.glob("*.py")}
     assert tops <= set(re.findall(r"`(\w+\.py)`", README)), "a file is missing in the file table"

@@ -1,4 +1,4 @@
-"""Drawing training times."""
+"""Training times: their distribution, and what is learned of the loss."""
 
 import pytest
 import torch
@@ -14,33 +14,34 @@ def test_each_segment_has_one_time_and_the_times_are_uniform():
     draws = torch.stack([draw_evenly(segment_ids) for _ in range(4000)])
     torch.testing.assert_close(draws.mean(0), torch.full((2, 6), 0.5), atol=0.03, rtol=0)
     torch.testing.assert_close(draws.var(0), torch.full((2, 6), 1 / 12), atol=0.01, rtol=0)
-    many = draw_evenly(torch.arange(1, 100_001)[None]).sort().values  # many segments leave no large hole
+    many = draw_evenly(torch.arange(1, 100_001)[None]).sort().values  # many times leave no large gap
     assert many.diff(dim=-1).max() < 3 / 100_000
 
 
-def test_in_a_share_of_the_segments_each_position_has_its_own_time_near_0_or_1():
+def test_in_the_chosen_share_of_segments_each_position_has_its_own_time_more_often_near_0_and_1():
     torch.manual_seed(0)
     segment_ids = torch.arange(1, 10_001).repeat_interleave(3).view(100, 300)
     t = Times("stratified", 0.3).draw(segment_ids)[0].view(10_000, 3)
-    apart = t[:, 0] != t[:, 1]
-    assert torch.equal(apart, t[:, 1] != t[:, 2])  # all of a segment or nothing
-    assert apart.float().mean().item() == pytest.approx(0.3, abs=0.06)
-    assert torch.corrcoef(t[apart].T).sub(torch.eye(3)).abs().max() < 0.25
-    for column in t[apart].T:
+    differ = t[:, 0] != t[:, 1]
+    assert torch.equal(differ, t[:, 1] != t[:, 2])  # all positions of a segment or none
+    assert differ.float().mean().item() == pytest.approx(0.3, abs=0.06)
+    assert torch.corrcoef(t[differ].T).sub(torch.eye(3)).abs().max() < 0.25
+    for column in t[differ].T:
         expected = (1 - torch.cos(torch.pi * torch.linspace(0, 1, len(column)))) / 2
         torch.testing.assert_close(column.sort().values, expected, atol=0.12, rtol=0)
-    for column in t[~apart].T:
+    for column in t[~differ].T:
         torch.testing.assert_close(column.sort().values, torch.linspace(0, 1, len(column)), atol=0.06, rtol=0)
 
 
 def learned(curve, position_share=0.0):
+    """Learned times that have this curve already."""
     times = Times("learned", position_share)
     times.curve = curve
     return times
 
 
-def test_learned_times_follow_the_density_and_keep_the_mean():
-    """Whatever the curve, an average of weighted losses is that over uniform times; and t increases with u."""
+def test_learned_times_follow_their_density_and_the_weights_keep_every_mean():
+    """The mean of weighted losses equals that over uniform times."""
     torch.manual_seed(0)
     times = learned(torch.linspace(3, 0, N_BINS).square())
     segment_ids = torch.arange(1, 100_001)[None]
@@ -53,7 +54,7 @@ def test_learned_times_follow_the_density_and_keep_the_mean():
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_what_is_learned_changes_no_mean_where_positions_have_times_of_their_own(share):
+def test_the_learned_curve_changes_no_mean_if_positions_have_their_own_times(share):
     segment_ids = torch.arange(1, 100_001)[None]
     for f in (torch.ones_like, torch.square, lambda t: (t > 0.9).float()):
         means = []
@@ -64,8 +65,8 @@ def test_what_is_learned_changes_no_mean_where_positions_have_times_of_their_own
         assert means[0] == pytest.approx(means[1], abs=0.01)
 
 
-def test_times_drawn_where_the_loss_is_vary_less():
-    """The loss of one segment: uniform against learned, for a loss that falls from 10 to 0."""
+def test_learned_times_lower_the_variance_of_the_loss():
+    """The loss of one segment falls from 10 to 0; with learned times its variance is less than a quarter."""
     torch.manual_seed(1)
 
     def loss(t):
@@ -83,7 +84,7 @@ def test_times_drawn_where_the_loss_is_vary_less():
     assert (weight * loss(t)).mean().item() == pytest.approx(2.5, abs=0.02)
 
 
-def test_what_is_learned_is_the_mean_square_of_the_losses_that_count():
+def test_the_curve_learns_the_mean_square_of_the_losses_in_the_mask():
     times = Times("learned", 0.0)
     t = torch.tensor([[0.0, 0.0, 0.999, 0.5]])
     mask = torch.tensor([[True, True, True, False]])
@@ -94,7 +95,7 @@ def test_what_is_learned_is_the_mean_square_of_the_losses_that_count():
     assert (times.curve[1:-1] == 1).all()
 
 
-def test_a_loss_that_is_not_finite_teaches_nothing():
+def test_a_loss_that_is_not_finite_does_not_change_the_curve():
     times = learned(torch.ones(N_BINS))
     before = times.curve.clone()
     times.learn(torch.tensor([[0.5]]), torch.tensor([[float("nan")]]), torch.tensor([[True]]))

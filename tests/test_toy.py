@@ -1,4 +1,4 @@
-"""The built-in language: its exact figures against counting and drawing."""
+"""The built-in language: its exact figures agree with counting and drawing."""
 
 import math
 import random
@@ -10,18 +10,18 @@ import checkpoint
 import toy
 
 
-def test_weights_sum_to_one():
+def test_the_weights_of_each_symbols_rules_sum_to_one():
     for symbol, rules in toy.GRAMMAR.items():
         assert sum(weight for weight, _ in rules) == pytest.approx(1), symbol
 
 
-def test_the_vocabulary_has_50_to_200_words_and_the_language_far_more_sentences_than_are_trained_on():
+def test_the_vocabulary_is_small_and_there_are_many_more_sentences_than_a_run_sees():
     assert 50 <= len(toy.vocabulary()) <= 200
     assert toy.count() > 100 * checkpoint.TOY_SENTENCES
 
 
-def test_the_probability_of_drawn_sentences_estimates_the_entropy():
-    """-log P averaged over draws; that it agrees with the entropy of derivations shows that no sentence has two."""
+def test_the_mean_surprise_of_drawn_sentences_is_the_entropy():
+    """-log P averaged over draws. It agrees with the entropy of derivations only if no sentence has two derivations."""
     rng = random.Random(1)
     costs = [-math.log(toy.probability(toy.sample(rng))) for _ in range(4000)]
     mean = sum(costs) / len(costs)
@@ -29,7 +29,7 @@ def test_the_probability_of_drawn_sentences_estimates_the_entropy():
     assert mean == pytest.approx(toy.entropy(), abs=4 * error)
 
 
-def test_lengths_are_exact_and_lower_the_entropy():
+def test_the_distribution_of_lengths_is_exact_and_its_entropy_is_subtracted():
     rng = random.Random(2)
     counts = Counter(len(toy.sample(rng)) for _ in range(20_000))
     lengths = toy.lengths()
@@ -41,7 +41,7 @@ def test_lengths_are_exact_and_lower_the_entropy():
     assert toy.mean_length() == pytest.approx(sum(n * c for n, c in counts.items()) / 20_000, abs=0.1)
 
 
-def test_the_checker_knows_agreement():
+def test_sentences_with_wrong_agreement_are_not_grammatical():
     right = [
         "the king near the old singers sleeps",
         "the kings near the old singer sleep today",
@@ -63,7 +63,7 @@ def test_the_checker_knows_agreement():
     assert all(map(toy.is_grammatical, toy.corpus(500, seed=3).splitlines()))
 
 
-def test_a_seed_gives_one_corpus():
+def test_the_same_seed_gives_the_same_corpus():
     assert toy.corpus(50, seed=4) == toy.corpus(50, seed=4) != toy.corpus(50, seed=5)
 
 

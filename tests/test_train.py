@@ -1,4 +1,4 @@
-"""The training loop: exact resumption, refusals, and that it learns."""
+"""Training: resuming is exact, wrong flags are refused in one line, and the network learns."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact import draw, random_joint
-from runs import equal
+from untrained import equal
 
 import bfn
 import checkpoint
@@ -40,14 +40,14 @@ def corpus(tmp_path, monkeypatch):
 
 
 def command(corpus, run_dir, *more):
-    """A tokenizer of words is trained where the flags bring none."""
+    """The words of a train.py command line. A word tokenizer is trained unless the flags name a tokenizer."""
     words = ["--tokenizer=word"] * (not any(flag.startswith(("-spm", "--init_from")) for flag in more))
     return ["train.py", f"-d={corpus}", f"-mdir={run_dir}", f"--cache_dir={corpus.parent / 'cache'}", *TINY, *words, *more]
 
 
 @pytest.fixture
 def run(corpus, monkeypatch):
-    """run(run_dir, *flags) trains in this process."""
+    """A function run(run_dir, *flags) that trains in this process."""
 
     def run(run_dir, *more):
         monkeypatch.setattr(sys, "argv", command(corpus, run_dir, *more))
@@ -57,7 +57,7 @@ def run(corpus, monkeypatch):
 
 
 def assert_same_run(one, other):
-    """Compare everything that two run folders hold, but for their names and intervals."""
+    """Compare the checkpoints of two run folders, except for their flags, and the losses that they logged."""
     for name in ("last.pt", "best.pt"):
         a, b = (read_checkpoint(run_dir / name) for run_dir in (one, other))
         a.pop("args"), b.pop("args")
@@ -75,11 +75,11 @@ def assert_same_run(one, other):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
     dropout = "-dop=0.1", "-acc=2", "-ema=0.9,0.99", "--times=learned"
     run(tmp_path / "whole", *dropout)
-    for stop_at in (3, 5, 8):  # SIGTERM arrives while the step is computed
+    for stop_step in (3, 5, 8):  # SIGTERM arrives while the step is computed
         real = train.update_weights
 
-        def interrupted(state, args, real=real, stop_at=stop_at):
-            if state.step == stop_at - 1 and stop_at < 8:
+        def interrupted(state, args, real=real, stop_step=stop_step):
+            if state.step == stop_step - 1 and stop_step < 8:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(state, args)
 
@@ -88,15 +88,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
             run(tmp_path / "parts", *dropout)
         except SystemExit as stop:
             assert stop.code == 128 + signal.SIGTERM
-            assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_at
+            assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_step
         finally:
             train.update_weights = real
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("moment", ["in the first save", "in a later step", "in a later save"])
-def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_result(run, corpus, tmp_path, moment):
-    """The process kills itself at a given point of a step, long after its imports; what it leaves is loaded and goes on."""
+def test_a_run_that_is_killed_resumes_to_the_same_result(run, corpus, tmp_path, moment):
+    """The process sends itself SIGKILL at three moments. In each case the folder that it leaves can be resumed."""
     run(tmp_path / "whole", "-svi=1")
     victim = """
 import os, runpy, sys
@@ -127,13 +127,13 @@ cli.run(train.main)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_crash_between_the_two_files_of_a_best_step_loses_neither(run, tmp_path, monkeypatch):
+def test_a_crash_after_saving_best_and_before_saving_last_changes_no_result(run, tmp_path, monkeypatch):
     run(tmp_path / "whole")
     real, targets = os.replace, []
 
     def crash(source, target):
         targets.append(Path(target).name)
-        if targets.count("last.pt") == 2:  # after the best.pt of the first validation
+        if targets.count("last.pt") == 2:  # best.pt of the first validation is already saved
             raise KeyboardInterrupt
         real(source, target)
 
@@ -145,14 +145,14 @@ def test_a_crash_between_the_two_files_of_a_best_step_loses_neither(run, tmp_pat
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_weight_decay_may_change_when_a_run_goes_on(run, tmp_path):
+def test_a_resumed_run_may_change_its_weight_decay(run, tmp_path):
     run(tmp_path / "run", "--max_steps=1")
     run(tmp_path / "run", "--max_steps=2", "-wd=0.5")
     groups = [g for o in read_checkpoint(tmp_path / "run" / "last.pt")["optimizers"] for g in o["param_groups"]]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5]
 
 
-def test_a_finished_run_says_so_and_goes_on_with_more_steps(run, tmp_path, capsys):
+def test_a_finished_run_says_so_and_can_be_given_more_steps(run, tmp_path, capsys):
     run(tmp_path / "run")
     capsys.readouterr()
     run(tmp_path / "run")
@@ -164,20 +164,20 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(run, tmp_path, capsy
 @pytest.mark.parametrize(
     "flag, values", [("-mdim=64", "32.*64"), ("--seed=1", "0.*1"), ("-bsz=8", "4.*8"), ("-b=0.5", "auto.*0.5")]
 )
-def test_another_model_seed_or_batch_is_refused_with_both_values(run, tmp_path, flag, values):
+def test_resuming_with_another_width_seed_batch_or_beta_is_refused_with_both_values(run, tmp_path, flag, values):
     run(tmp_path / "run", "--max_steps=1")
     with pytest.raises(ValueError, match=values):
         run(tmp_path / "run", flag)
 
 
-def test_another_corpus_is_refused(run, corpus, tmp_path):
+def test_resuming_with_another_corpus_is_refused(run, corpus, tmp_path):
     run(tmp_path / "run", "--max_steps=1")
     corpus.write_text(corpus.read_text() + "hugo walks\n")
     with pytest.raises(ValueError, match="trained with another corpus text"):
         run(tmp_path / "run")
 
 
-def test_a_file_of_the_users_is_never_written_over(run, corpus, tmp_path):
+def test_a_file_that_training_did_not_write_is_never_overwritten(run, corpus, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer.model").write_text("mine")
     with pytest.raises(ValueError, match="tokenizer.model exists already"):
@@ -189,7 +189,7 @@ def test_a_file_of_the_users_is_never_written_over(run, corpus, tmp_path):
     assert (tmp_path / "run" / "corpus.txt").read_text() == "mine"
 
 
-def test_a_run_that_lost_its_last_checkpoint_does_not_start_again_over_the_best_one(run, tmp_path):
+def test_a_run_folder_with_only_best_pt_is_not_overwritten(run, tmp_path):
     run(tmp_path / "run", "--max_steps=4")
     (tmp_path / "run" / "last.pt").unlink()
     with pytest.raises(ValueError, match="rename it to last.pt"):
@@ -199,8 +199,8 @@ def test_a_run_that_lost_its_last_checkpoint_does_not_start_again_over_the_best_
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
 
 
-def test_samples_are_taken_after_the_save(run, tmp_path, monkeypatch):
-    """So that output which cannot be written, to a closed pipe say, costs nothing."""
+def test_the_checkpoint_is_saved_before_samples_are_printed(run, tmp_path, monkeypatch):
+    """If the output cannot be written, for example to a closed pipe, no training is lost."""
 
     def fail(*anything):
         raise BrokenPipeError
@@ -211,7 +211,7 @@ def test_samples_are_taken_after_the_save(run, tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
 
 
-def test_a_fine_tuned_run_resumes_without_the_run_it_came_from(run, tmp_path):
+def test_a_fine_tuned_run_resumes_after_its_source_run_is_deleted(run, tmp_path):
     run(tmp_path / "first", "--max_steps=1")
     run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1")
     shutil.rmtree(tmp_path / "first")
@@ -219,7 +219,7 @@ def test_a_fine_tuned_run_resumes_without_the_run_it_came_from(run, tmp_path):
     assert read_checkpoint(tmp_path / "second" / "last.pt")["step"] == 2
 
 
-def test_fine_tuning_starts_from_the_other_runs_average_and_tokenizer(run, tmp_path):
+def test_fine_tuning_starts_from_the_averaged_weights_and_the_tokenizer_of_the_other_run(run, tmp_path):
     run(tmp_path / "first", "--max_steps=3")
     source = read_checkpoint(tmp_path / "first" / "best.pt")
     run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1", "-lr=1e-9", "-wd=0")
@@ -239,6 +239,7 @@ def test_fine_tuning_starts_from_the_other_runs_average_and_tokenizer(run, tmp_p
 
 
 def tiny_setup(K=4):
+    """A tiny network before its first step -> flags, Config, State."""
     torch.manual_seed(0)
     args = train.complete(train.flags().parse_args(["-d=none", *TINY]))
     config = train.make_config(args, K)
@@ -246,12 +247,13 @@ def tiny_setup(K=4):
 
 
 def batch_of(ids):
+    """One text per row, no position given -> ids, segment_ids, cond_mask."""
     return ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused):
-    """On the same noise, and with different numbers of predicted tokens, even none, in the parts."""
+    """With the same noise, also if the micro-batches have different numbers of predicted tokens, or none."""
     _, _, state = tiny_setup()
     torch.nn.init.normal_(state.model.linear_out.weight)
     monkeypatch.setattr(Times, "draw", lambda self, segment_ids: torch.full((2, *segment_ids.shape), 0.6))
@@ -272,8 +274,8 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused)
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_fused_training_logs_the_losses_of_plain_training(run, tmp_path):
-    """The noise is the same: a function of the step."""
+def test_fused_and_plain_training_log_the_same_losses(run, tmp_path):
+    """Their noise is the same, because it is a function of the step."""
     losses = []
     for form in ("off", "on"):
         run(tmp_path / form, f"--fused={form}", "--max_steps=6", "-nex=0")
@@ -284,10 +286,10 @@ def test_fused_training_logs_the_losses_of_plain_training(run, tmp_path):
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     args, _, state = tiny_setup()
-    for poison in (float("nan"), float("inf")):
-        before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    for value in (float("nan"), float("inf")):
+        before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
         train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
-        state.model.linear_out.weight.grad[0, 0] = poison
+        state.model.linear_out.weight.grad[0, 0] = value
         assert not train.update_weights(state, args).isfinite()
         assert equal(before, dict(state.model.state_dict()))
         assert all(v.isfinite().all() for o in state.optimizers for s in o.state.values() for v in s.values())
@@ -305,7 +307,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, t
     assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
 
 
-def test_averages_follow_their_rates():
+def test_each_step_moves_the_average_by_its_rate():
     args, _, state = tiny_setup()
     assert train.flags().parse_args(["-ema=0.9,0.5"]).ema_rate == [0.9, 0.5]
     state.step = 10**6  # past the warm-up
@@ -319,7 +321,7 @@ def test_averages_follow_their_rates():
 
 
 def test_a_small_joint_distribution_is_learned():
-    """The bound comes near the entropy, and samples follow the distribution."""
+    """The bound comes close to the entropy, and samples follow the distribution."""
     sequences, P = random_joint(K=4, L=3)
     args, config, state = tiny_setup(K=4)
     args.max_steps, args.learning_rate, args.warmup_steps, args.ema_rate = 400, 0.01, 20, [0.98]
@@ -335,7 +337,7 @@ def test_a_small_joint_distribution_is_learned():
 
     with torch.no_grad():
         t = draw_evenly(segment_ids)
-        bound = bfn.squared_error_loss(bfn.predict_at(network, ids, t, given, config.s1, 4), ids, t, config.s1)
+        bound = bfn.squared_error_loss(bfn.predict_noisy(network, ids, t, given, config.s1, 4), ids, t, config.s1)
         bound = bound + bfn.reconstruction_loss(network, ids, given, config.s1, 4)
     entropy = -(P * P.log()).sum().item()
     assert entropy - 0.05 < bound.sum(-1).mean() < 1.15 * entropy
@@ -347,7 +349,7 @@ def test_a_small_joint_distribution_is_learned():
 # ---------------------------------------------------------------- the command
 
 
-def test_training_goes_on_without_a_compiler_that_fails(run, tmp_path, monkeypatch, capsys):
+def test_training_continues_uncompiled_if_the_compiler_fails(run, tmp_path, monkeypatch, capsys):
     def broken(*inputs):
         raise RuntimeError("no compiler")
 
@@ -363,7 +365,7 @@ def test_training_goes_on_without_a_compiler_that_fails(run, tmp_path, monkeypat
 
 
 def fails(argv, monkeypatch, capsys, main=train.main):
-    """Run a command that must fail -> its one line."""
+    """Run a command that must fail -> its error message, which must be a single line."""
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stop:
         cli.run(main)
@@ -399,7 +401,7 @@ def fails(argv, monkeypatch, capsys, main=train.main):
         ("--init_from=missing", "no checkpoint at missing"),
     ],
 )
-def test_bad_flags_get_one_line(corpus, tmp_path, monkeypatch, capsys, flag, message):
+def test_a_wrong_flag_is_an_error_of_one_line(corpus, tmp_path, monkeypatch, capsys, flag, message):
     import re
 
     assert re.search(message, fails(command(corpus, tmp_path / "run", flag), monkeypatch, capsys))
@@ -414,14 +416,14 @@ def test_bad_flags_get_one_line(corpus, tmp_path, monkeypatch, capsys, flag, mes
         (b"caf\xe9\n" * 9, "not UTF-8"),
     ],
 )
-def test_bad_corpora_get_one_line(corpus, tmp_path, monkeypatch, capsys, content, message):
+def test_a_corpus_that_cannot_be_read_is_an_error_of_one_line(corpus, tmp_path, monkeypatch, capsys, content, message):
     bad = tmp_path / "bad.txt"
     if content is not None:
         bad.write_bytes(content)
     assert message in fails([*command(corpus, tmp_path / "run"), f"-d={bad}"], monkeypatch, capsys)
 
 
-def test_a_truncated_checkpoint_gets_one_line_and_stays(run, corpus, tmp_path, monkeypatch, capsys):
+def test_a_truncated_checkpoint_is_an_error_of_one_line_and_is_not_overwritten(run, corpus, tmp_path, monkeypatch, capsys):
     run(tmp_path / "run", "--max_steps=1")
     path = tmp_path / "run" / "last.pt"
     path.write_bytes(path.read_bytes()[:5000])
@@ -429,24 +431,24 @@ def test_a_truncated_checkpoint_gets_one_line_and_stays(run, corpus, tmp_path, m
     assert path.stat().st_size == 5000
 
 
-def test_values_come_after_an_equals_sign_or_a_space():
+def test_a_flag_and_its_value_are_separated_by_an_equals_sign_or_a_space():
     parse = train.flags().parse_args
     assert vars(parse(["-d=a", "-bsz=3"])) == vars(parse(["-d", "a", "--batch_size", "3"]))
 
 
-def test_a_corpus_smaller_than_a_batch_trains(corpus, run, tmp_path):
+def test_a_corpus_smaller_than_a_batch_can_be_trained_on(corpus, run, tmp_path):
     corpus.write_text("a few words in one line and no more than that, so that one batch sees them many times over\n")
     run(tmp_path / "run", "--tokenizer=char", "--max_steps=2")
     assert (tmp_path / "run" / "best.pt").exists()
 
 
-def test_an_untouched_tokenizer_without_special_pieces_trains(corpus, run, tmp_path):
+def test_a_tokenizer_without_bos_and_eos_can_be_used_and_is_copied_unchanged(corpus, run, tmp_path):
     (tmp_path / "plain.model").write_bytes(train_tokenizer(corpus, "char", 0))
     run(tmp_path / "run", f"-spm={tmp_path / 'plain.model'}", "--max_steps=2")
     assert file_hash(tmp_path / "run" / "tokenizer.model") == file_hash(tmp_path / "plain.model")
 
 
-def test_a_run_goes_on_with_its_tokenizer_named_or_not(run, tmp_path):
+def test_a_run_resumes_whether_or_not_its_tokenizer_is_named(run, tmp_path):
     own = tmp_path / "trained" / "tokenizer.model"
     run(tmp_path / "trained", "--max_steps=1")
     run(tmp_path / "trained", f"-spm={own}", "--max_steps=2")
@@ -468,7 +470,7 @@ def test_a_run_goes_on_with_its_tokenizer_named_or_not(run, tmp_path):
         (("--val_path=CORPUS",), "with another corpus text: give -d and --val_path"),
     ],
 )
-def test_a_run_keeps_its_tokenizer_and_text(flags, message, run, corpus, tmp_path, monkeypatch, capsys):
+def test_resuming_with_another_tokenizer_or_text_is_refused(flags, message, run, corpus, tmp_path, monkeypatch, capsys):
     run(tmp_path / "run", "--max_steps=1")
     names = dict(TRAINED=tmp_path / "run" / "tokenizer.model", RUN=tmp_path / "run", CORPUS=corpus)
     for name, path in names.items():
@@ -477,8 +479,8 @@ def test_a_run_keeps_its_tokenizer_and_text(flags, message, run, corpus, tmp_pat
 
 
 @pytest.mark.parametrize("wrong", ["-mdim=33", "--val_path=nowhere.txt", "--val_path=EMPTY"])
-def test_what_cannot_be_trained_is_refused_before_a_tokenizer_is(wrong, corpus, monkeypatch, capsys, tmp_path):
-    """A tokenizer left behind would make the corrected command fail."""
+def test_wrong_sizes_and_missing_texts_are_refused_before_any_file_is_written(wrong, corpus, monkeypatch, capsys, tmp_path):
+    """If a tokenizer were left behind, the corrected command would fail."""
     (tmp_path / "empty.txt").write_text("\n")
     wrong = wrong.replace("EMPTY", str(tmp_path / "empty.txt"))
     error = fails(["train.py", f"-d={corpus}", f"-mdir={tmp_path / 'run'}", wrong], monkeypatch, capsys)
@@ -487,7 +489,7 @@ def test_what_cannot_be_trained_is_refused_before_a_tokenizer_is(wrong, corpus, 
 
 
 @pytest.mark.parametrize("broken", ["no matplotlib", "a folder has the picture's name"])
-def test_a_run_goes_on_where_no_picture_can_be_drawn(broken, run, tmp_path, monkeypatch, capsys):
+def test_training_continues_if_a_picture_cannot_be_drawn(broken, run, tmp_path, monkeypatch, capsys):
     if broken == "no matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib", None)
     else:
@@ -498,8 +500,8 @@ def test_a_run_goes_on_where_no_picture_can_be_drawn(broken, run, tmp_path, monk
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
 
 
-def test_training_needs_only_the_packages_of_the_mission(corpus, tmp_path):
-    """torch, sentencepiece, rotary-embedding-torch, tqdm and numpy, with what they need themselves."""
+def test_training_does_not_need_the_optional_packages(corpus, tmp_path):
+    """It needs torch, sentencepiece, rotary-embedding-torch, tqdm and numpy, but not matplotlib, tensorboard and scipy."""
     blocked = "import sys\nsys.modules['matplotlib'] = sys.modules['tensorboard'] = sys.modules['scipy'] = None\n"
     code = f"{blocked}sys.argv = {command(corpus, tmp_path / 'run', '--max_steps=1')!r}\nimport cli, train\ncli.run(train.main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -507,8 +509,8 @@ def test_training_needs_only_the_packages_of_the_mission(corpus, tmp_path):
     assert (tmp_path / "run" / "best.pt").exists()
 
 
-def test_the_chain_from_the_loop_to_the_loss_is_short(monkeypatch):
-    """main, accumulate_gradients, HiddenToLoss.forward, loss_and_gradient, bfn.training_loss, in our own files."""
+def test_few_calls_lie_between_the_training_step_and_the_loss(monkeypatch):
+    """A reader who looks for the loss passes three functions: HiddenToLoss.forward, loss_and_gradient, its weighted_sum."""
     import inspect
 
     _, _, state = tiny_setup()
