@@ -28,7 +28,7 @@ from text import file_hash, load_tokenizer, read_pieces, train_tokenizer
 from times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
-RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt times.png".split()
+RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png".split()
 TOY_SENTENCES = 60_000
 
 # What a run is: these must not change when it is resumed, everything else may.

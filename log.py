@@ -10,14 +10,16 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import pairwise
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 import cli
 import plot
-from times import N_BINS
 
+FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
+PLAIN_SECONDS = 30  # between lines where there is no terminal
 POSTFIX = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {utilisation:.0%} of peak, {peak_memory_gb:.1f} GB"
 
 # ---------------------------------------------------------------- speed
@@ -120,9 +122,13 @@ def open_metrics(run_dir, step):
 
 
 class Meter:
-    """Losses, gradient norms, tokens and time since the last log line. Nothing waits for the device until `figures`."""
+    """Losses, gradient norms, tokens and time since the last log line. Nothing waits for the device until `figures`.
 
-    def __init__(self):
+    minutes: time of training so far, without validations, samples and saves.
+    """
+
+    def __init__(self, minutes=0.0):
+        self.minutes = minutes
         self.restart()
 
     def restart(self):
@@ -148,7 +154,8 @@ class Meter:
                 f"loss {loss}, gradient norm {norm}: not finite near step {step}: run again with a lower -lr; "
                 "if that does not help, start from best.pt, if there is one, renamed to last.pt"
             )
-        tokens_per_s = self.n_tokens / (time.perf_counter() - self.start)
+        seconds = time.perf_counter() - self.start
+        tokens_per_s, self.minutes = self.n_tokens / seconds, self.minutes + seconds / 60
         n_positions = len(self.steps) * args.accumulation_steps * args.batch_size * args.sequence_length
         figures = dict(
             loss=loss,
@@ -158,31 +165,76 @@ class Meter:
             tokens_per_s=tokens_per_s,
             utilisation=tokens_per_s * model_flops(config, args.sequence_length) / peak(device),
             peak_memory_gb=peak_memory(device),
+            minutes=self.minutes,
         )
         self.restart()
         return figures
 
 
-def plot_times(times, path):
-    """Draw the loss by time as training has seen it, and the density that times are drawn from."""
-    t = (np.arange(N_BINS) + 0.5) / N_BINS
-    density = times.density().tolist() if times.kind == "learned" else [1.0] * N_BINS
-    series = {"root mean square of the loss, nats": (t, times.curve.sqrt().tolist()), "density of t": (t, density)}
-    plot.lines(path, series, "t", "", "training loss by time")
+def read_metrics(run_dir):
+    """Read metrics.jsonl -> list of dicts, one per line, in the order of the steps."""
+    with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def draw_curves(run_dir):
+    """Draw the training loss and the validation bound over steps, with minutes on a second axis, as curves.png."""
+    metrics = read_metrics(run_dir)
+    points = {"training loss": "loss", "validation bound": "val_bound_nats_per_token"}
+    series = {name: zip(*[(m["step"], m[key]) for m in metrics if key in m], strict=True) for name, key in points.items()}
+    series = {name: tuple(xy) for name, xy in series.items()}
+    minutes = list(zip(*[(m["step"], m["minutes"]) for m in metrics if "minutes" in m], strict=True))
+    top = (*minutes, "minutes of training") if minutes and minutes[1][-1] > minutes[1][0] else None
+    series = {name: xy for name, xy in series.items() if xy}
+    plot.lines(run_dir / "curves.png", series, "step", "nats per token", str(run_dir), top=top)
+
+
+def overfitting_line(run_dir, n_worse=3):
+    """Say that the bound has risen in the last `n_worse` validations -> a line, or None."""
+    bounds = [(m["val_bound_nats_per_token"], m["step"]) for m in read_metrics(run_dir) if "val_bound_nats_per_token" in m]
+    recent = bounds[-n_worse - 1 :]
+    if len(recent) <= n_worse or any(later[0] <= earlier[0] for earlier, later in pairwise(recent)):
+        return None
+    best, step = min(bounds)
+    return f"the bound has risen {n_worse} times in a row: overfitting. best.pt is from step {step} ({best:.3f} nats per token)"
 
 
 # ---------------------------------------------------------------- lines for the terminal
 
 
+class Progress(tqdm):
+    """A bar with the latest figures. Where there is no terminal, a plain line every half minute instead."""
+
+    def __init__(self, step, max_steps):
+        super().__init__(total=max_steps, initial=step, unit="step", smoothing=0.05, disable=None)
+        self.max_steps, self.printed_at = max_steps, time.monotonic()
+
+    def show(self, step, figures, bound):
+        """Show a step's figures (see `Meter.figures`) and the last validation bound, if there is one."""
+        text = POSTFIX.format(**figures) + (f", bound {bound:.3f}" if bound is not None else "")
+        self.set_postfix_str(text)
+        if self.disable and time.monotonic() - self.printed_at >= PLAIN_SECONDS:
+            self.printed_at = time.monotonic()
+            print(f"step {step} of {self.max_steps}, {figures['minutes']:.1f} minutes of training, {text}", flush=True)
+
+
 def opening_line(state, loader, config, seconds_per_step, args, device):
-    """Size of the model, memory, tokens, and when the run will end -> a line."""
+    """Size of the model, memory, tokens, when the run will end, and what its figures mean -> lines."""
     seconds = (args.max_steps - state.step) * seconds_per_step
+    few = f"\n{few_steps(args, seconds_per_step)}" if args.max_steps < FEW_STEPS else ""
+    meaning = "the loss is the squared error plus the cross-entropy at random times; the bound comes with each validation"
     return (
-        f"{sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
+        f"preset {args.preset}: {sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
         f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens per epoch "
         f"({loader.plan(0).fill(args.sequence_length):.1%} of positions), step {state.step} to {args.max_steps} "
-        f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
+        f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}{few}\n{meaning}"
     )
+
+
+def few_steps(args, seconds_per_step=None):
+    """Say that a run is too short to learn from -> a line."""
+    example = f" (about {600 / seconds_per_step:,.0f} steps)" if seconds_per_step else ""
+    return f"{args.max_steps} steps are too few to learn a language: samples will be noise. Try --minutes=10{example}"
 
 
 def validation_line(figures):
@@ -200,8 +252,10 @@ def validation_line(figures):
 def next_commands(args):
     """What to do with a finished run -> a line or two."""
     again = (
-        "python train.py -d=CORPUS.txt --preset=laptop -mdir=runs/mine"
+        "python train.py -d=CORPUS.txt -mdir=runs/mine --minutes=10"
         if args.data_path is None
-        else "a larger --max_steps trains on"
+        else "more --minutes or --max_steps train on"
     )
+    if args.max_steps < FEW_STEPS and args.data_path is not None:
+        return few_steps(args)
     return f"next: python sample.py -mdir={args.model_dir}\n      {again}"

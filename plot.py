@@ -1,8 +1,10 @@
 """Pictures: lines over time or steps, in one style."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import cli
@@ -10,14 +12,15 @@ import cli
 _reported = set()  # messages that `lines` has printed
 
 
-def lines(path, series, x_label, y_label, title, log=False):
+def lines(path, series, x_label, y_label, title, log=False, top=None):
     """Draw {label: (x, y)} as lines into a picture file -> whether that worked. log: both axes are logarithmic.
 
+    top: a second axis above the picture, as increasing x, the values there, and its label.
     The file's ending decides its format. A picture never stops a run: if it cannot be drawn or written, one line on standard
     error says why, once for each path and reason.
     """
     try:
-        write(Path(path), lambda temporary, kind: _draw(temporary, kind, series, x_label, y_label, title, log))
+        write(Path(path), lambda temporary, kind: _draw(temporary, kind, series, x_label, y_label, title, log, top))
     except Exception as error:  # noqa: BLE001 - a broken matplotlib raises anything
         message = f"no picture at {path}: {_reason(error)}"
         if message not in _reported:
@@ -34,7 +37,7 @@ def write(path, draw):
         draw(temporary, path.suffix[1:] or "png")
 
 
-def _draw(path, kind, series, x_label, y_label, title, log):
+def _draw(path, kind, series, x_label, y_label, title, log, top):
     import matplotlib.figure  # takes a second to import; pyplot would need a display on some machines
 
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
@@ -44,6 +47,10 @@ def _draw(path, kind, series, x_label, y_label, title, log):
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if log:
         axes.set(xscale="log", yscale="log")
+    if top:
+        x, values, label = top
+        convert = partial(np.interp, xp=x, fp=values), partial(np.interp, xp=values, fp=x)
+        axes.secondary_xaxis("top", functions=convert).set_xlabel(label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120, format=kind)

@@ -7,6 +7,7 @@ A template is a list with one entry per position: the id of a given token, or a 
     hint      (L, K)   float32  log-odds that are added to the network's input
 """
 
+import difflib
 import math
 import os
 import random
@@ -18,13 +19,14 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from text import SPACE, add_marks, adds_prefix, read_pieces, unknown_bytes
+from text import SPACE, add_marks, adds_prefix
 
 FREE = -1  # any text, or its end
 GAP = -2  # any text
 WORD_START, WORD_REST = -3, -4  # the first token of a word, a later token
 GAP_MARK = r"___(?:\{(\d+)(?:-(\d+))?\})?"
 MAX_CANDIDATES = 32  # templates of a prompt whose gaps have unknown sizes
+MAX_NAMED = 5  # unknown words of a prompt that a warning names
 
 
 # ---------------------------------------------------------------- the tokenizer's habits
@@ -83,11 +85,25 @@ def count_word_lengths(tokenizer, tokens, longest=16):
 # ---------------------------------------------------------------- templates
 
 
-def read_prompts(path):
-    """Read a file of prompts, one per line -> list. Raises ValueError if it is missing or has none."""
+def read_prompts(path, tokenizer, run, length=None):
+    """Read a file of prompts, one per line -> list.
+
+    Raises ValueError if it is missing or has no prompts. If some do not fit (`candidates`), one ValueError names all of them.
+    """
     if not os.path.isfile(path):
         raise ValueError(f"no file of prompts at {path}")
-    prompts = [piece.text for piece in read_pieces(path)]
+    prompts, errors = [], []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            prompt = line.rstrip("\r\n")
+            if prompt.strip():
+                prompts.append(prompt)
+                try:
+                    candidates(prompt, tokenizer, run, length)
+                except ValueError as error:
+                    errors.append(f"line {number}: {error}")
+    if errors:
+        raise ValueError(f"{path}, {'; '.join(errors)}")
     if not prompts:
         raise ValueError(f"no prompts in {path}")
     return prompts
@@ -98,11 +114,43 @@ def shorten(prompt):
     return ascii(prompt) if len(prompt) <= 60 else ascii(prompt[:60]) + "..."
 
 
-def warn_unknown(texts, tokenizer):
-    """Warn on standard error of texts with characters or words that the tokenizer does not know."""
-    for text in dict.fromkeys(texts):
-        if unknown_bytes(re.sub(GAP_MARK, " ", text), tokenizer):
-            print(f"the tokenizer does not know all characters or words of {shorten(text)}", file=sys.stderr)
+def unknown_pieces(prompt, tokenizer):
+    """List the text of each token of a prompt that the tokenizer does not know, with SPACE for a space -> list of str."""
+    found = []
+    for text in re.split(GAP_MARK, prompt)[::3]:
+        pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
+        found += [piece for k, piece in pieces if k == tokenizer.unk_id()]
+    return found
+
+
+@lru_cache(maxsize=4)
+def known_words(tokenizer):
+    """Map the tokens that may be drawn, in lower case and without the space before them, to how they are written."""
+    ids = allowed_tokens(tokenizer)[-GAP].nonzero().flatten().tolist()
+    words = [tokenizer.id_to_piece(k).removeprefix(SPACE) for k in reversed(ids)]  # of "The" and "THE", the first stays
+    return {word.lower(): word for word in words if word}
+
+
+def nearest_words(word, tokenizer):
+    """Find the known word that differs from `word` only in case, otherwise up to two that look alike -> list."""
+    known, lower = known_words(tokenizer), word.lower()
+    return [known[close] for close in ([lower] if lower in known else difflib.get_close_matches(lower, known, n=2))]
+
+
+def warn_unknown(prompts, tokenizer):
+    """Warn on standard error of words or characters that the tokenizer does not know: one line per prompt."""
+    _, continues_words = space_style(tokenizer)
+    for prompt in dict.fromkeys(prompts):
+        words = "".join(unknown_pieces(prompt, tokenizer)).split(SPACE)  # neighbours are one piece
+        words = list(dict.fromkeys("".join(words) if continues_words else filter(None, words)))
+        named, question = [], "did you mean {}?"
+        for word in words[:MAX_NAMED]:
+            close = " or ".join(map(repr, nearest_words(word, tokenizer)))
+            named.append(f"{word!r} ({question.format(close)})" if close else repr(word))
+            question = "{}" if close else question
+        if named:
+            more = f" and {len(words) - MAX_NAMED} more" if len(words) > MAX_NAMED else ""
+            print(f"the tokenizer does not know {', '.join(named)}{more}", file=sys.stderr)
 
 
 def encode_part(text, tokenizer, follows_gap):
@@ -236,6 +284,7 @@ def find_ids(text, tokenizer):
 
     Raises ValueError if the text is not a single token.
     """
+    text = text.strip(" ")
     ids = {tokenizer.piece_to_id(piece) for piece in (text, SPACE + text)} - {tokenizer.unk_id()}
     if not ids:
         pieces = " ".join(tokenizer.encode(text, out_type=str))
@@ -252,7 +301,7 @@ def parse_hint(text, tokenizer):
     position, colon, odds = text.partition(":")
     pairs = [pair.rpartition("=") for pair in odds.split(",")]
     try:
-        shares, position = {word: float(share) for word, _, share in pairs}, int(position)
+        shares, position = {word.strip(" "): float(share) for word, _, share in pairs}, int(position)
         in_range = all(0 < share <= 1 for share in shares.values()) and sum(shares.values()) <= 1.001
         if not colon or position < 0 or not in_range or len(shares) < len(pairs):
             raise ValueError

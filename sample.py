@@ -38,9 +38,10 @@ from prompts import (
     pad,
     parse_hint,
     read_prompts,
+    unknown_pieces,
     warn_unknown,
 )
-from text import add_marks
+from text import SPACE, add_marks
 
 DRAFT = bfn.CORRECT + 1  # the random numbers of the draft: a phase after those of bfn.py
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
@@ -146,11 +147,13 @@ def generate_any_length(model, tokenizer, templates, limit, seed, options):
             yield generate_long(model, tokenizer, template, limit, mix_seed(seed, i), options)
 
 
-def decode(tokenizer, ids):
-    """Turn ids into one line of text, up to the first eos."""
+def decode(tokenizer, ids, unknown=()):
+    """Turn ids into one line of text, up to the first eos. Unknown tokens read as `unknown`, in order, or as nothing."""
     if tokenizer.eos_id() in ids:
         ids = ids[: ids.index(tokenizer.eos_id())]
-    return " ".join(tokenizer.decode([k for k in ids if k != tokenizer.bos_id()]).splitlines())
+    rest, unk = iter(unknown), tokenizer.unk_id()
+    pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != tokenizer.bos_id()]
+    return " ".join(tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ").splitlines())  # SPACE: of `unknown`
 
 
 def example_texts(model, tokenizer, tokens, run, n, seed):
@@ -183,17 +186,21 @@ class Trace:
 
     BOLD, DIM, NORMAL = 1, 2, 22
 
-    def __init__(self, tokenizer, file=None):
-        self.tokenizer, self.file = tokenizer, file or sys.stderr
+    def __init__(self, tokenizer, file=None, unknown=()):
+        self.decode, self.file = partial(decode, tokenizer, unknown=unknown), file or sys.stderr
         self.is_terminal, self.n_calls, self.n_breaks = self.file.isatty(), 0, 0
 
     def __call__(self, t, p, given):
         """Show the likeliest tokens of the first row: p (B, L, K), given (B, L)."""
-        ids, certainty = p[0].argmax(-1).tolist(), p[0].amax(-1).masked_fill(given[0], 1.0).tolist()
-        text = decode(self.tokenizer, ids)
         self.n_calls += 1
+        certainty = p[0].amax(-1).masked_fill(given[0], 1.0).tolist()
+        self.show(f"call {self.n_calls}", p[0].argmax(-1).tolist(), certainty)
+
+    def show(self, label, ids, certainty):
+        """Show a text. In a terminal it replaces the last one."""
+        text = self.decode(ids)
         if not self.is_terminal:
-            print(f"call {self.n_calls}  {text}", file=self.file)
+            print(f"{label}  {text}", file=self.file)
             return
         clear = (f"\x1b[{self.n_breaks}A" if self.n_breaks else "") + "\r\x1b[J"  # go back to the start, erase the last text
         print(f"{clear}{self.shade(ids, certainty)}\x1b[0m", end="", file=self.file, flush=True)
@@ -204,21 +211,23 @@ class Trace:
         """Style each token by how certain it is -> text with control codes."""
         text, shaded = "", ""
         for i, c in enumerate(certainty):
-            longer = decode(self.tokenizer, ids[: i + 1])  # what a token reads as depends on the tokens before it
+            longer = self.decode(ids[: i + 1])  # what a token reads as depends on the tokens before it
             style = self.BOLD if c > 0.9 else self.DIM if c < 0.4 else self.NORMAL
             text, shaded = longer, f"{shaded}\x1b[0;{style}m{longer[len(text) :]}"
         return shaded
 
-    def close(self):
+    def close(self, ids):
+        """Show the finished text."""
+        self.show("sample", ids, [1.0] * len(ids))
         if self.is_terminal:
             print(file=self.file)
 
 
-def generate_traced(model, tokenizer, templates, seed, options):
-    """Yield as `generate` does, and show the first text at each of its network calls."""
-    trace = Trace(tokenizer)
+def generate_traced(model, tokenizer, templates, seed, options, unknown=()):
+    """Yield as `generate` does, and show the first text at each of its network calls, and as it is printed."""
+    trace = Trace(tokenizer, unknown=unknown)
     (first,) = generate(model, tokenizer, templates[:1], seed, replace(options, watch=trace))
-    trace.close()
+    trace.close(first[0])
     yield first
     yield from generate(model, tokenizer, templates[1:], seed, options, numbers=range(1, len(templates)))
 
@@ -301,7 +310,7 @@ def sample_prompts(args, model, tokenizer, run, prompts, options):
             raise ValueError(f"--hint and --trace need texts of at most {limit} tokens, the trained length: lower --length")
         return generate_any_length(model, tokenizer, templates, limit, args.seed, options)
     check_hints(options.hints, templates, tokenizer.bos_id() >= 0)
-    draw = generate_traced if args.trace else generate
+    draw = partial(generate_traced, unknown=unknown_pieces(prompts[0], tokenizer)) if args.trace else generate
     return draw(model, tokenizer, templates, args.seed, options)
 
 
@@ -318,17 +327,18 @@ def main():
     args = flags().parse_args()
     model, tokenizer, run = load(args.model_dir, args.checkpoint, cli.device(args.device))
     options = make_options(args, tokenizer, run)
-    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file is not None else [])
+    has_file = args.prompt_file is not None
+    prompts = args.prompt + (read_prompts(args.prompt_file, tokenizer, run, args.length) if has_file else [])
     check_output(args)
-    warn_unknown([*prompts, args.draft or ""], tokenizer)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
     samples = sample_prompts(args, model, tokenizer, run, prompts, options)
+    warn_unknown([*prompts, args.draft or ""], tokenizer)
     hide_bar = True if args.trace or len(prompts) == 1 else None  # None: show it only in a terminal
     total_calls = 0
     with open(args.output or os.devnull, "w", encoding="utf-8") as output:
         bar = tqdm(samples, total=len(prompts), unit="sample", disable=hide_bar)
         for prompt, (ids, calls) in zip(prompts, bar, strict=True):
-            text, total_calls = decode(tokenizer, ids), total_calls + calls
+            text, total_calls = decode(tokenizer, ids, unknown_pieces(prompt, tokenizer)), total_calls + calls
             print(text, flush=True)
             record = dict(prompt=prompt, text=text, ids=ids, calls=calls)
             print(json.dumps(record, ensure_ascii=False), file=output, flush=True)

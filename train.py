@@ -8,12 +8,10 @@ Run the same command again to resume. Without -d it trains on the built-in langu
 import copy
 import math
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import bfn
 import cli
@@ -22,6 +20,7 @@ import evaluate
 import fused
 import log
 import optim
+import switches
 from checkpoint import State, check_identity, describe_run, load, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
@@ -37,10 +36,9 @@ PRESETS = {
     "laptop": ( 256,   4,     4,     64,     32,   6e-3,   200,  [0.999]),
     "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
 }  # fmt: skip
-FUSED_FROM = 1000  # tokens of vocabulary; below, the plain form is as fast
-COMPILED_FROM = 256  # width, on a CPU; below, compiling gains nothing
-FLEX_FROM = 256  # length of rows; below, the mask is small
 TOY_STEPS = 1_500
+TRAINING_SHARE = 0.9  # of --minutes: the rest is for validations and samples
+MOST_MINUTES = 5  # between validations, samples and saves
 
 # ---------------------------------------------------------------- flags
 
@@ -52,13 +50,14 @@ def flags():
     add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("--val_path", help="text file for validation (a held-out part of the corpus)")
-    add("--preset", choices=PRESETS, help="defaults for the flags marked * (base; toy for the built-in language)")
+    add("--preset", choices=PRESETS, help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
     add("--init_from", help="run folder to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
     add("--vocab_size", type=cli.several, help="tokens of the tokenizer to train; char takes all characters (8192)")
     add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
-    add("--max_steps", type=cli.count, help="steps, instead of --epochs")
+    add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
+    add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
     add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch *")
     add("-acc", "--accumulation_steps", type=cli.count, default=1, help="micro-batches per step (1)")
     add("-slen", "--sequence_length", type=cli.several, help="tokens of a row *")
@@ -78,9 +77,10 @@ def flags():
     averages = "rates of the weight averages, comma-separated; the last is validated and sampled *"
     add("-ema", "--ema_rate", type=cli.shares, help=averages)
     add("-lgi", "--log_interval", type=cli.count, default=20, help="steps between log lines (20)")
-    add("-svi", "--save_interval", type=cli.count, default=1000, help="steps between checkpoints (1000)")
-    add("-vli", "--val_interval", type=cli.count, default=1000, help="steps between validations (1000)")
-    add("-smi", "--sample_interval", type=cli.count, default=2000, help="steps between samples (2000)")
+    ten_times = "(ten times a run, or every 5 minutes)"
+    add("-svi", "--save_interval", type=cli.count, help=f"steps between checkpoints {ten_times}")
+    add("-vli", "--val_interval", type=cli.count, help=f"steps between validations {ten_times}")
+    add("-smi", "--sample_interval", type=cli.count, help=f"steps between samples {ten_times}")
     add("-nex", "--num_examples", type=cli.natural, default=4, help="samples each time, half of them from prompts (4)")
     add("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
@@ -90,16 +90,18 @@ def flags():
     return p
 
 
-def complete(args, saved=None):
+def complete(args, saved=None, preset="base"):
     """Fill in the flags that were not given, from --init_from or the checkpoint, then from the preset.
 
-    Raises ValueError for flags that do not go together.
+    preset: the one to use if none is named. Raises ValueError for flags that do not go together.
     """
     if args.data_path is None:
         if args.spm_model or args.val_path or args.init_from or args.tokenizer or args.vocab_size:
             raise ValueError("-spm, --tokenizer, --vocab_size, --val_path and --init_from need a corpus: give -d")
         args.preset, args.tokenizer = args.preset or "toy", "word"
-        args.max_steps = args.max_steps or (None if args.epochs else TOY_STEPS)
+        args.max_steps = args.max_steps or (None if args.epochs or args.minutes else TOY_STEPS)
+    if sum(x is not None for x in (args.epochs, args.minutes)) > 1:
+        raise ValueError("--epochs and --minutes both say how long to train: give one of them")
     args.epochs = args.epochs or 10
     before = saved["args"] if saved else vars(args)
     if args.init_from and (not before["init_from"] or Path(args.init_from) != Path(before["init_from"])):
@@ -114,14 +116,19 @@ def complete(args, saved=None):
         args.tokenizer, args.vocab_size = args.tokenizer or before["tokenizer"], args.vocab_size or before["vocab_size"]
     elif not args.spm_model:
         args.tokenizer, args.vocab_size = args.tokenizer or "bpe", args.vocab_size or 8192
-    for name, value in zip(PRESET_FLAGS, PRESETS[args.preset or "base"], strict=True):
+    inherited = {} if args.preset or not saved else saved["args"]
+    args.preset = args.preset or inherited.get("preset") or preset
+    for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=True):
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, inherited.get(name, value))
     return args
 
 
 def start_from(args, source):
-    """Take model size, tokenizer and beta from the run of --init_from. Raises ValueError if a flag says otherwise."""
+    """Take model size, tokenizer, beta, rows and averages from the run of --init_from.
+
+    Raises ValueError if a flag says otherwise of the model size or the tokenizer.
+    """
     for name in ("model_dim", "num_layers", "num_heads"):
         theirs = source["args"][name]
         if getattr(args, name) not in (None, theirs):
@@ -131,6 +138,8 @@ def start_from(args, source):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {args.init_from}: leave -spm out")
     args.spm_model, args.vocab_size = str(Path(args.init_from) / "tokenizer.model"), None
     args.beta = source["args"]["beta"] if args.beta == "auto" else args.beta
+    for name in ("batch_size", "sequence_length", "ema_rate"):
+        setattr(args, name, getattr(args, name) or source["args"][name])
 
 
 def make_config(args, K):
@@ -211,62 +220,27 @@ def build(config, args, device, saved=None):
     return state
 
 
-def set_switches(model, args, device):
-    """Choose how to compute, by the flags, the device and the sizes. The numbers stay the same up to rounding.
+def steps_of_minutes(args, before):
+    """Keep the number of steps that --minutes led to when the run started; more --minutes are in proportion to it.
 
-    Raises ValueError for --fused=on if the fused form cannot be used.
+    before: flags of the run that resumes, or {}.
     """
-    model.bf16, model.recompute, model.fused = log.fast_bf16(device), args.recompute, can_fuse(model, args)
-    auto = device.type == "cuda" or args.model_dim >= COMPILED_FROM
-    model.compiled = args.compile == "on" or (args.compile == "auto" and auto)
-    if model.compiled:
-        wide_heads = args.model_dim // args.num_heads >= 16  # flex attention takes no narrower ones
-        model.flex = device.type == "cuda" and args.sequence_length >= FLEX_FROM and wide_heads
-        for part in (model.convolution, *model.blocks):
-            part.compile()  # one program for all blocks: much faster to compile than the whole model
+    if args.minutes and not args.max_steps and before.get("minutes"):
+        args.max_steps = round(before["max_steps"] * args.minutes / before["minutes"])
 
 
-def can_fuse(model, args):
-    """Whether to train by fused.py, after a check that it computes what the plain form computes.
+def decide_steps(args, before, step, seconds):
+    """Decide how many steps --minutes are, and how often to validate, sample and save; a run that resumes keeps it.
 
-    Raises ValueError for --fused=on if it does not; --fused=auto then says so and trains in the plain form.
+    before: flags of the run that resumes, or {}. seconds: of a step, as measured.
     """
-    if args.fused == "off" or (args.fused == "auto" and model.config.K < FUSED_FROM):
-        return False
-    cpu = torch.device("cpu")
-    try:
-        fused.check(model, lambda small, batch: accumulate_gradients(small, [batch], [0], cpu, Times("uniform", 0.5)))
-    except ValueError as error:
-        if args.fused == "on":
-            raise ValueError(f"{error}: use --fused=off") from None
-        print(f"{error}: training in the plain form, as with --fused=off", file=sys.stderr)
-        return False
-    return True
-
-
-def seconds_per_step(model, loader, args, device):
-    """Do a step's work three times, without the update -> seconds that a step takes."""
-    times, batch = Times(args.times, args.position_times, device), loader.batch(0)  # nothing is learned here
-    for _ in range(3):
-        begin = time.perf_counter()
-        accumulate_gradients(model, [batch], [0], device, times).item()
-        seconds = time.perf_counter() - begin
-        model.zero_grad(set_to_none=True)
-    return seconds * args.accumulation_steps
-
-
-def warm_up(model, loader, args, device):
-    """Compile and measure -> seconds per step. If the compiler fails, go on without it."""
-    try:
-        return seconds_per_step(model, loader, args, device)
-    except Exception as error:  # the compiler raises many kinds
-        if not model.compiled or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
-            raise
-        reason = (str(error).strip().splitlines() or [""])[0]
-        print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it", file=sys.stderr)
-    torch.compiler.set_stance("force_eager")
-    model.compiled = model.flex = False
-    return seconds_per_step(model, loader, args, device)
+    if not args.max_steps:
+        args.max_steps = step + max(1, int(60 * TRAINING_SHARE * args.minutes / seconds))
+    often = min(math.ceil(args.max_steps / 10), int(60 * MOST_MINUTES / seconds))
+    tokens_per_step = args.accumulation_steps * args.batch_size * args.sequence_length
+    often = max(often, 10 * evaluate.VAL_TOKENS // tokens_per_step)  # validations take about a tenth of the time
+    for name in ("val_interval", "sample_interval", "save_interval"):
+        setattr(args, name, getattr(args, name) or before.get(name) or often)
 
 
 # ---------------------------------------------------------------- the run
@@ -278,31 +252,36 @@ def main():
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
     saved = open_run_folder(run_dir)
-    args = complete(args, saved)
+    args = complete(args, saved, preset="base" if device.type == "cuda" else "laptop")
     if saved:
         check_identity(saved["identity"], vars(args), run_dir)
     make_config(args, 2)  # sizes that do not go together are refused before a tokenizer is trained
     tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     config = make_config(args, len(tokenizer))
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
-    accumulation = args.accumulation_steps
-    args.max_steps = args.max_steps or math.ceil(args.epochs * loader.rows_per_epoch / args.batch_size / accumulation)
+    accumulation, before = args.accumulation_steps, saved["args"] if saved else {}
+    steps_of_minutes(args, before)
+    if not args.minutes:
+        steps = args.epochs * loader.rows_per_epoch / args.batch_size / accumulation
+        args.max_steps = args.max_steps or math.ceil(steps)
     run = describe_run(args, config, tokenizer, tokens, val, run_dir)
     if saved:
         check_identity(saved["identity"], run["identity"], run_dir)
     log.peak(device)  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
-    if state.step >= args.max_steps:
+    if state.step >= (args.max_steps or math.inf):
         print(f"{run_dir} is finished at step {state.step}; {log.next_commands(args)}")
         return
-    set_switches(state.model, args, device)
-    seconds = warm_up(state.model, loader, args, device)
+    switches.set_switches(state.model, args, device, accumulate_gradients)
+    seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients)
+    decide_steps(args, before, state.step, seconds)
     print(log.opening_line(state, loader, config, seconds, args, device))
 
-    write, meter, caught, saved_at = log.open_metrics(run_dir, state.step), log.Meter(), cli.catch_signals(), None
+    write, caught, saved_at, bound = log.open_metrics(run_dir, state.step), cli.catch_signals(), None, None
+    meter = log.Meter(minutes=max((line.get("minutes", 0.0) for line in log.read_metrics(run_dir)), default=0.0))
     batches = data.prefetch(loader.batch, range(state.step * accumulation, args.max_steps * accumulation))
-    bar = tqdm(total=args.max_steps, initial=state.step, unit="step", smoothing=0.05, disable=None)
+    bar = log.Progress(state.step, args.max_steps)
     while state.step < args.max_steps and not caught:
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [mix_seed(args.seed, state.step, m) for m in range(accumulation)]
@@ -316,7 +295,7 @@ def main():
         if step % args.log_interval == 0 or is_last:
             recent = meter.figures(step, optim.learning_rate(step - 1, args), config, args, device)
             write(step, **recent)
-            bar.set_postfix_str(log.POSTFIX.format(**recent))
+            bar.show(step, recent, bound)
         with meter.paused():
             is_best, news = False, []
             if step % args.val_interval == 0 or is_last:
@@ -325,9 +304,10 @@ def main():
                 )
                 write(step, **{f"val_{name}": value for name, value in figures.items()})
                 news.append(f"step {step}: {log.validation_line(figures)}")
-                log.plot_times(state.times, run_dir / "times.png")
-                is_best = figures["bound_nats_per_token"] < state.best
-                state.best = min(state.best, figures["bound_nats_per_token"])
+                news += [line for line in [log.overfitting_line(run_dir)] if line]
+                log.draw_curves(run_dir)
+                bound = figures["bound_nats_per_token"]
+                is_best, state.best = bound < state.best, min(state.best, bound)
             if step % args.save_interval == 0 or is_best or is_last or caught:
                 save(state, run, run_dir, is_best)
                 saved_at = step
@@ -345,8 +325,7 @@ def main():
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + caught[0])
     if args.data_path is None:
-        bound, corpus = figures["bound_nats_per_token"], run_dir / "corpus.txt"
-        print("\n".join(evaluate.check_toy(state.emas[-1], tokenizer, run, bound, args.seed, corpus)))
+        print("\n".join(evaluate.check_toy(state.emas[-1], tokenizer, run, bound, args.seed, run_dir / "corpus.txt")))
     print(log.next_commands(args))
 
 

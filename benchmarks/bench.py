@@ -35,6 +35,7 @@ import data
 import fused
 import log
 import plot
+import switches
 import toy
 import train
 from model import BFNTransformer, Config
@@ -132,7 +133,7 @@ def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_lengt
     args = train.complete(train.flags().parse_args(flags))
     config = train.make_config(args, K)
     state = train.build(config, args, device, None)
-    train.set_switches(state.model, args, device)
+    switches.set_switches(state.model, args, device, train.accumulate_gradients)
     torch.manual_seed(0)
     segment_ids = 1 + (torch.rand(n_tokens // row_length, row_length) < 0.05).cumsum(1)
     batch = torch.randint(K, segment_ids.shape), segment_ids, torch.zeros_like(segment_ids, dtype=torch.bool)

@@ -37,6 +37,7 @@ import evaluate
 import model as model_file
 import optim
 import plot
+import switches
 import train
 from noise import mix_seed
 
@@ -292,8 +293,8 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
     config = train.make_config(args, len(tokenizer))
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
-    train.set_switches(state.model, args, device)
-    train.warm_up(state.model, loader, args, device)
+    switches.set_switches(state.model, args, device, train.accumulate_gradients)
+    switches.warm_up(state.model, loader, args, device, train.accumulate_gradients)
 
     def learning_rate(step, args):
         return args.learning_rate * rate_share(budget.progress)

@@ -7,6 +7,7 @@ from untrained import random_network
 
 import bfn
 import fused
+import switches
 import train
 from model import BFNTransformer, Config
 from noise import draw_keys, noise
@@ -225,7 +226,7 @@ def trained_losses(form, K=1500):
     args = arguments(f"--fused={form}", "--max_steps=3", "-lr=0.01")
     state = train.build(train.make_config(args, K), args, CPU)
     state.model.load_state_dict(model.state_dict())
-    train.set_switches(state.model, args, CPU)
+    switches.set_switches(state.model, args, CPU, train.accumulate_gradients)
     losses = []
     for state.step in range(3):
         losses.append(train.accumulate_gradients(state.model, [batch], [state.step], CPU, state.times).item())
@@ -255,12 +256,12 @@ def test_without_an_edit_the_check_passes_for_every_vocabulary_and_number_of_hea
     for K, n_heads in ((2, 1), (1001, 3), (32_000, 8)):
         model = BFNTransformer(Config(K=K, beta1=bfn.auto_beta1(K), d_model=8 * n_heads, n_layers=1, n_heads=n_heads))
         before = torch.get_rng_state()
-        assert train.can_fuse(model, arguments("--fused=on"))
+        assert switches.can_fuse(model, arguments("--fused=on"), train.accumulate_gradients)
         assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_fusing_is_refused_where_its_numbers_would_overflow():
     model = BFNTransformer(Config(K=1001, beta1=0.2, d_model=32, n_layers=1, n_heads=2))
     with pytest.raises(ValueError, match=r"sqrt\(K beta\) below 13.*14\.1.*--fused=off"):
-        train.can_fuse(model, arguments("--fused=on"))
-    assert not train.can_fuse(model, arguments("--fused=auto"))
+        switches.can_fuse(model, arguments("--fused=on"), train.accumulate_gradients)
+    assert not switches.can_fuse(model, arguments("--fused=auto"), train.accumulate_gradients)

@@ -1,10 +1,12 @@
 """The logs of a run and the measurement of the device."""
 
 import json
+from types import SimpleNamespace
 
 import torch
 
 import log
+from model import Config
 
 
 def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
@@ -26,3 +28,50 @@ def test_measuring_the_machine_draws_no_random_numbers():
     drawn = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3))
+
+
+def write_metrics(folder, bounds):
+    """A metrics.jsonl with a loss and a validation bound per step."""
+    lines = [dict(step=i, loss=9.0 - i, minutes=0.1 * i) for i in range(1, len(bounds) + 1)]
+    lines += [dict(step=i, val_bound_nats_per_token=bound) for i, bound in enumerate(bounds, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_overfitting_is_named_with_the_best_step_once_the_bound_has_risen_three_times_in_a_row(tmp_path):
+    for bounds in ([], [3.0, 2.0, 2.1, 2.2], [3.0, 2.0, 2.1, 2.05, 2.2, 2.3]):
+        write_metrics(tmp_path, bounds)
+        assert log.overfitting_line(tmp_path) is None
+    write_metrics(tmp_path, [3.0, 2.0, 2.1, 2.2, 2.3])
+    assert "from step 2 (2.000" in log.overfitting_line(tmp_path)
+
+
+def test_curves_are_drawn_from_a_runs_metrics(tmp_path):
+    for bounds in ([], [3.0], [3.0, 2.0, 2.1]):
+        write_metrics(tmp_path, bounds)
+        log.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_without_a_terminal_a_line_is_printed_every_half_minute(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    bar = log.Progress(0, 50)
+    figures = dict(loss=3.0, tokens_per_s=1000.0, utilisation=0.5, peak_memory_gb=1.0, minutes=0.4)
+    for now[0] in (110.0, 131.0, 140.0, 162.0):
+        bar.show(int(now[0]) - 100, figures, 2.5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split(",")[0] for line in lines] == ["step 31 of 50", "step 62 of 50"] and "bound 2.500" in lines[0]
+
+
+def test_minutes_of_training_add_up_and_leave_out_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(log, "peak", lambda device: 1e9)
+    args = SimpleNamespace(accumulation_steps=1, batch_size=1, sequence_length=4)
+    meter, batch = log.Meter(minutes=2.0), (None, torch.tensor([[1, 1, 1, 0]]), None)
+    meter.add(torch.tensor(1.0), torch.tensor(1.0), [batch])
+    now[0] = 30.0
+    with meter.paused():
+        now[0] = 90.0
+    figures = meter.figures(1, 0.1, Config(K=5, beta1=1.0, d_model=32, n_layers=1, n_heads=2), args, torch.device("cpu"))
+    assert (figures["minutes"], figures["tokens_per_s"], figures["fill"]) == (2.5, 0.1, 0.75)

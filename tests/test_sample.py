@@ -34,6 +34,8 @@ from prompts import (
     make_template,
     parse_hint,
     parse_prompt,
+    unknown_pieces,
+    warn_unknown,
 )
 from sample import Options, generate
 from text import add_marks
@@ -282,8 +284,22 @@ def test_a_prompt_that_is_not_unicode_is_refused(loaded):
 
 
 def test_a_sample_is_printed_on_one_line():
-    tokenizer = SimpleNamespace(eos_id=lambda: -1, bos_id=lambda: -1, decode=lambda ids: "a\u2028b\x0cc\r\nd")
+    no_id = dict(unk_id=lambda: -1, bos_id=lambda: -1, eos_id=lambda: -1)
+    tokenizer = SimpleNamespace(**no_id, decode=lambda pieces: "a\u2028b\x0cc\r\nd")
     assert sample.decode(tokenizer, []) == "a b c d"
+
+
+@pytest.mark.parametrize("prompt", ["zq the xj xj king \u5468", "\u5468\u672b the", "the zq"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_unknown_tokens_read_as_the_prompt_or_as_nothing(loaded, plain, prompt):
+    """Also with a tokenizer that puts a space before every text, and when neighbours are one unknown token."""
+    _, tokenizer, _ = loaded
+    if plain:
+        tokenizer = train_plain_tokenizer("bpe", ["the king sleeps", "a queen sleeps"] * 20)
+    ids = tokenizer.encode(prompt)
+    assert sample.decode(tokenizer, ids, unknown_pieces(prompt, tokenizer)) == prompt
+    without = sample.decode(tokenizer, ids)
+    assert "\u2047" not in without and "the" in without.split()
 
 
 def test_a_text_ends_at_eos(loaded):
@@ -317,6 +333,17 @@ def test_a_misspelled_hint_is_refused(loaded, hint):
 def test_a_word_of_several_tokens_is_refused_with_its_tokens(loaded):
     with pytest.raises(ValueError, match="not one token of this tokenizer, but"):
         find_ids("the zebra", loaded[1])
+
+
+def test_spaces_around_the_tokens_of_hints_and_bans_are_ignored(loaded):
+    _, tokenizer, _ = loaded
+    a, b = (tokenizer.id_to_piece(tokenizer.encode(text)[0]).removeprefix("\u2581") for text in ("the", "king"))
+    position, hint = parse_hint(f" 3 : {a} = 0.7, {b}=0.3 ", tokenizer)
+    expected = parse_hint(f"3:{a}=0.7,{b}=0.3", tokenizer)
+    assert position == expected[0] and torch.equal(hint, expected[1])
+    assert find_ids(f" {a} ", tokenizer) == find_ids(a, tokenizer)
+    with pytest.raises(ValueError, match="write POSITION:TOKEN=SHARE"):
+        parse_hint(f"3:{a}=0.3, {a}=0.3", tokenizer)
 
 
 @pytest.mark.parametrize("sampler", ["commit", "sde2"])
@@ -445,11 +472,11 @@ def test_the_trace_has_control_codes_only_in_a_terminal(loaded, monkeypatch, is_
     trace = sample.Trace(tokenizer, file)
     trace(0.5, p, given)
     trace(1.0, p, given)
-    trace.close()
+    trace.close(tokenizer.encode("the king sleeps"))
     shown = file.getvalue()
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown)
-    assert plain.count("the king sleeps") == 2
-    assert plain.count("\n") == (1 if is_terminal else 2)
+    assert plain.count("the king sleeps") == 3
+    assert plain.count("\n") == (1 if is_terminal else 3)
     assert all((code in shown) == is_terminal for code in ("\x1b[0;1m", "\x1b[0;22m"))  # given: bold, p = 0.5: normal
 
 
@@ -459,7 +486,16 @@ def test_tracing_shows_only_the_first_text_and_changes_none(loaded, capsys):
     traced = list(sample.generate_traced(model, tokenizer, templates, 0, QUICK))
     shown = capsys.readouterr().err.splitlines()
     assert traced == list(generate(model, tokenizer, templates, 0, QUICK))
-    assert [line.split()[:2] for line in shown] == [["call", str(i)] for i in (1, 2, 3)]
+    assert [line.split("  ")[0] for line in shown] == ["call 1", "call 2", "call 3", "sample"]
+
+
+def test_the_trace_ends_with_the_text_that_is_printed(run_dir, monkeypatch, capsys):
+    """The network is untrained, so the likeliest tokens of the last call are not the ones that are drawn."""
+    argv = ["sample.py", f"-mdir={run_dir}", "--num_samples=1", "--steps=3", "--prompt=the_\u5468 ___{9}", "--trace"]
+    monkeypatch.setattr(sys, "argv", argv)
+    sample.main()
+    output = capsys.readouterr()
+    assert output.err.endswith(f"\nsample  {output.out}") and output.out.startswith("the_\u5468")
 
 
 def test_the_examples_of_training_are_free_or_continue_validation_texts(run_dir, loaded, tmp_path):
@@ -480,7 +516,7 @@ def test_the_examples_of_training_are_free_or_continue_validation_texts(run_dir,
 
 def test_the_command_prints_samples_and_nothing_else(run_dir, monkeypatch, capsys, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("anna ___\n\n___ walks\n")
+    prompts.write_text("\ufeffanna ___\n\n___ walks\n")  # with a byte order mark
     flags = [f"-mdir={run_dir}", "--num_samples=2", "--steps=3", "--device=cpu", "--prompt=the", f"--prompt_file={prompts}"]
     lines = run_command(monkeypatch, capsys, *flags, f"--output={tmp_path / 'out'}")
     records = [json.loads(line) for line in open(tmp_path / "out")]
@@ -495,11 +531,45 @@ def test_a_file_without_prompts_is_refused(run_dir, monkeypatch, capsys, tmp_pat
         assert message in run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", f"--prompt_file={tmp_path / name}")
 
 
-def test_unknown_words_get_a_warning(run_dir, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "text, prompt, line",
+    [
+        ("The lamp they like is sweet.", "the ___ is sweet, zq", "'the' (did you mean 'The'?), 'sweet,' ('sweet.'), 'zq'"),
+        ("THE lamp lump THE tHE", "limp The", "'limp' (did you mean 'lump' or 'lamp'?), 'The' ('THE')"),
+        ("lamp", "b1 b2 b3 b4 b5 b6 b7 b1", "'b1', 'b2', 'b3', 'b4', 'b5' and 2 more"),
+    ],
+)
+def test_a_warning_names_unknown_words_and_the_nearest_known_ones(capsys, text, prompt, line):
+    tokenizer = train_plain_tokenizer("word", [text] * 9)
+    warn_unknown([prompt, text, prompt], tokenizer)
+    assert capsys.readouterr().err == f"the tokenizer does not know {line}\n"
+
+
+def test_a_warning_names_unknown_characters_one_by_one(capsys):
+    """bpe without bytes puts neighbours into one unknown token."""
+    warn_unknown(["Zqueen ___ \u5468\u672b"], train_plain_tokenizer("bpe", ["a queen sleeps, z"] * 20))
+    assert capsys.readouterr().err == "the tokenizer does not know 'Z' (did you mean 'z'?), '\u5468', '\u672b'\n"
+
+
+def test_unknown_words_get_a_warning_and_are_printed_as_written(run_dir, monkeypatch, capsys):
     """bpe spells them in bytes."""
-    monkeypatch.setattr(sys, "argv", f"sample.py -mdir={run_dir} --num_samples=1 --steps=2 --prompt=the_\u5468".split())
+    argv = ["sample.py", f"-mdir={run_dir}", "--num_samples=1", "--steps=2", "--prompt=the_\u5468 ___ the zq\u672b"]
+    monkeypatch.setattr(sys, "argv", argv)
     sample.main()
-    assert ("does not know" in capsys.readouterr().err) == (run_dir.name != "bpe")
+    output = capsys.readouterr()
+    assert ("does not know" in output.err) == (run_dir.name != "bpe")
+    assert re.fullmatch("the_\u5468 \\S+ the zq\u672b\n", output.out)
+
+
+def test_all_bad_lines_of_a_file_of_prompts_are_named_at_once(run_dir, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfanna ___\r\n\n___{x}\n \nthe ___{40}\ncaf\xe9\nanna\n")
+    error = run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", f"--prompt_file={path}")
+    assert re.findall(r"line (\d+): (\S+)", error) == [("3", "'___{x}':"), ("5", "'the"), ("6", "'caf\\udce9'")]
+
+
+def test_a_prompt_that_is_not_unicode_gets_one_line(run_dir, monkeypatch, capsys):
+    assert "is not UTF-8" in run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", "--prompt=caf\udce9")
 
 
 def test_output_never_overwrites_the_prompts_or_the_run(run_dir, monkeypatch, capsys, tmp_path):

@@ -18,6 +18,7 @@ import bfn
 import checkpoint
 import cli
 import model as model_file
+import switches
 import toy
 import train
 from checkpoint import read_checkpoint
@@ -493,9 +494,9 @@ def test_training_continues_if_a_picture_cannot_be_drawn(broken, run, tmp_path, 
     if broken == "no matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib", None)
     else:
-        (tmp_path / "run" / "times.png").mkdir(parents=True)
+        (tmp_path / "run" / "curves.png").mkdir(parents=True)
     run(tmp_path / "run")
-    lines = [line for line in capsys.readouterr().err.splitlines() if "times.png" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "curves.png" in line]
     assert len(lines) == 1 and "no picture" in lines[0]
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
 
@@ -525,3 +526,66 @@ def test_few_calls_lie_between_the_training_step_and_the_loss(monkeypatch):
     monkeypatch.setattr(bfn, "training_loss", spy)
     train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
     assert chains == [["accumulate_gradients", "forward", "loss_and_gradient", "weighted_sum"]]
+
+
+# ---------------------------------------------------------------- how long, how often, how large
+
+
+def decided(run_dir):
+    args = read_checkpoint(run_dir / "last.pt")["args"]
+    return [args[name] for name in ("max_steps", "val_interval", "sample_interval", "save_interval")]
+
+
+def test_minutes_become_steps_by_the_measured_speed_and_a_resumed_run_keeps_them(run, tmp_path, monkeypatch):
+    """At 0.5 s per step 6 seconds are 12 steps, less the share for validations; twice the minutes are twice the steps."""
+    monkeypatch.setattr(switches, "warm_up", lambda *anything: 0.5)
+    no_steps = [flag for flag in TINY if not flag.startswith(("--max_steps", "-vli", "-smi", "-svi"))]
+    monkeypatch.setattr(sys.modules[__name__], "TINY", no_steps)
+    run(tmp_path / "run", "--minutes=0.1", "-nex=0")
+    assert decided(tmp_path / "run") == [10, 1280, 1280, 1280]
+    monkeypatch.setattr(switches, "warm_up", lambda *anything: 0.001)
+    run(tmp_path / "run", "--minutes=0.1", "-nex=0")  # finished: nothing is trained
+    run(tmp_path / "run", "--minutes=0.2", "-nex=0")
+    assert decided(tmp_path / "run") == [20, 1280, 1280, 1280]
+
+
+def test_validations_samples_and_saves_happen_ten_times_a_run_or_every_five_minutes():
+    """But so rarely that validations take a tenth of the time: a batch of 2,048 tokens is an eighth of a validation."""
+    for seconds, max_steps, often in ((0.1, 10_000, 1000), (2.0, 10_000, 150), (1000.0, 50, 80), (0.1, 100, 80)):
+        args = train.flags().parse_args([f"--max_steps={max_steps}", "-smi=7", "-bsz=32", "-slen=64"])
+        train.decide_steps(args, {}, 0, seconds)
+        assert (args.val_interval, args.sample_interval, args.save_interval) == (often, 7, often)
+        again = train.flags().parse_args([f"--max_steps={max_steps}", "-bsz=32", "-slen=64"])
+        train.decide_steps(again, vars(args), 0, 0.001)  # another speed after a resume
+        assert (again.val_interval, again.sample_interval, again.save_interval) == (often, 7, often)
+
+
+def test_epochs_and_minutes_together_are_refused():
+    with pytest.raises(ValueError, match="give one of them"):
+        train.complete(train.flags().parse_args(["-d=none", "--epochs=3", "--minutes=3"]))
+
+
+def test_a_run_that_is_too_short_to_learn_says_so_at_its_start_and_end(run, tmp_path, capsys):
+    run(tmp_path / "run", "-nex=0")
+    said = [line for line in capsys.readouterr().out.splitlines() if "too few to learn" in line]
+    assert len(said) == 2 and "8 steps" in said[0] and "--minutes" in said[1]
+
+
+def test_the_preset_follows_the_device_and_a_resumed_run_keeps_its_sizes():
+    parse = train.flags().parse_args
+    for preset, width in (("base", 1024), ("laptop", 256)):
+        args = train.complete(parse(["-d=none"]), preset=preset)
+        assert (args.preset, args.model_dim) == (preset, width)
+    saved = dict(args=dict(vars(args), init_from=None, tokenizer="bpe", vocab_size=9))
+    again = train.complete(parse(["-d=none"]), saved, preset="base")
+    assert (again.preset, again.model_dim, again.batch_size) == ("laptop", 256, 32)
+    assert train.complete(parse(["-d=none", "--preset=base"]), saved).model_dim == 1024  # to be refused later
+
+
+def test_fine_tuning_takes_rows_and_averages_from_the_other_run(run, tmp_path, monkeypatch):
+    run(tmp_path / "first", "--max_steps=1", "-ema=0.7")
+    sizes = ("-bsz", "-slen", "-mdim", "-nl", "-nh")
+    monkeypatch.setattr(sys.modules[__name__], "TINY", [flag for flag in TINY if not flag.startswith(sizes)])
+    run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1")
+    args = read_checkpoint(tmp_path / "second" / "last.pt")["args"]
+    assert (args["batch_size"], args["sequence_length"], args["ema_rate"]) == (4, 32, [0.7])

@@ -1,0 +1,75 @@
+"""How the same numbers are computed: compiled, fused, with flex attention, in bfloat16. Chosen, checked and timed before a run.
+
+`accumulate` is train.accumulate_gradients(model, batches, seeds, device, times) throughout.
+"""
+
+import sys
+import time
+
+import torch
+
+import fused
+import log
+from times import Times
+
+FUSED_FROM = 1000  # tokens of vocabulary; below, the plain form is as fast
+COMPILED_FROM = 256  # width, on a CPU; below, compiling gains nothing
+FLEX_FROM = 256  # length of rows; below, the mask is small
+
+
+def set_switches(model, args, device, accumulate):
+    """Choose how to compute, by the flags, the device and the sizes. The numbers stay the same up to rounding.
+
+    Raises ValueError for --fused=on if the fused form cannot be used.
+    """
+    model.bf16, model.recompute, model.fused = log.fast_bf16(device), args.recompute, can_fuse(model, args, accumulate)
+    auto = device.type == "cuda" or args.model_dim >= COMPILED_FROM
+    model.compiled = args.compile == "on" or (args.compile == "auto" and auto)
+    if model.compiled:
+        wide_heads = args.model_dim // args.num_heads >= 16  # flex attention takes no narrower ones
+        model.flex = device.type == "cuda" and args.sequence_length >= FLEX_FROM and wide_heads
+        for part in (model.convolution, *model.blocks):
+            part.compile()  # one program for all blocks: much faster to compile than the whole model
+
+
+def can_fuse(model, args, accumulate):
+    """Whether to train by fused.py, after a check that it computes what the plain form computes.
+
+    Raises ValueError for --fused=on if it does not; --fused=auto then says so and trains in the plain form.
+    """
+    if args.fused == "off" or (args.fused == "auto" and model.config.K < FUSED_FROM):
+        return False
+    cpu = torch.device("cpu")
+    try:
+        fused.check(model, lambda small, batch: accumulate(small, [batch], [0], cpu, Times("uniform", 0.5)))
+    except ValueError as error:
+        if args.fused == "on":
+            raise ValueError(f"{error}: use --fused=off") from None
+        print(f"{error}: training in the plain form, as with --fused=off", file=sys.stderr)
+        return False
+    return True
+
+
+def seconds_per_step(model, loader, args, device, accumulate):
+    """Do a step's work three times, without the update -> seconds that a step takes."""
+    times, batch = Times(args.times, args.position_times, device), loader.batch(0)  # nothing is learned here
+    for _ in range(3):
+        begin = time.perf_counter()
+        accumulate(model, [batch], [0], device, times).item()
+        seconds = time.perf_counter() - begin
+        model.zero_grad(set_to_none=True)
+    return seconds * args.accumulation_steps
+
+
+def warm_up(model, loader, args, device, accumulate):
+    """Compile and measure -> seconds per step. If the compiler fails, go on without it."""
+    try:
+        return seconds_per_step(model, loader, args, device, accumulate)
+    except Exception as error:  # the compiler raises many kinds
+        if not model.compiled or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it", file=sys.stderr)
+    torch.compiler.set_stance("force_eager")
+    model.compiled = model.flex = False
+    return seconds_per_step(model, loader, args, device, accumulate)
