@@ -1,6 +1,7 @@
 """Measure a trained model: an upper bound on -log P(text) with its errors, and the quality of samples.
 
-    python evaluate.py -mdir=RUN_DIR -d=TEXT.txt
+    python evaluate.py -mdir=RUN_DIR -d=TEXT.txt          a large text in part, within about a minute
+    python evaluate.py -mdir=RUN_DIR -d=TEXT.txt --all    everything
 
 The text is cut into N windows, which are packed into rows. One draw gives a time to every window and noise to every
 position; the bound is the mean of R draws:
@@ -15,9 +16,11 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +42,8 @@ from sample import Options, decode, generate
 from text import read_pieces
 
 MAX_DRAWS = 64
+ERROR = 0.005  # Monte-Carlo error to reach, nats per token
+SECONDS = 40  # how long the draws take if no flag says how much to score
 TIME_BINS = 50
 VAL_TOKENS = 16_384  # a validation scores at most this many tokens
 UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: 8 for the byte, 1 for whether another one follows
@@ -84,6 +89,12 @@ class Text:
     bos_id: int  # -1 if the tokenizer has none
     given: object  # function of segment_ids, see `parse_given`
 
+    def first_rows(self, n_rows):
+        """Cut a text to its first rows, whose windows come from all over the text."""
+        starts, lengths, row_starts = self.plan.starts, self.plan.lengths, self.plan.row_starts
+        n_windows = row_starts[n_rows]
+        return replace(self, plan=data.Plan(starts[:n_windows], lengths[:n_windows], row_starts[: n_rows + 1]))
+
     def read(self, rows):
         """Read a range of rows -> ids, segment_ids, cond_mask, index (window of each position), each (B, L).
 
@@ -98,10 +109,14 @@ class Text:
         return ids, segment_ids, cond_mask, first[:, None] + (segment_ids - 1).clamp(min=0)
 
 
-def first_rows(plan, n_rows):
-    """Cut a plan to its first rows."""
-    n_windows = plan.row_starts[n_rows]
-    return data.Plan(plan.starts[:n_windows], plan.lengths[:n_windows], plan.row_starts[: n_rows + 1])
+def n_scorable(tokens, bos_id):
+    """Count the tokens of a whole text that are scored if nothing is given: all but bos."""
+    return max(1, int(tokens.offsets[-1]) - (bos_id >= 0) * len(tokens.lengths))
+
+
+def unknown_nats_per_token(tokens, bos_id):
+    """Compute what the bytes that the tokenizer does not know cost, an average over the whole text."""
+    return UNKNOWN_BITS * math.log(2) * tokens.n_unknown_bytes / n_scorable(tokens, bos_id)
 
 
 # ---------------------------------------------------------------- draws
@@ -131,11 +146,26 @@ def losses_at(model, ids, segment_ids, cond_mask, t, noise, n_steps=None):
     return loss, bfn.cross_entropy(log_p, ids), bfn.reconstruction_loss(network, ids, cond_mask, s1, K, noise.normal(K))
 
 
-def score_once(model, text, batches, device, n_steps, seed, bar):
-    """Make one draw -> t, loss, cross-entropy, reconstruction loss, number of scored tokens, each (N,) float64.
+class BoundBar(tqdm):
+    """A progress bar that shows the bound so far, nats per token."""
 
-    All but t are sums over the scored tokens of each window. A row's noise follows from the seed and the row's number, so
-    the batch size does not change it.
+    nats = n_scored = unknown = 0.0  # unknown: what unknown text adds, nats per token
+
+    def add(self, nats, n_scored):
+        """Count one more batch."""
+        self.nats += nats
+        self.n_scored += n_scored
+        bound = self.nats / max(1, self.n_scored) + self.unknown
+        self.set_postfix_str(f"bound {bound:.3f} nats/token", refresh=False)  # update() shows it when it is time to
+        self.update()
+
+
+def score_once(model, text, batches, device, n_steps, seed, bar, interrupts=(), deadline=math.inf):
+    """Make one draw -> (t, loss, cross-entropy, reconstruction loss, number of scored tokens), number of complete rows.
+
+    Each (N,) float64, all but t sums over the scored tokens of each window. A row's noise follows from the seed and the
+    row's number, so the batch size does not change it. It stops after a batch if `interrupts` is no longer empty, or after
+    the `deadline` of time.perf_counter().
     """
     t = draw_times(len(text.plan.starts), seed, n_steps)
     sums = torch.zeros(4, len(t), dtype=torch.float64)
@@ -146,9 +176,13 @@ def score_once(model, text, batches, device, n_steps, seed, bar):
         losses = losses_at(model, *inputs, noise, n_steps)
         scored = (segment_ids > 0) & ~cond_mask
         values = torch.stack([*(loss.cpu().double() for loss in losses), torch.ones(ids.shape, dtype=torch.float64)])
-        sums.index_add_(1, index[scored], values[:, scored])
-        bar.update()
-    return t.double().numpy(), *sums.numpy()
+        values = values[:, scored]
+        sums.index_add_(1, index[scored], values)
+        bar.add(values[0].sum().item() + values[2].sum().item(), values.shape[1])
+        if interrupts or time.perf_counter() > deadline:
+            break
+    n_windows = text.plan.row_starts[rows.stop]
+    return (t[:n_windows].double().numpy(), *sums[:, :n_windows].numpy()), rows.stop
 
 
 @dataclass
@@ -162,14 +196,22 @@ class Scores:
     n_scored: np.ndarray  # (N,) tokens
     document: np.ndarray  # (N,) which document of the text a window belongs to
     n_steps: int | None  # None for the continuous-time loss
+    text: Text  # only the rows that were scored
+    partial: bool = False  # stopped by Ctrl-C
 
     @classmethod
-    def of(cls, draws, document, n_steps):
+    def of(cls, draws, text, n_steps):
         """Stack the draws of `score_once`. Raises ValueError if they scored no token."""
         t, loss, cross_entropy, reconstruction, n_scored = map(np.stack, zip(*draws, strict=True))
         if n_scored[0].sum() == 0:
             raise ValueError("nothing of this text is left to score: give less of it")
-        return cls(t, loss, cross_entropy, reconstruction, n_scored[0], document, n_steps)
+        document = np.searchsorted(text.tokens.offsets, text.plan.starts, side="right") - 1
+        return cls(t, loss, cross_entropy, reconstruction, n_scored[0], document, n_steps, text)
+
+    @property
+    def share(self):
+        """Share of the text's tokens in the rows that were scored."""
+        return float(self.text.plan.lengths.sum() / self.text.tokens.offsets[-1])
 
     @property
     def nats_per_token(self):
@@ -237,33 +279,52 @@ def draws_needed(scores, error):
     return math.ceil(min(MAX_DRAWS, max(n_draws + 1, n_draws * ratio**2))) if ratio > 1 else n_draws
 
 
+def seconds_per_row(model, text, device, n_steps):
+    """Read a text as one batch twice, the first time as a warm-up -> time of the second reading, seconds per row."""
+    for _ in range(2):
+        start = time.perf_counter()
+        score_once(model, text, [range(text.plan.n_rows)], device, n_steps, 0, BoundBar(disable=True))
+    return (time.perf_counter() - start) / text.plan.n_rows
+
+
 def score(
     model, tokens, window, bos_id, device, *, error=None, n_draws=2, n_steps=None, given=nothing_given, seed=0,
-    max_tokens=None, batch_size=None, progress=False,
+    max_tokens=None, batch_size=None, progress=False, seconds=None, interrupts=(),
 ):  # fmt: skip
     """Estimate the bound of a text from `n_draws` draws, or from as many as an `error` in nats per token takes -> Scores.
 
     model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model. Each token is in one window
-    of at most `window` tokens; with max_tokens, only about that many are scored, in windows from all over the text.
+    of at most `window` tokens; with max_tokens, or if `seconds` are too few, only those of some rows are scored.
     batch_size (`rows_at_once` if None) changes nothing but rounding. Raises ValueError if no token is left to score.
     """
     plan = data.plan_validation(tokens, window)
     n_rows = min(plan.n_rows, -(-max_tokens // window)) if max_tokens else plan.n_rows
-    text = Text(tokens, first_rows(plan, n_rows), window, bos_id, given)
-    document = np.searchsorted(tokens.offsets, text.plan.starts, side="right") - 1
+    text = Text(tokens, plan, window, bos_id, given)
     batch_size = batch_size or rows_at_once(window, model.config, device)
+    if seconds:
+        speed = seconds_per_row(model, text.first_rows(min(batch_size, n_rows)), device, n_steps)
+        n_rows = int(min(n_rows, max(1, seconds / 2 // speed)))
+    text = text.first_rows(n_rows)
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
-    draws, n_draws = [], 2 if error else n_draws
-    with tqdm(total=n_draws * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
-        while len(draws) < n_draws:
+    draws, n_draws, start, seconds = [], 2 if error else n_draws, time.perf_counter(), seconds or math.inf
+    with BoundBar(total=n_draws * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
+        bar.unknown = unknown_nats_per_token(tokens, bos_id)
+        while len(draws) < n_draws and not (draws and interrupts):
             draw_seed = mix_seed(seed, "evaluate", len(draws))
-            draws.append(score_once(model, text, batches, device, n_steps, draw_seed, bar))
-            scores = Scores.of(draws, document, n_steps)
+            deadline = math.inf if draws else start + seconds / 2  # the speed can change
+            draw, n_complete = score_once(model, text, batches, device, n_steps, draw_seed, bar, interrupts, deadline)
+            if draws and n_complete < n_rows:
+                break
+            if not interrupts:  # later draws are of the same rows
+                n_rows, batches = n_complete, [rows for rows in batches if rows.stop <= n_complete]
+            draws.append(draw)
+            scores = Scores.of(draws, text.first_rows(n_complete), n_steps)
             if error and len(draws) == n_draws:
                 n_draws = draws_needed(scores, error)
-                bar.total = n_draws * len(batches)
-    if error and scores.monte_carlo_error() > error:
-        print(f"the error is {scores.monte_carlo_error():.4f} after {n_draws} draws, not {error}", file=sys.stderr)
+            if time.perf_counter() - start > seconds * len(draws) / (len(draws) + 1):  # no time for one more
+                n_draws = max(2, len(draws))
+            bar.total = n_draws * len(batches)
+    scores.partial = len(draws) < n_draws or n_complete < n_rows
     return scores
 
 
@@ -278,8 +339,7 @@ def likelihood(scores, tokens, bos_id, conditional=False):
     the tokens per character, are averages over the whole text, even if only some windows were scored.
     """
     diffusion, reconstruction = scores.nats_per_token
-    n_scored = int(tokens.offsets[-1]) - (bos_id >= 0) * len(tokens.lengths)
-    unknown = UNKNOWN_BITS * math.log(2) * tokens.n_unknown_bytes / n_scored
+    n_scored, unknown = n_scorable(tokens, bos_id), unknown_nats_per_token(tokens, bos_id)
     bound = diffusion + reconstruction + unknown
     text_error, n_clusters = scores.text_error()
     figures = {f"L_{scores.n_steps or 'inf'}_nats_per_token": diffusion} | dict(
@@ -300,6 +360,21 @@ def likelihood(scores, tokens, bos_id, conditional=False):
     return {name: float(value) for name, value in figures.items()} | counts  # plain types, for checkpoints and JSON
 
 
+def describe(path, tokens, window, figures):
+    """Say in one line how large a text is, and how much of it was scored."""
+    return (
+        f"{path}: {len(tokens.lengths):,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
+        f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
+    )
+
+
+def to_json(figures, scores, samples):
+    """Write all figures as one JSON object, in which null stands for nan."""
+    figures = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    figures |= dict(share_of_text=scores.share, partial=scores.partial) | ({"samples": samples} if samples else {})
+    return json.dumps(figures)
+
+
 def table(figures, n_steps):
     """Lay out the figures of `likelihood` -> lines of text."""
     units = {"nats/token": 1.0, "bits/token": 1 / math.log(2)}
@@ -315,6 +390,32 @@ def table(figures, n_steps):
     for label, name in labels.items():
         lines.append(f"{label:20}" + "".join(f"{figures[name] * x:12.4f}" for x in units.values()))
     return [*lines, f"perplexity per token {figures['perplexity_per_token']:.2f}"]
+
+
+def notes(scores, error, quick):
+    """Say which share of the text was scored, how to repeat the figures, how to lower the error -> lines of text.
+
+    error: the Monte-Carlo error to reach, nats per token, or None. quick: the time has limited what was scored.
+    """
+    n_draws, noise, choice = len(scores.loss), scores.monte_carlo_error(), scores.text_error()[0]
+    lines = ["stopped before the end: these figures are partial"] if scores.partial else []
+    if quick or scores.partial:
+        errors = {"from noise and times": noise, "from the choice of text": choice}
+        known = [f"{value:.4f} {source}" for source, value in errors.items() if not math.isnan(value)]
+        everything = ": --all looks at everything" if scores.share < 1 else ""
+        lines.append(f"looked at {100 * scores.share:.3g} % of the text{everything}")
+        lines.append(f"error in nats per token: {', '.join(known) or 'not known yet'}")
+        n_tokens = scores.text.plan.n_rows * scores.text.row_length
+        lines.append(f"the same figures again: --max_tokens={n_tokens} --draws={n_draws}")
+    if error and noise > error and not scores.partial:
+        if scores.share < 1:
+            advice = "more text lowers it (--all, or a larger --max_tokens)"
+        elif n_draws < MAX_DRAWS:
+            advice = "more draws lower it (--all)"
+        else:
+            advice = f"no more draws are made (MAX_DRAWS in evaluate.py is {MAX_DRAWS})"
+        lines.append(f"the error is {noise:.4f} after {n_draws} draws, not {error}: {advice}")
+    return lines
 
 
 def write_by_time(scores, path, title):
@@ -426,7 +527,12 @@ def flags():
     add("--checkpoint", choices=["best", "last"], default="best", help="best by validation, or last (best)")
     add("--ema", type=int, default=-1, help="which of the weight averages to measure, counted from 0 (-1: the last)")
     add("--window", type=cli.count, help="tokens scored together (the sequence length of the training)")
-    add("--se", type=cli.positive, default=0.005, help="Monte-Carlo error to reach, nats per token (0.005)")
+    amount = p.add_mutually_exclusive_group().add_argument
+    amount("--all", action="store_true", help="score the whole text (as much as can be read within about a minute)")
+    amount("--max_tokens", type=cli.count, help="score only about this many tokens, from all over the text")
+    precision = p.add_mutually_exclusive_group().add_argument
+    precision("--se", type=cli.positive, help=f"Monte-Carlo error to reach, nats per token, however long it takes ({ERROR})")
+    precision("--draws", type=cli.count, help="make this many draws (as many as --se takes)")
     add("--n_steps", type=cli.count, help="measure the discrete-time bound for N steps instead of the continuous one")
     add(
         "--given",
@@ -434,7 +540,6 @@ def flags():
         default=nothing_given,
         help="score only the rest, given the first share of each window (prefix:SHARE), or all but a gap (around:SHARE)",
     )
-    add("--max_tokens", type=cli.count, help="score only about this many tokens of the text (all)")
     add("-bsz", "--batch_size", type=cli.count, help="rows per network call (chosen by the size of the model)")
     add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
@@ -463,6 +568,23 @@ def warn_of_changes(path, tokenizer, n_lines=1000):
         )
 
 
+@contextmanager
+def collect_interrupts():
+    """Collect the first Ctrl-C in the list that is yielded, instead of stopping. A second one stops at once."""
+    interrupts = []
+
+    def handle(number, _frame):
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nfinishing this batch, then the figures so far (again to leave at once)\n")  # print is not safe here
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main():
     args = flags().parse_args()
     device = cli.device(args.device)
@@ -475,23 +597,30 @@ def main():
     tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir)
     warn_of_changes(args.data_path, tokenizer)
     window, bos_id = args.window or run["args"]["sequence_length"], tokenizer.bos_id()
-    options = dict(error=args.se, n_steps=args.n_steps, given=args.given, seed=args.seed, max_tokens=args.max_tokens)
-    scores = score(model, tokens, window, bos_id, device, **options, batch_size=args.batch_size, progress=True)
+    quick = not (args.all or args.max_tokens or args.se or args.draws)
+    error = None if args.draws else args.se or ERROR
+    options = dict(error=error, n_draws=args.draws, seconds=SECONDS if quick else None, max_tokens=args.max_tokens)
+    options |= dict(n_steps=args.n_steps, given=args.given, seed=args.seed, batch_size=args.batch_size, progress=True)
+    with collect_interrupts() as interrupts:
+        scores = score(model, tokens, window, bos_id, device, **options, interrupts=interrupts)
     figures = likelihood(scores, tokens, bos_id, conditional=args.given is not nothing_given)
     if args.by_time:
         write_by_time(scores, args.by_time, f"{args.model_dir}, step {run['step']}")
     if not args.json:
-        print(
-            f"{args.data_path}: {len(tokens.lengths):,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
-            f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
-        )
-        print("\n".join(table(figures, args.n_steps)))
-    samples = sample_quality(model, tokenizer, run, tokens, reference, args) if args.samples else {}
+        print(describe(args.data_path, tokens, window, figures), *table(figures, args.n_steps), sep="\n", flush=True)
+    samples = {}
+    if args.samples and not interrupts:
+        with suppress(KeyboardInterrupt):
+            samples = sample_quality(model, tokenizer, run, tokens, reference, args)
+    scores.partial |= args.samples > 0 and not samples
     if args.json:
-        figures = {name: None if math.isnan(value) else value for name, value in figures.items()}  # JSON has no nan
-        print(json.dumps({**figures, **({"samples": samples} if samples else {})}))
+        print(to_json(figures, scores, samples))
     elif samples:
         print("\n".join(quality.table(samples)))
+    for line in notes(scores, error, quick):
+        print(line, file=sys.stderr)
+    if scores.partial:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Evaluation: the bound and its errors for known distributions, the figures of samples, the command, pictures."""
 
+import io
 import json
 import math
 import random
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -129,10 +131,113 @@ def test_draws_are_added_until_the_requested_error_is_reached():
     assert np.array_equal(scores.loss, repeated.loss)
 
 
-def test_a_text_that_misses_the_requested_error_is_reported(monkeypatch, capsys):
+def test_a_missed_error_is_reported_with_what_to_do(monkeypatch):
+    """More text if there is more, more draws if the time has limited them, or else the limit that was met."""
     monkeypatch.setattr(evaluate, "MAX_DRAWS", 3)
-    scores = evaluate.score(exact_model(4), tokens_of(draw(SEQUENCES, P, 5)), 3, -1, CPU, error=1e-4)
-    assert len(scores.loss) == 3 and "after 3 draws, not 0.0001" in capsys.readouterr().err
+    tokens, options = tokens_of(draw(SEQUENCES, P, 5)), dict(error=1e-4, batch_size=2)
+    cases = [({}, "MAX_DRAWS"), (dict(max_tokens=6), "more text"), (dict(seconds=11), "more draws lower it (--all)")]
+    for limit, advice in cases:
+        scores = evaluate.score(
+            clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0), tokens, 3, -1, CPU, **options, **limit
+        )
+        *_, line = evaluate.notes(scores, 1e-4, quick=False)
+        assert f"after {len(scores.loss)} draws, not 0.0001" in line and advice in line
+        assert not evaluate.notes(scores, 5.0, quick=False)
+
+
+# ---------------------------------------------------------------- what fits in the time, and what is complete
+
+
+def clocked(model, monkeypatch, seconds_per_row):
+    """Make a model whose calls move evaluate's clock -> model. seconds_per_row: function of the number of calls so far."""
+    now, calls = [0.0], []
+
+    def call(theta, t, segment_ids):
+        calls.append(0)
+        now[0] += seconds_per_row(len(calls)) * len(t) / 2  # two calls per batch, one of them for L_rec
+        return model(theta, t, segment_ids)
+
+    call.config = model.config
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return call
+
+
+@pytest.mark.parametrize(
+    "seconds, shape", [(20.5, (2, 10)), (0.5, (2, 1)), (100.5, (2, 50)), (201, (4, 50)), (9e9, (8, 50))]
+)
+def test_two_draws_of_as_many_rows_as_possible_fit_in_the_time_and_a_small_text_gets_more(seconds, shape, monkeypatch):
+    """A row takes one second; the text has 50."""
+    monkeypatch.setattr(evaluate, "MAX_DRAWS", 8)
+    model = clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0)
+    scores = evaluate.score(model, tokens_of(draw(SEQUENCES, P, 50)), 3, -1, CPU, error=1e-4, batch_size=5, seconds=seconds)
+    assert scores.loss.shape == shape and not scores.partial
+
+
+def test_a_machine_that_becomes_slow_reads_fewer_rows_in_the_same_time(monkeypatch):
+    """The first draw has 40 seconds. A batch takes 4 when the speed is measured and 16 afterwards: the third is the last."""
+    model = clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0 if n_calls <= 4 else 4.0)
+    tokens = tokens_of(draw(SEQUENCES, P, 50))
+    scores = evaluate.score(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=80)
+    assert scores.loss.shape == (2, 12) and not scores.partial
+    repeated = evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=36)
+    assert np.array_equal(scores.loss, repeated.loss)
+
+
+def test_the_speed_is_that_of_the_second_batch_per_row(monkeypatch):
+    """The first one is a warm-up: it takes 100 seconds per row here, the second one 2."""
+    model = clocked(exact_model(4), monkeypatch, lambda n_calls: 100.0 if n_calls <= 2 else 2.0)
+    tokens = tokens_of(draw(SEQUENCES, P, 3))
+    text = evaluate.Text(tokens, data.plan_validation(tokens, 3), 3, -1, evaluate.nothing_given)
+    assert evaluate.seconds_per_row(model, text, CPU, None) == 2.0
+
+
+def test_what_fits_in_the_time_has_the_same_figures_as_that_many_tokens(monkeypatch):
+    tokens, model = tokens_of(draw(SEQUENCES, P, 50)), clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0)
+    limited = evaluate.score(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=20)
+    assert limited.loss.shape == (2, 10) and limited.share == 0.2 and not limited.partial
+    lines = evaluate.notes(limited, 1e-4, quick=True)
+    assert "looked at 20 % of the text: --all looks at everything" in lines
+    assert "the same figures again: --max_tokens=30 --draws=2" in lines
+    repeated = evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=30)
+    assert np.array_equal(limited.loss, repeated.loss) and np.array_equal(limited.document, repeated.document)
+
+
+@pytest.mark.parametrize("n_batches, shape", [(1, (1, 4)), (2, (1, 8)), (3, (1, 10)), (5, (1, 10)), (7, (2, 10))])
+def test_after_an_interrupt_the_complete_draws_are_kept_or_the_complete_rows_of_the_first(n_batches, shape):
+    """A draw has three batches: rows 0 to 3, 4 to 7, 8 and 9. One of three draws is not reached."""
+    tokens, interrupts, calls = tokens_of(draw(SEQUENCES, P, 10)), [], []
+    model = exact_model(4)
+
+    def interrupted(theta, t, segment_ids):
+        calls.append(t)  # two per batch, one of them for L_rec
+        if len(calls) == 2 * n_batches:
+            interrupts.append(signal.SIGINT)
+        return model(theta, t, segment_ids)
+
+    interrupted.config = model.config
+    scores = evaluate.score(interrupted, tokens, 3, -1, CPU, n_draws=3, batch_size=4, interrupts=interrupts)
+    assert scores.partial and scores.loss.shape == shape and scores.share == shape[1] / 10
+    repeated = evaluate.score(model, tokens, 3, -1, CPU, n_draws=shape[0], batch_size=4, max_tokens=3 * shape[1])
+    assert np.array_equal(scores.loss, repeated.loss)
+    assert len(calls) == 2 * n_batches and not repeated.partial
+
+
+@pytest.mark.parametrize("n_unknown_bytes", [0, 5])
+def test_the_progress_bar_shows_the_bound(n_unknown_bytes, monkeypatch):
+    ids = draw(SEQUENCES, P, 20)
+    tokens = data.Tokens(ids.numpy().ravel(), np.arange(21) * 3, 60, 60, n_unknown_bytes, "test")
+    bars = []
+
+    class Bar(evaluate.BoundBar):
+        def __init__(self, **options):
+            super().__init__(**options | dict(disable=False, file=io.StringIO()))
+            bars.append(self)
+
+    monkeypatch.setattr(evaluate, "BoundBar", Bar)
+    scores = evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=3, batch_size=7)
+    bound = evaluate.likelihood(scores, tokens, -1)["bound_nats_per_token"]
+    assert len(bars) == 1 and bars[0].n == bars[0].total == 9
+    assert bars[0].postfix == f"bound {bound:.3f} nats/token"
 
 
 def test_the_control_variate_of_the_n_step_loss_changes_only_its_variance():
@@ -236,13 +341,14 @@ def run_dir(tmp_path_factory):
     return folder
 
 
-def command(monkeypatch, capsys, run_dir, *argv):
-    """Run evaluate.py -> its standard output."""
+def command(monkeypatch, capsys, run_dir, *argv, both=False):
+    """Run evaluate.py -> its standard output, with `both` also its standard error."""
     argv = ["evaluate.py", f"-mdir={run_dir}", f"-d={run_dir / 'new.txt'}", f"--cache_dir={run_dir / 'cache'}", *argv]
     monkeypatch.setattr(sys, "argv", argv)
     capsys.readouterr()
     cli.run(evaluate.main)
-    return capsys.readouterr().out
+    out, errors = capsys.readouterr()
+    return (out, errors) if both else out
 
 
 def test_the_command_prints_the_same_figures_for_the_same_seed(monkeypatch, capsys, run_dir, tmp_path):
@@ -261,6 +367,77 @@ def test_the_command_prints_the_same_figures_for_the_same_seed(monkeypatch, caps
     shown = command(monkeypatch, capsys, run_dir, *quick)
     assert f"{figures['bits_per_char']:.4f}" in shown and "n-gram perplexity" in shown
     assert "L_20" in command(monkeypatch, capsys, run_dir, "--se=5", "--n_steps=20")
+
+
+def test_without_a_flag_for_the_amount_the_time_limits_what_is_scored(monkeypatch, capsys, run_dir):
+    """The speed is set to a value with which two draws of four rows fit in the time."""
+    (run_dir / "new.txt").write_text(toy.corpus(40, seed=5))
+    monkeypatch.setattr(evaluate, "seconds_per_row", lambda *inputs: evaluate.SECONDS / 8)
+    monkeypatch.setattr(evaluate, "MAX_DRAWS", 3)
+    quick = json.loads(command(monkeypatch, capsys, run_dir, "--json"))
+    assert quick["n_draws"] == 3 and quick["share_of_text"] < 0.9 and not quick["partial"]
+    monkeypatch.setattr(evaluate, "seconds_per_row", None)
+    window = json.loads(command(monkeypatch, capsys, run_dir, "--json", "--max_tokens=1", "--draws=1"))["n_tokens_scored"]
+    assert window < quick["n_tokens_scored"]
+    for flags in (["--all", "--se=5"], ["--se=5"], ["--draws=2"]):
+        assert json.loads(command(monkeypatch, capsys, run_dir, "--json", *flags))["share_of_text"] == 1
+    monkeypatch.setattr(evaluate, "ERROR", 5.0)
+    assert json.loads(command(monkeypatch, capsys, run_dir, "--json", "--all"))["n_draws"] == 2
+
+
+def test_the_printed_flags_repeat_the_figures(monkeypatch, capsys, run_dir):
+    monkeypatch.setattr(evaluate, "seconds_per_row", lambda *inputs: evaluate.SECONDS / 8)
+    monkeypatch.setattr(evaluate, "MAX_DRAWS", 3)
+    shown, errors = command(monkeypatch, capsys, run_dir, both=True)
+    flags = next(line for line in errors.splitlines() if "the same figures again" in line).split()[-2:]
+    monkeypatch.setattr(evaluate, "MAX_DRAWS", 9)
+    assert command(monkeypatch, capsys, run_dir, *flags) == shown
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_ctrl_c_prints_partial_figures_and_leaves_with_code_130(monkeypatch, capsys, run_dir, json_flag):
+    """The signal arrives in the third batch of the first draw."""
+    losses_at, calls = evaluate.losses_at, []
+
+    def interrupted(*inputs):
+        calls.append(0)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return losses_at(*inputs)
+
+    monkeypatch.setattr(evaluate, "losses_at", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, capsys, run_dir, "--all", "--batch_size=1", *json_flag)
+    out, errors = capsys.readouterr()
+    assert stop.value.code == 130 and len(calls) == 3 and "these figures are partial" in errors
+    if json_flag:
+        figures = json.loads(out)
+        assert figures["partial"] and figures["n_draws"] == 1 and figures["monte_carlo_error_nats_per_token"] is None
+    else:
+        assert "perplexity per token" in out
+
+
+def test_ctrl_c_while_sampling_still_prints_the_bound(monkeypatch, capsys, run_dir):
+    def interrupted(*inputs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "sample_quality", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, capsys, run_dir, "--json", "--se=5", "--samples=4", f"--corpus={run_dir / 'text.txt'}")
+    figures = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 130 and figures["partial"] and figures["n_draws"] == 2 and "samples" not in figures
+
+
+def test_a_second_ctrl_c_stops_at_once_and_afterwards_the_first_one_does():
+    before = signal.getsignal(signal.SIGINT)
+    with evaluate.collect_interrupts():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+    with evaluate.collect_interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_text_that_the_tokenizer_does_not_know_costs_nine_bits_per_byte(monkeypatch, capsys, run_dir):
