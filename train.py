@@ -96,13 +96,29 @@ def complete(args, saved=None, preset="base"):
     preset: the one to use if none is named. Raises ValueError for flags that do not go together.
     """
     if args.data_path is None:
-        if args.spm_model or args.val_path or args.init_from or args.tokenizer or args.vocab_size:
-            raise ValueError("-spm, --tokenizer, --vocab_size, --val_path and --init_from need a corpus: give -d")
-        args.preset, args.tokenizer = args.preset or "toy", "word"
-        args.max_steps = args.max_steps or (None if args.epochs or args.minutes else TOY_STEPS)
-    if sum(x is not None for x in (args.epochs, args.minutes)) > 1:
+        use_built_in_language(args)
+    if args.epochs and args.minutes:
         raise ValueError("--epochs and --minutes both say how long to train: give one of them")
     args.epochs = args.epochs or 10
+    choose_source(args, saved)
+    inherited = {} if args.preset or not saved else saved["args"]
+    args.preset = args.preset or inherited.get("preset") or preset
+    for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, inherited.get(name, value))
+    return args
+
+
+def use_built_in_language(args):
+    """Set the flags of the built-in language. Raises ValueError for flags that need a corpus."""
+    if args.spm_model or args.val_path or args.init_from or args.tokenizer or args.vocab_size:
+        raise ValueError("-spm, --tokenizer, --vocab_size, --val_path and --init_from need a corpus: give -d")
+    args.preset, args.tokenizer = args.preset or "toy", "word"
+    args.max_steps = args.max_steps or (None if args.epochs or args.minutes else TOY_STEPS)
+
+
+def choose_source(args, saved):
+    """Settle where weights and tokenizer come from. Raises ValueError for flags that contradict the run or each other."""
     before = saved["args"] if saved else vars(args)
     if args.init_from and (not before["init_from"] or Path(args.init_from) != Path(before["init_from"])):
         raise ValueError(f"{args.model_dir} is a run that did not start from {args.init_from}: give another -mdir")
@@ -116,12 +132,6 @@ def complete(args, saved=None, preset="base"):
         args.tokenizer, args.vocab_size = args.tokenizer or before["tokenizer"], args.vocab_size or before["vocab_size"]
     elif not args.spm_model:
         args.tokenizer, args.vocab_size = args.tokenizer or "bpe", args.vocab_size or 8192
-    inherited = {} if args.preset or not saved else saved["args"]
-    args.preset = args.preset or inherited.get("preset") or preset
-    for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=True):
-        if getattr(args, name) is None:
-            setattr(args, name, inherited.get(name, value))
-    return args
 
 
 def start_from(args, source):
