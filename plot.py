@@ -49,6 +49,7 @@ def _draw(path, kind, series, x_label, y_label, title, log, top):
         axes.set(xscale="log", yscale="log")
     if top:
         x, values, label = top
+        x, values = [0, *x, 2 * x[-1]], [0, *values, 2 * values[-1]]  # the axes are a little longer than the lines
         convert = partial(np.interp, xp=x, fp=values), partial(np.interp, xp=values, fp=x)
         axes.secondary_xaxis("top", functions=convert).set_xlabel(label)
     axes.grid(alpha=0.3)
