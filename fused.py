@@ -187,16 +187,16 @@ def check(network, accumulate, rtol=1e-3):
     """
     if network.config.s1 >= LARGEST_S1:
         raise ValueError(f"the fused operations need sqrt(K beta) below {LARGEST_S1:g}, here it is {network.config.s1:.1f}")
-    config = replace(network.config, d_model=8 * network.config.n_heads, n_layers=1, dropout=0.0)
+    config = replace(network.config, d_model=8 * network.config.n_heads, n_layers=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         small = type(network)(config)
         for p in small.parameters():  # also those that start at zero and would hide a difference
             if p.requires_grad:
                 torch.nn.init.normal_(p, std=0.2)
-        segment_ids = torch.tensor([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2])
-        cond_mask = (torch.rand(2, 8) < 0.3) & (segment_ids > 0)
-        batch = torch.randint(config.K, (2, 8)), segment_ids, cond_mask
+        segment_ids = torch.tensor([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2] * 4)
+        cond_mask = (torch.rand(8, 8) < 0.3) & (segment_ids > 0)
+        batch = torch.randint(config.K, (8, 8)), segment_ids, cond_mask
         plain = loss_and_gradients(small, batch, accumulate)
         small.fused = True
         try:

@@ -252,6 +252,21 @@ def test_an_edit_of_the_plain_form_is_followed_by_fused_training_or_refused(owne
     assert is_fused or "as with --fused=off" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("low, high", [(0.0, 0.98), (0.02, 1.0), (0.05, 1.0)])
+def test_an_edit_that_only_matters_near_the_ends_of_time_is_refused(low, high, monkeypatch):
+    flow = bfn.flow
+    monkeypatch.setattr(bfn, "flow", lambda ids, t, s1, K, eps=None: flow(ids, t.clamp(low, high), s1, K, eps))
+    with pytest.raises(ValueError, match="--fused=off"):
+        trained_losses("on")
+
+
+def test_an_embedding_with_dropout_is_refused(monkeypatch):
+    plain = BFNTransformer.embed
+    monkeypatch.setattr(BFNTransformer, "embed", lambda self, theta: torch.dropout(plain(self, theta), 0.5, self.training))
+    with pytest.raises(ValueError, match="--fused=off"):
+        trained_losses("on")
+
+
 def test_without_an_edit_the_check_passes_for_every_vocabulary_and_number_of_heads():
     for K, n_heads in ((2, 1), (1001, 3), (32_000, 8)):
         model = BFNTransformer(Config(K=K, beta1=bfn.auto_beta1(K), d_model=8 * n_heads, n_layers=1, n_heads=n_heads))
