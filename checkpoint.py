@@ -106,9 +106,18 @@ def load(run_dir, which="best", device="cpu", ema=-1):
     model = BFNTransformer(Config(**run["config"]))
     if not -len(run["emas"]) <= ema < len(run["emas"]):
         raise ValueError(f"{run_dir} has {len(run['emas'])} weight averages, counted from 0: there is no {ema}")
-    model.load_state_dict(run["emas"][ema])
+    load_weights(model, run["emas"][ema])
     rest = {name: value for name, value in run.items() if name not in ("model", "emas", "optimizers")}
     return model.to(device).eval(), load_tokenizer(path), rest
+
+
+def load_weights(model, weights):
+    """Put weights into a network. Raises ValueError if they are those of another network."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        message = "the weights do not fit the network in model.py: it was edited after training"
+        raise ValueError(f"{message}; undo the edit, or give another -mdir") from None
 
 
 # ---------------------------------------------------------------- the state of a run
@@ -129,7 +138,7 @@ class State:
 
 def restore(state, saved):
     """Put a checkpoint back into a new state."""
-    state.model.load_state_dict(saved["model"])
+    load_weights(state.model, saved["model"])
     for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
         groups = optimizer.state_dict()["param_groups"]  # today's: weight decay may change
         optimizer.load_state_dict({**moments, "param_groups": groups})

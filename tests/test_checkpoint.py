@@ -103,6 +103,12 @@ def test_a_checkpoint_of_the_earlier_format_loads_under_its_new_names(run_dir, m
     assert read_checkpoint(run_dir / "best.pt")["model"].keys() == model.state_dict().keys()
 
 
+def test_weights_of_an_edited_network_are_refused_in_one_line(run_dir, monkeypatch):
+    monkeypatch.setattr("model.MLP.__init__", lambda self, d_model: torch.nn.Module.__init__(self))
+    with pytest.raises(ValueError, match=r"do not fit the network in model\.py"):
+        load(run_dir)
+
+
 def test_equal_sees_any_difference():
     """The comparison that the tests of resuming rely on."""
     one = {"a": [torch.tensor([1.0, 2.0]), 3], "b": "x"}
