@@ -143,7 +143,7 @@ def reconstruction_loss(network, ids, cond_mask, s1, K, eps=None):
 
 
 def sender_sample(ids, a, K, eps=None):
-    """Draw evidence of accuracy a^2 = K alpha: y = a eps + a^2 e_x, the flow with a in place of s -> (B, L, K)."""
+    """Draw evidence of accuracy a^2 = K alpha: y = a eps + a^2 e_x, the flow with a instead of s -> (B, L, K)."""
     return flow(ids, t=a.expand(ids.shape), s1=1.0, K=K, eps=eps)
 
 

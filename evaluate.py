@@ -236,7 +236,7 @@ class Scores:
     def residuals(self):
         """Subtract what t explains, the mean loss by time -> residuals (R, N), correction of their variance.
 
-        Times are spread evenly, so what follows from t alone adds no error. The correction n / (n - n_bins) is for fitting
+        Times are spread evenly, so what only follows from t adds no error. The correction n / (n - n_bins) is for fitting
         the curve to the same n draws.
         """
         n_draws = self.loss.size

@@ -156,7 +156,7 @@ def warn_unknown(prompts, tokenizer):
 def encode_part(text, tokenizer, follows_gap):
     """Encode the text before, between or after gaps -> ids. Raises ValueError if it cannot be joined to a gap.
 
-    A space at its end belongs to the next token where the tokenizer joins them, or is a token of its own.
+    A space at its end belongs to the next token where the tokenizer joins them, or is its own token.
     """
     joins_space, _ = space_style(tokenizer)
     body = text.removesuffix(" ")  # the tokenizer may strip it

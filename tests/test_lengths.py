@@ -112,8 +112,8 @@ def test_long_prompts_and_many_lengths_take_a_bounded_number_of_calls(monkeypatc
 
 def test_the_same_prompt_has_the_same_likelihood_next_to_longer_templates():
     alone = given_log_likelihood(ExactNetwork(), Letters(), [[1, 2, FREE]])
-    beside = given_log_likelihood(ExactNetwork(), Letters(), [[0, 1, 2, 3, FREE], [1, 2, FREE]])
-    torch.testing.assert_close(alone[0], beside[1])
+    together = given_log_likelihood(ExactNetwork(), Letters(), [[0, 1, 2, 3, FREE], [1, 2, FREE]])
+    torch.testing.assert_close(alone[0], together[1])
 
 
 def test_a_gap_with_a_range_has_a_template_for_each_size_and_the_lightest_are_left_out(monkeypatch):

@@ -76,9 +76,9 @@ def test_categorical_draws_follow_p():
 
 
 def test_a_row_draws_the_same_numbers_whatever_its_neighbours_and_new_ones_each_time():
-    alone, beside = noise.Draws.seeded([8], [5]), noise.Draws.seeded([3, 8], [9, 5])
-    first, second = alone.normal(4), alone.normal(4)
-    assert torch.equal(first[0], beside.normal(4)[1, :5]) and torch.equal(second[0], beside.normal(4)[1, :5])
+    single, together = noise.Draws.seeded([8], [5]), noise.Draws.seeded([3, 8], [9, 5])
+    first, second = single.normal(4), single.normal(4)
+    assert torch.equal(first[0], together.normal(4)[1, :5]) and torch.equal(second[0], together.normal(4)[1, :5])
     assert not (first == second).any()
 
 
