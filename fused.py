@@ -194,9 +194,9 @@ def check(network, accumulate, rtol=1e-3):
         for p in small.parameters():  # also those that start at zero and would hide a difference
             if p.requires_grad:
                 torch.nn.init.normal_(p, std=0.2)
-        segment_ids = torch.tensor([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2] * 4)
-        cond_mask = (torch.rand(8, 8) < 0.3) & (segment_ids > 0)
-        batch = torch.randint(config.K, (8, 8)), segment_ids, cond_mask
+        segment_ids = torch.tensor([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2])
+        cond_mask = torch.tensor([[False, False, True, False, False, False, True, False], [False, False, True] + [False] * 5])
+        batch = torch.randint(config.K, (2, 8)), segment_ids, cond_mask  # given where t is in the middle (CheckTimes)
         plain = loss_and_gradients(small, batch, accumulate)
         small.fused = True
         try:
