@@ -24,7 +24,7 @@ import data
 import toy
 from model import BFNTransformer, Config
 from prompts import count_word_lengths
-from text import file_hash, load_tokenizer, read_pieces, train_tokenizer
+from text import file_hash, keeps_breaks, load_tokenizer, read_pieces, train_tokenizer
 from times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
@@ -34,7 +34,7 @@ TOY_SENTENCES = 60_000
 # What a run is: these must not change when it is resumed, everything else may.
 IDENTITY = (
     "seed model_dim num_layers num_heads dropout_prob beta sequence_length batch_size accumulation_steps ema_rate "
-    "tokenizer vocab_size tokenizer_hash corpus validation"
+    "tokenizer vocab_size tokenizer_hash example corpus validation"
 ).split()
 
 # ---------------------------------------------------------------- files
@@ -71,11 +71,13 @@ def read_checkpoint(path):
         hint = f"rename {best}, if that is whole, to last.pt" if best.is_file() and best != Path(path) else "use another"
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}") from None
     if version == 4:
-        return upgrade(checkpoint)
+        checkpoint, version = upgrade(checkpoint), FORMAT
     if version != FORMAT:
         raise ValueError(
             f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it, or another run folder"
         )
+    for part in ("args", "identity"):
+        checkpoint.get(part, {}).setdefault("example", "line")  # runs of before --example
     return checkpoint
 
 
@@ -200,7 +202,7 @@ def prepare_text(args, run_dir, resume):
     for text in filter(None, (corpus, args.val_path)):
         if not os.path.isfile(text):
             raise ValueError(f"no text file at {text}")
-        if next(read_pieces(text), None) is None:
+        if next(read_pieces(text, args.example), None) is None:
             raise ValueError(f"{text} has no text")
     path = run_dir / "tokenizer.model"
     if not resume:
@@ -208,7 +210,9 @@ def prepare_text(args, run_dir, resume):
     elif args.spm_model and not args.init_from and file_hash(args.spm_model) != file_hash(path):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
     tokenizer = load_tokenizer(path)
-    read = partial(data.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir)
+    if args.example != "line" and not keeps_breaks(tokenizer):
+        raise ValueError("this tokenizer does not keep line breaks: leave -spm out, or use --example=line")
+    read = partial(data.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir, example=args.example)
     if args.val_path:
         return tokenizer, read(corpus, part="all"), read(args.val_path, part="all")
     return tokenizer, read(corpus, part="train"), read(corpus, part="val")
@@ -220,7 +224,7 @@ def make_tokenizer(args, corpus):
         load_tokenizer(args.spm_model)  # raises ValueError if it is none
         return Path(args.spm_model).read_bytes()
     print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
-    return train_tokenizer(corpus, args.tokenizer, args.vocab_size)
+    return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 
 
 def describe_run(args, config, tokenizer, tokens, val, run_dir):

@@ -1,6 +1,6 @@
-"""From text to batches: tokenise a corpus, pack its lines into rows, and choose what the network is given.
+"""From text to batches: tokenise a corpus, pack its examples into rows, and choose what the network is given.
 
-    document     a line of the corpus as tokens: [bos] ids [eos], each mark only where the tokenizer has one
+    document     an example of the corpus as tokens, for example a line: [bos] ids [eos], each mark only where the tokenizer has one
     window       at most L consecutive tokens of one document
     Tokens.ids   (N,)          all documents, one after another
     ids          (B, L) int64  rows of a batch, each packed with windows, 0 = padding
@@ -43,7 +43,7 @@ class Tokens:
 
     ids: np.ndarray  # (N,) uint16 or uint32, memory-mapped
     offsets: np.ndarray  # (n_documents + 1,) int64
-    n_chars: int  # of the raw text, without line breaks
+    n_chars: int  # of the text, without the line breaks between documents
     n_bytes: int
     n_unknown_bytes: int  # of text that the tokenizer does not know
     key: str  # identifies the content
@@ -54,19 +54,19 @@ class Tokens:
         return np.diff(self.offsets)
 
 
-def load_corpus(path, tokenizer_path, cache_dir, part="all"):
+def load_corpus(path, tokenizer_path, cache_dir, part="all", example="line"):
     """Tokenise a part of a corpus, or open the cache of an earlier call with the same content -> Tokens.
 
     Raises ValueError for a missing file, an empty part, or text that is not UTF-8.
     """
     if not os.path.isfile(path):
         raise ValueError(f"no text file at {path}")
-    key = f"{file_hash(path)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}"
+    key = f"{file_hash(path)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}" + f" {example}" * (example != "line")
     key = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = Path(cache_dir) / key
     if (tokens := _read_cache(folder, key)) is None:
         shutil.rmtree(folder, ignore_errors=True)
-        _write_cache(path, part, load_tokenizer(tokenizer_path), folder)
+        _write_cache(path, part, example, load_tokenizer(tokenizer_path), folder)
         tokens = _read_cache(folder, key)
     if tokens is None:
         raise ValueError(f"{folder} is damaged and cannot be replaced: delete it")
@@ -86,12 +86,12 @@ def _read_cache(folder, key):
     return Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
 
 
-def _write_cache(path, part, tokenizer, folder):
+def _write_cache(path, part, example, tokenizer, folder):
     """Tokenise into a temporary folder and rename it to `folder` at the end, so that no cache is ever incomplete."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     try:
-        meta = _tokenize(path, part, tokenizer, temporary)
+        meta = _tokenize(path, part, example, tokenizer, temporary)
         (temporary / "meta.json").write_text(json.dumps(meta))
         for name in ("ids.bin", "offsets.bin", "meta.json"):
             with open(temporary / name, "r+b") as file:
@@ -102,12 +102,12 @@ def _write_cache(path, part, tokenizer, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tokenize(path, part, tokenizer, folder):
+def _tokenize(path, part, example, tokenizer, folder):
     """Tokenise a part of a corpus on all cores and write ids.bin and offsets.bin -> the content of meta.json."""
     meta = dict(n_chars=0, n_bytes=0, n_unknown_bytes=0, n_documents=0)
     meta["dtype"] = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     n_tokens = document_end = 0
-    all_pieces, n_cores = read_part(path, part), os.cpu_count()
+    all_pieces, n_cores = read_part(path, part, example), os.cpu_count()
     batches = iter(lambda: list(islice(all_pieces, 1000)), [])
     with (
         open(folder / "ids.bin", "wb") as ids_file,
@@ -116,9 +116,9 @@ def _tokenize(path, part, tokenizer, folder):
     ):
         offsets_file.write(np.int64(0).tobytes())
         encode = partial(_encode, tokenizer=tokenizer)
-        for pieces, ids, line_ends in prefetch(encode, batches, depth=4 * n_cores, threads=n_cores):
-            ends = np.unique(n_tokens + line_ends)
-            ends = ends[ends > document_end]  # a line without tokens is not a document
+        for pieces, ids, example_ends in prefetch(encode, batches, depth=4 * n_cores, threads=n_cores):
+            ends = np.unique(n_tokens + example_ends)
+            ends = ends[ends > document_end]  # an example without tokens is not a document
             document_end = ends.max(initial=document_end)
             n_tokens += len(ids)
             ids_file.write(ids.astype(meta["dtype"]).tobytes())
@@ -135,21 +135,22 @@ def _tokenize(path, part, tokenizer, folder):
 
 
 def _encode(pieces, tokenizer):
-    """Tokenise pieces -> pieces, their tokens with marks (n,), and the number of tokens up to each line's end."""
-    strip = adds_prefix(tokenizer)  # a later piece begins with a space, and the tokenizer would add a second one
+    """Tokenise pieces -> pieces, their tokens with marks (n,), and the number of tokens up to each example's end."""
+    # a later piece begins with a space, and the tokenizer may add a second one
+    strip = adds_prefix(tokenizer) and tokenizer.encode(" a") != tokenizer.encode("a")
     texts = [p.text.removeprefix(" ") if strip and not p.first else p.text for p in pieces]
     bos = np.array(add_marks([], tokenizer, end=False), np.int32)  # empty if the tokenizer has none
     eos = np.array(add_marks([], tokenizer, begin=False), np.int32)
     nothing = bos[:0]
     encoded = tokenizer.encode_as_numpy(texts)  # releases Python's lock, so threads run on all cores
-    parts, line_ends, n_tokens = [], [], 0
+    parts, example_ends, n_tokens = [], [], 0
     for piece, ids in zip(pieces, encoded, strict=True):
         marked = [bos if piece.first else nothing, ids, eos if piece.last else nothing]
         parts += marked
         n_tokens += sum(map(len, marked))
         if piece.last:
-            line_ends.append(n_tokens)
-    return pieces, np.concatenate(parts), np.array(line_ends, np.int64)
+            example_ends.append(n_tokens)
+    return pieces, np.concatenate(parts), np.array(example_ends, np.int64)
 
 
 # ---------------------------------------------------------------- packing

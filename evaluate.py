@@ -523,7 +523,7 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("-d", "--data_path", required=True, help="text file, one example per line")
+    add("-d", "--data_path", required=True, help="text file, with examples as in training")
     add("--checkpoint", choices=["best", "last"], default="best", help="best by validation, or last (best)")
     add("--ema", type=int, default=-1, help="which of the weight averages to measure, counted from 0 (-1: the last)")
     add("--window", type=cli.count, help="tokens scored together (the sequence length of the training)")
@@ -554,15 +554,15 @@ def flags():
     return p
 
 
-def warn_of_changes(path, tokenizer, n_lines=1000):
-    """Say on standard error which share of a text's first lines the tokenizer does not give back unchanged."""
-    texts = [piece.text for piece, _ in zip(read_pieces(path), range(n_lines))]
+def warn_of_changes(path, tokenizer, example, n=1000):
+    """Say on standard error which share of a text's first examples the tokenizer does not give back unchanged."""
+    texts = [piece.text for piece, _ in zip(read_pieces(path, example), range(n))]
     encoded = [(text, tokenizer.encode(text)) for text in texts]
     known = [(text, ids) for text, ids in encoded if tokenizer.unk_id() not in ids]  # unknown text is accounted for
     share = sum(tokenizer.decode(ids) != text for text, ids in known) / max(1, len(known))
     if share:
         print(
-            f"the tokenizer changes {share:.1%} of the lines (spaces, letter forms): figures per character and byte are of "
+            f"the tokenizer changes {share:.1%} of the examples (spaces, letter forms): figures per character and byte are of "
             "the changed text's tokens",
             file=sys.stderr,
         )
@@ -591,11 +591,12 @@ def main():
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
     if args.samples:  # before the work of an hour, not after: this fails if the training text is missing or empty
         corpus, part = find_corpus(args, run)
-        reference = quality.Reference.fit(corpus, tokenizer, part)
+        reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     if args.by_time:
         Path(args.by_time).parent.mkdir(parents=True, exist_ok=True)
-    tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir)
-    warn_of_changes(args.data_path, tokenizer)
+    example = run["args"]["example"]
+    tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
+    warn_of_changes(args.data_path, tokenizer, example)
     window, bos_id = args.window or run["args"]["sequence_length"], tokenizer.bos_id()
     quick = not (args.all or args.max_tokens or args.se or args.draws)
     error = None if args.draws else args.se or ERROR

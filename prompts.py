@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from text import SPACE, add_marks, adds_prefix
+from text import BREAK, JOIN, SPACE, add_marks, adds_prefix
 
 FREE = -1  # any text, or its end
 GAP = -2  # any text
@@ -32,6 +32,11 @@ MAX_NAMED = 5  # unknown words of a prompt that a warning names
 # ---------------------------------------------------------------- the tokenizer's habits
 
 
+def starts_word(piece):
+    """Tell whether a token begins with a space."""
+    return piece.startswith(SPACE) and not piece.startswith(SPACE + JOIN)
+
+
 @lru_cache(maxsize=4)
 def allowed_tokens(tokenizer):
     """List the tokens that may be drawn at each kind of position -> (5, K) bool, the row of a kind is -kind."""
@@ -40,12 +45,12 @@ def allowed_tokens(tokenizer):
     text = torch.tensor(
         [not (tokenizer.is_control(k) or tokenizer.is_unknown(k) or tokenizer.is_unused(k)) for k in range(K)]
     )
-    spaced = torch.tensor([piece.startswith(SPACE) for piece in pieces])
-    whole = torch.tensor([not tokenizer.is_byte(k) and pieces[k] != SPACE for k in range(K)])
+    spaced = torch.tensor([starts_word(piece) for piece in pieces])
+    whole = torch.tensor([not tokenizer.is_byte(k) and pieces[k] not in (SPACE, "\n", SPACE + BREAK) for k in range(K)])
     allowed = torch.stack([torch.ones_like(text), text, text, text & spaced & whole, text & ~spaced & whole])
     if tokenizer.eos_id() >= 0:
         allowed[-FREE, tokenizer.eos_id()] = True
-    allowed[~allowed.any(1)] = text  # a vocabulary of characters has no WORD_START, for example
+    allowed[~allowed.any(1)] = text & whole  # a vocabulary of characters has no WORD_START, for example
     return allowed
 
 
@@ -74,10 +79,13 @@ def space_style(tokenizer):
 
 def count_word_lengths(tokenizer, tokens, longest=16):
     """Count the words of 0, 1, ..., `longest` tokens in the first million tokens of a text -> list of counts."""
-    spaced = np.array([tokenizer.id_to_piece(k).startswith(SPACE) for k in range(len(tokenizer))])
-    begins = np.flatnonzero(spaced[tokens.ids[:1_000_000]])
+    pieces = [tokenizer.id_to_piece(k) for k in range(len(tokenizer))]
+    ids = tokens.ids[:1_000_000]
+    starts = np.array([starts_word(piece) for piece in pieces])[ids]
+    breaks = np.array([piece == "\n" for piece in pieces])[ids]
+    begins = np.flatnonzero(starts | breaks)
     document = np.searchsorted(tokens.offsets, begins, side="right")
-    lengths = np.diff(begins)[document[1:] == document[:-1]]  # not from one document to the next
+    lengths = np.diff(begins)[(document[1:] == document[:-1]) & starts[begins[:-1]]]  # not from a document to the next
     counts = np.bincount(lengths[lengths <= longest], minlength=2)
     return counts.tolist() if counts.any() else [0, 1]
 
@@ -95,7 +103,7 @@ def read_prompts(path, tokenizer, run, length=None):
     prompts, errors = [], []
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            prompt = line.rstrip("\r\n")
+            prompt = read_breaks(line.rstrip("\r\n"), run)
             if prompt.strip():
                 prompts.append(prompt)
                 try:
@@ -109,6 +117,11 @@ def read_prompts(path, tokenizer, run, length=None):
     return prompts
 
 
+def read_breaks(text, run):
+    """Read \\n as a line break, and \\\\ as a backslash, if the model was trained on examples of several lines -> text."""
+    return text if run["args"]["example"] == "line" else re.sub(r"\\([n\\])", lambda m: {"n": "\n"}.get(m[1], m[1]), text)
+
+
 def shorten(prompt):
     """Shorten a prompt for messages."""
     return ascii(prompt) if len(prompt) <= 60 else ascii(prompt[:60]) + "..."
@@ -119,7 +132,7 @@ def unknown_pieces(prompt, tokenizer):
     found = []
     for text in re.split(GAP_MARK, prompt)[::3]:
         pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
-        found += [piece for k, piece in pieces if k == tokenizer.unk_id()]
+        found += [piece.replace(SPACE + JOIN, "") for k, piece in pieces if k == tokenizer.unk_id()]
     return found
 
 
@@ -127,7 +140,7 @@ def unknown_pieces(prompt, tokenizer):
 def known_words(tokenizer):
     """Map the tokens that may be drawn, in lower case and without the space before them, to how they are written."""
     ids = allowed_tokens(tokenizer)[-GAP].nonzero().flatten().tolist()
-    words = [tokenizer.id_to_piece(k).removeprefix(SPACE) for k in reversed(ids)]  # of "The" and "THE", the first stays
+    words = [tokenizer.id_to_piece(k).removeprefix(SPACE).removeprefix(JOIN) for k in reversed(ids)]  # of "The" and "THE", the first stays
     return {word.lower(): word for word in words if word}
 
 
@@ -175,6 +188,8 @@ def encode_after_gap(text, tokenizer):
         return tokenizer.encode(text)
     ids = tokenizer.encode(text.removeprefix(" "))
     if not ids or text.startswith(" "):
+        return ids
+    if tokenizer.id_to_piece(ids[0]).startswith(SPACE + JOIN):
         return ids
     if tokenizer.id_to_piece(ids[0]) != SPACE:
         raise ValueError(f"this tokenizer cannot join {text!r} to a gap: put a space between them")
@@ -280,12 +295,12 @@ def make_template(prompt, tokenizer, run, seed, length=None):
 
 
 def find_ids(text, tokenizer):
-    """Find the token that a text is, with a space before it, without, or both -> ids.
+    """Find the tokens that a text is, with or without a space before it -> ids.
 
     Raises ValueError if the text is not a single token.
     """
     text = text.strip(" ")
-    ids = {tokenizer.piece_to_id(piece) for piece in (text, SPACE + text)} - {tokenizer.unk_id()}
+    ids = {tokenizer.piece_to_id(piece) for piece in (text, SPACE + text, SPACE + JOIN + text)} - {tokenizer.unk_id()}
     if not ids:
         pieces = " ".join(tokenizer.encode(text, out_type=str))
         raise ValueError(f"{text!r} is not one token of this tokenizer, but {pieces}: name single tokens")

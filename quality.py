@@ -32,14 +32,14 @@ class Reference:
     tokenizer: object
 
     @classmethod
-    def fit(cls, corpus, tokenizer, part="all"):
+    def fit(cls, corpus, tokenizer, part="all", example="line"):
         """Count the n-grams of a part of a text file: 6-grams for vocabularies under 400 (characters), else 3-grams.
 
         Raises ValueError for a part without text.
         """
         K, order = len(tokenizer), 6 if len(tokenizer) < 400 else 3
         words, texts, n_chars = set(), [], 0
-        for piece in read_part(corpus, part):
+        for piece in read_part(corpus, part, example):
             words.update(piece.text.split())
             if n_chars < REFERENCE_CHARS:
                 texts.append(piece.text)

@@ -37,6 +37,7 @@ from prompts import (
     make_template,
     pad,
     parse_hint,
+    read_breaks,
     read_prompts,
     unknown_pieces,
     warn_unknown,
@@ -44,6 +45,7 @@ from prompts import (
 from text import SPACE, add_marks
 
 DRAFT = bfn.CORRECT + 1  # the random numbers of the draft: a phase after those of bfn.py
+SEPARATOR = "-" * 20  # printed after each text of several lines
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
 
 # ---------------------------------------------------------------- generation
@@ -148,30 +150,40 @@ def generate_any_length(model, tokenizer, templates, limit, seed, options):
 
 
 def decode(tokenizer, ids, unknown=()):
-    """Turn ids into one line of text, up to the first eos. Unknown tokens read as `unknown`, in order, or as nothing."""
+    """Turn ids into text, up to the first eos. Unknown tokens read as `unknown`, in order, or as nothing."""
     if tokenizer.eos_id() in ids:
         ids = ids[: ids.index(tokenizer.eos_id())]
     rest, unk = iter(unknown), tokenizer.unk_id()
     pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != tokenizer.bos_id()]
-    return " ".join(tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ").splitlines())  # SPACE: of `unknown`
+    return tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ")  # SPACE: of `unknown`
+
+
+def lay_out(text, run):
+    """Put a sample on one line if the model was trained on lines: it may have drawn a line break by chance."""
+    return text if run["args"]["example"] != "line" else " ".join(text.splitlines())
+
+
+def mark_breaks(text):
+    """Write a text on one line, with \\n for each line break."""
+    return text.replace("\n", "\\n")
 
 
 def example_texts(model, tokenizer, tokens, run, n, seed):
-    """Sample n texts to look at during training -> lines.
+    """Sample n texts to look at during training -> list.
 
     Half are free. The others continue the first third, in brackets, of a window of the validation text `tokens`.
     """
     plan = data.plan_validation(tokens, run["args"]["sequence_length"])
     free = [make_template("", tokenizer, run, mix_seed(seed, i)) for i in range(n // 2)]
-    lines = [decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, free, seed)]
+    texts = [decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, free, seed)]
     for i in range(n // 2, n):
         window = i % len(plan.starts)
         start, length = int(plan.starts[window]), int(plan.lengths[window])
         given = tokens.ids[start : start + length // 3].tolist()
         template = given + [FREE] * (length - len(given))
         ((ids, _),) = generate(model, tokenizer, [template], seed, numbers=[i])
-        lines.append(f"[{decode(tokenizer, given)}] {decode(tokenizer, ids[len(given) :])}")
-    return lines
+        texts.append(f"[{decode(tokenizer, given)}] {decode(tokenizer, ids[len(given) :])}")
+    return [lay_out(text, run) for text in texts]
 
 
 # ---------------------------------------------------------------- watching
@@ -187,8 +199,12 @@ class Trace:
     BOLD, DIM, NORMAL = 1, 2, 22
 
     def __init__(self, tokenizer, file=None, unknown=()):
-        self.decode, self.file = partial(decode, tokenizer, unknown=unknown), file or sys.stderr
+        self.tokenizer, self.unknown, self.file = tokenizer, unknown, file or sys.stderr
         self.is_terminal, self.n_calls, self.n_breaks = self.file.isatty(), 0, 0
+
+    def decode(self, ids):
+        """Turn ids into text on one line, with a space for each line break."""
+        return " ".join(decode(self.tokenizer, ids, self.unknown).splitlines())
 
     def __call__(self, t, p, given):
         """Show the likeliest tokens of the first row: p (B, L, K), given (B, L)."""
@@ -328,6 +344,8 @@ def main():
     model, tokenizer, run = load(args.model_dir, args.checkpoint, cli.device(args.device))
     options = make_options(args, tokenizer, run)
     has_file = args.prompt_file is not None
+    separator = [] if run["args"]["example"] == "line" else [SEPARATOR]
+    args.prompt, args.draft = [read_breaks(text, run) for text in args.prompt], args.draft and read_breaks(args.draft, run)
     prompts = args.prompt + (read_prompts(args.prompt_file, tokenizer, run, args.length) if has_file else [])
     check_output(args)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
@@ -338,8 +356,8 @@ def main():
     with open(args.output or os.devnull, "w", encoding="utf-8") as output:
         bar = tqdm(samples, total=len(prompts), unit="sample", disable=hide_bar)
         for prompt, (ids, calls) in zip(prompts, bar, strict=True):
-            text, total_calls = decode(tokenizer, ids, unknown_pieces(prompt, tokenizer)), total_calls + calls
-            print(text, flush=True)
+            text, total_calls = lay_out(decode(tokenizer, ids, unknown_pieces(prompt, tokenizer)), run), total_calls + calls
+            print(text, *separator, sep="\n", flush=True)
             record = dict(prompt=prompt, text=text, ids=ids, calls=calls)
             print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
     if args.until:

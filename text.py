@@ -2,59 +2,76 @@
 
 import hashlib
 import io
+import math
 import os
+import tempfile
 from dataclasses import dataclass
+from collections import Counter
 from itertools import islice
+from pathlib import Path
+from unicodedata import category
 
 import sentencepiece
+from tqdm import tqdm
 
 from noise import GOLDEN
 
-PIECE_BYTES = 1 << 16  # longer lines are tokenised in pieces of this size, cut at spaces
+PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, cut at spaces
 SPACE = "\u2581"  # the character that SentencePiece writes for a space
-FEW_LINES = 100  # a corpus of fewer lines is split for validation by bytes
-VAL_SHARE = {"lines": 0.02, "bytes": 0.05}
+JOIN = "\u2040"  # in a word tokenizer: no space before this token
+BREAK = "\u2424"  # in a word tokenizer: a line break
+FEW_EXAMPLES = 100  # a corpus of fewer examples is split for validation by bytes
+VAL_SHARE = {"examples": 0.02, "bytes": 0.05}
 TOKENIZER_BYTES = 20_000_000  # how much text a tokenizer is trained on
+MAX_PUNCTUATION = 100  # marks that a word tokenizer takes from words, and characters that may follow them
 
 # ---------------------------------------------------------------- reading text
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A line of the corpus, or a part of a very long one."""
+    """An example of the corpus, or a part of a very long one."""
 
     text: str
     n_bytes: int
-    first: bool  # starts its line
-    last: bool  # ends its line
+    first: bool  # starts its example
+    last: bool  # ends its example
 
 
-def read_pieces(path, start=0, stop=None, max_bytes=None):
-    """Yield the non-blank lines between two byte positions as pieces, in bounded memory.
+def read_pieces(path, example="line", start=0, stop=None, max_bytes=None):
+    """Yield the examples between two byte positions of a file as pieces, in bounded memory.
 
-    Lines of more than `max_bytes` (default PIECE_BYTES) are cut before a space, or between two characters if there is
-    no space. Raises ValueError for bytes that are not UTF-8.
+    example: a "line", a "paragraph" (blank lines separate them), or the whole "file". Line breaks inside an example are
+    one character, "\\n". Blank examples are left out. Examples of more than `max_bytes` (default PIECE_BYTES) are cut before
+    a space, or between two characters if there is no space. Raises ValueError for bytes that are not UTF-8.
     """
     max_bytes = max_bytes or PIECE_BYTES
+    left = math.inf if stop is None else stop - start
+    position, held, first, starts_line = start, b"", True, True  # held: what is read and not yielded; it is at `position`
+
+    def piece(raw, last):
+        text = _decode(raw, path, position).replace("\r\n", "\n")
+        if position == 0:
+            text = text.removeprefix("\ufeff")  # byte order mark
+        return [] if first and last and not text.strip() else [Piece(text, len(text.encode()), first, last)]
+
     with open(path, "rb") as file:
         file.seek(start)
-        position, first = start, True
-        while True:
-            limit = max_bytes if stop is None else min(max_bytes, stop - position)
-            raw = file.readline(limit)
-            if first and not raw:
-                return
-            last = raw.endswith(b"\n") or len(raw) < limit or position + len(raw) == stop
-            if not last:
-                raw = raw[: _find_cut(raw)]
-                file.seek(position + len(raw))
-            text = _decode(raw.rstrip(b"\r\n") if last else raw, path, position)
-            if position == 0:
-                text = text.removeprefix("\ufeff")  # byte order mark
-            if not (first and last) or text.strip():
-                yield Piece(text, len(text.encode()), first, last)
-            position += len(raw)
-            first = last
+        while raw := file.readline(int(min(max_bytes, left))):
+            left -= len(raw)
+            ends_line = raw.endswith(b"\n")
+            is_separator = example == "paragraph" and starts_line and ends_line and raw.isspace()
+            complete = is_separator or (example == "line" and ends_line)
+            starts_line, held = ends_line, held if is_separator else held + raw
+            while len(held) > max_bytes or (len(held) == max_bytes and not complete):
+                cut = _find_cut(held[:max_bytes])
+                yield from piece(held[:cut], last=False)
+                position, held, first = position + cut, held[cut:], False
+            if complete:
+                yield from piece(held.rstrip(b"\r\n"), last=True)
+                position, held, first = position + len(held) + is_separator * len(raw), b"", True
+        if held or not first:
+            yield from piece(held.rstrip(b"\r\n"), last=True)
 
 
 def _find_cut(raw):
@@ -79,13 +96,13 @@ def _decode(raw, path, position):
         ) from None
 
 
-def split_position(path):
-    """Find the byte where the validation part of a corpus of few lines begins: after a space, close to the last 5 %.
+def split_position(path, example="line"):
+    """Find the byte where the validation part of a corpus of few examples begins: after a space, close to the last 5 %.
 
-    Returns None for a corpus of at least 100 non-blank lines, because `read_part` holds out whole lines of it.
+    Returns None for a corpus of at least FEW_EXAMPLES, because `read_part` holds out whole examples of it.
     """
-    lines = (piece for piece in read_pieces(path) if piece.last)
-    if sum(1 for _ in islice(lines, FEW_LINES)) == FEW_LINES:
+    examples = (piece for piece in read_pieces(path, example) if piece.last)
+    if sum(1 for _ in islice(examples, FEW_EXAMPLES)) == FEW_EXAMPLES:
         return None
     position = int(os.path.getsize(path) * (1 - VAL_SHARE["bytes"]))
     with open(path, "rb") as file:
@@ -95,58 +112,110 @@ def split_position(path):
     return position - len(raw) + (space + 1 if space > 0 else _find_cut(raw))
 
 
-def read_part(path, part):
+def read_part(path, part, example="line"):
     """Yield the pieces of one part of a corpus: "all", "train" or "val". The last two do not overlap.
 
-    Line i is in "val" if frac(i * golden ratio) < 2 %: these lines are spread evenly over the file, whatever period its
-    lines may have. A corpus of few lines is cut in two instead (`split_position`).
+    Example i is in "val" if frac(i * golden ratio) < 2 %: these are spread evenly over the file, whatever period its
+    examples may have. A corpus of few examples is cut in two instead (`split_position`).
     """
     if part == "all":
-        yield from read_pieces(path)
-    elif (position := split_position(path)) is not None:
-        yield from read_pieces(path, stop=position) if part == "train" else read_pieces(path, start=position)
+        yield from read_pieces(path, example)
+    elif (position := split_position(path, example)) is not None:
+        bounds = dict(stop=position) if part == "train" else dict(start=position)
+        yield from read_pieces(path, example, **bounds)
     else:
-        line = 0
-        for piece in read_pieces(path):
-            if (part == "val") == (line * GOLDEN % 1 < VAL_SHARE["lines"]):
+        n = 0
+        for piece in read_pieces(path, example):
+            if (part == "val") == (n * GOLDEN % 1 < VAL_SHARE["examples"]):
                 yield piece
-            line += piece.last
+            n += piece.last
 
 
 # ---------------------------------------------------------------- tokenizers
 
 
-def train_tokenizer(path, kind, vocab_size):
+def train_tokenizer(path, kind, vocab_size, example="line"):
     """Train a SentencePiece model of `kind` bpe, unigram, char or word on a corpus -> the model as bytes.
 
-    Text encoded with bpe or unigram decodes to exactly the same text. char has one token per character and one for
-    unknown characters, and nothing else. Raises ValueError if the corpus has no text or SentencePiece cannot build it.
+    Text encoded with bpe, unigram or char decodes to exactly the same text. char has one token per character and one for
+    unknown characters, and nothing else. word has one token per word and per punctuation mark (`spacing_rules`), and does
+    not keep repeated spaces. A line break inside an example is a token. Raises ValueError if the corpus has no text or
+    SentencePiece cannot build it.
     """
     n = 1 + os.path.getsize(path) // TOKENIZER_BYTES  # of a large corpus, every n-th piece is read
-    texts = [piece.text for piece in islice(read_pieces(path, max_bytes=1000), 0, None, n)]
+    pieces = read_pieces(path, example, max_bytes=1000)
+    texts, characters = [], set()
+    with tqdm(desc=f"reading {Path(path).name}", total=os.path.getsize(path), unit="B", unit_scale=True, disable=None) as bar:
+        for i, piece in enumerate(pieces):
+            texts += [piece.text] * (i % n == 0)
+            characters |= set(piece.text) if kind == "char" else set()
+            bar.update(piece.n_bytes)
     if not texts:
         raise ValueError(f"{path} has no text")
     options = dict(
         model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.9999, byte_fallback=True,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        user_defined_symbols=["\n"] if example != "line" else [],
         unk_id=0, bos_id=1, eos_id=2, num_threads=4, minloglevel=2,  # unigram's result depends on the thread count
     )  # fmt: skip
     if kind == "char":
-        characters = set()
-        for piece in read_pieces(path):
-            characters.update(piece.text.replace(" ", SPACE))
-        options |= dict(byte_fallback=False, bos_id=-1, eos_id=-1, character_coverage=1.0)
-        options |= dict(vocab_size=len(characters) + 1, required_chars="".join(sorted(characters)))
-    if kind == "word":
-        options |= dict(byte_fallback=False, add_dummy_prefix=True, remove_extra_whitespaces=True)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **options)
-    except RuntimeError as error:
-        size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
-        reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
-        raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
+        characters.discard("\0")  # SentencePiece cannot have it: it stays unknown
+        breaks = sorted(c for c in characters if c != " " and not c.isprintable())  # it would leave these out otherwise
+        rest = sorted({SPACE if c == " " else c for c in characters} - set(breaks))
+        options |= dict(byte_fallback=False, bos_id=-1, eos_id=-1, character_coverage=1.0, user_defined_symbols=breaks)
+        options |= dict(vocab_size=len(breaks) + len(rest) + 1, required_chars="".join(rest))
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "word":
+            options |= dict(byte_fallback=False, add_dummy_prefix=True, remove_extra_whitespaces=True)
+            options |= dict(user_defined_symbols=[], **write_rules(texts, Path(folder)))
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **options)
+        except RuntimeError as error:
+            size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
+            reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
+            raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
     return model.getvalue()
+
+
+def spacing_rules(texts):
+    """List the rules by which a word tokenizer takes punctuation from words and puts it back -> two lists of (old, new).
+
+    The first list normalises text before it is cut at spaces. JOIN marks what had no space before it:
+
+        He said: "Yes!"    becomes    He said JOIN: " JOINYes JOIN! JOIN"
+
+    The second list undoes that. Apostrophes and hyphens belong to words. A line break takes the spaces around it along.
+    """
+    pairs = Counter(pair for text in texts for pair in zip(text, text[1:] + " ", strict=True))
+    punctuation, followers = Counter(), Counter()
+    for (c, after), n in pairs.items():
+        if is_punctuation(c):
+            punctuation[c] += n
+            followers[after] += n * (not after.isspace() and not is_punctuation(after))
+    rules = [("\n", f" {BREAK} ")] if any("\n" in pair for pair in pairs) else []
+    for c, _ in punctuation.most_common(MAX_PUNCTUATION):
+        rules += [(c, f" {JOIN}{c} "), (f" {c}", f" {c} ")]
+        for w, n in followers.most_common(MAX_PUNCTUATION):
+            rules += [(c + w, f" {JOIN}{c} {JOIN}{w}"), (f" {c}{w}", f" {c} {JOIN}{w}")] * (n > 0)
+    undo = [(f"{left}{BREAK}{right}", "\n") for left in (" ", "") for right in (" ", "")]
+    return rules, [(f" {JOIN}", ""), (JOIN, ""), *undo] if rules else []
+
+
+def is_punctuation(c):
+    """Whether a word tokenizer makes a token of a character: punctuation and symbols, but not apostrophes and hyphens."""
+    return category(c)[0] in "PS" and c not in "'\u2019-_"
+
+
+def write_rules(texts, folder):
+    """Write `spacing_rules` as the files that SentencePiece reads -> its options."""
+    options = {}
+    for name, rules in zip(("normalization_rule_tsv", "denormalization_rule_tsv"), spacing_rules(texts), strict=True):
+        if rules:
+            lines = ["\t".join(" ".join(f"{ord(c):X}" for c in text) for text in rule) for rule in rules]
+            (folder / name).write_text("\n".join(lines) + "\n")
+            options[name] = str(folder / name)
+    return options
 
 
 def load_tokenizer(path):
@@ -164,10 +233,16 @@ def adds_prefix(tokenizer):
     return tokenizer.encode("a", out_type=str)[0].startswith(SPACE)
 
 
+def keeps_breaks(tokenizer):
+    """Tell whether a line break is still there after encoding and decoding."""
+    ids = tokenizer.encode("a\na")
+    return tokenizer.decode(ids).count("\n") == 1 and tokenizer.unk_id() not in tokenizer.encode("\n")
+
+
 def unknown_bytes(text, tokenizer):
     """Count the bytes of a text that the tokenizer turns into unknown tokens."""
     pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
-    return sum(len(piece.replace(SPACE, "").encode()) for i, piece in pieces if i == tokenizer.unk_id())
+    return sum(len(piece.replace(SPACE, "").replace(JOIN, "").encode()) for i, piece in pieces if i == tokenizer.unk_id())
 
 
 def add_marks(ids, tokenizer, begin=True, end=True):

@@ -1,4 +1,4 @@
-"""Train a Bayesian flow language model on a text file, one example per line.
+"""Train a Bayesian flow language model on a text file.
 
     python train.py -d=CORPUS.txt -spm=TOKENIZER.model -mdir=RUN_DIR
 
@@ -24,7 +24,7 @@ import switches
 from checkpoint import State, check_identity, describe_run, load, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
-from sample import example_texts
+from sample import example_texts, mark_breaks
 from text import file_hash
 from times import Times
 
@@ -46,7 +46,9 @@ MOST_MINUTES = 5  # between validations, samples and saves
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add, on_off = p.add_argument, ["auto", "on", "off"]
-    add("-d", "--data_path", help="text file, one example per line (the built-in language)")
+    add("-d", "--data_path", help="text file (the built-in language)")
+    kinds = ["line", "paragraph", "file"]
+    add("--example", choices=kinds, help="what is one example: a line, a paragraph between blank lines, all text (line)")
     add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("--val_path", help="text file for validation (a held-out part of the corpus)")
@@ -111,8 +113,8 @@ def complete(args, saved=None, preset="base"):
 
 def use_built_in_language(args):
     """Set the flags of the built-in language. Raises ValueError for flags that need a corpus."""
-    if args.spm_model or args.val_path or args.init_from or args.tokenizer or args.vocab_size:
-        raise ValueError("-spm, --tokenizer, --vocab_size, --val_path and --init_from need a corpus: give -d")
+    if args.spm_model or args.val_path or args.init_from or args.tokenizer or args.vocab_size or args.example:
+        raise ValueError("-spm, --tokenizer, --vocab_size, --example, --val_path and --init_from need a corpus: give -d")
     args.preset, args.tokenizer = args.preset or "toy", "word"
     args.max_steps = args.max_steps or (None if args.epochs or args.minutes else TOY_STEPS)
 
@@ -132,6 +134,7 @@ def choose_source(args, saved):
         args.tokenizer, args.vocab_size = args.tokenizer or before["tokenizer"], args.vocab_size or before["vocab_size"]
     elif not args.spm_model:
         args.tokenizer, args.vocab_size = args.tokenizer or "bpe", args.vocab_size or 8192
+    args.example = args.example or before["example"] or "line"
 
 
 def start_from(args, source):
@@ -148,7 +151,7 @@ def start_from(args, source):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {args.init_from}: leave -spm out")
     args.spm_model, args.vocab_size = str(Path(args.init_from) / "tokenizer.model"), None
     args.beta = source["args"]["beta"] if args.beta == "auto" else args.beta
-    for name in ("batch_size", "sequence_length", "ema_rate"):
+    for name in ("batch_size", "sequence_length", "ema_rate", "example"):
         setattr(args, name, getattr(args, name) or source["args"][name])
 
 
@@ -322,10 +325,10 @@ def main():
                 save(state, run, run_dir, is_best)
                 saved_at = step
             if step % args.sample_interval == 0 or is_last:
-                lines = example_texts(state.emas[-1], tokenizer, val, run, args.num_examples, args.seed)
+                texts = example_texts(state.emas[-1], tokenizer, val, run, args.num_examples, args.seed)
                 with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
-                    file.write("".join(f"{step}\t{line}\n" for line in lines))
-                news += ["  " + line for line in lines]
+                    file.write("".join(f"{step}\t{mark_breaks(text)}\n" for text in texts))
+                news += ["  " + text.replace("\n", "\n  ") for text in texts]
             for line in news:  # printed after the save, which a broken terminal must not prevent
                 bar.write(line)
     bar.close()

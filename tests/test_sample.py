@@ -34,6 +34,7 @@ from prompts import (
     make_template,
     parse_hint,
     parse_prompt,
+    read_breaks,
     unknown_pieces,
     warn_unknown,
 )
@@ -217,6 +218,30 @@ def test_text_right_after_a_gap_gets_no_space(kind, prompt):
     assert tokenizer.decode(filled).split() == prompt.replace("___", "k").split()
 
 
+def punctuated(tmp_path, kind):
+    """A run of a corpus with punctuation."""
+    return make_run(tmp_path / kind, kind, "The king is sweet.\nIs the old king sweet?\nNo, the king said." * 40)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "word", "char"])
+@pytest.mark.parametrize("prompt", ["The king is ___.", "___, the king said.", "Is the ___ sweet?"])
+def test_a_gap_next_to_punctuation_works_with_every_tokenizer(tmp_path, kind, prompt):
+    tokenizer = load(punctuated(tmp_path, kind))[1]
+    for template, _ in parse_prompt(prompt, tokenizer, [0, 0, 1])[0]:
+        letter = tokenizer.encode("k")[-1] if kind != "word" else tokenizer.encode(" king")[-1]
+        text = tokenizer.decode([k if k >= 0 else letter for k in template])
+        before, after = prompt.split("___")
+        assert text.strip().startswith(before.strip()) and text.endswith(after)
+
+
+def test_a_word_gap_after_a_space_is_filled_with_a_word_and_no_punctuation(tmp_path):
+    tokenizer = load(punctuated(tmp_path, "word"))[1]
+    comma, king = tokenizer.piece_to_id("\u2581\u2040,"), tokenizer.piece_to_id("\u2581king")
+    allowed = allowed_tokens(tokenizer)
+    assert not allowed[-WORD_START, comma] and allowed[-WORD_START, king]
+    assert find_ids(",", tokenizer) == [comma]
+
+
 def test_text_that_cannot_be_joined_to_a_gap_is_refused():
     tokenizer = train_plain_tokenizer("word", ["the king s hat", "a queen s hat"] * 20)
     with pytest.raises(ValueError, match="cannot join 's'"):
@@ -283,10 +308,40 @@ def test_a_prompt_that_is_not_unicode_is_refused(loaded):
         make_template("caf\udce9", tokenizer, run, seed=0)
 
 
-def test_a_sample_is_printed_on_one_line():
-    no_id = dict(unk_id=lambda: -1, bos_id=lambda: -1, eos_id=lambda: -1)
-    tokenizer = SimpleNamespace(**no_id, decode=lambda pieces: "a\u2028b\x0cc\r\nd")
-    assert sample.decode(tokenizer, []) == "a b c d"
+def test_a_sample_of_a_model_of_lines_is_printed_on_one_line():
+    assert sample.lay_out("a\u2028b\x0cc\r\nd", {"args": {"example": "line"}}) == "a b c d"
+    assert sample.lay_out("a\nb", {"args": {"example": "paragraph"}}) == "a\nb"
+
+
+@pytest.fixture(params=["bpe", "char", "word"])
+def poems(request, tmp_path):
+    """A run whose examples have several lines."""
+    text = "\n\n".join(["the king\nsleeps", "anna\nsees the\nboat"] * 60)
+    return make_run(tmp_path / request.param, request.param, text, "paragraph")
+
+
+def test_texts_of_several_lines_are_printed_with_a_separator_and_written_as_json(poems, monkeypatch, capsys, tmp_path):
+    prompt = r"--prompt=the king\nsleeps ___{2}"
+    lines = run_command(monkeypatch, capsys, f"-mdir={poems}", prompt, "--num_samples=2", f"--output={tmp_path / 'out'}")
+    records = [json.loads(line) for line in open(tmp_path / "out")]
+    assert lines.count(sample.SEPARATOR) == 2 and lines[:1] == ["the king"] and lines[1].startswith("sleeps")
+    for record in records:
+        assert record["text"].startswith("the king\nsleeps") and record["prompt"] == "the king\nsleeps ___{2}"
+
+
+def test_a_backslash_is_a_line_break_only_for_examples_of_several_lines():
+    paragraph, line = ({"args": {"example": example}} for example in ("paragraph", "line"))
+    assert read_breaks(r"a\nb\\n\t", paragraph) == "a\nb\\n\\t" and read_breaks(r"a\nb", line) == r"a\nb"
+
+
+def test_a_word_gap_has_no_line_break_and_its_length_counts_no_line_break(poems):
+    _, tokenizer, run = load(poems)
+    tokens = data.load_corpus(poems / "text.txt", poems / "tokenizer.model", poems, example="paragraph")
+    line_break = [k for k in range(len(tokenizer)) if "\n" in tokenizer.decode([k])]
+    allowed = allowed_tokens(tokenizer)
+    assert not allowed[[-WORD_START, -WORD_REST]][:, line_break].any() and allowed[-GAP, line_break].any()
+    if poems.name == "char":  # "the", at the end of a line or not, takes 4 tokens with the space before it
+        assert [n for n, count in enumerate(count_word_lengths(tokenizer, tokens)) if count] == [4, 5]
 
 
 @pytest.mark.parametrize("prompt", ["zq the xj xj king \u5468", "\u5468\u672b the", "the zq"])

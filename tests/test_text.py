@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from text import add_marks, load_tokenizer, read_part, read_pieces, train_tokenizer
+from text import add_marks, keeps_breaks, load_tokenizer, read_part, read_pieces, train_tokenizer
 
 UNICODE = [
     "plain words",
@@ -48,17 +48,41 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_skipped(tmp_path
     assert read(write(tmp_path / "empty", "")) == []
 
 
+@pytest.mark.parametrize("max_bytes", [9, 1 << 16])
+def test_paragraphs_are_separated_by_blank_lines_and_keep_their_line_breaks(tmp_path, max_bytes):
+    path = write(tmp_path / "text", "\n\none\n  two \n\n\n \t\nthree\n\nfour\nfive")
+    paragraphs = ["one\n  two ", "three", "four\nfive"]
+    assert read(path, example="paragraph", max_bytes=max_bytes) == paragraphs
+    assert sum(p.n_bytes for p in read_pieces(path, "paragraph")) == sum(map(len, paragraphs))
+
+
+def test_a_whole_file_is_one_example(tmp_path):
+    text = "one\n\n  two\n\n\nthree"
+    assert read(write(tmp_path / "text", text + "\n"), example="file") == [text]
+    assert read(write(tmp_path / "text", text.replace("\n", "\r\n")), example="file") == [text]
+
+
+@pytest.mark.parametrize("example", ["line", "paragraph", "file"])
+def test_the_error_for_text_that_is_not_utf8_counts_bytes_from_the_start_of_the_file(tmp_path, example):
+    (tmp_path / "latin").write_bytes(b"fine\r\n\n" * 300 + b"caf\xe9\n")
+    with pytest.raises(ValueError, match="byte 2103 is 0xe9"):
+        list(read_pieces(tmp_path / "latin", example, max_bytes=64))
+
+
 def test_the_error_for_text_that_is_not_utf8_names_the_first_wrong_byte(tmp_path):
     (tmp_path / "latin").write_bytes(b"fine\n" * 3 + "café\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin is not UTF-8: byte 18 is 0xe9.*iconv"):
         read(tmp_path / "latin")
 
 
-@pytest.mark.parametrize("text", ["a line\n" * 500, "word " * 50_000, "é" * 5000, "one two\n" * 20])
-def test_train_and_val_together_are_the_whole_corpus(tmp_path, text):
-    """The texts: many lines, one very long line with spaces and one without, few lines."""
+@pytest.mark.parametrize("example", ["line", "paragraph", "file"])
+@pytest.mark.parametrize("text", ["a line\n" * 500, "word " * 50_000, "é" * 5000, "one two\n" * 20, "one\n\ntwo\n\n" * 99])
+def test_train_and_val_together_are_the_whole_corpus(tmp_path, text, example):
+    """The texts: many lines, one very long line with spaces and one without, few lines, many paragraphs."""
     path = write(tmp_path / "text", text)
-    n_chars = {part: sum(len(p.text) for p in read_part(path, part)) for part in ("all", "train", "val")}
+    n_chars = {}
+    for part in ("all", "train", "val"):
+        n_chars[part] = sum(len("".join(p.text.split())) for p in read_part(path, part, example))
     assert n_chars["train"] + n_chars["val"] == n_chars["all"]
     assert 0.01 < n_chars["val"] / n_chars["all"] < 0.08
 
@@ -89,6 +113,58 @@ def test_a_character_tokenizer_has_only_the_characters_and_unk(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "model")
     assert len(tokenizer) == 28 and tokenizer.bos_id() == tokenizer.eos_id() == -1
     assert tokenizer.decode(tokenizer.encode(" a  lazy fox ")) == " a  lazy fox "
+
+
+LINES = ["KING:\nWho's there?  \n\n    An indented line,\tand a tab.", "one\u2028two\x0b\x0c\x1c\x85three\n"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_examples_of_several_lines_decode_to_exactly_the_text_and_a_line_break_is_one_token(tmp_path, kind):
+    path = write(tmp_path / "text", "\n\n".join(LINES * 20))
+    (tmp_path / "model").write_bytes(train_tokenizer(path, kind, 400, "file"))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    line_break = tokenizer.piece_to_id("\n")
+    for text in LINES:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids).encode() == text.encode() and tokenizer.unk_id() not in ids
+        assert ids.count(line_break) == text.count("\n")
+    assert keeps_breaks(tokenizer)
+
+
+SENTENCES = [
+    'He said: "Yes, sir." (Or "no"?) It was 3.50!',
+    "Don't stop-it... she's well, 'twas all;and more",
+    "a , b ,c / d",
+    '"What?!" -- "No."',
+    ". , !",
+]
+
+
+def test_a_word_tokenizer_keeps_punctuation_apart_and_restores_the_spacing(tmp_path):
+    path = write(tmp_path / "text", "\n".join(SENTENCES * 20))
+    (tmp_path / "model").write_bytes(train_tokenizer(path, "word", 400))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    for text in SENTENCES:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("Yes sir.")[:-1] == tokenizer.encode("Yes sir")
+    assert tokenizer.encode("sir, Yes")[0] == tokenizer.encode("sir")[0]
+
+
+def test_a_word_tokenizer_has_a_token_for_line_breaks(tmp_path):
+    path = write(tmp_path / "text", "KING:\nWho is there?\nNo one.\n\nSecond KING.\n" * 20)
+    (tmp_path / "model").write_bytes(train_tokenizer(path, "word", 400, "paragraph"))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert keeps_breaks(tokenizer) and tokenizer.unk_id() not in tokenizer.encode("KING:\nNo one.\nWho is there?")
+    for text in ("KING:\nWho is there?\nNo one.", "\nNo one\n\n", "KING\nSecond"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_word_tokenizer_of_text_without_punctuation_has_words_only(tmp_path):
+    path = write(tmp_path / "text", "the king's old-boat sleeps\n" * 20)
+    (tmp_path / "model").write_bytes(train_tokenizer(path, "word", 400))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    pieces = {tokenizer.id_to_piece(k) for k in range(3, len(tokenizer))}
+    assert pieces == {"\u2581" + word for word in ("the", "king's", "old-boat", "sleeps")} and not keeps_breaks(tokenizer)
 
 
 @pytest.mark.parametrize("bos, eos", [(1, 2), (1, -1), (-1, 2), (-1, -1)])

@@ -23,11 +23,11 @@ def random_network(config, std=0.2):
     return network
 
 
-def make_run(folder, kind, text):
+def make_run(folder, kind, text, example="line"):
     """A run folder with an untrained network of random weights."""
     folder.mkdir()
     (folder / "text.txt").write_text(text)
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(folder / "text.txt", kind, 300))
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(folder / "text.txt", kind, 300, example))
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     torch.manual_seed(0)
     config = Config(K=len(tokenizer), beta1=0.3, d_model=32, n_layers=1, n_heads=2)
@@ -36,7 +36,7 @@ def make_run(folder, kind, text):
     save_checkpoint(
         folder / "best.pt",
         dict(
-            WORDS,
+            {**WORDS, "args": {**WORDS["args"], "example": example}},
             config=vars(config),
             tokenizer_hash=file_hash(folder / "tokenizer.model"),
             emas=[model.state_dict()],
