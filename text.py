@@ -5,8 +5,8 @@ import io
 import math
 import os
 import tempfile
-from dataclasses import dataclass
 from collections import Counter
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from unicodedata import category

@@ -335,7 +335,7 @@ def test_a_backslash_is_a_line_break_only_for_examples_of_several_lines():
 
 
 def test_a_word_gap_has_no_line_break_and_its_length_counts_no_line_break(poems):
-    _, tokenizer, run = load(poems)
+    _, tokenizer, _ = load(poems)
     tokens = data.load_corpus(poems / "text.txt", poems / "tokenizer.model", poems, example="paragraph")
     line_break = [k for k in range(len(tokenizer)) if "\n" in tokenizer.decode([k])]
     allowed = allowed_tokens(tokenizer)
