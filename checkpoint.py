@@ -1,4 +1,6 @@
-"""The run folder: what is saved, and how a run resumes.
+"""The run folder: what is saved, how a run resumes, and how to hand a model on.
+
+    python checkpoint.py export RUN_DIR OUT_DIR
 
 A checkpoint is one file of plain types and tensors, the description of the run (made when training starts or resumes) and
 its state:
@@ -122,6 +124,22 @@ def load_weights(model, weights):
         raise ValueError(f"{message}; undo the edit, or give another -mdir") from None
 
 
+def export(run_dir, out_dir, dtype=torch.float32):
+    """Write what is needed to sample, evaluate and fine-tune: best.pt with one average as `dtype`, and the tokenizer.
+
+    Raises ValueError if the run is damaged or out_dir has files.
+    """
+    load(run_dir)  # raises ValueError
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir} exists already: give another folder")
+    run = read_checkpoint(run_dir / "best.pt")
+    kept = {name: value for name, value in run.items() if name not in ("model", "optimizers", "times")}
+    weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in run["emas"][-1].items()}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out_dir / "best.pt", {**kept, "emas": [weights]})
+    shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
+
+
 # ---------------------------------------------------------------- the state of a run
 
 
@@ -177,7 +195,10 @@ def open_run_folder(run_dir):
         raise ValueError(f"{run_dir} is a file: give another -mdir")
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / "last.pt").exists():
-        return read_checkpoint(run_dir / "last.pt")
+        checkpoint = read_checkpoint(run_dir / "last.pt")
+        if "optimizers" not in checkpoint:
+            raise ValueError(f"{run_dir} was exported and cannot be resumed: give another -mdir and --init_from={run_dir}")
+        return checkpoint
     if (run_dir / "best.pt").exists():
         raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to resume, or give another -mdir")
     return None
@@ -249,3 +270,22 @@ def check_identity(saved, now, run_dir):
             if name in ("corpus", "validation"):  # hashes, which tell a reader nothing
                 change, back = f"another {name} text", "give -d and --val_path (or none) as before"
             raise ValueError(f"{run_dir} was trained with {change}: {back} or give another -mdir")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main():
+    p = cli.Parser(__doc__.split("\n")[0])
+    p.add_argument("command", choices=["export"], help="write the averaged weights and the tokenizer only")
+    p.add_argument("run_dir", type=Path, help="run folder")
+    p.add_argument("out_dir", type=Path, help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (float32)")
+    args = p.parse_args()
+    export(args.run_dir, args.out_dir, getattr(torch, args.dtype))
+    size = (args.out_dir / "best.pt").stat().st_size
+    print(f"{args.out_dir}: best.pt ({size / 1e6:.1f} MB) and tokenizer.model")
+
+
+if __name__ == "__main__":
+    cli.run(main)

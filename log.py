@@ -16,9 +16,11 @@ import torch
 from tqdm import tqdm
 
 import cli
+import data
 import plot
 
 FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
+WORTH_SAYING = 0.005  # share of a text that gets a warning
 PLAIN_SECONDS = 30  # between lines where there is no terminal
 POSTFIX = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {utilisation:.0%} of peak, {peak_memory_gb:.1f} GB"
 
@@ -218,17 +220,38 @@ class Progress(tqdm):
             print(f"step {step} of {self.max_steps}, {figures['minutes']:.1f} minutes of training, {text}", flush=True)
 
 
-def opening_line(state, loader, config, seconds_per_step, args, device):
-    """Size of the model, memory, tokens, when the run will end, and what its figures mean -> lines."""
+def opening_lines(state, loader, val, config, seconds_per_step, args, device):
+    """Size of the model, memory, tokens, when the run will end, and what its figures mean -> lines.
+
+    val: Tokens of the validation text.
+    """
     seconds = (args.max_steps - state.step) * seconds_per_step
-    few = f"\n{few_steps(args, seconds_per_step)}" if args.max_steps < FEW_STEPS else ""
+    warnings = text_warnings(loader.tokens, val)
+    if args.max_steps < FEW_STEPS:
+        warnings.append(few_steps(args, seconds_per_step))
     meaning = "the loss is the squared error plus the cross-entropy at random times; the bound comes with each validation"
-    return (
+    opening = (
         f"preset {args.preset}: {sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
         f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens per epoch "
         f"({loader.plan(0).fill(args.sequence_length):.1%} of positions), step {state.step} to {args.max_steps} "
-        f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}{few}\n{meaning}"
+        f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
     )
+    return [opening, *warnings, meaning]
+
+
+def text_warnings(training, val):
+    """Say which share of the training text the tokenizer does not know, and which of the validation text was trained on.
+
+    training, val: Tokens. -> lines
+    """
+    unknown, known = training.n_unknown_bytes / training.n_bytes, data.share_known(val, training)
+    lines = []
+    if unknown > WORTH_SAYING:
+        lines.append(f"the tokenizer does not know {unknown:.1%} of the text: leave -spm out, or raise --vocab_size")
+    if known > WORTH_SAYING:
+        which = "validation examples are in the training text too"
+        lines.append(f"{known:.0%} of the {which}: the bound says less about new text")
+    return lines
 
 
 def few_steps(args, seconds_per_step=None):
@@ -249,8 +272,8 @@ def validation_line(figures):
     )
 
 
-def next_commands(args):
-    """What to do with a finished run -> a line or two."""
+def closing_lines(args):
+    """Say where a finished run lies and what to do with it -> lines."""
     again = (
         "python train.py -d=CORPUS.txt -mdir=runs/mine --minutes=10"
         if args.data_path is None
@@ -258,4 +281,5 @@ def next_commands(args):
     )
     if args.max_steps < FEW_STEPS and args.data_path is not None:
         return few_steps(args)
-    return f"next: python sample.py -mdir={args.model_dir}\n      {again}"
+    contents = "best.pt (weights of the lowest bound), last.pt (to resume), samples.txt, curves.png, metrics.jsonl"
+    return f"in {args.model_dir}: {contents}\nnext: python sample.py -mdir={args.model_dir}\n      {again}"

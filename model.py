@@ -244,5 +244,10 @@ class BFNTransformer(nn.Module):
         """hidden (B, L, D) -> logits (B, L, K), by Bayes' rule: what the context says, times the evidence theta."""
         return self.linear_out(hidden) + theta.clamp(min=1e-37).log()
 
-    def forward(self, theta, t, segment_ids):
+    def forward(self, theta, t, segment_ids=None):
+        """Compute the logits. Without segment_ids, each row is one segment. Raises ValueError if they are 0 everywhere."""
+        if segment_ids is None:
+            segment_ids = torch.ones_like(t, dtype=torch.long)
+        elif not segment_ids.is_cuda and not segment_ids.any():  # a GPU would have to wait for the answer
+            raise ValueError("segment_ids is 0 everywhere, and 0 is padding: number the segments of a row from 1")
         return self.head(self.body(self.embed(theta), t, segment_ids), theta)

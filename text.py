@@ -6,7 +6,9 @@ import math
 import os
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from unicodedata import category
@@ -169,13 +171,23 @@ def train_tokenizer(path, kind, vocab_size, example="line"):
             options |= dict(byte_fallback=False, add_dummy_prefix=True, remove_extra_whitespaces=True)
             options |= dict(user_defined_symbols=[], **write_rules(texts, Path(folder)))
         model = io.BytesIO()
+        options |= dict(sentence_iterator=iter(texts), model_writer=model)
         try:
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **options)
+            show_seconds(partial(sentencepiece.SentencePieceTrainer.train, **options), f"training a {kind} tokenizer")
         except RuntimeError as error:
             size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
             reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
             raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
     return model.getvalue()
+
+
+def show_seconds(function, what):
+    """Call a function and show how long it takes so far, in a terminal."""
+    with ThreadPoolExecutor(1) as pool, tqdm(desc=what, bar_format="{desc}: {elapsed}", disable=None) as bar:
+        future = pool.submit(function)
+        while wait([future], timeout=0.5).not_done:
+            bar.refresh()
+        return future.result()
 
 
 def spacing_rules(texts):

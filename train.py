@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import bfn
@@ -28,14 +29,15 @@ from sample import example_texts, mark_breaks
 from text import file_hash
 from times import Times
 
-PRESET_FLAGS = "model_dim num_layers num_heads sequence_length batch_size learning_rate warmup_steps ema_rate".split()
+PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()
 PRESETS = {
-    #          dim  layers  heads  length  batch   rate  warm-up  average
-    "base":   (1024,   8,     8,     64,    256,   1e-3,  1000,  [0.9999]),
-    "small":  ( 512,   8,     8,     64,    128,   1e-3,   500,  [0.999]),
-    "laptop": ( 256,   4,     4,     64,     32,   6e-3,   200,  [0.999]),
-    "toy":    ( 128,   4,     4,     64,     16, 1.5e-2,   100,  [0.998]),
+    #          dim  layers  heads   rate  warm-up  average   longest row  tokens of a micro-batch (`fit_rows`)
+    "base":   (1024,   8,     8,    1e-3,  1000,  [0.9999],     256,        16_384),
+    "small":  ( 512,   8,     8,    1e-3,   500,  [0.999],      256,         8_192),
+    "laptop": ( 256,   4,     4,    6e-3,   200,  [0.999],      128,         2_048),
+    "toy":    ( 128,   4,     4,  1.5e-2,   100,  [0.998],       64,         1_024),
 }  # fmt: skip
+SHORTEST_ROW = 64
 TOY_STEPS = 1_500
 TRAINING_SHARE = 0.9  # of --minutes: the rest is for validations and samples
 MOST_MINUTES = 5  # between validations, samples and saves
@@ -47,8 +49,7 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add, on_off = p.add_argument, ["auto", "on", "off"]
     add("-d", "--data_path", help="text file (the built-in language)")
-    kinds = ["line", "paragraph", "file"]
-    add("--example", choices=kinds, help="what is one example: a line, a paragraph between blank lines, all text (line)")
+    add("--example", choices=["line", "paragraph", "file"], help="one example is a line, a paragraph or all text (line)")
     add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("--val_path", help="text file for validation (a held-out part of the corpus)")
@@ -60,17 +61,16 @@ def flags():
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
-    add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch *")
+    add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch (from the preset and -slen)")
     add("-acc", "--accumulation_steps", type=cli.count, default=1, help="micro-batches per step (1)")
-    add("-slen", "--sequence_length", type=cli.several, help="tokens of a row *")
+    add("-slen", "--sequence_length", type=cli.several, help="tokens of a row (64 or more: nine of ten examples fit)")
     add("-mdim", "--model_dim", type=cli.count, help="width *")
     add("-nl", "--num_layers", type=cli.count, help="layers *")
     add("-nh", "--num_heads", type=cli.count, help="attention heads *")
     add("-dop", "--dropout_prob", type=cli.share, default=0.0, help="dropout (0)")
     add("-b", "--beta", type=cli.auto_or_positive, default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
     add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
-    kinds = ["uniform", "stratified", "learned"]
-    add("--times", choices=kinds, default="stratified", help="how training times are drawn (stratified)")
+    add("--times", choices=["uniform", "stratified", "learned"], default="stratified", help="how times are drawn (stratified)")
     own_times = "share of texts in which each position has its own t (0.5)"
     add("--position_times", type=cli.zero_to_one, default=0.5, help=own_times)
     add("-wus", "--warmup_steps", type=cli.natural, help="steps of linear warm-up, at most a fifth of all *")
@@ -102,13 +102,24 @@ def complete(args, saved=None, preset="base"):
     if args.epochs and args.minutes:
         raise ValueError("--epochs and --minutes both say how long to train: give one of them")
     args.epochs = args.epochs or 10
+    if saved and args.minutes and not args.max_steps and saved["args"].get("minutes"):
+        args.max_steps = round(saved["args"]["max_steps"] * args.minutes / saved["args"]["minutes"])  # as when it started
     choose_source(args, saved)
     inherited = {} if args.preset or not saved else saved["args"]
     args.preset = args.preset or inherited.get("preset") or preset
-    for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=True):
+    preset_flags = dict(zip(PRESET_FLAGS, PRESETS[args.preset], strict=False), sequence_length=None, batch_size=None)
+    for name, value in preset_flags.items():
         if getattr(args, name) is None:
             setattr(args, name, inherited.get(name, value))
     return args
+
+
+def fit_rows(args, tokens):
+    """Choose the length of a row, so that nine of ten examples fit, and the batch, for as many tokens as the preset says."""
+    *_, longest, n_tokens = PRESETS[args.preset]
+    needed = 2 ** math.ceil(math.log2(np.quantile(tokens.lengths, 0.9, method="inverted_cdf")))
+    args.sequence_length = args.sequence_length or min(max(needed, SHORTEST_ROW), longest)
+    args.batch_size = args.batch_size or max(1, n_tokens // args.sequence_length)
 
 
 def use_built_in_language(args):
@@ -233,15 +244,6 @@ def build(config, args, device, saved=None):
     return state
 
 
-def steps_of_minutes(args, before):
-    """Keep the number of steps that --minutes led to when the run started; more --minutes are in proportion to it.
-
-    before: flags of the run that resumes, or {}.
-    """
-    if args.minutes and not args.max_steps and before.get("minutes"):
-        args.max_steps = round(before["max_steps"] * args.minutes / before["minutes"])
-
-
 def decide_steps(args, before, step, seconds):
     """Decide how many steps --minutes are, and how often to validate, sample and save; a run that resumes keeps it.
 
@@ -270,10 +272,10 @@ def main():
         check_identity(saved["identity"], vars(args), run_dir)
     make_config(args, 2)  # sizes that do not go together are refused before a tokenizer is trained
     tokenizer, tokens, val = prepare_text(args, run_dir, saved)
+    fit_rows(args, tokens)
     config = make_config(args, len(tokenizer))
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
     accumulation, before = args.accumulation_steps, saved["args"] if saved else {}
-    steps_of_minutes(args, before)
     if not args.minutes:
         steps = args.epochs * loader.rows_per_epoch / args.batch_size / accumulation
         args.max_steps = args.max_steps or math.ceil(steps)
@@ -284,12 +286,12 @@ def main():
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
     if state.step >= (args.max_steps or math.inf):
-        print(f"{run_dir} is finished at step {state.step}; {log.next_commands(args)}")
+        print(f"{run_dir} is finished at step {state.step}\n{log.closing_lines(args)}")
         return
     switches.set_switches(state.model, args, device, accumulate_gradients)
     seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients)
     decide_steps(args, before, state.step, seconds)
-    print(log.opening_line(state, loader, config, seconds, args, device))
+    print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
 
     write, caught, saved_at, bound = log.open_metrics(run_dir, state.step), cli.catch_signals(), None, None
     meter = log.Meter(minutes=max((line.get("minutes", 0.0) for line in log.read_metrics(run_dir)), default=0.0))
@@ -339,7 +341,7 @@ def main():
         sys.exit(128 + caught[0])
     if args.data_path is None:
         print("\n".join(evaluate.check_toy(state.emas[-1], tokenizer, run, bound, args.seed, run_dir / "corpus.txt")))
-    print(log.next_commands(args))
+    print(log.closing_lines(args))
 
 
 if __name__ == "__main__":

@@ -396,6 +396,7 @@ def main():
         run_flags = train.complete(train.flags().parse_args([*files, *args.flags.split(), *seed]))
         text_flags = train.complete(train.flags().parse_args([*files, *args.flags.split()]))  # the same text for all seeds
         text = prepare(text_flags, folder)
+        train.fit_rows(run_flags, text[1])
         print(json.dumps(train_variant(args.variants[0], run_flags, args.minutes, args.tokens, text, folder)))
         return
     options = [f"--minutes={args.minutes}", f"--flags={args.flags}", f"--output={folder}", *files]

@@ -126,7 +126,9 @@ def main():
     files = [f"-d={args.data_path}", *([f"--val_path={args.val_path}"] if args.val_path else [])]
     sizes = train.complete(train.flags().parse_args([*files, *args.flags.split()]))
     folder = Path(args.output)
-    add_record(train_official(args, sizes, prepare(sizes, folder)), folder)
+    text = prepare(sizes, folder)
+    train.fit_rows(sizes, text[1])
+    add_record(train_official(args, sizes, text), folder)
     print((folder / "results.md").read_text(), end="")
 
 

@@ -1,12 +1,14 @@
 """What is saved, and that a damaged or foreign file is refused."""
 
 import os
+import sys
 
 import pytest
 import torch
 from untrained import equal, random_network
 
 import checkpoint as checkpoint_file
+import cli
 from checkpoint import load, read_checkpoint, save_checkpoint
 from model import Config
 from text import file_hash, train_tokenizer
@@ -42,6 +44,28 @@ def test_load_gives_back_the_averaged_weights_and_the_tokenizer(run_dir, model):
     assert tokenizer.decode(tokenizer.encode("badge")) == "badge" and run["step"] == 3 and loaded.config == CONFIG
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exported_model_is_the_same_model_in_a_smaller_file(run_dir, model, tmp_path, monkeypatch, capsys, dtype):
+    run = read_checkpoint(run_dir / "best.pt")
+    save_checkpoint(run_dir / "best.pt", {**run, "model": model.state_dict(), "emas": [run["emas"][0]] * 2})
+    out = tmp_path / "models" / "shared"
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "export", str(run_dir), str(out), f"--dtype={dtype}"])
+    cli.run(checkpoint_file.main)
+    assert {path.name for path in out.iterdir()} == {"best.pt", "tokenizer.model"}
+    exported, tokenizer, run = load(out)
+    assert run["step"] == 3 and tokenizer.decode(tokenizer.encode("badge")) == "badge"
+    for name, value in model.state_dict().items():
+        kept = value.to(getattr(torch, dtype)).to(value.dtype) if value.is_floating_point() else value
+        assert torch.equal(exported.state_dict()[name], kept)
+    assert (out / "best.pt").stat().st_size < (run_dir / "best.pt").stat().st_size / 2
+    with pytest.raises(SystemExit) as error:
+        cli.run(checkpoint_file.main)
+    assert error.value.code == 2 and "exists already: give another folder" in capsys.readouterr().err
+    (out / "best.pt").rename(out / "last.pt")
+    with pytest.raises(ValueError, match="was exported and cannot be resumed: give another -mdir and --init_from"):
+        checkpoint_file.open_run_folder(out)
 
 
 def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):

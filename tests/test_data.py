@@ -44,6 +44,43 @@ def tokens(corpus, tokenizer_path, tmp_path):
 # ---------------------------------------------------------------- the cache
 
 
+def test_documents_are_the_examples(tmp_path):
+    """And the same file read otherwise is another corpus, with a cache of its own."""
+    path = write(tmp_path / "text", "one\ntwo\n\nthree\n\n\n")
+    (tmp_path / "model").write_bytes(train_tokenizer(path, "bpe", 300, "paragraph"))
+    tokenizer, keys = load_tokenizer(tmp_path / "model"), set()
+    expected = dict(line=["one", "two", "three"], paragraph=["one\ntwo", "three"], file=["one\ntwo\n\nthree"])
+    for example, texts in expected.items():
+        tokens = data.load_corpus(path, tmp_path / "model", tmp_path / "cache", example=example)
+        documents = np.split(tokens.ids, tokens.offsets[1:-1])
+        assert [tokenizer.decode(ids[1:-1].tolist()) for ids in documents] == texts
+        assert tokens.n_chars == sum(map(len, texts))
+        keys.add(tokens.key)
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
+def test_documents_have_equal_hashes_only_if_they_are_equal(tokens, monkeypatch, chunk):
+    documents = [ids.tobytes() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
+    hashes = data.hash_documents(tokens, chunk)
+    assert len(set(documents)) == len(set(hashes.tolist())) == len(set(zip(documents, hashes.tolist(), strict=True)))
+
+
+def test_a_reordered_or_repeated_document_has_another_hash():
+    ids = np.array([1, 2, 3, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3], np.uint16)
+    tokens = data.Tokens(ids, np.array([0, 3, 6, 8, 10, 13]), 0, 0, 0, "")
+    hashes = data.hash_documents(tokens).tolist()
+    assert hashes[0] == hashes[4] and len(set(hashes)) == 4
+
+
+def test_the_share_of_documents_that_the_training_text_has_too(tmp_path, corpus, tokenizer_path):
+    """Half of these lines are in the corpus; one of them is there twice."""
+    lines = corpus.read_text().splitlines()
+    val = write(tmp_path / "val", "\n".join([lines[3], lines[3], lines[8] + " wa", "wb wb wb"]))
+    training, val = (data.load_corpus(path, tokenizer_path, tmp_path / "cache") for path in (corpus, val))
+    assert data.share_known(val, training) == 0.5 and data.share_known(training, training) == 1
+
+
 def test_a_document_is_bos_tokens_eos_and_decodes_to_its_line(tokens, corpus, tokenizer_path):
     tokenizer = load_tokenizer(tokenizer_path)
     lines = corpus.read_text().splitlines()

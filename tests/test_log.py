@@ -3,8 +3,10 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
+import data
 import log
 from model import Config
 
@@ -50,6 +52,16 @@ def test_curves_are_drawn_from_a_runs_metrics(tmp_path):
         write_metrics(tmp_path, bounds)
         log.draw_curves(tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_text_that_the_tokenizer_or_the_training_knows_too_little_or_too_much_gets_a_line():
+    offsets = np.array([0, 2, 4])
+    training = data.Tokens(np.array([1, 2, 3, 4]), offsets, 50, 100, 20, "")
+    half_new = data.Tokens(np.array([3, 4, 4, 4]), offsets, 50, 100, 0, "")
+    unknown, known = log.text_warnings(training, half_new)
+    assert "20.0% of the text" in unknown and known.startswith("50% of the validation examples")
+    fine = data.Tokens(np.array([1, 2, 3, 4]), offsets, 50, 100, 0, "")
+    assert log.text_warnings(fine, data.Tokens(np.array([3, 5, 4, 4]), offsets, 50, 100, 0, "")) == []
 
 
 def test_without_a_terminal_a_line_is_printed_every_half_minute(capsys, monkeypatch):

@@ -31,6 +31,14 @@ def test_a_packed_row_equals_its_segments_alone(model, lengths):
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
+def test_without_segment_ids_each_row_is_one_segment_and_only_padding_is_refused(model):
+    theta, t = random_input(4)
+    one = torch.ones(1, 4, dtype=torch.long)
+    assert torch.equal(model(*theta, *t), model(*theta, *t, one))
+    with pytest.raises(ValueError, match="segment_ids is 0 everywhere"):
+        model(*theta, *t, 0 * one)
+
+
 def test_the_convolution_adds_what_torchs_gives_within_a_segment():
     torch.manual_seed(0)
     convolution, h = model_file.Convolution(6), torch.randn(2, 7, 6)

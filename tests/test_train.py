@@ -8,7 +8,9 @@ import subprocess
 import sys
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from exact import draw, random_joint
@@ -578,8 +580,26 @@ def test_the_preset_follows_the_device_and_a_resumed_run_keeps_its_sizes():
         assert (args.preset, args.model_dim) == (preset, width)
     saved = dict(args=dict(vars(args), init_from=None, tokenizer="bpe", vocab_size=9))
     again = train.complete(parse(["-d=none"]), saved, preset="base")
-    assert (again.preset, again.model_dim, again.batch_size) == ("laptop", 256, 32)
+    assert (again.preset, again.model_dim) == ("laptop", 256)
     assert train.complete(parse(["-d=none", "--preset=base"]), saved).model_dim == 1024  # to be refused later
+
+
+@pytest.mark.parametrize(
+    "lengths, flags, expected",
+    [
+        ([5, 9, 60], [], (64, 32)),  # length of a row, rows of a batch
+        ([5] * 9 + [10_000], [], (64, 32)),
+        ([65] * 10, [], (128, 16)),
+        ([10_000], [], (128, 16)),
+        ([10_000], ["-slen=512"], (512, 4)),
+        ([10_000], ["-bsz=3"], (128, 3)),
+        ([10_000], ["-slen=4096"], (4096, 1)),
+    ],
+)
+def test_rows_fit_nine_of_ten_examples_and_batches_have_equal_tokens(lengths, flags, expected):
+    args = train.complete(train.flags().parse_args(["-d=none", *flags]), preset="laptop")
+    train.fit_rows(args, SimpleNamespace(lengths=np.array(lengths)))
+    assert (args.sequence_length, args.batch_size) == expected
 
 
 def test_fine_tuning_takes_rows_and_averages_from_the_other_run(run, tmp_path, monkeypatch):
