@@ -609,3 +609,24 @@ def test_fine_tuning_takes_rows_and_averages_from_the_other_run(run, tmp_path, m
     run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1")
     args = read_checkpoint(tmp_path / "second" / "last.pt")["args"]
     assert (args["batch_size"], args["sequence_length"], args["ema_rate"]) == (4, 32, [0.7])
+
+
+def test_examples_of_several_lines_train_and_a_resumed_run_keeps_them(run, corpus, tmp_path, capsys):
+    """Also where the tokenizer has a token for line breaks and where it spells them as a byte."""
+    poems = corpus.with_name("poems.txt")
+    poems.write_text(corpus.read_text().replace("\n", "\n\n").replace(" ", "\n"))
+    for kind in ("word", "bpe"):
+        flags = f"-d={poems}", f"--tokenizer={kind}", "--vocab_size=400"
+        run(tmp_path / kind, *flags, "--example=paragraph", "--max_steps=4")
+        run(tmp_path / kind, *flags)
+        checkpoint = read_checkpoint(tmp_path / kind / "last.pt")
+        assert checkpoint["step"] == 8 and checkpoint["args"]["example"] == "paragraph"
+        samples = (tmp_path / kind / "samples.txt").read_text().splitlines()
+        assert len(samples) == 4 and r"\n" in samples[-1]
+        with pytest.raises(ValueError, match="trained with example=paragraph, now it is line"):
+            run(tmp_path / kind, *flags, "--example=line")
+    run(tmp_path / "lines", "--tokenizer=bpe", "--vocab_size=400", "--max_steps=1")
+    run(tmp_path / "tuned", f"-d={poems}", "--example=paragraph", f"--init_from={tmp_path / 'lines'}", "--max_steps=1")
+    run(tmp_path / "words", "--max_steps=1")
+    with pytest.raises(ValueError, match="does not keep line breaks: leave -spm out"):
+        run(tmp_path / "other", f"-d={poems}", "--example=paragraph", f"--init_from={tmp_path / 'words'}", "--max_steps=1")
