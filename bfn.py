@@ -229,26 +229,28 @@ class Task:
         return self.theta(torch.zeros(*self.ids.shape, self.K, device=self.ids.device))
 
     def ask(self, theta, t, ids, given):
-        """Call the network at time t with the positions `given` (B, L) filled in -> p, sharpened p, both (B, L, K).
+        """Call the network at time t with the positions `given` (B, L) filled in -> log_p, sharpened p, both (B, L, K).
 
-        p tells how certain a token is; the sharpened p is drawn from. With a hint, accuracies add: t becomes
+        log_p tells how certain a token is; the sharpened p is drawn from. With a hint, accuracies add: t becomes
         sqrt(t^2 + hint_time^2).
         """
         c = self.controls
         times = torch.full(ids.shape, min(1.0, math.hypot(t, c.hint_time)), device=ids.device)
         log_p = predict(self.network, theta, times, ids, given)
-        p = (log_p if c.allowed is None else log_p.masked_fill(~c.allowed, -torch.inf)).softmax(-1)
+        if c.allowed is not None:
+            log_p = log_p.masked_fill(~c.allowed, -torch.inf).log_softmax(-1)
+        p = log_p.exp()
         if c.watch is not None:
             c.watch(t, p, given)
-        return p, sharpen(p, c.temperature, c.top_p)
+        return log_p, sharpen(p, c.temperature, c.top_p)
 
     def read(self, p, draws, index=...):
         """Choose tokens from the sharpened p (B, L, K) -> (B, L), or (n,) for only the n positions `index`."""
         return p[index].argmax(-1) if self.controls.argmax else draws.tokens(p, index)
 
-    def is_certain(self, p, open_mask):
+    def is_certain(self, log_p, open_mask):
         """Rows whose positions `open_mask` (B, L) have a mean entropy below `until` -> (B,) bool."""
-        return (entropy(p) * open_mask).sum(1) / open_mask.sum(1).clamp(min=1) < self.controls.until
+        return (entropy(log_p) * open_mask).sum(1) / open_mask.sum(1).clamp(min=1) < self.controls.until
 
 
 @torch.no_grad()
@@ -280,16 +282,16 @@ def solve(task, step, start=0.0, times=None):
     ids, calls, running = task.ids, torch.zeros_like(task.n_open), torch.ones_like(task.n_open, dtype=torch.bool)
     sharpened_before, u_before = None, 0.0
     for i, u in enumerate(times):
-        p, sharpened = task.ask(task.theta(z), u, task.ids, cond_mask)
+        log_p, sharpened = task.ask(task.theta(z), u, task.ids, cond_mask)
         calls += running
         is_last = i + 1 == len(times)
         if c.until or is_last:
-            finished = running & (task.is_certain(p, ~cond_mask) | is_last)
+            finished = running & (task.is_certain(log_p, ~cond_mask) | is_last)
             ids = torch.where(finished[:, None] & ~cond_mask, task.read(sharpened, task.draws.at(READ, i)), ids)
             running = running & ~finished
             if not running.any():
                 break
-        dp = torch.zeros_like(p) if sharpened_before is None else (sharpened - sharpened_before) / (u - u_before)
+        dp = torch.zeros_like(log_p) if sharpened_before is None else (sharpened - sharpened_before) / (u - u_before)
         sharpened_before, u_before = sharpened, u
         z = step(z, sharpened, dp, u, times[i + 1], task.s1, task.draws.at(STEP, i))
     return ids, calls
@@ -322,36 +324,36 @@ def commit(task, choose=spread_out):
     exact network, this is the chain rule and therefore exact [for masked models: Chang et al. 2022, "MaskGIT"].
     choose(score, open_mask, n): which positions to fill, see `spread_out`.
     """
-    ids, p_drawn, calls, finished = fill(task, choose)
-    ids, n_corrections = correct(task, ids, p_drawn, finished)
+    ids, log_p_drawn, calls, finished = fill(task, choose)
+    ids, n_corrections = correct(task, ids, log_p_drawn, finished)
     return ids, calls + n_corrections
 
 
 def fill(task, choose):
     """Commit open positions call by call, about equally many in each.
 
-    -> ids (B, L), each drawn token's probability (B, L), calls (B,), whether a row was certain and finished early (B,).
+    -> ids (B, L), each drawn token's log-probability (B, L), calls (B,), whether a row was certain and finished early (B,).
     A row takes at most `steps` calls and at most one per open position.
     """
     ids, given, theta = task.ids, task.cond_mask, task.no_evidence()
-    p_drawn = torch.ones(ids.shape, device=ids.device)
+    log_p_drawn = torch.zeros(ids.shape, device=ids.device)
     n_calls = task.n_open.clamp(1, task.controls.steps)
     finished = torch.zeros_like(n_calls, dtype=torch.bool)
     for i in range(n_calls.max().item()):
-        p, sharpened = task.ask(theta, 0.0, ids, given)
-        certain = task.is_certain(p, ~given) & (i < n_calls)
+        log_p, sharpened = task.ask(theta, 0.0, ids, given)
+        certain = task.is_certain(log_p, ~given) & (i < n_calls)
         finished, n_calls = finished | certain, n_calls.masked_fill(certain, i + 1)  # what is left is filled now
         n_filled_after = task.n_open * (i + 1) // n_calls
         n_now = n_filled_after.minimum(task.n_open) - (given & ~task.cond_mask).sum(1)
-        chosen = choose(entropy(p), ~given, n_now)
-        ids, p_drawn = draw_chosen(task, chosen, p, sharpened, task.draws.at(FILL, i), ids, p_drawn)
+        chosen = choose(entropy(log_p), ~given, n_now)
+        ids, log_p_drawn = draw_chosen(task, chosen, log_p, sharpened, task.draws.at(FILL, i), ids, log_p_drawn)
         given = given | chosen
         if (n_calls <= i + 1).all():
             break
-    return ids, p_drawn, n_calls, finished
+    return ids, log_p_drawn, n_calls, finished
 
 
-def correct(task, ids, p_drawn, finished):
+def correct(task, ids, log_p_drawn, finished):
     """Redraw an eighth of the drawn tokens per call, given all others: in each stretch the one that was least likely.
 
     At most `corrections` calls, at most one per two tokens, none for rows that `finished` -> ids (B, L), calls (B,). The
@@ -361,17 +363,39 @@ def correct(task, ids, p_drawn, finished):
     theta = task.no_evidence() if n_calls.any() else None
     for i in range(n_calls.max().item()):
         n_redraw = (task.n_open // 8).clamp(min=1) * (i < n_calls)
-        chosen = spread_out(p_drawn, ~task.cond_mask, n_redraw)
-        p, sharpened = task.ask(theta, 0.0, ids, ~chosen)
-        ids, p_drawn = draw_chosen(task, chosen, p, sharpened, task.draws.at(CORRECT, i), ids, p_drawn)
+        chosen = spread_out(log_p_drawn, ~task.cond_mask, n_redraw)
+        log_p, sharpened = task.ask(theta, 0.0, ids, ~chosen)
+        ids, log_p_drawn = draw_chosen(task, chosen, log_p, sharpened, task.draws.at(CORRECT, i), ids, log_p_drawn)
     return ids, n_calls
 
 
-def draw_chosen(task, chosen, p, sharpened, draws, ids, p_drawn):
-    """Draw tokens at the positions `chosen` (B, L) -> ids (B, L), probability of each drawn token (B, L)."""
+def draw_chosen(task, chosen, log_p, sharpened, draws, ids, log_p_drawn):
+    """Draw tokens at the positions `chosen` (B, L) -> ids (B, L), log-probability of each drawn token (B, L)."""
     index = chosen.nonzero(as_tuple=True)  # waits for the device
     k = task.read(sharpened, draws, index)
-    return ids.index_put(index, k), p_drawn.index_put(index, p[index].gather(-1, k[:, None]).squeeze(-1))
+    return ids.index_put(index, k), log_p_drawn.index_put(index, log_p[index].gather(-1, k[:, None]).squeeze(-1))
+
+
+@dataclass
+class Reading(Task):
+    """A task in which every draw yields the token that is there: `fill` then computes what the text costs."""
+
+    def read(self, p, draws, index=...):
+        return self.ids[index]
+
+
+@torch.no_grad()
+def log_likelihood(network, ids, cond_mask, s1, K, calls, choose=spread_out):
+    """Compute log P(ids) under `commit` with so many calls, no corrections and temperature 1 -> log p_d (B, L).
+
+        log P_N(x) = sum over calls n of sum over positions d filled in call n of log p_d(x_d | what is known before n)
+
+    Each position's term, 0 where cond_mask (B, L) is True. There is no bound and no noise: the positions are chosen by
+    what is known, and tokens filled in the same call are independent [for masked models: "DUEL", arXiv 2603.01367]. A
+    row takes at most one call per open position; then it is the chain rule.
+    """
+    draws = Draws(torch.zeros(*ids.shape, 2, dtype=torch.int32, device=ids.device))  # never drawn from
+    return fill(Reading(network, ids, cond_mask, s1, K, Controls(steps=calls), draws), choose)[1]
 
 
 SAMPLERS = {
@@ -384,9 +408,9 @@ SAMPLERS = {
 }
 
 
-def entropy(p):
+def entropy(log_p):
     """-sum_k p_k log p_k in nats: (..., K) -> (...)."""
-    return torch.special.entr(p).sum(-1)
+    return torch.special.entr(log_p.exp()).sum(-1)
 
 
 def sharpen(p, temperature=1.0, top_p=1.0):

@@ -172,6 +172,62 @@ def test_committing_one_position_a_call_is_exact_and_all_at_once_is_not():
     assert total_variation(1, "commit", truth=product) < 0.02 < total_variation(1, "commit")
 
 
+def leftmost(score, open_mask, n):
+    return open_mask & (open_mask.cumsum(1) <= n[:, None])
+
+
+def any_order(score, open_mask, n):
+    """The same random order in each call."""
+    scores = torch.rand(score.shape, generator=torch.Generator().manual_seed(3))
+    return bfn.spread_out(scores, open_mask, n)
+
+
+def log_p_of_all(n_calls, choose=bfn.spread_out, given=None):
+    """log P of every sequence under the sampler -> (K^L,)."""
+    cond_mask = nothing_given(SEQUENCES) if given is None else given
+    return bfn.log_likelihood(FLAT, SEQUENCES, cond_mask, 6.0, K, n_calls, choose).double().sum(1)
+
+
+@pytest.mark.parametrize("choose", [bfn.spread_out, leftmost, any_order])
+def test_the_likelihood_of_one_position_a_call_is_that_of_the_joint_in_every_order(choose):
+    torch.testing.assert_close(log_p_of_all(L, choose), FLAT_P.log().double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_p_of_all(99, choose), FLAT_P.log().double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("choose", [bfn.spread_out, leftmost])
+@pytest.mark.parametrize("n_calls", [1, 2, 3])
+def test_the_likelihoods_of_all_sequences_sum_to_one_and_cost_at_least_the_entropy(n_calls, choose):
+    log_p = log_p_of_all(n_calls, choose)
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    cost = -(FLAT_P * log_p).sum().item()
+    assert cost > entropy(FLAT_P) + (0.01 if n_calls < L else -1e-5)
+
+
+@pytest.mark.parametrize("n_calls", [1, 2, 3])
+def test_what_the_sampler_draws_has_the_likelihood_that_is_computed(n_calls):
+    assert total_variation(n_calls, "commit", truth=log_p_of_all(n_calls).exp()) < 0.02
+
+
+def test_the_likelihood_given_a_token_is_the_conditional_and_given_tokens_cost_nothing():
+    given = torch.tensor([False, True, False]).expand_as(SEQUENCES)
+    of_token = torch.stack([FLAT_P[SEQUENCES[:, 1] == k].sum() for k in range(K)])
+    conditional = FLAT_P / of_token[SEQUENCES[:, 1]]
+    torch.testing.assert_close(log_p_of_all(L, given=given), conditional.log().double(), atol=1e-5, rtol=0)
+    terms = bfn.log_likelihood(FLAT, SEQUENCES, given, 6.0, K, L)
+    assert not terms[given].any() and (terms[~given] < 0).all()
+
+
+def test_the_likelihood_of_a_hopeless_token_is_finite():
+    """Also where its probability is zero in float32."""
+
+    def network(theta, t):
+        return torch.tensor([0.0, -300.0]).expand(*t.shape, 2)
+
+    ids = torch.tensor([[1, 1]])
+    log_p = bfn.log_likelihood(network, ids, nothing_given(ids), 6.0, 2, 2)
+    assert log_p.tolist() == [[-300.0, -300.0]]
+
+
 def test_the_lowest_score_of_each_stretch_of_open_positions_is_chosen():
     """The positions 0, 1, 3, 4, 5, 6 are cut in two; 1 and 6 have the lowest score of their half, 1 and 3 of all."""
     score = torch.tensor([[5.0, 1.0, 0.0, 2.0, 4.0, 5.0, 3.0]])
@@ -439,10 +495,6 @@ def test_rows_of_one_position_or_with_everything_given_are_sampled(sampler):
 
 def left_to_right(task):
     """Commit tokens from left to right: the recipe of the README."""
-
-    def leftmost(score, open_mask, n):
-        return open_mask & (open_mask.cumsum(1) <= n[:, None])
-
     return bfn.commit(task, leftmost)
 
 
