@@ -70,6 +70,11 @@ share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
 above_zero_to_one = _number(float, 0, exclusive=True, most=1)
 
 
+def counts(text):
+    """Read "8,32" -> [8, 32]."""
+    return [count(part) for part in text.split(",")]
+
+
 def shares(text):
     """Read "0.99,0.999" -> [0.99, 0.999]."""
     return [share(part) for part in text.split(",")]

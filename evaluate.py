@@ -16,12 +16,14 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from tqdm import tqdm
 import bfn
 import cli
 import data
+import likelihood
 import plot
 import quality
 import toy
@@ -46,6 +49,8 @@ ERROR = 0.005  # Monte-Carlo error to reach, nats per token
 SECONDS = 40  # how long the draws take if no flag says how much to score
 TIME_BINS = 50
 VAL_TOKENS = 16_384  # a validation scores at most this many tokens
+VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes a call per step of the sampler
+SAMPLED = {"exact": partial(likelihood.exact, calls=Options.steps)}  # of what sample.py draws, without corrections
 UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: 8 for the byte, 1 for whether another one follows
 
 
@@ -79,6 +84,14 @@ def parse_given(text):
     return given
 
 
+def parse_orders(text):
+    """Read "left,random" -> list of orders."""
+    orders = text.split(",")
+    if not set(orders) <= {"sampler", "left", "random", "any"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: write some of sampler,left,random,any")
+    return orders
+
+
 @dataclass(frozen=True)
 class Text:
     """A text as windows in rows, and what of it is scored."""
@@ -94,6 +107,16 @@ class Text:
         starts, lengths, row_starts = self.plan.starts, self.plan.lengths, self.plan.row_starts
         n_windows = row_starts[n_rows]
         return replace(self, plan=data.Plan(starts[:n_windows], lengths[:n_windows], row_starts[: n_rows + 1]))
+
+    @property
+    def document(self):
+        """The document of each window: (N,)."""
+        return np.searchsorted(self.tokens.offsets, self.plan.starts, side="right") - 1
+
+    def windows(self):
+        """The ids of each window -> list of N arrays."""
+        ends = self.plan.starts + self.plan.lengths
+        return [self.tokens.ids[start:end] for start, end in zip(self.plan.starts, ends, strict=True)]
 
     def read(self, rows):
         """Read a range of rows -> ids, segment_ids, cond_mask, index (window of each position), each (B, L).
@@ -205,8 +228,7 @@ class Scores:
         t, loss, cross_entropy, reconstruction, n_scored = map(np.stack, zip(*draws, strict=True))
         if n_scored[0].sum() == 0:
             raise ValueError("nothing of this text is left to score: give less of it")
-        document = np.searchsorted(text.tokens.offsets, text.plan.starts, side="right") - 1
-        return cls(t, loss, cross_entropy, reconstruction, n_scored[0], document, n_steps, text)
+        return cls(t, loss, cross_entropy, reconstruction, n_scored[0], text.document, n_steps, text)
 
     @property
     def share(self):
@@ -263,14 +285,22 @@ class Scores:
         is left of the variance, or for a single cluster.
         """
         excess = self.residuals()[0].mean(0) + self.reconstruction.mean(0) - self.n_scored * self.nats_per_token[1]
-        several = len(np.unique(self.document[self.n_scored > 0])) > 1
-        cluster = self.document if several else np.arange(len(self.n_scored))
-        excess = np.bincount(cluster, excess)[np.bincount(cluster, self.n_scored) > 0]
-        n_clusters = len(excess)
-        if n_clusters < 2:
-            return math.nan, n_clusters
-        variance = np.square(excess).sum() * n_clusters / (n_clusters - 1) - np.nan_to_num(self.monte_carlo_variance())
-        return (math.sqrt(variance) / self.n_scored.sum() if variance > 0 else math.nan), n_clusters
+        return clustered_error(excess, self.n_scored, self.document, np.nan_to_num(self.monte_carlo_variance()))
+
+
+def clustered_error(excess, n_scored, document, noise_variance=0.0):
+    """Standard error per token from what windows cost more than the mean, clustered by document -> error, n_clusters.
+
+    excess, n_scored, document: (N,); noise_variance of their sum is not the text's. See `Scores.text_error`.
+    """
+    several = len(np.unique(document[n_scored > 0])) > 1
+    cluster = document if several else np.arange(len(n_scored))
+    excess = np.bincount(cluster, excess)[np.bincount(cluster, n_scored) > 0]
+    n_clusters = len(excess)
+    if n_clusters < 2:
+        return math.nan, n_clusters
+    variance = np.square(excess).sum() * n_clusters / (n_clusters - 1) - noise_variance
+    return (math.sqrt(variance) / n_scored.sum() if variance > 0 else math.nan), n_clusters
 
 
 def draws_needed(scores, error):
@@ -331,7 +361,7 @@ def score(
 # ---------------------------------------------------------------- figures
 
 
-def likelihood(scores, tokens, bos_id, conditional=False):
+def likelihood_figures(scores, tokens, bos_id, conditional=False):
     """Compute the figures of a scored text, with units in their names -> dict of floats and ints.
 
     Characters and bytes are those of the raw text; `conditional` leaves out the figures per character and byte, which have
@@ -360,6 +390,24 @@ def likelihood(scores, tokens, bos_id, conditional=False):
     return {name: float(value) for name, value in figures.items()} | counts  # plain types, for checkpoints and JSON
 
 
+def to_key(name):
+    """Turn the name of a figure into a key: "exact, 8 calls" -> "exact_8_calls"."""
+    return re.sub(r"\W+", "_", name).strip("_")
+
+
+def exact_figures(text, scores, bos_id):
+    """Compute the figures of `likelihood.score`, in the same units as the bound -> dict of floats.
+
+    text: the Text whose first windows were scored. Names are such as exact_8_calls_nats_per_token.
+    """
+    figures, n, unknown = {}, len(scores.n_scored), unknown_nats_per_token(text.tokens, bos_id)
+    for name, mean in scores.nats_per_token().items():
+        figures[f"{to_key(name)}_nats_per_token"] = mean + unknown
+        excess = scores.nats[name] - mean * scores.n_scored
+        figures[f"{to_key(name)}_text_error_nats_per_token"] = clustered_error(excess, scores.n_scored, text.document[:n])[0]
+    return figures
+
+
 def describe(path, tokens, window, figures):
     """Say in one line how large a text is, and how much of it was scored."""
     return (
@@ -375,20 +423,21 @@ def to_json(figures, scores, samples):
     return json.dumps(figures)
 
 
-def table(figures, n_steps):
-    """Lay out the figures of `likelihood` -> lines of text."""
+def table(figures, n_steps, exact_names=()):
+    """Lay out the figures of `likelihood_figures`, and those of `exact_figures` that are named -> lines of text."""
     units = {"nats/token": 1.0, "bits/token": 1 / math.log(2)}
     if "bits_per_char" in figures:
         units["bits/char"] = figures["bits_per_char"] / figures["bound_nats_per_token"]
         units["bits/byte"] = figures["bits_per_byte"] / figures["bound_nats_per_token"]
     L = f"L_{n_steps or 'inf'}"
-    labels = {L: f"{L}_nats_per_token", "L_rec": "L_rec_nats_per_token"}
-    labels |= {"unknown text": "unknown_nats_per_token"} if figures["unknown_nats_per_token"] else {}
-    labels |= {"bound": "bound_nats_per_token", "  +- noise, times": "monte_carlo_error_nats_per_token"}
-    labels |= {"  +- choice of text": "text_error_nats_per_token"}
-    lines = [" " * 20 + "".join(f"{unit:>12}" for unit in units)]
-    for label, name in labels.items():
-        lines.append(f"{label:20}" + "".join(f"{figures[name] * x:12.4f}" for x in units.values()))
+    entries = [(L, L), ("L_rec", "L_rec"), *[("unknown text", "unknown")] * (figures["unknown_nats_per_token"] > 0)]
+    entries += [("bound", "bound"), ("  +- noise, times", "monte_carlo_error"), ("  +- choice of text", "text_error")]
+    for name in exact_names:
+        entries += [(name, to_key(name)), ("  +- choice of text", f"{to_key(name)}_text_error")]
+    lines = [" " * 24 + "".join(f"{unit:>12}" for unit in units)]
+    for label, name in entries:
+        values = (figures[f"{name}_nats_per_token"] * x for x in units.values())
+        lines.append(f"{label:24}" + "".join(f"{value:12.4f}" for value in values))
     return [*lines, f"perplexity per token {figures['perplexity_per_token']:.2f}"]
 
 
@@ -446,36 +495,64 @@ def full_precision():
 
 
 def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
-    """Estimate the bound on the same tokens and the same noise each time -> figures (see `likelihood`), loss by time.
+    """Measure the bound, and the exact likelihood of the default sampler, on the same text and noise each time.
 
-    The loss by time is a list of 20 values, nats per token, in even bins.
+    -> figures (see `likelihood_figures`, `exact_figures`), loss by time: a list of 20 values, nats per token, in even bins.
     """
     with full_precision():
         scores = score(model, tokens, row_length, bos_id, device, seed="validation", max_tokens=max_tokens)
+        exact = exact_likelihood(model, tokens, row_length, bos_id, device, VAL_EXACT_TOKENS)
     _, loss_by_time, _ = scores.by_time(20)
-    return likelihood(scores, tokens, bos_id), np.nan_to_num(loss_by_time).tolist()
+    return likelihood_figures(scores, tokens, bos_id) | exact, np.nan_to_num(loss_by_time).tolist()
 
 
-def check_toy(model, tokenizer, run, bound_nats_per_token, seed, corpus):
-    """Compare a model of the built-in language with the exact entropy, and check 256 samples -> two lines of text.
+def exact_likelihood(model, tokens, row_length, bos_id, device, max_tokens):
+    """Measure the exact likelihood of the default sampler on about max_tokens of a text, always the same -> figures."""
+    plan = data.plan_validation(tokens, row_length)
+    text = Text(tokens, plan, row_length, bos_id, nothing_given).first_rows(min(plan.n_rows, -(-max_tokens // row_length)))
+    scores = likelihood.score(model, text.windows(), bos_id, nothing_given, SAMPLED, device)
+    figures = exact_figures(text, scores, bos_id)
+    bits_per_token = figures["exact_nats_per_token"] / math.log(2)
+    return figures | dict(exact_bits_per_char=bits_per_token * n_scorable(tokens, bos_id) / tokens.n_chars)
 
-    corpus: Path of the text that the model was trained on.
+
+def check_toy(model, tokenizer, run, val, bound_nats_per_token, seed, corpus):
+    """Compare a model of the built-in language with the exact entropy, and check 256 samples -> three lines of text.
+
+    val: Tokens of held-out sentences. corpus: Path of the text that the model was trained on.
     """
     n_tokens = toy.mean_length() + 1  # eos is scored too
     entropy = toy.entropy_given_length() / n_tokens / math.log(2)
     bound = bound_nats_per_token / math.log(2)
-    difference = bound / entropy - 1
+    exact = entropy + excess_nats_per_token(model, tokenizer, val) / math.log(2)
+
+    def above(bits):
+        return f"{abs(bits / entropy - 1):.1%} {'above' if bits >= entropy else 'below'}"
+
     templates = [make_template("", tokenizer, run, mix_seed("toy", i)) for i in range(256)]
     texts = [decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, templates, seed)]
     known = set(corpus.read_text().splitlines())
     grammatical = [text for text in texts if toy.is_grammatical(text)]
     new_share = sum(text not in known for text in grammatical) / max(1, len(grammatical))
-    side, percent = "above" if difference >= 0 else "below", f"{abs(difference):.1%}"
     good, new = f"{len(grammatical) / len(texts):.1%} of {len(texts)}", f"{new_share:.0%}"
     return [
-        f"bound {bound:.3f} bits per token, {percent} {side} the exact entropy given the length, {entropy:.3f}",
+        f"bound {bound:.3f} bits per token, {above(bound)} the exact entropy given the length, {entropy:.3f}",
+        f"exact likelihood of the default sampler {exact:.3f} bits per token, {above(exact)}",
         f"{good} samples are grammatical, {new} of these are not in the corpus",
     ]
+
+
+def excess_nats_per_token(model, tokenizer, val, n=400):
+    """Compute what up to n sentences of the built-in language cost the default sampler more than the grammar.
+
+    -> nats per token. Both are exact likelihoods given the length, so the choice of sentences hardly matters.
+    """
+    sentences = [val.ids[begin:end] for begin, end in pairwise(val.offsets[: n + 1])]
+    device = next(model.parameters()).device
+    scores = likelihood.score(model, sentences, tokenizer.bos_id(), nothing_given, SAMPLED, device)
+    words = [tokenizer.decode(ids.tolist()).split() for ids in sentences]
+    truth = sum(math.log(toy.lengths()[len(w)] / toy.probability(w)) for w in words)
+    return (scores.nats["exact"].sum() - truth) / scores.n_scored.sum()
 
 
 # ---------------------------------------------------------------- samples
@@ -540,6 +617,10 @@ def flags():
         default=nothing_given,
         help="score only the rest, given the first share of each window (prefix:SHARE), or all but a gap (around:SHARE)",
     )
+    exact = "also measure the exact likelihood of the default sampler with so many calls, for example 8,32,128"
+    add("--calls", type=cli.counts, default=[], help=exact)
+    orders = "also measure the chain rule, a call per token, in the orders sampler,left,random, and the bound over any order"
+    add("--order", type=parse_orders, default=[], help=orders)
     add("-bsz", "--batch_size", type=cli.count, help="rows per network call (chosen by the size of the model)")
     add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
@@ -604,11 +685,17 @@ def main():
     options |= dict(n_steps=args.n_steps, given=args.given, seed=args.seed, batch_size=args.batch_size, progress=True)
     with collect_interrupts() as interrupts:
         scores = score(model, tokens, window, bos_id, device, **options, interrupts=interrupts)
-    figures = likelihood(scores, tokens, bos_id, conditional=args.given is not nothing_given)
+        figures = likelihood_figures(scores, tokens, bos_id, conditional=args.given is not nothing_given)
+        functions = likelihood.figures_of(args.calls, args.order)
+        if functions and not interrupts:
+            limit = dict(seconds=None if args.all or args.max_tokens else SECONDS, interrupts=interrupts)
+            windows = scores.text.windows()
+            exact = likelihood.score(model, windows, bos_id, args.given, functions, device, **limit, seed=args.seed, progress=True)
+            figures |= exact_figures(scores.text, exact, bos_id)
     if args.by_time:
         write_by_time(scores, args.by_time, f"{args.model_dir}, step {run['step']}")
     if not args.json:
-        print(describe(args.data_path, tokens, window, figures), *table(figures, args.n_steps), sep="\n", flush=True)
+        print(describe(args.data_path, tokens, window, figures), *table(figures, args.n_steps, functions), sep="\n", flush=True)
     samples = {}
     if args.samples and not interrupts:
         with suppress(KeyboardInterrupt):

@@ -267,8 +267,8 @@ def validation_line(figures):
     unknown = figures["unknown_nats_per_token"]
     spelling = f" + unknown text {unknown:.3f}" if unknown else ""
     return (
-        f"validation L_inf {L_inf:.3f} + L_rec {L_rec:.3f}{spelling} = {bound:.3f} +- {error:.3f} nats per token, "
-        f"{figures['bits_per_char']:.3f} bits per character"
+        f"validation L_inf {L_inf:.3f} + L_rec {L_rec:.3f}{spelling} = bound {bound:.3f} +- {error:.3f} nats per token, "
+        f"{figures['bits_per_char']:.3f} bits per character; exact {figures['exact_bits_per_char']:.3f}"
     )
 
 

@@ -340,7 +340,7 @@ def main():
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + caught[0])
     if args.data_path is None:
-        print("\n".join(evaluate.check_toy(state.emas[-1], tokenizer, run, bound, args.seed, run_dir / "corpus.txt")))
+        print("\n".join(evaluate.check_toy(state.emas[-1], tokenizer, run, val, bound, args.seed, run_dir / "corpus.txt")))
     print(log.closing_lines(args))
 
 

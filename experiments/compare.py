@@ -43,6 +43,7 @@ from noise import mix_seed
 
 N_POINTS = 8  # validations of each run, evenly spaced over its budget
 VAL_TOKENS = 32_768  # of the validation text, scored each time
+EXACT_TOKENS = 2048  # and of these, for the exact likelihood of the default sampler
 
 # ---------------------------------------------------------------- variants: each changes args or patches a module
 
@@ -227,12 +228,33 @@ def autoregressive(args):
     bfn.CROSS_ENTROPY = 0.0
 
 
+def masked(args):
+    """Masked diffusion: each token is unknown with probability 1 - t or given; cross-entropy of the unknown / (1 - t)."""
+    args.position_times, bfn.CROSS_ENTROPY, data.draw_cond_mask = 0.0, 0.0, give_nothing
+    unknown = None
+
+    def predict_noisy(network, ids, t, cond_mask, s1, K, eps=None):
+        nonlocal unknown
+        u = torch.rand(ids.shape, device=ids.device) if eps is None else torch.special.ndtr(eps[..., 0])
+        unknown = (u >= t) & ~cond_mask
+        theta = torch.full((*ids.shape, K), 1 / K, device=ids.device)
+        return bfn.predict(network, theta, torch.zeros_like(t), ids, ~unknown)
+
+    def squared_error_loss(log_p, ids, t, s1):
+        return unknown * bfn.cross_entropy(log_p, ids) / (1 - t).clamp(min=1e-4)
+
+    def reconstruction_loss(network, ids, *rest):
+        return torch.zeros(ids.shape, device=ids.device)
+
+    bfn.predict_noisy, bfn.squared_error_loss, bfn.reconstruction_loss = predict_noisy, squared_error_loss, reconstruction_loss
+
+
 VARIANTS = {
     f.__name__: f
     for f in (
         base, no_skip, no_convolution, adamw, segment_times, position_times, learned_times, uniform_times,
         no_cross_entropy, cross_entropy_2, cross_entropy_20, half_batch, double_batch, half_rate, double_rate, nothing_given,
-        given_apart, self_conditioning, first_formulation, autoregressive,
+        given_apart, self_conditioning, first_formulation, autoregressive, masked,
     )
 }  # fmt: skip
 
@@ -282,7 +304,7 @@ def spend(budget, step, measure, label):
 
 def bound(model, val, window, bos_id, device):
     """Estimate the bound on VAL_TOKENS of the validation text, with the same noise for every model -> figures."""
-    return evaluate.likelihood(evaluate.score(model, val, window, bos_id, device, max_tokens=VAL_TOKENS), val, bos_id)
+    return evaluate.likelihood_figures(evaluate.score(model, val, window, bos_id, device, max_tokens=VAL_TOKENS), val, bos_id)
 
 
 def train_variant(name, args, minutes, n_tokens, text, folder):
@@ -310,7 +332,8 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
         return int((batch[1] > 0).sum())
 
     def measure():
-        return bound(state.emas[-1], val, args.sequence_length, tokenizer.bos_id(), device)
+        inputs = val, args.sequence_length, tokenizer.bos_id(), device
+        return bound(state.emas[-1], *inputs) | evaluate.exact_likelihood(state.emas[-1], *inputs, EXACT_TOKENS)
 
     result = record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
     if name == "base":  # a checkpoint does not record how the network of another variant differs
@@ -349,13 +372,12 @@ def table(records):
         groups.setdefault(r["name"], []).append(r)
     mean = {name: sum(r["bits_per_char"] for r in rs) / len(rs) for name, rs in groups.items()}
     lines = [
-        "| variant | what | bits per character | L_inf + L_rec, nats per token | minutes | tokens | seeds |",
-        "|" + "---|" * 7,
+        "| variant | what | bits per character: bound | exact | L_inf + L_rec, nats per token | minutes | tokens | seeds |",
+        "|" + "---|" * 8,
     ]
     for name in sorted(groups, key=mean.get):
         rs = groups[name]
-        bits = [r["bits_per_char"] for r in rs]
-        shown = f"{mean[name]:.3f}" + (f" +- {statistics.stdev(bits) / len(bits) ** 0.5:.3f}" if len(bits) > 1 else "")
+        shown = " | ".join(mean_and_error([r.get(key) for r in rs]) for key in ("bits_per_char", "exact_bits_per_char"))
         L_inf, L_rec, minutes, n_tokens = (
             sum(r[k] for r in rs) / len(rs) for k in ("L_inf_nats_per_token", "L_rec_nats_per_token", "minutes", "n_tokens")
         )
@@ -364,6 +386,14 @@ def table(records):
             f"| {name} | {what} | {shown} | {L_inf:.3f} + {L_rec:.3f} | {minutes:.1f} | {n_tokens / 1e6:.2f} M | {len(rs)} |"
         )
     return lines
+
+
+def mean_and_error(values):
+    """Write the mean of a figure over seeds with its standard error; None stands for a figure that was not measured."""
+    if None in values:
+        return "-"
+    error = f" +- {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3f}{error}"
 
 
 def prepare(args, folder):

@@ -68,7 +68,7 @@ def test_the_bound_of_the_exact_network_is_above_the_code_length_and_reaches_it_
     ids = draw(SEQUENCES, P, 4000)
     tokens = tokens_of(ids)
     scores = evaluate.score(exact_model(s1), tokens, 3, -1, CPU, n_draws=8, n_steps=n_steps, batch_size=500)
-    figures = evaluate.likelihood(scores, tokens, -1)
+    figures = evaluate.likelihood_figures(scores, tokens, -1)
     gap = figures["bound_nats_per_token"] - code_length(ids)
     error = figures["monte_carlo_error_nats_per_token"]
     assert 0 < error < 0.02
@@ -235,7 +235,7 @@ def test_the_progress_bar_shows_the_bound(n_unknown_bytes, monkeypatch):
 
     monkeypatch.setattr(evaluate, "BoundBar", Bar)
     scores = evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=3, batch_size=7)
-    bound = evaluate.likelihood(scores, tokens, -1)["bound_nats_per_token"]
+    bound = evaluate.likelihood_figures(scores, tokens, -1)["bound_nats_per_token"]
     assert len(bars) == 1 and bars[0].n == bars[0].total == 9
     assert bars[0].postfix == f"bound {bound:.3f} nats/token"
 
@@ -293,6 +293,7 @@ def test_two_validations_use_the_same_tokens_and_noise_and_agree_exactly():
     assert first == second
     figures, loss_by_time = first
     assert len(loss_by_time) == 20 and figures["n_tokens_scored"] == 600
+    assert 0 < figures["exact_nats_per_token"] < figures["bound_nats_per_token"]
 
 
 def test_bits_per_character_count_eos_but_not_bos_and_all_characters_of_the_raw_text(tmp_path, monkeypatch):
@@ -324,11 +325,29 @@ def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences
     monkeypatch.setattr(evaluate, "generate", lambda *inputs: iter(samples))
     run = dict(lengths=[0, 0, 0, 0, 1], word_lengths=[0, 1], args=dict(sequence_length=32))
     bound = 1.1 * toy.entropy_given_length() / (toy.mean_length() + 1)
-    lines = evaluate.check_toy(None, tokenizer, run, bound, 0, corpus)
+    monkeypatch.setattr(evaluate, "excess_nats_per_token", lambda *inputs: -0.02 * 1.792 * math.log(2))
+    lines = evaluate.check_toy(None, tokenizer, run, None, bound, 0, corpus)
     assert lines == [
         f"bound {bound / math.log(2):.3f} bits per token, 10.0% above the exact entropy given the length, 1.792",
+        "exact likelihood of the default sampler 1.756 bits per token, 2.0% below",
         "75.0% of 256 samples are grammatical, 67% of these are not in the corpus",
     ]
+
+
+def test_the_excess_over_the_grammar_is_what_the_model_costs_more_on_the_same_sentences(tmp_path):
+    """For a model that predicts every token with probability 1 / K. eos is scored too, and every sentence has its length."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(toy.corpus(300))
+    (tmp_path / "model").write_bytes(train_tokenizer(corpus, "word", 500))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    val = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
+    model = uniform_model(len(tokenizer))
+    model.parameters = lambda: iter([torch.zeros(1)])
+    sentences = [line.split() for line in corpus.read_text().splitlines()[:50]]
+    truth = -sum(math.log(toy.probability(words) / toy.lengths()[len(words)]) for words in sentences)
+    n_tokens = sum(len(words) + 1 for words in sentences)
+    excess = evaluate.excess_nats_per_token(model, tokenizer, val, n=50)
+    assert excess == pytest.approx(math.log(len(tokenizer)) - truth / n_tokens, rel=1e-5)
 
 
 # ---------------------------------------------------------------- the command

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exact import ExactNetwork, draw, random_joint
 
 import bfn
 import checkpoint
@@ -29,7 +30,7 @@ PATCHED = [
     (model, "FiLM"),
     (model.BFNTransformer, "__init__ head attention_mask forward"),
     (model.Convolution, "offsets forward"),
-    (bfn, "CROSS_ENTROPY clamp_given predict squared_error_loss reconstruction_loss"),
+    (bfn, "CROSS_ENTROPY clamp_given predict predict_noisy squared_error_loss reconstruction_loss"),
     (data, "draw_cond_mask"),
     (optim, "make_optimizers"),
 ]
@@ -60,6 +61,21 @@ def test_the_probabilities_of_the_autoregressive_baseline_sum_to_one(unpatched):
         loss = bfn.training_loss(log_p, packed, t, 1.0)
     for segment in (loss[:, :4], loss[:, 4:]):
         assert (-segment.sum(-1)).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_bound_of_masked_diffusion_is_that_of_the_exact_network(unpatched):
+    """The mean over all shares of unknown tokens of their cross-entropy is -log P, if the network is exact."""
+    compare.masked(SimpleNamespace())
+    sequences, probabilities = random_joint()
+    ids = draw(sequences, probabilities, 40_000)
+    torch.manual_seed(0)
+    t = ((torch.rand(()) + torch.arange(len(ids)) / len(ids)).frac())[:, None].expand(ids.shape)
+    nothing = torch.zeros_like(ids, dtype=torch.bool)
+    log_p = bfn.predict_noisy(ExactNetwork(sequences, probabilities), ids, t, nothing, 6.0, 4)
+    loss = bfn.training_loss(log_p, ids, t, 6.0).sum(1)
+    truth = -probabilities.log()[(ids * torch.tensor([16, 4, 1])).sum(-1)]
+    excess = loss - truth
+    assert excess.mean().item() == pytest.approx(0, abs=4 * (excess.std() / len(ids) ** 0.5).item())
 
 
 def test_every_variant_but_base_changes_something(unpatched):

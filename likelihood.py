@@ -1,0 +1,120 @@
+"""The exact likelihood of text under the default sampler, and by the chain rule in other orders.
+
+    windows   list of n     ids of each window, scored by itself, given its length
+    u         (B, L + 1)    uniform numbers: the first decides how many tokens are unknown, the others a random order
+    nats      (n,) float64  -log P of each window
+    n_scored  (n,) float64  tokens of each window that are neither bos nor given
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import bfn
+from model import rows_at_once
+from noise import Draws, mix_seed, uniform
+from prompts import pad
+
+ANY_ORDER_DRAWS = 8  # per window
+CHUNK_TOKENS = 2048  # every figure is computed of so many tokens before the next ones are read
+
+# ---------------------------------------------------------------- figures of a batch: (B,) nats
+
+
+def leftmost(score, open_mask, n):
+    """Choose the first n (B,) of the positions `open_mask` (B, L), whatever their score."""
+    return open_mask & (open_mask.cumsum(1) <= n[:, None])
+
+
+def ranks(u, open_mask):
+    """Number the positions `open_mask` by increasing u: 0, 1, 2, ...; the others come after them -> (B, L)."""
+    return u.masked_fill(~open_mask, torch.inf).argsort(1).argsort(1)
+
+
+def exact(network, ids, cond_mask, u, config, order="sampler", calls=None):
+    """Compute -log P of each row in one order of the positions, with one call per token if `calls` is None -> (B,) nats.
+
+    order: "sampler" is that of `bfn.commit`, "left" is from left to right, "random" is by u[:, 1:].
+    """
+
+    def by_u(score, open_mask, n):
+        return open_mask & (ranks(u[:, 1:], open_mask) < n[:, None])
+
+    choose = {"sampler": bfn.spread_out, "left": leftmost, "random": by_u}[order]
+    calls = calls or ids.shape[1]
+    return -bfn.log_likelihood(network, ids, cond_mask, config.s1, config.K, calls, choose).double().sum(1)
+
+
+def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
+    """Estimate the bound over all orders: the cross-entropy of m unknown tokens, divided by their share -> (B,) nats.
+
+    m is uniform in 1, ..., number of open positions. The mean is -log P by the chain rule, averaged over all orders [Uria
+    et al. 2014, "A deep and tractable density estimator"], which is at least -log of the average P.
+    """
+    n_open, nats = (~cond_mask).sum(1), 0.0
+    for i in range(n_draws):
+        m = 1 + ((u[:, 0] + i / n_draws).frac() * n_open).long()
+        unknown = ~cond_mask & (ranks(u[:, 1:], ~cond_mask) < m[:, None])
+        log_p = bfn.log_likelihood(network, ids, ~unknown, config.s1, config.K, calls=1)
+        nats -= log_p.double().sum(1) * n_open / m / n_draws
+    return nats
+
+
+def figures_of(calls=(), orders=()):
+    """Name the figures of some numbers of calls, and of some orders with one call per token -> {name: function}."""
+    functions = {f"exact, {n} call{'s' * (n > 1)}": partial(exact, calls=n) for n in calls}
+    names = {"sampler": "exact, a call per token", "left": "left to right", "random": "random order"}
+    for order in orders:
+        functions |= {"any order (bound)": any_order} if order == "any" else {names[order]: partial(exact, order=order)}
+    return functions
+
+
+# ---------------------------------------------------------------- a text
+
+
+@dataclass
+class Likelihoods:
+    """What each figure says of the windows that were read."""
+
+    nats: dict  # {name of the figure: (n,)}
+    n_scored: np.ndarray  # (n,)
+
+    def nats_per_token(self):
+        """The mean of each figure -> {name: nats per scored token}."""
+        return {name: float(nats.sum() / self.n_scored.sum()) for name, nats in self.nats.items()}
+
+
+@torch.no_grad()
+def score(model, windows, bos_id, given, functions, device, *, seed=0, seconds=None, interrupts=(), progress=False):
+    """Compute figures (see `figures_of`) of windows, a list of arrays of ids -> Likelihoods.
+
+    model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model. given: function of
+    segment_ids (B, L) that tells what is given, besides bos. It stops early, with at least one chunk read, if `seconds`
+    are over or `interrupts` is no longer empty. Raises ValueError if no token is left to score.
+    """
+    longest = max(map(len, windows))
+    size = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, device))
+    parts, n_scored, start = {name: [] for name in functions}, [], time.perf_counter()
+    with tqdm(total=len(windows), unit="window", desc="likelihood", disable=None if progress else True) as bar:
+        for i in range(0, len(windows), size):
+            begin, chunk = time.perf_counter(), [window.tolist() for window in windows[i : i + size]]
+            ids, segment_ids = pad(chunk, device)
+            cond_mask = (segment_ids == 0) | (ids == bos_id) | given(segment_ids)
+            seeds = [mix_seed(seed, "likelihood", i + row) for row in range(len(chunk))]
+            u = uniform(Draws.seeded(seeds, [longest + 1] * len(chunk), device).keys)[:, : ids.shape[1] + 1]
+            n_scored.append((~cond_mask).sum(1).cpu().double().numpy())
+            for name, function in functions.items():
+                network = partial(model, segment_ids=segment_ids)
+                parts[name].append(function(network, ids, cond_mask, u, model.config).cpu().numpy())
+            bar.update(len(chunk))
+            now = time.perf_counter()
+            if interrupts or (seconds and now - start + (now - begin) > seconds):
+                break
+    scores = Likelihoods({name: np.concatenate(nats) for name, nats in parts.items()}, np.concatenate(n_scored))
+    if not scores.n_scored.sum():
+        raise ValueError("nothing of this text is left to score: give less of it")
+    return scores

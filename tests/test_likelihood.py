@@ -1,0 +1,96 @@
+"""The exact likelihood of text: against the joint distribution that the exact network knows, and on the command line."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from exact import ExactNetwork, draw, random_joint
+from untrained import make_run
+
+import cli
+import evaluate
+import likelihood
+import toy
+
+SEQUENCES, P = random_joint()
+CPU = torch.device("cpu")
+ALL = likelihood.figures_of([1, 2, 3], ["sampler", "left", "random", "any"])
+
+
+def network(theta, t, segment_ids):
+    """The exact network of P for windows of 3 tokens."""
+    return ExactNetwork(SEQUENCES, P)(theta, t)
+
+
+network.config = SimpleNamespace(K=4, d_model=1, s1=6.0)
+
+
+def score(ids, functions, given=evaluate.nothing_given, **options):
+    return likelihood.score(network, list(ids.numpy()), -1, given, functions, CPU, **options)
+
+
+def test_the_chain_rule_of_the_exact_network_is_the_joint_in_every_order():
+    scores = score(SEQUENCES, ALL)
+    for name in ("exact, 3 calls", "exact, a call per token", "left to right", "random order"):
+        np.testing.assert_allclose(scores.nats[name], -P.log().numpy(), atol=1e-5)
+    assert scores.nats["exact, 1 call"] @ P.numpy() > scores.nats["exact, 2 calls"] @ P.numpy() > -(P @ P.log())
+
+
+def test_the_bound_over_all_orders_is_the_mean_over_orders():
+    """Which for the exact network is -log P itself; its only noise is how many and which tokens are unknown."""
+    ids = draw(SEQUENCES, P, 4000)
+    nats = score(ids, likelihood.figures_of(orders=["any"])).nats["any order (bound)"]
+    truth = -P.log()[(ids * torch.tensor([16, 4, 1])).sum(-1)].numpy()
+    assert (nats - truth).mean() == pytest.approx(0, abs=4 * (nats - truth).std() / math.sqrt(len(nats)))
+
+
+def test_what_is_given_costs_nothing_and_the_rest_its_conditional():
+    scores = score(SEQUENCES, likelihood.figures_of([9]), given=lambda segment_ids: torch.tensor([[True, False, False]]))
+    first = torch.stack([P[SEQUENCES[:, 0] == k].sum() for k in range(4)])
+    np.testing.assert_allclose(scores.nats["exact, 9 calls"], -(P / first[SEQUENCES[:, 0]]).log().numpy(), atol=1e-5)
+    assert (scores.n_scored == 2).all()
+
+
+def test_windows_are_read_in_chunks_until_the_time_is_over_or_ctrl_c(monkeypatch):
+    monkeypatch.setattr(likelihood, "CHUNK_TOKENS", 9)
+    figures = likelihood.figures_of([2], ["random"])
+    whole = score(SEQUENCES, figures)
+    monkeypatch.setattr(likelihood, "CHUNK_TOKENS", 60)
+    for name, nats in score(SEQUENCES, figures).nats.items():
+        np.testing.assert_allclose(nats, whole.nats[name], atol=1e-5)
+    assert len(score(SEQUENCES, figures, seconds=1e-9).n_scored) == len(score(SEQUENCES, figures, interrupts=[2]).n_scored) == 20
+
+
+def test_a_text_of_which_all_is_given_is_refused():
+    with pytest.raises(ValueError, match="nothing of this text is left to score"):
+        score(SEQUENCES, ALL, given=lambda segment_ids: segment_ids > 0)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_the_command_prints_exact_likelihoods_next_to_the_bound(tmp_path, monkeypatch, capsys, kind):
+    """Packed rows, windows of different lengths: as many calls as tokens are the sampler's own order."""
+    run_dir = make_run(tmp_path / kind, kind, toy.corpus(60))
+    flags = ["-d", str(run_dir / "text.txt"), f"--cache_dir={tmp_path}", "--draws=1", "--max_tokens=300", "--calls=2,99"]
+    command = ["evaluate.py", f"-mdir={run_dir}", *flags, "--order=sampler,any"]
+    monkeypatch.setattr(sys, "argv", command)
+    cli.run(evaluate.main)
+    lines = capsys.readouterr().out.splitlines()
+    values = {line[:24].strip(): line.split()[-4:] for line in lines if line.startswith(("exact", "any", "bound"))}
+    assert list(values) == ["bound", "exact, 2 calls", "exact, 99 calls", "exact, a call per token", "any order (bound)"]
+    assert values["exact, 99 calls"] == values["exact, a call per token"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json"])
+    cli.run(evaluate.main)
+    figures = json.loads(capsys.readouterr().out)
+    assert f"{figures['exact_2_calls_nats_per_token']:.4f}" == values["exact, 2 calls"][0]
+    assert figures["exact_99_calls_text_error_nats_per_token"] > 0
+
+
+def test_an_order_that_does_not_exist_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "-d=x", "--order=left,up"])
+    with pytest.raises(SystemExit) as error:
+        cli.run(evaluate.main)
+    assert error.value.code == 2 and "write some of sampler,left,random,any" in capsys.readouterr().err
