@@ -26,7 +26,7 @@ import data
 import toy
 from model import BFNTransformer, Config
 from prompts import count_word_lengths
-from text import file_hash, keeps_breaks, load_tokenizer, read_pieces, train_tokenizer
+from text import default_vocab_size, file_hash, keeps_breaks, load_tokenizer, read_pieces, train_tokenizer
 from times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
@@ -244,6 +244,7 @@ def make_tokenizer(args, corpus):
     if args.spm_model:
         load_tokenizer(args.spm_model)  # raises ValueError if it is none
         return Path(args.spm_model).read_bytes()
+    args.vocab_size = args.vocab_size or default_vocab_size(corpus, args.tokenizer)
     print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 

@@ -25,6 +25,8 @@ BREAK = "\u2424"  # in a word tokenizer: a line break
 FEW_EXAMPLES = 100  # a corpus of fewer examples is split for validation by bytes
 VAL_SHARE = {"examples": 0.02, "bytes": 0.05}
 TOKENIZER_BYTES = 20_000_000  # how much text a tokenizer is trained on
+VOCAB_SIZES = 512, 8192  # the smallest and the largest that follow from the corpus
+BYTES_PER_PIECE = 250
 MAX_PUNCTUATION = 100  # marks that a word tokenizer takes from words, and characters that may follow them
 
 # ---------------------------------------------------------------- reading text
@@ -134,6 +136,15 @@ def read_part(path, part, example="line"):
 
 
 # ---------------------------------------------------------------- tokenizers
+
+
+def default_vocab_size(path, kind):
+    """Choose the size of a vocabulary by the size of the corpus: a piece per BYTES_PER_PIECE bytes, within VOCAB_SIZES.
+
+    Whole words have the largest, because what is not in it cannot be written.
+    """
+    smallest, largest = VOCAB_SIZES
+    return largest if kind == "word" else min(max(smallest, 1 << (os.path.getsize(path) // BYTES_PER_PIECE).bit_length()), largest)
 
 
 def train_tokenizer(path, kind, vocab_size, example="line"):

@@ -56,7 +56,7 @@ def flags():
     add("--preset", choices=PRESETS, help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
     add("--init_from", help="run folder to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
-    add("--vocab_size", type=cli.several, help="tokens of the tokenizer to train; char takes all characters (8192)")
+    add("--vocab_size", type=cli.several, help="tokens of the tokenizer to train (512 to 8192, from the size of the text)")
     add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
@@ -144,7 +144,7 @@ def choose_source(args, saved):
     elif saved:
         args.tokenizer, args.vocab_size = args.tokenizer or before["tokenizer"], args.vocab_size or before["vocab_size"]
     elif not args.spm_model:
-        args.tokenizer, args.vocab_size = args.tokenizer or "bpe", args.vocab_size or 8192
+        args.tokenizer = args.tokenizer or "bpe"
     args.example = args.example or before["example"] or "line"
 
 

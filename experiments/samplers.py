@@ -21,6 +21,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -116,6 +117,30 @@ def table(results):
         cells += [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in r["figures"].values()]
         cells.append(f"{r['n_texts'] / r['seconds']:.1f}" if r["seconds"] else "")
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def equal_entropy_table(results):
+    """Read each sampler's perplexity off at the word entropy of the held-out text -> Markdown lines.
+
+    Its logarithm is interpolated between the temperatures (--temperatures) on both sides of that entropy.
+    """
+    entropy, perplexity = "word entropy (bits)", "n-gram perplexity"
+    held_out, *sampled = results
+    target, sweeps = held_out["figures"][entropy][0], {}
+    for r in sampled:
+        if r["top_p"] == 1:
+            points = sweeps.setdefault((r["sampler"], r["calls"]), [])
+            points.append((r["figures"][entropy][0], math.log(r["figures"][perplexity][0]), r["temperature"]))
+    lines = [f"at the word entropy of held-out text, {target:.2f} bits (its {perplexity}: {held_out['figures'][perplexity][0]:.1f}):"]
+    lines = ["", *lines, "", "| sampler | calls | temperature | n-gram perplexity |", "|---|---|---|---|"]
+    for (sampler, calls), points in sweeps.items():
+        entropies, logs, temperatures = zip(*sorted(points), strict=True)
+        if len(points) > 1 and entropies[0] <= target <= entropies[-1]:
+            temperature, log_value = (np.interp(target, entropies, values) for values in (temperatures, logs))
+            lines.append(f"| {sampler} | {calls} | {temperature:.2f} | {math.exp(log_value):.1f} |")
+        else:
+            lines.append(f"| {sampler} | {calls} | its entropies are {entropies[0]:.2f} to {entropies[-1]:.2f} | |")
     return lines
 
 
@@ -252,7 +277,8 @@ def check_flags(args, run, is_toy):
 def held_out_texts(args, run, tokenizer, corpus):
     """Choose texts from -d, or from the validation part of the training text -> texts, their lengths in tokens."""
     path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
-    tokens = data.load_corpus(path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, part)
+    tokenizer_path, example = Path(args.model_dir) / "tokenizer.model", run["args"]["example"]
+    tokens = data.load_corpus(path, tokenizer_path, args.cache_dir, part, example)
     window = args.length or run["args"]["sequence_length"]
     return evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
 
@@ -264,7 +290,7 @@ def main():
     check_flags(args, run, is_toy)
     corpus, part = evaluate.find_corpus(args, run)
     real, lengths = held_out_texts(args, run, tokenizer, corpus)
-    reference = quality.Reference.fit(corpus, tokenizer, part)
+    reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     figures = measure(real, reference, is_toy, args.seed)
     results = [dict(asdict(Job(HELD_OUT, 0)), calls_per_text=0, seconds=0, n_texts=len(real), figures=figures)]
@@ -273,7 +299,7 @@ def main():
         results.append(result)
         (folder / "results.json").write_text(json.dumps(results, indent=1))  # after each job: all of them can take hours
         (folder / "results.md").write_text("\n".join(table(results)) + "\n")
-    lines = table(results)
+    lines = table(results) + equal_entropy_table(results) * bool(args.temperatures)
     if args.infill:
         sentences = [piece.text for piece in read_part(corpus, "val")][: args.infill]
         lines += infill_table(model, tokenizer, run, sentences, args)

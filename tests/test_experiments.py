@@ -163,3 +163,18 @@ def test_the_benchmark_takes_the_median_of_several_rounds():
     rounds = [dict(seconds=x, memory_mb=9 - x) for x in (1, 5, 2)]
     assert bench.median_figures(rounds) == dict(seconds=2, memory_mb=7)
     assert bench.median_figures([*rounds, dict(failed="out of memory")]) == dict(failed="out of memory")
+
+
+def test_the_perplexity_at_equal_entropy_is_interpolated_between_temperatures():
+    """Half way between the entropies 8 and 9, the geometric mean of the perplexities 10 and 1000."""
+
+    def result(job, entropy, perplexity):
+        figures = {"word entropy (bits)": (entropy,), "n-gram perplexity": (perplexity,)}
+        return dict(vars(job), figures=figures)
+
+    held_out = result(samplers.Job("held-out text", 0), 8.5, 50.0)
+    swept = [result(samplers.Job("commit", 20, T), *values) for T, values in ((1.0, (9.0, 1000.0)), (0.8, (8.0, 10.0)))]
+    outside = [result(samplers.Job("sde2", 20, T), *values) for T, values in ((1.0, (9.0, 90.0)), (0.9, (8.8, 80.0)))]
+    lines = samplers.equal_entropy_table([held_out, *swept, *outside])
+    assert "| commit | 20 | 0.90 | 100.0 |" in lines
+    assert "| sde2 | 20 | its entropies are 8.80 to 9.00 | |" in lines

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from text import add_marks, keeps_breaks, load_tokenizer, read_part, read_pieces, train_tokenizer
+from text import add_marks, default_vocab_size, keeps_breaks, load_tokenizer, read_part, read_pieces, train_tokenizer
 
 UNICODE = [
     "plain words",
@@ -176,6 +176,13 @@ def test_bos_and_eos_are_added_only_if_the_tokenizer_has_them_and_they_are_asked
     assert add_marks(ids, tokenizer, begin=False) == [5, 6] + after
     assert add_marks(ids, tokenizer, end=False) == before + [5, 6]
     assert add_marks([], tokenizer) == before + after and ids == [5, 6]
+
+
+@pytest.mark.parametrize("n_bytes, size", [(100, 512), (200_000, 1024), (2_000_000, 8192), (90_000_000, 8192)])
+def test_the_vocabulary_grows_with_the_corpus(tmp_path, n_bytes, size):
+    with open(tmp_path / "text", "wb") as file:
+        file.truncate(n_bytes)
+    assert default_vocab_size(tmp_path / "text", "bpe") == size and default_vocab_size(tmp_path / "text", "word") == 8192
 
 
 def test_a_tokenizer_that_cannot_be_built_or_read_gives_a_clear_error(tmp_path):
