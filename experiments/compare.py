@@ -6,7 +6,7 @@
 
 A variant is a function that changes the network, the loss or the optimizer before training starts. Each variant and seed
 runs in its own process, one after another. The learning rate falls to zero at the end of the budget. Results are added to
-those already in the folder. The weights of "base" are kept there too, as run folders base-0, base-1, ...
+those already in the folder. The weights of "base" and "autoregressive" are kept there too, as run folders base-0, ...
 
 A variant need not know about fused.py: train.py checks whether the fused form follows the change, and otherwise trains in
 the plain form.
@@ -197,20 +197,29 @@ def first_formulation(args):
     args.beta, args.learning_rate = 0.005, 1e-3
 
 
-def autoregressive(args):
-    """The same network as a causal language model, which shows what not being autoregressive costs."""
-    network = model_file.BFNTransformer
-    network.head = head_without_theta
-    plain_mask = network.attention_mask
+class Causal(model_file.BFNTransformer):
+    """The same network as a causal language model: one-hots theta (B, L, K) -> logits from the tokens before each position."""
+
+    head = head_without_theta
+
+    def __init__(self, config):
+        super().__init__(config)
+        for part in self.modules():
+            if isinstance(part, model_file.Convolution):
+                part.offsets, part.weight = range(-4, 1), torch.nn.Parameter(part.weight[:5].detach().clone())
 
     def attention_mask(self, segment_ids):
         self.flex, L = False, segment_ids.shape[1]
-        return plain_mask(self, segment_ids) & torch.ones(L, L, dtype=torch.bool, device=segment_ids.device).tril()
+        return super().attention_mask(segment_ids) & torch.ones(L, L, dtype=torch.bool, device=segment_ids.device).tril()
 
     def forward(self, theta, t, segment_ids):
         before = F.pad(theta, (0, 0, 1, 0))[:, :-1]
         same_segment = F.pad(segment_ids, (1, 0))[:, :-1] == segment_ids
         return self.head(self.body(self.embed(before * same_segment[..., None]), torch.ones_like(t), segment_ids), theta)
+
+
+def autoregressive(args):
+    """The same network as a causal language model, which shows what not being autoregressive costs."""
 
     def predict(network, theta, t, ids, cond_mask):
         return network(F.one_hot(ids, theta.shape[-1]).float(), t).float().log_softmax(-1)
@@ -221,8 +230,7 @@ def autoregressive(args):
     def reconstruction_loss(network, ids, *rest):
         return torch.zeros(ids.shape, device=ids.device)
 
-    network.attention_mask, network.forward, bfn.predict = attention_mask, forward, predict
-    model_file.Convolution.offsets = range(-4, 1)
+    train.BFNTransformer, bfn.predict = Causal, predict
     bfn.squared_error_loss, bfn.reconstruction_loss = squared_error_loss, reconstruction_loss
     data.draw_cond_mask = give_nothing
     bfn.CROSS_ENTROPY = 0.0
@@ -336,10 +344,10 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
         return bound(state.emas[-1], *inputs) | evaluate.exact_likelihood(state.emas[-1], *inputs, EXACT_TOKENS)
 
     result = record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
-    if name == "base":  # a checkpoint does not record how the network of another variant differs
+    if name in ("base", "autoregressive"):  # a checkpoint does not record how the network of another variant differs
         state.loss_by_time = evaluate.validate(state.emas[-1], val, tokenizer.bos_id(), args.sequence_length, device)[1]
         try:
-            save_weights(state, checkpoint.describe_run(args, config, *text, folder), folder / f"base-{args.seed}")
+            save_weights(state, checkpoint.describe_run(args, config, *text, folder), folder / f"{name}-{args.seed}")
         except OSError as error:
             print(f"could not save the weights: {error}", file=sys.stderr)
     return result

@@ -22,9 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from compare import Causal
 
 import bfn
 import cli
@@ -33,10 +36,11 @@ import evaluate
 import plot
 import quality
 import toy
-from checkpoint import load
-from prompts import GAP, make_template
+from checkpoint import load, load_weights, read_checkpoint
+from model import Config
+from prompts import GAP, make_template, pad
 from sample import Options, decode, generate
-from text import add_marks, read_part
+from text import add_marks, load_tokenizer, read_part
 
 FLOW_SAMPLERS = [name for name in bfn.SAMPLERS if name != "commit"]
 CALLS = 5, 10, 20, 50, 100
@@ -81,6 +85,39 @@ def time_curve(run, args):
 # ---------------------------------------------------------------- sampling
 
 
+class Judge:
+    """An autoregressive language model of `compare.py autoregressive`, which tells how likely it finds texts."""
+
+    def __init__(self, run_dir, device):
+        run = read_checkpoint(Path(run_dir) / "best.pt")
+        self.tokenizer, self.length = load_tokenizer(Path(run_dir) / "tokenizer.model"), run["args"]["sequence_length"]
+        self.model = Causal(Config(**run["config"]))
+        load_weights(self.model, run["emas"][-1])
+        self.model.to(device).eval()
+
+    @torch.no_grad()
+    def nats(self, texts):
+        """Compute -log P of the tokens of each text, up to the trained length -> nats (n,), tokens (n,)."""
+        templates = [add_marks(self.tokenizer.encode(text), self.tokenizer)[: self.length] for text in texts]
+        nats, n_tokens = [], []
+        for template in templates:
+            ids, segment_ids = pad([template or [0]], next(self.model.parameters()).device)
+            scored = (ids != self.tokenizer.bos_id()) & bool(template)
+            one_hot = torch.nn.functional.one_hot(ids, self.model.config.K).float()
+            log_p = self.model(one_hot, torch.ones(ids.shape, device=ids.device), segment_ids).log_softmax(-1)
+            nats.append((bfn.cross_entropy(log_p, ids) * scored).sum().item())
+            n_tokens.append(scored.sum().item())
+        return np.array(nats), np.array(n_tokens)
+
+    def perplexity(self, texts, seed):
+        """Compute the perplexity per token of texts, and its 95 % interval from the bootstrap over texts."""
+        nats, n_tokens = self.nats(texts)
+        chosen = np.random.default_rng(seed).integers(len(texts), size=(quality.N_RESAMPLES, len(texts)))
+        value = math.exp(nats.sum() / max(1, n_tokens.sum()))
+        margin = 1.96 * np.exp(nats[chosen].sum(1) / np.maximum(1, n_tokens[chosen].sum(1))).std()
+        return value, value - margin, value + margin
+
+
 def share(hits):
     """Compute the share of true values and its 95 % interval -> (value, low, high)."""
     p = sum(hits) / len(hits)
@@ -88,15 +125,17 @@ def share(hits):
     return p, p - error, p + error
 
 
-def measure(texts, reference, is_toy, seed):
-    """Compute the figures of texts; for the built-in language also the share of grammatical texts."""
+def measure(texts, reference, is_toy, judge, seed):
+    """Compute the figures of texts, with a Judge its perplexity, for the built-in language the share of grammatical texts."""
     figures = quality.figures(texts, reference, seed)
+    if judge:
+        figures["judge's perplexity"] = judge.perplexity(texts, seed)
     if is_toy:
         figures = {"grammatical": share([toy.is_grammatical(text) for text in texts]), **figures}
     return figures
 
 
-def sample_jobs(model, tokenizer, run, jobs, templates, reference, is_toy, args):
+def sample_jobs(model, tokenizer, run, jobs, templates, reference, is_toy, judge, args):
     """Sample with each job and yield its result {the job's fields, calls_per_text, seconds, n_texts, figures}."""
     for job in tqdm(jobs, disable=None):
         begin = time.perf_counter()
@@ -104,7 +143,7 @@ def sample_jobs(model, tokenizer, run, jobs, templates, reference, is_toy, args)
         seconds = time.perf_counter() - begin
         texts = [decode(tokenizer, ids) for ids, _ in samples]
         calls_per_text = sum(calls for _, calls in samples) / len(samples)
-        figures = measure(texts, reference, is_toy, args.seed)
+        figures = measure(texts, reference, is_toy, judge, args.seed)
         yield dict(asdict(job), calls_per_text=calls_per_text, seconds=seconds, n_texts=len(texts), figures=figures)
 
 
@@ -121,26 +160,28 @@ def table(results):
 
 
 def equal_entropy_table(results):
-    """Read each sampler's perplexity off at the word entropy of the held-out text -> Markdown lines.
+    """Read each sampler's perplexities off at the word entropy of the held-out text -> Markdown lines.
 
-    Its logarithm is interpolated between the temperatures (--temperatures) on both sides of that entropy.
+    Their logarithms are interpolated between the temperatures (--temperatures) on both sides of that entropy.
     """
-    entropy, perplexity = "word entropy (bits)", "n-gram perplexity"
     held_out, *sampled = results
-    target, sweeps = held_out["figures"][entropy][0], {}
+    entropy, target, sweeps = "word entropy (bits)", held_out["figures"]["word entropy (bits)"][0], {}
+    names = [name for name in held_out["figures"] if name.endswith("perplexity")]
     for r in sampled:
         if r["top_p"] == 1:
-            points = sweeps.setdefault((r["sampler"], r["calls"]), [])
-            points.append((r["figures"][entropy][0], math.log(r["figures"][perplexity][0]), r["temperature"]))
-    lines = [f"at the word entropy of held-out text, {target:.2f} bits (its {perplexity}: {held_out['figures'][perplexity][0]:.1f}):"]
-    lines = ["", *lines, "", "| sampler | calls | temperature | n-gram perplexity |", "|---|---|---|---|"]
+            logs = [math.log(r["figures"][name][0]) for name in names]
+            sweeps.setdefault((r["sampler"], r["calls"]), []).append((r["figures"][entropy][0], r["temperature"], *logs))
+    of_text = ", ".join(f"{name} {held_out['figures'][name][0]:.1f}" for name in names)
+    lines = ["", f"At the word entropy of the held-out text, {target:.2f} bits ({of_text}):", ""]
+    lines += [f"| sampler | calls | temperature | {' | '.join(names)} |", "|" + "---|" * (3 + len(names))]
     for (sampler, calls), points in sweeps.items():
-        entropies, logs, temperatures = zip(*sorted(points), strict=True)
+        entropies, temperatures, *logs = zip(*sorted(points), strict=True)
         if len(points) > 1 and entropies[0] <= target <= entropies[-1]:
-            temperature, log_value = (np.interp(target, entropies, values) for values in (temperatures, logs))
-            lines.append(f"| {sampler} | {calls} | {temperature:.2f} | {math.exp(log_value):.1f} |")
+            values = [f"{math.exp(np.interp(target, entropies, values)):.1f}" for values in logs]
+            cells = [f"{np.interp(target, entropies, temperatures):.2f}", *values]
         else:
-            lines.append(f"| {sampler} | {calls} | its entropies are {entropies[0]:.2f} to {entropies[-1]:.2f} | |")
+            cells = [f"entropies {entropies[0]:.2f} to {entropies[-1]:.2f}", *[""] * len(names)]
+        lines.append(f"| {sampler} | {calls} | {' | '.join(cells)} |")
     return lines
 
 
@@ -248,6 +289,7 @@ def flags():
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("-d", "--data_path", help="held-out text (the validation part of the training text)")
     add("--corpus", help="training text that samples are compared with (the one that the model was trained on)")
+    add("--judge", help="run folder of `compare.py autoregressive`, whose perplexity of the texts is a further column")
     add("--samplers", "--solvers", nargs="+", choices=samplers, default=samplers, help="samplers to compare (all)")
     add("--calls", nargs="+", type=cli.several, default=[*CALLS], help="numbers of network calls (5 10 20 50 100)")
     add("--time_grid", choices=["uniform", "learned"], default="uniform", help="time steps of the flow samplers (uniform)")
@@ -291,11 +333,12 @@ def main():
     corpus, part = evaluate.find_corpus(args, run)
     real, lengths = held_out_texts(args, run, tokenizer, corpus)
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
+    judge = Judge(args.judge, cli.device(args.device)) if args.judge else None
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
-    figures = measure(real, reference, is_toy, args.seed)
+    figures = measure(real, reference, is_toy, judge, args.seed)
     results = [dict(asdict(Job(HELD_OUT, 0)), calls_per_text=0, seconds=0, n_texts=len(real), figures=figures)]
     folder.mkdir(parents=True, exist_ok=True)
-    for result in sample_jobs(model, tokenizer, run, plan(args), templates, reference, is_toy, args):
+    for result in sample_jobs(model, tokenizer, run, plan(args), templates, reference, is_toy, judge, args):
         results.append(result)
         (folder / "results.json").write_text(json.dumps(results, indent=1))  # after each job: all of them can take hours
         (folder / "results.md").write_text("\n".join(table(results)) + "\n")

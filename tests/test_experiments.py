@@ -1,6 +1,7 @@
 """Experiments and the benchmark: each variant changes what it says, and the commands write their results."""
 
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exact import ExactNetwork, draw, random_joint
+from untrained import make_run
 
 import bfn
 import checkpoint
@@ -18,6 +20,7 @@ import model
 import optim
 import toy
 import train
+from text import add_marks
 
 ROOT = Path(train.__file__).parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
@@ -29,7 +32,8 @@ import samplers
 PATCHED = [
     (model, "FiLM"),
     (model.BFNTransformer, "__init__ head attention_mask forward"),
-    (model.Convolution, "offsets forward"),
+    (model.Convolution, "forward"),
+    (train, "BFNTransformer"),
     (bfn, "CROSS_ENTROPY clamp_given predict predict_noisy squared_error_loss reconstruction_loss"),
     (data, "draw_cond_mask"),
     (optim, "make_optimizers"),
@@ -48,7 +52,7 @@ def test_the_probabilities_of_the_autoregressive_baseline_sum_to_one(unpatched):
     """Over all sequences, so its loss is a likelihood and can be compared with the bound."""
     compare.autoregressive(SimpleNamespace())
     torch.manual_seed(0)
-    network = model.BFNTransformer(model.Config(K=3, beta1=0.5, d_model=32, n_layers=2, n_heads=2))
+    network = train.BFNTransformer(model.Config(K=3, beta1=0.5, d_model=32, n_layers=2, n_heads=2))
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3)
     ids = torch.cartesian_prod(*[torch.arange(3)] * 4)
@@ -177,4 +181,32 @@ def test_the_perplexity_at_equal_entropy_is_interpolated_between_temperatures():
     outside = [result(samplers.Job("sde2", 20, T), *values) for T, values in ((1.0, (9.0, 90.0)), (0.9, (8.8, 80.0)))]
     lines = samplers.equal_entropy_table([held_out, *swept, *outside])
     assert "| commit | 20 | 0.90 | 100.0 |" in lines
-    assert "| sde2 | 20 | its entropies are 8.80 to 9.00 | |" in lines
+    assert "| sde2 | 20 | entropies 8.80 to 9.00 |  |" in lines
+
+
+def test_the_judge_reads_texts_by_the_chain_rule_from_left_to_right(tmp_path):
+    """Each token given only those before it and the length. The texts are cut at the trained length, here 4 with bos and eos."""
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(300))
+    config, tokenizer = checkpoint.load(run_dir)[0].config, checkpoint.load(run_dir)[1]
+    torch.manual_seed(0)
+    network = compare.Causal(config).eval()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    saved = checkpoint.read_checkpoint(run_dir / "best.pt")
+    saved["args"]["sequence_length"] = 4
+    checkpoint.save_checkpoint(run_dir / "best.pt", {**saved, "emas": [network.state_dict()]})
+    judge = samplers.Judge(run_dir, torch.device("cpu"))
+    texts = ["the king", "anna", "the king sees the boat"]
+    nats, n_tokens = judge.nats(texts)
+    assert n_tokens.tolist() == [3, 2, 3]
+    for text, value in zip(texts, nats, strict=True):
+        ids = add_marks(tokenizer.encode(text), tokenizer)[:4]
+        one_hot = torch.nn.functional.one_hot(torch.tensor([ids]), config.K).float()
+        expected = 0.0
+        for d in range(1, len(ids)):
+            seen = one_hot.clone()
+            seen[:, d:] = torch.rand(config.K)  # it must not be read; the length is known
+            expected -= network(seen, torch.ones(1, len(ids)), torch.ones(1, len(ids)).long())[0, d].log_softmax(-1)[ids[d]].item()
+        assert value == pytest.approx(expected, rel=1e-4)
+    value, low, high = judge.perplexity(texts, 0)
+    assert value == pytest.approx(math.exp(nats.sum() / 8)) and low < value < high
