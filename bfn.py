@@ -152,18 +152,19 @@ def bayesian_update(z, y):
     return z + y
 
 
-# ---------------------------------------------------------------- solvers: one step of the flow from time u to v > u
+# ---------------------------------------------------------------- solvers: one step of the flow from time u to v >= u
+# u and v are (B, L, 1): each position may have its own pace.
 
 
 def ancestral(z, p, dp, u, v, s1, draws):
     """z + a eps + a^2 e_k,  k ~ p,  a^2 = s1^2 (v^2 - u^2) [Graves et al. 2023, algorithm 9]."""
-    a = z.new_full((), s1 * math.sqrt(v * v - u * u))
+    a = s1 * (v * v - u * u).sqrt().squeeze(-1)
     return bayesian_update(z, sender_sample(draws.tokens(p), a, z.shape[-1], draws.normal(z.shape[-1])))
 
 
 def sde1(z, p, dp, u, v, s1, draws):
     """z + a eps + a^2 p,  a^2 = s1^2 (v^2 - u^2) [Xue et al. 2024, SDE-solver 1]."""
-    a = s1 * math.sqrt(v * v - u * u)
+    a = s1 * (v * v - u * u).sqrt()
     return z + a * draws.normal(z.shape[-1]) + a * a * p
 
 
@@ -228,14 +229,18 @@ class Task:
         """The network's input before any evidence -> (B, L, K)."""
         return self.theta(torch.zeros(*self.ids.shape, self.K, device=self.ids.device))
 
+    def no_time(self):
+        """Time 0 at all positions -> (B, L)."""
+        return torch.zeros(self.ids.shape, device=self.ids.device)
+
     def ask(self, theta, t, ids, given):
         """Call the network at time t with the positions `given` (B, L) filled in -> log_p, sharpened p, both (B, L, K).
 
-        log_p tells how certain a token is; the sharpened p is drawn from. With a hint, accuracies add: t becomes
+        t (B, L). log_p tells how certain a token is; the sharpened p is drawn from. With a hint, accuracies add: t becomes
         sqrt(t^2 + hint_time^2).
         """
         c = self.controls
-        times = torch.full(ids.shape, min(1.0, math.hypot(t, c.hint_time)), device=ids.device)
+        times = (t.square() + c.hint_time**2).sqrt().clamp(max=1.0)
         log_p = predict(self.network, theta, times, ids, given)
         if c.allowed is not None:
             log_p = log_p.masked_fill(~c.allowed, -torch.inf).log_softmax(-1)
@@ -268,33 +273,58 @@ START, STEP, READ, FILL, CORRECT = range(5)  # each phase has its own random num
 ODE_START = 1e-3  # time at which an ODE starts, from z = s1 u eps
 
 
-def solve(task, step, start=0.0, times=None):
-    """Sample by a solver of the flow, which moves the state z from one time to the next -> ids (B, L), calls (B,).
+def solve(task, step, pace):
+    """Sample by a solver of the flow, which moves the state z of each position from time u to v -> ids (B, L), calls (B,).
 
-    times: those of the network calls, from `time_grid` if None, the first at `start`. A row that is certain enough is read
-    out early.
+    pace(task) -> u (B, L) at the start, calls of each row (B,), function (i, u, log_p) -> v (B, L). At its last call a row
+    is read from the output, or earlier if it is certain enough.
     """
     c, cond_mask, K = task.controls, task.cond_mask, task.K
-    times = times or time_grid(c.steps, c.curve, start)
+    u, n_calls, next_time = pace(task)
     z = torch.zeros(*task.ids.shape, K, device=task.ids.device)
-    if times[0]:
-        z += task.s1 * times[0] * task.draws.at(START, 0).normal(K)
+    if u.any():
+        z += task.s1 * u[..., None] * task.draws.at(START, 0).normal(K)
     ids, calls, running = task.ids, torch.zeros_like(task.n_open), torch.ones_like(task.n_open, dtype=torch.bool)
-    sharpened_before, u_before = None, 0.0
-    for i, u in enumerate(times):
+    sharpened_before, du = None, None
+    for i in range(n_calls.max().item()):
         log_p, sharpened = task.ask(task.theta(z), u, task.ids, cond_mask)
         calls += running
-        is_last = i + 1 == len(times)
-        if c.until or is_last:
+        is_last = i + 1 == n_calls
+        if c.until or is_last.any():
             finished = running & (task.is_certain(log_p, ~cond_mask) | is_last)
             ids = torch.where(finished[:, None] & ~cond_mask, task.read(sharpened, task.draws.at(READ, i)), ids)
             running = running & ~finished
             if not running.any():
                 break
-        dp = torch.zeros_like(log_p) if sharpened_before is None else (sharpened - sharpened_before) / (u - u_before)
-        sharpened_before, u_before = sharpened, u
-        z = step(z, sharpened, dp, u, times[i + 1], task.s1, task.draws.at(STEP, i))
+        dp = torch.zeros_like(log_p) if sharpened_before is None else (sharpened - sharpened_before) / du
+        v = next_time(i, u, log_p)
+        z = step(z, sharpened, dp, u[..., None], v[..., None], task.s1, task.draws.at(STEP, i))
+        sharpened_before, du, u = sharpened, (v - u)[..., None], v
     return ids, calls
+
+
+def one_pace(task, start=0.0, times=None):
+    """Let all positions have the same time, from `time_grid` if `times` is None, the first at `start`: see `solve`."""
+    times = times or time_grid(task.controls.steps, task.controls.curve, start)
+    u = torch.full(task.ids.shape, times[0], device=task.ids.device)
+    n_calls = torch.full_like(task.n_open, len(times))
+    return u, n_calls, lambda i, u, log_p: torch.full_like(u, times[i + 1])
+
+
+def own_pace(task, far=0.95):
+    """Let a few positions receive nearly all of their evidence at once in each call, the others none: see `solve`.
+
+    The positions are those that `commit` would fill. It is the limit far -> infinity of this.
+    """
+    n_calls = task.n_open.clamp(1, task.controls.steps)  # and one that reads the text
+
+    def next_time(i, u, log_p):
+        waiting = (u == 0) & ~task.cond_mask
+        n_moved_after = (task.n_open * (i + 1) // n_calls).minimum(task.n_open)
+        chosen = spread_out(entropy(log_p), waiting, n_moved_after - task.n_open + waiting.sum(1))
+        return torch.where(chosen, far, u)
+
+    return torch.zeros(task.ids.shape, device=task.ids.device), n_calls + 1, next_time
 
 
 def spread_out(score, open_mask, n):
@@ -340,7 +370,7 @@ def fill(task, choose):
     n_calls = task.n_open.clamp(1, task.controls.steps)
     finished = torch.zeros_like(n_calls, dtype=torch.bool)
     for i in range(n_calls.max().item()):
-        log_p, sharpened = task.ask(theta, 0.0, ids, given)
+        log_p, sharpened = task.ask(theta, task.no_time(), ids, given)
         certain = task.is_certain(log_p, ~given) & (i < n_calls)
         finished, n_calls = finished | certain, n_calls.masked_fill(certain, i + 1)  # what is left is filled now
         n_filled_after = task.n_open * (i + 1) // n_calls
@@ -364,7 +394,7 @@ def correct(task, ids, log_p_drawn, finished):
     for i in range(n_calls.max().item()):
         n_redraw = (task.n_open // 8).clamp(min=1) * (i < n_calls)
         chosen = spread_out(log_p_drawn, ~task.cond_mask, n_redraw)
-        log_p, sharpened = task.ask(theta, 0.0, ids, ~chosen)
+        log_p, sharpened = task.ask(theta, task.no_time(), ids, ~chosen)
         ids, log_p_drawn = draw_chosen(task, chosen, log_p, sharpened, task.draws.at(CORRECT, i), ids, log_p_drawn)
     return ids, n_calls
 
@@ -400,11 +430,12 @@ def log_likelihood(network, ids, cond_mask, s1, K, calls, choose=spread_out):
 
 SAMPLERS = {
     "commit": commit,
-    "ancestral": partial(solve, step=ancestral),
-    "sde1": partial(solve, step=sde1),
-    "sde2": partial(solve, step=sde2),
-    "ode1": partial(solve, step=ode1, start=ODE_START),
-    "ode2": partial(solve, step=ode2, start=ODE_START),
+    "pace": partial(solve, step=ancestral, pace=own_pace),
+    "ancestral": partial(solve, step=ancestral, pace=one_pace),
+    "sde1": partial(solve, step=sde1, pace=one_pace),
+    "sde2": partial(solve, step=sde2, pace=one_pace),
+    "ode1": partial(solve, step=ode1, pace=partial(one_pace, start=ODE_START)),
+    "ode2": partial(solve, step=ode2, pace=partial(one_pace, start=ODE_START)),
 }
 
 

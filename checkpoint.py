@@ -96,18 +96,18 @@ def upgrade(checkpoint):
     return {**checkpoint, **networks, "format": FORMAT}
 
 
-def load(run_dir, which="best", device="cpu", ema=-1):
+def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     """Load a trained model: `model, tokenizer, run = load("runs/demo")`.
 
-    which: "best" by validation or "last". ema: index of the weight average, by default the last. `model.config` is the
-    Config; run is the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
+    which: "best" by validation or "last". ema: index of the weight average, by default the last. network: its class.
+    `model.config` is the Config; run is the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
     Raises ValueError for a missing or damaged checkpoint, or a tokenizer that the model was not trained with.
     """
     run = read_checkpoint(Path(run_dir) / f"{which}.pt")
     path = Path(run_dir) / "tokenizer.model"
     if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:
         raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
-    model = BFNTransformer(Config(**run["config"]))
+    model = network(Config(**run["config"]))
     if not -len(run["emas"]) <= ema < len(run["emas"]):
         raise ValueError(f"{run_dir} has {len(run['emas'])} weight averages, counted from 0: there is no {ema}")
     load_weights(model, run["emas"][ema])
@@ -129,9 +129,9 @@ def export(run_dir, out_dir, dtype=torch.float32):
 
     Raises ValueError if the run is damaged or out_dir has files.
     """
-    load(run_dir)  # raises ValueError
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists already: give another folder")
+    load(run_dir)  # raises ValueError
     run = read_checkpoint(run_dir / "best.pt")
     kept = {name: value for name, value in run.items() if name not in ("model", "optimizers", "times")}
     weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in run["emas"][-1].items()}
@@ -231,8 +231,6 @@ def prepare_text(args, run_dir, resume):
     elif args.spm_model and not args.init_from and file_hash(args.spm_model) != file_hash(path):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
     tokenizer = load_tokenizer(path)
-    if args.example != "line" and not keeps_breaks(tokenizer):
-        raise ValueError("this tokenizer does not keep line breaks: leave -spm out, or use --example=line")
     read = partial(data.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir, example=args.example)
     if args.val_path:
         return tokenizer, read(corpus, part="all"), read(args.val_path, part="all")
@@ -242,7 +240,9 @@ def prepare_text(args, run_dir, resume):
 def make_tokenizer(args, corpus):
     """Read the tokenizer of the flags, or train one on the corpus -> the model as bytes."""
     if args.spm_model:
-        load_tokenizer(args.spm_model)  # raises ValueError if it is none
+        tokenizer = load_tokenizer(args.spm_model)
+        if args.example != "line" and not keeps_breaks(tokenizer):
+            raise ValueError(f"{args.spm_model} does not keep line breaks: leave -spm or --init_from out, or use --example=line")
         return Path(args.spm_model).read_bytes()
     args.vocab_size = args.vocab_size or default_vocab_size(corpus, args.tokenizer)
     print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)

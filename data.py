@@ -153,23 +153,26 @@ def _encode(pieces, tokenizer):
     return pieces, np.concatenate(parts), np.array(example_ends, np.int64)
 
 
-def hash_documents(tokens, chunk=1 << 22):
-    """Compute a number per document, the same for documents of the same tokens -> (n_documents,) uint64."""
-    offsets, hashes, first = np.asarray(tokens.offsets), [], 0
-    while first < len(offsets) - 1:
-        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + chunk, side="right")) - 1)
-        starts, lengths = offsets[first:last] - offsets[first], np.diff(offsets[first : last + 1])
-        x = tokens.ids[offsets[first] : offsets[last]].astype(np.uint64) + (_count_up(lengths).astype(np.uint64) << np.uint64(32))
+def hash_documents(tokens, which, chunk=1 << 22):
+    """Compute a number for each of the documents `which` (n,), the same for documents of the same tokens -> (n,) uint64."""
+    lengths, hashes = tokens.lengths[which], []
+    for group in np.split(which, np.searchsorted(lengths.cumsum(), np.arange(chunk, lengths.sum(), chunk))):
+        sizes = tokens.lengths[group]
+        position = _count_up(sizes)
+        x = tokens.ids[np.repeat(tokens.offsets[group], sizes) + position].astype(np.uint64)
+        x += position.astype(np.uint64) << np.uint64(32)
         for shift, odd in ((32, 0xD6E8FEB86659FD93), (29, 0xBF58476D1CE4E5B9)):  # mixes token and position
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(odd)
-        hashes.append(np.add.reduceat(x, starts))
-        first = last
+        starts = np.cumsum(sizes) - sizes
+        hashes.append(np.add.reduceat(x, starts) if len(group) else x)
     return np.concatenate(hashes)
 
 
-def share_known(tokens, training):
+def share_in_training(tokens, training):
     """Compute the share of documents that the training text has too."""
-    return float(np.isin(hash_documents(tokens), hash_documents(training)).mean())
+    same_length = np.flatnonzero(np.isin(training.lengths, tokens.lengths))
+    known = hash_documents(training, same_length)
+    return float(np.isin(hash_documents(tokens, np.arange(len(tokens.lengths))), known).mean())
 
 
 # ---------------------------------------------------------------- packing

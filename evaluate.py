@@ -1,4 +1,4 @@
-"""Measure a trained model: an upper bound on -log P(text) with its errors, and the quality of samples.
+"""Measure a trained model: a bound on -log P(text) with its errors, exact likelihoods, and the quality of samples.
 
     python evaluate.py -mdir=RUN_DIR -d=TEXT.txt          a large text in part, within about a minute
     python evaluate.py -mdir=RUN_DIR -d=TEXT.txt --all    everything
@@ -87,8 +87,8 @@ def parse_given(text):
 def parse_orders(text):
     """Read "left,random" -> list of orders."""
     orders = text.split(",")
-    if not set(orders) <= {"sampler", "left", "random", "any"}:
-        raise argparse.ArgumentTypeError(f"{text!r}: write some of sampler,left,random,any")
+    if not set(orders) <= likelihood.ORDERS.keys():
+        raise argparse.ArgumentTypeError(f"{text!r}: write some of {','.join(likelihood.ORDERS)}")
     return orders
 
 
@@ -110,11 +110,11 @@ class Text:
 
     @property
     def document(self):
-        """The document of each window: (N,)."""
+        """Document of each window, counted through the text: (N,)."""
         return np.searchsorted(self.tokens.offsets, self.plan.starts, side="right") - 1
 
     def windows(self):
-        """The ids of each window -> list of N arrays."""
+        """List the ids of each window -> N arrays."""
         ends = self.plan.starts + self.plan.lengths
         return [self.tokens.ids[start:end] for start, end in zip(self.plan.starts, ends, strict=True)]
 
@@ -400,8 +400,9 @@ def exact_figures(text, scores, bos_id):
 
     text: the Text whose first windows were scored. Names are such as exact_8_calls_nats_per_token.
     """
-    figures, n, unknown = {}, len(scores.n_scored), unknown_nats_per_token(text.tokens, bos_id)
-    for name, mean in scores.nats_per_token().items():
+    n, unknown = len(scores.n_scored), unknown_nats_per_token(text.tokens, bos_id)
+    figures = dict(exact_n_tokens_scored=int(scores.n_scored.sum()))
+    for name, mean in scores.nats_per_token.items():
         figures[f"{to_key(name)}_nats_per_token"] = mean + unknown
         excess = scores.nats[name] - mean * scores.n_scored
         figures[f"{to_key(name)}_text_error_nats_per_token"] = clustered_error(excess, scores.n_scored, text.document[:n])[0]
@@ -413,6 +414,7 @@ def describe(path, tokens, window, figures):
     return (
         f"{path}: {len(tokens.lengths):,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
         f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
+        + (f"; exact likelihoods of {figures['exact_n_tokens_scored']:,} of these" if "exact_n_tokens_scored" in figures else "")
     )
 
 
@@ -686,12 +688,13 @@ def main():
     with collect_interrupts() as interrupts:
         scores = score(model, tokens, window, bos_id, device, **options, interrupts=interrupts)
         figures = likelihood_figures(scores, tokens, bos_id, conditional=args.given is not nothing_given)
-        functions = likelihood.figures_of(args.calls, args.order)
-        if functions and not interrupts:
+        functions = {} if interrupts else likelihood.figures_of(args.calls, args.order)
+        if functions:
             limit = dict(seconds=None if args.all or args.max_tokens else SECONDS, interrupts=interrupts)
             windows = scores.text.windows()
             exact = likelihood.score(model, windows, bos_id, args.given, functions, device, **limit, seed=args.seed, progress=True)
             figures |= exact_figures(scores.text, exact, bos_id)
+            scores.partial |= bool(interrupts)
     if args.by_time:
         write_by_time(scores, args.by_time, f"{args.model_dir}, step {run['step']}")
     if not args.json:

@@ -35,18 +35,18 @@ def ranks(u, open_mask):
     return u.masked_fill(~open_mask, torch.inf).argsort(1).argsort(1)
 
 
-def exact(network, ids, cond_mask, u, config, order="sampler", calls=None):
-    """Compute -log P of each row in one order of the positions, with one call per token if `calls` is None -> (B,) nats.
+def exact(network, ids, cond_mask, u, config, choose=bfn.spread_out, calls=None):
+    """Compute -log P of each row with one call per token, or `calls` -> (B,) nats.
 
-    order: "sampler" is that of `bfn.commit`, "left" is from left to right, "random" is by u[:, 1:].
+    choose: which positions to fill, see `bfn.spread_out`; None is a random order, by u[:, 1:].
     """
 
     def by_u(score, open_mask, n):
         return open_mask & (ranks(u[:, 1:], open_mask) < n[:, None])
 
-    choose = {"sampler": bfn.spread_out, "left": leftmost, "random": by_u}[order]
     calls = calls or ids.shape[1]
-    return -bfn.log_likelihood(network, ids, cond_mask, config.s1, config.K, calls, choose).double().sum(1)
+    log_p = bfn.log_likelihood(network, ids, cond_mask, config.s1, config.K, calls, choose or by_u)
+    return -log_p.double().sum(1)
 
 
 def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
@@ -64,13 +64,17 @@ def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
     return nats
 
 
+ORDERS = {  # of the flag --order: the name of the figure, and how it is computed
+    "sampler": ("exact, a call per token", exact),
+    "left": ("left to right", partial(exact, choose=leftmost)),
+    "random": ("random order", partial(exact, choose=None)),
+    "any": ("any order (bound)", any_order),
+}
+
+
 def figures_of(calls=(), orders=()):
-    """Name the figures of some numbers of calls, and of some orders with one call per token -> {name: function}."""
-    functions = {f"exact, {n} call{'s' * (n > 1)}": partial(exact, calls=n) for n in calls}
-    names = {"sampler": "exact, a call per token", "left": "left to right", "random": "random order"}
-    for order in orders:
-        functions |= {"any order (bound)": any_order} if order == "any" else {names[order]: partial(exact, order=order)}
-    return functions
+    """Name the figures of some numbers of calls, and of some ORDERS with one call per token -> {name: function}."""
+    return {f"exact, {n} call{'s' * (n > 1)}": partial(exact, calls=n) for n in calls} | dict(ORDERS[order] for order in orders)
 
 
 # ---------------------------------------------------------------- a text
@@ -83,8 +87,9 @@ class Likelihoods:
     nats: dict  # {name of the figure: (n,)}
     n_scored: np.ndarray  # (n,)
 
+    @property
     def nats_per_token(self):
-        """The mean of each figure -> {name: nats per scored token}."""
+        """The mean of each figure: {name: nats per scored token}."""
         return {name: float(nats.sum() / self.n_scored.sum()) for name, nats in self.nats.items()}
 
 

@@ -244,13 +244,12 @@ def text_warnings(training, val):
 
     training, val: Tokens. -> lines
     """
-    unknown, known = training.n_unknown_bytes / training.n_bytes, data.share_known(val, training)
+    unknown, known = training.n_unknown_bytes / training.n_bytes, data.share_in_training(val, training)
     lines = []
     if unknown > WORTH_SAYING:
-        lines.append(f"the tokenizer does not know {unknown:.1%} of the text: leave -spm out, or raise --vocab_size")
+        lines.append(f"the tokenizer does not know {unknown:.1%} of the text: try another tokenizer or a larger --vocab_size")
     if known > WORTH_SAYING:
-        which = "validation examples are in the training text too"
-        lines.append(f"{known:.0%} of the {which}: the bound says less about new text")
+        lines.append(f"{known:.0%} of the validation examples are in the training text too: for new text the bound is too low")
     return lines
 
 

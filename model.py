@@ -245,9 +245,12 @@ class BFNTransformer(nn.Module):
         return self.linear_out(hidden) + theta.clamp(min=1e-37).log()
 
     def forward(self, theta, t, segment_ids=None):
-        """Compute the logits. Without segment_ids, each row is one segment. Raises ValueError if they are 0 everywhere."""
+        """Compute the logits. Without segment_ids, each row is one segment.
+
+        Raises ValueError in eval mode if they are 0 everywhere; not on a GPU, which would have to wait for the answer.
+        """
         if segment_ids is None:
             segment_ids = torch.ones_like(t, dtype=torch.long)
-        elif not segment_ids.is_cuda and not segment_ids.any():  # a GPU would have to wait for the answer
+        if not (self.training or segment_ids.is_cuda or segment_ids.any()):
             raise ValueError("segment_ids is 0 everywhere, and 0 is padding: number the segments of a row from 1")
         return self.head(self.body(self.embed(theta), t, segment_ids), theta)

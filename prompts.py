@@ -189,7 +189,7 @@ def encode_after_gap(text, tokenizer):
     ids = tokenizer.encode(text.removeprefix(" "))
     if not ids or text.startswith(" "):
         return ids
-    if tokenizer.id_to_piece(ids[0]).startswith(SPACE + JOIN):
+    if tokenizer.id_to_piece(ids[0]).startswith((SPACE + JOIN, SPACE + BREAK)):
         return ids
     if tokenizer.id_to_piece(ids[0]) != SPACE:
         raise ValueError(f"this tokenizer cannot join {text!r} to a gap: put a space between them")
@@ -232,7 +232,9 @@ def parse_prompt(prompt, tokenizer, word_lengths):
         if high is not None and int(high) < int(low):
             raise ValueError(f"{shorten(prompt)}: a gap ___{{N-M}} has at least N and at most M tokens, here {low}-{high}")
         at_start = i == 0 and not texts[0]
-        follows_space = texts[i].endswith(" ") or (at_start and adds_prefix(tokenizer))
+        _, continues_words = space_style(tokenizer)
+        ends_line = texts[i].endswith("\n") and not continues_words  # whole words have a space there, which is not written
+        follows_space = texts[i].endswith(" ") or ends_line or (at_start and adds_prefix(tokenizer))
         sizes = gap_sizes(low, high, follows_space, tokenizer, word_lengths)
         after = encode_part(texts[i + 1], tokenizer, follows_gap=True)
         templates = [(t + kinds + after, w * weight) for t, w in templates for kinds, weight in sizes]

@@ -158,9 +158,14 @@ def decode(tokenizer, ids, unknown=()):
     return tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ")  # SPACE: of `unknown`
 
 
+def one_line(text):
+    """Put a text on one line, with a space for each line break."""
+    return " ".join(text.splitlines())
+
+
 def lay_out(text, run):
     """Put a sample on one line if the model was trained on lines: it may have drawn a line break by chance."""
-    return text if run["args"]["example"] != "line" else " ".join(text.splitlines())
+    return one_line(text) if run["args"]["example"] == "line" else text
 
 
 def mark_breaks(text):
@@ -204,7 +209,7 @@ class Trace:
 
     def decode(self, ids):
         """Turn ids into text on one line, with a space for each line break."""
-        return " ".join(decode(self.tokenizer, ids, self.unknown).splitlines())
+        return one_line(decode(self.tokenizer, ids, self.unknown))
 
     def __call__(self, t, p, given):
         """Show the likeliest tokens of the first row: p (B, L, K), given (B, L)."""
@@ -342,10 +347,10 @@ def check_output(args):
 def main():
     args = flags().parse_args()
     model, tokenizer, run = load(args.model_dir, args.checkpoint, cli.device(args.device))
+    args.prompt, args.draft = [read_breaks(text, run) for text in args.prompt], args.draft and read_breaks(args.draft, run)
     options = make_options(args, tokenizer, run)
     has_file = args.prompt_file is not None
     separator = [] if run["args"]["example"] == "line" else [SEPARATOR]
-    args.prompt, args.draft = [read_breaks(text, run) for text in args.prompt], args.draft and read_breaks(args.draft, run)
     prompts = args.prompt + (read_prompts(args.prompt_file, tokenizer, run, args.length) if has_file else [])
     check_output(args)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]

@@ -58,21 +58,40 @@ def can_fuse(model, args, accumulate):
     return True
 
 
-def seconds_per_step(model, loader, args, device, accumulate):
-    """Do a step's work three times, without the update -> seconds that a step takes."""
+def seconds_per_step(model, loader, args, device, accumulate, optimizers):
+    """Do the work of some steps, but change nothing -> seconds that a step takes."""
     times, batch = Times(args.times, args.position_times, device), loader.batch(0)  # nothing is learned here
-    for _ in range(3):
-        begin = time.perf_counter()
-        accumulate(model, [batch], [0], device, times).item()
-        seconds = time.perf_counter() - begin
+
+    def micro_batch():
         model.zero_grad(set_to_none=True)
-    return seconds * args.accumulation_steps
+        accumulate(model, [batch], [0], device, times).item()
+
+    def update():
+        for optimizer in optimizers:
+            optimizer.found_inf = torch.ones((), device=device)  # it computes the update and leaves it out
+            optimizer.step()
+        next(model.parameters()).sum().item()  # waits for the device
+
+    for _ in range(2):  # the first call compiles
+        micro_batch()
+    seconds = args.accumulation_steps * mean_seconds(micro_batch) + mean_seconds(update)
+    model.zero_grad(set_to_none=True)
+    return seconds
 
 
-def warm_up(model, loader, args, device, accumulate):
+def mean_seconds(work, least=2, seconds=2.0):
+    """Repeat work for about 2 seconds and at least twice -> mean time."""
+    begin, n = time.perf_counter(), 0
+    while n < least or time.perf_counter() - begin < seconds:
+        work()
+        n += 1
+    return (time.perf_counter() - begin) / n
+
+
+def warm_up(model, loader, args, device, accumulate, optimizers):
     """Compile and measure -> seconds per step. If the compiler fails, go on without it."""
     try:
-        return seconds_per_step(model, loader, args, device, accumulate)
+        return seconds_per_step(model, loader, args, device, accumulate, optimizers)
     except Exception as error:  # the compiler raises many kinds
         if not model.compiled or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
             raise
@@ -80,4 +99,4 @@ def warm_up(model, loader, args, device, accumulate):
         print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it", file=sys.stderr)
     torch.compiler.set_stance("force_eager")
     model.compiled = model.flex = False
-    return seconds_per_step(model, loader, args, device, accumulate)
+    return seconds_per_step(model, loader, args, device, accumulate, optimizers)

@@ -9,7 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from unicodedata import category
 
@@ -26,7 +26,7 @@ FEW_EXAMPLES = 100  # a corpus of fewer examples is split for validation by byte
 VAL_SHARE = {"examples": 0.02, "bytes": 0.05}
 TOKENIZER_BYTES = 20_000_000  # how much text a tokenizer is trained on
 VOCAB_SIZES = 512, 8192  # the smallest and the largest that follow from the corpus
-BYTES_PER_PIECE = 250
+BYTES_PER_TOKEN = 250  # of the corpus, for a new vocabulary
 MAX_PUNCTUATION = 100  # marks that a word tokenizer takes from words, and characters that may follow them
 
 # ---------------------------------------------------------------- reading text
@@ -50,8 +50,8 @@ def read_pieces(path, example="line", start=0, stop=None, max_bytes=None):
     a space, or between two characters if there is no space. Raises ValueError for bytes that are not UTF-8.
     """
     max_bytes = max_bytes or PIECE_BYTES
-    left = math.inf if stop is None else stop - start
-    position, held, first, starts_line = start, b"", True, True  # held: what is read and not yielded; it is at `position`
+    n_unread = math.inf if stop is None else stop - start
+    position, held, first, starts_line = start, bytearray(), True, True  # held: what is read but not yielded, at `position`
 
     def piece(raw, last):
         text = _decode(raw, path, position).replace("\r\n", "\n")
@@ -61,28 +61,30 @@ def read_pieces(path, example="line", start=0, stop=None, max_bytes=None):
 
     with open(path, "rb") as file:
         file.seek(start)
-        while raw := file.readline(int(min(max_bytes, left))):
-            left -= len(raw)
+        while raw := file.readline(int(min(max_bytes, n_unread))):
+            n_unread -= len(raw)
             ends_line = raw.endswith(b"\n")
             is_separator = example == "paragraph" and starts_line and ends_line and raw.isspace()
             complete = is_separator or (example == "line" and ends_line)
-            starts_line, held = ends_line, held if is_separator else held + raw
+            starts_line = ends_line
+            if not is_separator:
+                held += raw
             while len(held) > max_bytes or (len(held) == max_bytes and not complete):
                 cut = _find_cut(held[:max_bytes])
                 yield from piece(held[:cut], last=False)
                 position, held, first = position + cut, held[cut:], False
             if complete:
                 yield from piece(held.rstrip(b"\r\n"), last=True)
-                position, held, first = position + len(held) + is_separator * len(raw), b"", True
+                position, held, first = position + len(held) + is_separator * len(raw), bytearray(), True
         if held or not first:
             yield from piece(held.rstrip(b"\r\n"), last=True)
 
 
 def _find_cut(raw):
-    """Find where to cut a part of a long line: before its last space, or between two characters if it has none."""
-    space = raw.rfind(b" ", 1)
-    if space > 0:
-        return space
+    """Find where to cut a part of a long example: before its last space, else after its last line, else between characters."""
+    space, line = raw.rfind(b" ", 1), raw.rfind(b"\n") + 1
+    if space > 0 or line:
+        return space if space > 0 else line
     cut = len(raw)
     while cut > 1 and raw[cut - 1] & 0xC0 == 0x80:  # a byte that continues a character
         cut -= 1
@@ -139,12 +141,12 @@ def read_part(path, part, example="line"):
 
 
 def default_vocab_size(path, kind):
-    """Choose the size of a vocabulary by the size of the corpus: a piece per BYTES_PER_PIECE bytes, within VOCAB_SIZES.
+    """Choose the size of a vocabulary by the size of the corpus: a token per BYTES_PER_TOKEN, up to a power of two.
 
     Whole words have the largest, because what is not in it cannot be written.
     """
     smallest, largest = VOCAB_SIZES
-    return largest if kind == "word" else min(max(smallest, 1 << (os.path.getsize(path) // BYTES_PER_PIECE).bit_length()), largest)
+    return largest if kind == "word" else min(max(smallest, 1 << (os.path.getsize(path) // BYTES_PER_TOKEN).bit_length()), largest)
 
 
 def train_tokenizer(path, kind, vocab_size, example="line"):
@@ -210,7 +212,7 @@ def spacing_rules(texts):
 
     The second list undoes that. Apostrophes and hyphens belong to words. A line break takes the spaces around it along.
     """
-    pairs = Counter(pair for text in texts for pair in zip(text, text[1:] + " ", strict=True))
+    pairs = Counter(pair for text in texts for pair in pairwise(text + " "))
     punctuation, followers = Counter(), Counter()
     for (c, after), n in pairs.items():
         if is_punctuation(c):
@@ -221,7 +223,7 @@ def spacing_rules(texts):
         rules += [(c, f" {JOIN}{c} "), (f" {c}", f" {c} ")]
         for w, n in followers.most_common(MAX_PUNCTUATION):
             rules += [(c + w, f" {JOIN}{c} {JOIN}{w}"), (f" {c}{w}", f" {c} {JOIN}{w}")] * (n > 0)
-    undo = [(f"{left}{BREAK}{right}", "\n") for left in (" ", "") for right in (" ", "")]
+    undo = [(f"{before}{BREAK}{after}", "\n") for before in (" ", "") for after in (" ", "")]
     return rules, [(f" {JOIN}", ""), (JOIN, ""), *undo] if rules else []
 
 

@@ -107,10 +107,11 @@ def complete(args, saved=None, preset="base"):
     choose_source(args, saved)
     inherited = {} if args.preset or not saved else saved["args"]
     args.preset = args.preset or inherited.get("preset") or preset
-    preset_flags = dict(zip(PRESET_FLAGS, PRESETS[args.preset], strict=False), sequence_length=None, batch_size=None)
-    for name, value in preset_flags.items():
+    for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=False):
         if getattr(args, name) is None:
             setattr(args, name, inherited.get(name, value))
+    for name in ("sequence_length", "batch_size") if saved else ():  # of a new run: `fit_rows`
+        setattr(args, name, getattr(args, name) or saved["args"][name])
     return args
 
 
@@ -289,7 +290,7 @@ def main():
         print(f"{run_dir} is finished at step {state.step}\n{log.closing_lines(args)}")
         return
     switches.set_switches(state.model, args, device, accumulate_gradients)
-    seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients)
+    seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients, state.optimizers)
     decide_steps(args, before, state.step, seconds)
     print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
 

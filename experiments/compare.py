@@ -324,7 +324,7 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
     switches.set_switches(state.model, args, device, train.accumulate_gradients)
-    switches.warm_up(state.model, loader, args, device, train.accumulate_gradients)
+    switches.warm_up(state.model, loader, args, device, train.accumulate_gradients, state.optimizers)
 
     def learning_rate(step, args):
         return args.learning_rate * rate_share(budget.progress)
@@ -341,7 +341,8 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
 
     def measure():
         inputs = val, args.sequence_length, tokenizer.bos_id(), device
-        return bound(state.emas[-1], *inputs) | evaluate.exact_likelihood(state.emas[-1], *inputs, EXACT_TOKENS)
+        with evaluate.full_precision():
+            return bound(state.emas[-1], *inputs) | evaluate.exact_likelihood(state.emas[-1], *inputs, EXACT_TOKENS)
 
     result = record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
     if name in ("base", "autoregressive"):  # a checkpoint does not record how the network of another variant differs

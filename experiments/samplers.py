@@ -36,11 +36,10 @@ import evaluate
 import plot
 import quality
 import toy
-from checkpoint import load, load_weights, read_checkpoint
-from model import Config
+from checkpoint import load
 from prompts import GAP, make_template, pad
 from sample import Options, decode, generate
-from text import add_marks, load_tokenizer, read_part
+from text import add_marks, read_part
 
 FLOW_SAMPLERS = [name for name in bfn.SAMPLERS if name != "commit"]
 CALLS = 5, 10, 20, 50, 100
@@ -89,11 +88,8 @@ class Judge:
     """An autoregressive language model of `compare.py autoregressive`, which tells how likely it finds texts."""
 
     def __init__(self, run_dir, device):
-        run = read_checkpoint(Path(run_dir) / "best.pt")
-        self.tokenizer, self.length = load_tokenizer(Path(run_dir) / "tokenizer.model"), run["args"]["sequence_length"]
-        self.model = Causal(Config(**run["config"]))
-        load_weights(self.model, run["emas"][-1])
-        self.model.to(device).eval()
+        self.model, self.tokenizer, run = load(run_dir, device=device, network=Causal)
+        self.length = run["args"]["sequence_length"]
 
     @torch.no_grad()
     def nats(self, texts):

@@ -1,6 +1,7 @@
 """The flow, its losses and its samplers against closed forms and the exact network."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from exact import ExactNetwork, draw, entropy, random_joint
 
 import bfn
 from bfn import Controls
+from likelihood import leftmost
 from noise import Draws, draw_keys
 
 SEQUENCES, P = random_joint()
@@ -172,10 +174,6 @@ def test_committing_one_position_a_call_is_exact_and_all_at_once_is_not():
     assert total_variation(1, "commit", truth=product) < 0.02 < total_variation(1, "commit")
 
 
-def leftmost(score, open_mask, n):
-    return open_mask & (open_mask.cumsum(1) <= n[:, None])
-
-
 def any_order(score, open_mask, n):
     """The same random order in each call."""
     scores = torch.rand(score.shape, generator=torch.Generator().manual_seed(3))
@@ -316,7 +314,7 @@ def test_the_error_of_an_ode_sampler_falls_with_the_number_of_steps_to_the_power
 
         torch.manual_seed(6)
         draws = Draws(draw_keys(*ids.shape))
-        bfn.solve(bfn.Task(network, ids, nothing, s1, K, Controls(), draws), step, times=times)
+        bfn.solve(bfn.Task(network, ids, nothing, s1, K, Controls(), draws), step, partial(bfn.one_pace, times=times))
         return states[-1]
 
     fine = end(640)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -87,6 +88,27 @@ def test_the_command_prints_exact_likelihoods_next_to_the_bound(tmp_path, monkey
     figures = json.loads(capsys.readouterr().out)
     assert f"{figures['exact_2_calls_nats_per_token']:.4f}" == values["exact, 2 calls"][0]
     assert figures["exact_99_calls_text_error_nats_per_token"] > 0
+
+
+def test_ctrl_c_prints_the_figures_so_far_and_says_that_they_are_partial(tmp_path, monkeypatch, capsys):
+    """During the bound, without exact likelihoods; during these, with those of the windows that were read."""
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(600))
+    flags = ["-d", str(run_dir / "text.txt"), f"--cache_dir={tmp_path}", "--draws=2", "--calls=2"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"-mdir={run_dir}", *flags])
+    for module, name, n_exact in ((evaluate, "score_once", 0), (likelihood, "pad", 2)):
+        real = getattr(module, name)
+
+        def interrupted(*inputs, real=real, **more):
+            signal.raise_signal(signal.SIGINT)
+            return real(*inputs, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupted)
+            with pytest.raises(SystemExit) as error:
+                cli.run(evaluate.main)
+        out, err = capsys.readouterr()
+        assert error.value.code == 130 and "these figures are partial" in err
+        assert out.count("exact") == n_exact and "bound" in out
 
 
 def test_an_order_that_does_not_exist_is_refused(monkeypatch, capsys):

@@ -329,6 +329,22 @@ def test_texts_of_several_lines_are_printed_with_a_separator_and_written_as_json
         assert record["text"].startswith("the king\nsleeps") and record["prompt"] == "the king\nsleeps ___{2}"
 
 
+def test_a_draft_of_several_lines_is_read_with_its_line_breaks(poems, monkeypatch, capsys):
+    lines = run_command(monkeypatch, capsys, f"-mdir={poems}", r"--draft=the king\nsleeps", "--strength=0.99", "--num_samples=1")
+    assert lines == ["the king", "sleeps", sample.SEPARATOR]
+
+
+@pytest.mark.parametrize("prompt", ["the king\n___", "___\nsleeps", "anna\n___\nboat"])
+def test_a_gap_next_to_a_line_break_is_a_word(poems, prompt):
+    _, tokenizer, run = load(poems)
+    (template, _), *_ = parse_prompt(prompt, tokenizer, [0, 1])[0]
+    kinds = [kind for kind in template if kind < 0]
+    assert kinds == [WORD_START if poems.name == "word" else WORD_REST]
+    text = tokenizer.decode([k if k >= 0 else tokenizer.encode("anna")[0] for k in template])
+    before, after = prompt.split("___")
+    assert text.startswith(before) and text.endswith(after)
+
+
 def test_a_backslash_is_a_line_break_only_for_examples_of_several_lines():
     paragraph, line = ({"args": {"example": example}} for example in ("paragraph", "line"))
     assert read_breaks(r"a\nb\\n\t", paragraph) == "a\nb\\n\\t" and read_breaks(r"a\nb", line) == r"a\nb"

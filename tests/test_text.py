@@ -62,6 +62,16 @@ def test_a_whole_file_is_one_example(tmp_path):
     assert read(write(tmp_path / "text", text.replace("\n", "\r\n")), example="file") == [text]
 
 
+def test_a_long_example_without_spaces_is_cut_between_its_lines(tmp_path):
+    """Also between \\r and \\n, which must not come apart."""
+    lines = ["\u6f22\u5b57" * 2] * 9
+    for line_break in ("\n", "\r\n"):
+        path = write(tmp_path / "text", line_break.join(lines))
+        pieces = list(read_pieces(path, "file", max_bytes=30))
+        assert "".join(piece.text for piece in pieces) == "\n".join(lines) and len(pieces) > 3
+        assert all(piece.text.endswith("\n") for piece in pieces[:-1])
+
+
 @pytest.mark.parametrize("example", ["line", "paragraph", "file"])
 def test_the_error_for_text_that_is_not_utf8_counts_bytes_from_the_start_of_the_file(tmp_path, example):
     (tmp_path / "latin").write_bytes(b"fine\r\n\n" * 300 + b"caf\xe9\n")
@@ -148,6 +158,12 @@ def test_a_word_tokenizer_keeps_punctuation_apart_and_restores_the_spacing(tmp_p
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("Yes sir.")[:-1] == tokenizer.encode("Yes sir")
     assert tokenizer.encode("sir, Yes")[0] == tokenizer.encode("sir")[0]
+
+
+def test_a_word_tokenizer_is_trained_on_a_text_with_a_very_long_word(tmp_path):
+    """Whose rest, after it was cut, is empty."""
+    path = write(tmp_path / "text", "one, two\n" * 30 + "=" * 1000 + "\n")
+    assert train_tokenizer(path, "word", 400)
 
 
 def test_a_word_tokenizer_has_a_token_for_line_breaks(tmp_path):

@@ -19,6 +19,7 @@ from untrained import equal
 import bfn
 import checkpoint
 import cli
+import evaluate
 import model as model_file
 import switches
 import toy
@@ -602,6 +603,30 @@ def test_rows_fit_nine_of_ten_examples_and_batches_have_equal_tokens(lengths, fl
     assert (args.sequence_length, args.batch_size) == expected
 
 
+@pytest.mark.parametrize("named", [[], ["--preset=toy"]])
+def test_a_resumed_run_keeps_rows_that_no_flag_names(run, tmp_path, monkeypatch, named):
+    """Also if the preset is named, and for the built-in language, which names it."""
+    sizes = ("-bsz", "-slen")
+    monkeypatch.setattr(sys.modules[__name__], "TINY", [flag for flag in TINY if not flag.startswith(sizes)])
+    for max_steps in (1, 2):
+        run(tmp_path / "run", *named, f"--max_steps={max_steps}")
+    monkeypatch.setattr(sys, "argv", f"train.py -mdir={tmp_path / 'toy'} --max_steps=1 -mdim=32 -nl=1 -nh=2 -nex=0".split())
+    monkeypatch.setattr(evaluate, "check_toy", lambda *inputs: [])
+    for _ in range(2):
+        train.main()
+    for name, rows in (("run", (64, 16 if named else 32)), ("toy", (64, 16))):
+        args = read_checkpoint(tmp_path / name / "last.pt")["args"]
+        assert (args["sequence_length"], args["batch_size"]) == rows
+
+
+def test_a_batch_of_padding_alone_is_trained_on(run, tmp_path):
+    """An epoch of long documents has a row without tokens at its end."""
+    text = tmp_path / "one.txt"
+    text.write_text("the king sleeps " * 100)
+    run(tmp_path / "run", f"-d={text}", "-bsz=1", "-slen=64", "--max_steps=40", "-vli=40")
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 40
+
+
 def test_fine_tuning_takes_rows_and_averages_from_the_other_run(run, tmp_path, monkeypatch):
     run(tmp_path / "first", "--max_steps=1", "-ema=0.7")
     sizes = ("-bsz", "-slen", "-mdim", "-nl", "-nh")
@@ -611,8 +636,8 @@ def test_fine_tuning_takes_rows_and_averages_from_the_other_run(run, tmp_path, m
     assert (args["batch_size"], args["sequence_length"], args["ema_rate"]) == (4, 32, [0.7])
 
 
-def test_examples_of_several_lines_train_and_a_resumed_run_keeps_them(run, corpus, tmp_path, capsys):
-    """Also where the tokenizer has a token for line breaks and where it spells them as a byte."""
+def test_examples_of_several_lines_train_and_a_resumed_run_keeps_them(run, corpus, tmp_path):
+    """Whether the tokenizer has a token for line breaks or, after --init_from, spells them as a byte."""
     poems = corpus.with_name("poems.txt")
     poems.write_text(corpus.read_text().replace("\n", "\n\n").replace(" ", "\n"))
     for kind in ("word", "bpe"):
@@ -627,6 +652,13 @@ def test_examples_of_several_lines_train_and_a_resumed_run_keeps_them(run, corpu
             run(tmp_path / kind, *flags, "--example=line")
     run(tmp_path / "lines", "--tokenizer=bpe", "--vocab_size=400", "--max_steps=1")
     run(tmp_path / "tuned", f"-d={poems}", "--example=paragraph", f"--init_from={tmp_path / 'lines'}", "--max_steps=1")
-    run(tmp_path / "words", "--max_steps=1")
-    with pytest.raises(ValueError, match="does not keep line breaks: leave -spm out"):
-        run(tmp_path / "other", f"-d={poems}", "--example=paragraph", f"--init_from={tmp_path / 'words'}", "--max_steps=1")
+
+
+def test_a_tokenizer_that_does_not_keep_line_breaks_is_refused_before_anything_is_written(run, corpus, tmp_path):
+    """One that is trained on paragraphs of one line has none to keep, and is fine."""
+    corpus.write_text(corpus.read_text().replace("\n", "\n\n"))
+    flags = "--example=paragraph", "--max_steps=1"
+    run(tmp_path / "words", "--tokenizer=word", *flags)
+    with pytest.raises(ValueError, match="does not keep line breaks: leave -spm or --init_from out"):
+        run(tmp_path / "other", f"--init_from={tmp_path / 'words'}", *flags)
+    assert not list((tmp_path / "other").iterdir())
