@@ -157,41 +157,51 @@ def train_tokenizer(path, kind, vocab_size, example="line"):
     not keep repeated spaces. A line break inside an example is a token. Raises ValueError if the corpus has no text or
     SentencePiece cannot build it.
     """
-    n = 1 + os.path.getsize(path) // TOKENIZER_BYTES  # of a large corpus, every n-th piece is read
-    pieces = read_pieces(path, example, max_bytes=1000)
-    texts, characters = [], set()
-    with tqdm(desc=f"reading {Path(path).name}", total=os.path.getsize(path), unit="B", unit_scale=True, disable=None) as bar:
-        for i, piece in enumerate(pieces):
-            texts += [piece.text] * (i % n == 0)
-            characters |= set(piece.text) if kind == "char" else set()
-            bar.update(piece.n_bytes)
+    texts, characters = read_sample(path, example)
     if not texts:
         raise ValueError(f"{path} has no text")
-    options = dict(
-        model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.9999, byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-        user_defined_symbols=["\n"] if example != "line" else [],
-        unk_id=0, bos_id=1, eos_id=2, num_threads=4, minloglevel=2,  # unigram's result depends on the thread count
-    )  # fmt: skip
-    if kind == "char":
-        characters.discard("\0")  # SentencePiece cannot have it: it stays unknown
-        breaks = sorted(c for c in characters if c != " " and not c.isprintable())  # it would leave these out otherwise
-        rest = sorted({SPACE if c == " " else c for c in characters} - set(breaks))
-        options |= dict(byte_fallback=False, bos_id=-1, eos_id=-1, character_coverage=1.0, user_defined_symbols=breaks)
-        options |= dict(vocab_size=len(breaks) + len(rest) + 1, required_chars="".join(rest))
+    model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
-        if kind == "word":
-            options |= dict(byte_fallback=False, add_dummy_prefix=True, remove_extra_whitespaces=True)
-            options |= dict(user_defined_symbols=[], **write_rules(texts, Path(folder)))
-        model = io.BytesIO()
-        options |= dict(sentence_iterator=iter(texts), model_writer=model)
+        options = trainer_options(kind, vocab_size, texts, characters, Path(folder))
+        train = partial(sentencepiece.SentencePieceTrainer.train, sentence_iterator=iter(texts), model_writer=model, **options)
         try:
-            show_seconds(partial(sentencepiece.SentencePieceTrainer.train, **options), f"training a {kind} tokenizer")
+            show_seconds(train, f"training a {kind} tokenizer")
         except RuntimeError as error:
             size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
             reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
             raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
     return model.getvalue()
+
+
+def read_sample(path, example):
+    """Read about TOKENIZER_BYTES of a corpus, spread over the file, and collect all of its characters -> list, set of str."""
+    n_bytes, texts, characters = os.path.getsize(path), [], set()
+    n = 1 + n_bytes // TOKENIZER_BYTES  # every n-th piece is kept
+    with tqdm(desc=f"reading {Path(path).name}", total=n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        for i, piece in enumerate(read_pieces(path, example, max_bytes=1000)):
+            texts += [piece.text] * (i % n == 0)
+            characters.update(piece.text)
+            bar.update(piece.n_bytes)
+    return texts, characters
+
+
+def trainer_options(kind, vocab_size, texts, characters, folder):
+    """Choose the options of SentencePiece's trainer -> dict. Files that they name are written into `folder`."""
+    options = dict(
+        model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.9999,
+        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
+        num_threads=4,  # unigram's result depends on it
+    )  # fmt: skip
+    if kind == "word":
+        return options | dict(add_dummy_prefix=True, remove_extra_whitespaces=True) | write_rules(texts, folder)
+    options |= dict(add_dummy_prefix=False, remove_extra_whitespaces=False)
+    if kind != "char":
+        return options | dict(byte_fallback=True, user_defined_symbols=["\n"] if "\n" in characters else [])
+    characters = characters - {"\0"}  # SentencePiece cannot have it: it stays unknown
+    symbols = sorted(c for c in characters if c != " " and not c.isprintable())  # it would leave these out otherwise
+    rest = sorted({SPACE if c == " " else c for c in characters} - set(symbols))
+    sizes = dict(vocab_size=len(symbols) + len(rest) + 1, character_coverage=1.0, bos_id=-1, eos_id=-1)
+    return options | sizes | dict(user_defined_symbols=symbols, required_chars="".join(rest))
 
 
 def show_seconds(function, what):

@@ -336,7 +336,7 @@ def test_a_draft_of_several_lines_is_read_with_its_line_breaks(poems, monkeypatc
 
 @pytest.mark.parametrize("prompt", ["the king\n___", "___\nsleeps", "anna\n___\nboat"])
 def test_a_gap_next_to_a_line_break_is_a_word(poems, prompt):
-    _, tokenizer, run = load(poems)
+    tokenizer = load(poems)[1]
     (template, _), *_ = parse_prompt(prompt, tokenizer, [0, 1])[0]
     kinds = [kind for kind in template if kind < 0]
     assert kinds == [WORD_START if poems.name == "word" else WORD_REST]
