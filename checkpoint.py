@@ -11,9 +11,11 @@ its state:
 
 import math
 import os
+import platform
 import shutil
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from text import default_vocab_size, file_hash, keeps_breaks, load_tokenizer, re
 from times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
-RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png".split()
+RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png lock".split()
 TOY_SENTENCES = 60_000
 
 # What a run is: these must not change when it is resumed, everything else may.
@@ -66,6 +68,7 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile(part)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = int(checkpoint["format"])
+        [checkpoint[name] for name in ("emas", "config", "tokenizer_hash")]  # raises KeyError
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
@@ -175,6 +178,8 @@ def save(state, run, run_dir, is_best=False):
     """
     path, last = run_dir / ("best.pt" if is_best else "last.pt"), run_dir / "last.pt"
     networks = dict(model=state.model.state_dict(), emas=[ema.state_dict() for ema in state.emas])
+    if not all(bool(w.isfinite().all()) for weights in (networks["model"], *networks["emas"]) for w in weights.values()):
+        raise ValueError("the weights are not finite: nothing is saved. Run again, with a lower -lr, to resume from last.pt")
     optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
     progress = dict(step=state.step, best=state.best, times=state.times.curve, loss_by_time=state.loss_by_time)
     save_checkpoint(path, {**run, **networks, **progress, "optimizers": optimizers})
@@ -189,11 +194,33 @@ def save(state, run, run_dir, is_best=False):
 # ---------------------------------------------------------------- the run folder
 
 
-def open_run_folder(run_dir):
-    """Create the run folder if it is missing -> its last checkpoint, or None. Raises ValueError if it is a file or has only best.pt."""
+def lock(run_dir):
+    """Create the run folder if it is missing, and hold it -> a file; closing it, or the end of the process, lets go.
+
+    Raises ValueError if it is not a folder, or if another process trains there. Without locks (Windows) nothing is held.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file: give another -mdir")
     run_dir.mkdir(parents=True, exist_ok=True)
+    file = open(run_dir / "lock", "a+")
+    with suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"another process trains in {run_dir} ({file.read().strip()}): wait, or give another -mdir") from None
+    file.truncate(0)
+    print(f"pid {os.getpid()} on {platform.node()}", file=file, flush=True)
+    return file
+
+
+def open_run_folder(run_dir):
+    """Read the last checkpoint of a run folder -> dict, or None for a new run.
+
+    Raises ValueError if it has only best.pt, or files of the names that a run writes but nothing else of a run.
+    """
     if (run_dir / "last.pt").exists():
         checkpoint = read_checkpoint(run_dir / "last.pt")
         if "optimizers" not in checkpoint:
@@ -201,6 +228,10 @@ def open_run_folder(run_dir):
         return checkpoint
     if (run_dir / "best.pt").exists():
         raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to resume, or give another -mdir")
+    if not (run_dir / "tokenizer.model").exists():  # which a run writes first
+        for name in ("metrics.jsonl", "samples.txt", "curves.png"):
+            if (run_dir / name).is_file():
+                raise ValueError(f"{run_dir} has a {name} that is of no run: give another -mdir")
     return None
 
 
@@ -220,6 +251,9 @@ def prepare_text(args, run_dir, resume):
     corpus = Path(args.data_path or run_dir / "corpus.txt")
     if args.data_path is None and not resume:
         write_once(corpus, toy.corpus(TOY_SENTENCES, args.seed).encode())
+    for text in filter(None, (args.data_path, args.val_path)):
+        if Path(text).resolve().parent == run_dir.resolve() and Path(text).name in RUN_FILES:
+            raise ValueError(f"{text} is the name of a file that training writes: move it, or give another -mdir")
     for text in filter(None, (corpus, args.val_path)):
         if not os.path.isfile(text):
             raise ValueError(f"no text file at {text}")

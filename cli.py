@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+
+MAY_BE_EMPTY = ("--prompt", "--flags")
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +33,9 @@ class Parser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(flag, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else "a value that begins with a dash is written --flag=VALUE"
                 self.error(f"unknown flag {flag} ({hint})")
+        for flag, value in [*(word.split("=", 1) for word in words if "=" in word), *pairwise(words)]:
+            if value == "" and flag in known and flag not in MAY_BE_EMPTY:  # an unset shell variable
+                self.error(f"{flag} is empty: give a value or leave the flag out")
         return super().parse_args(words, namespace)
 
     def error(self, message):
@@ -92,7 +98,7 @@ def device(name):
     try:
         found = torch.device(name)
         torch.zeros((), device=found)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise ValueError(f"no device {name!r} here: use --device=cpu, or --device=cuda if there is a GPU")
@@ -124,8 +130,9 @@ def catch_signals():
         os.write(2, b"\nfinishing this step, then saving (again to leave at once)\n")  # print is not safe here
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: the terminal was closed; Windows has no such signal
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handle)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP on purpose
+            signal.signal(number, handle)
     return caught
 
 

@@ -79,11 +79,11 @@ def _read_cache(folder, key):
         meta = json.loads((folder / "meta.json").read_text())
         ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
         offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
-    except (OSError, ValueError, KeyError):
+        whole = len(ids) == meta["n_tokens"] == offsets[-1] and len(offsets) == meta["n_documents"] + 1
+        tokens = Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if len(ids) != meta["n_tokens"] or len(offsets) != meta["n_documents"] + 1 or offsets[-1] != len(ids):
-        return None
-    return Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
+    return tokens if whole else None
 
 
 def _write_cache(path, part, example, tokenizer, folder):

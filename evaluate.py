@@ -48,6 +48,7 @@ MAX_DRAWS = 64
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token
 SECONDS = 40  # how long the draws take if no flag says how much to score
 TIME_BINS = 50
+BY_TIME_HEADER = "t,loss_nats_per_token,cross_entropy_nats_per_token"
 VAL_TOKENS = 16_384  # a validation scores at most this many tokens
 VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes a call per step of the sampler
 SAMPLED = {"exact": partial(likelihood.exact, calls=Options.steps)}  # of what sample.py draws, without corrections
@@ -469,12 +470,23 @@ def notes(scores, error, quick):
     return lines
 
 
+def check_by_time(path):
+    """Raise ValueError if PATH.csv or PATH.png exists and is not an earlier result of --by_time."""
+    table = Path(f"{path}.csv")
+    with suppress(OSError), open(table, encoding="utf-8", errors="replace") as file:
+        if file.readline().strip() == BY_TIME_HEADER:
+            return
+    for file in (table, Path(f"{path}.png")):
+        if file.exists():
+            raise ValueError(f"{file} exists already: give --by_time another name")
+
+
 def write_by_time(scores, path, title):
     """Write the loss and the output's cross-entropy by time to PATH.csv and PATH.png."""
     _, loss, cross_entropy = scores.by_time()
     t = (np.arange(len(loss)) + 0.5 * (scores.n_steps is None)) / len(loss)  # bins' middles, or where steps start
     t, loss, cross_entropy = (x[~np.isnan(loss)] for x in (t, loss, cross_entropy))
-    lines = ["t,loss_nats_per_token,cross_entropy_nats_per_token"]
+    lines = [BY_TIME_HEADER]
     lines += [f"{a:.4f},{b:.6f},{c:.6f}" for a, b, c in zip(t, loss, cross_entropy, strict=True)]
     Path(f"{path}.csv").write_text("\n".join(lines) + "\n")
     label = f"loss (its mean is L_{scores.n_steps or 'inf'})"
@@ -506,6 +518,15 @@ def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
         exact = exact_likelihood(model, tokens, row_length, bos_id, device, VAL_EXACT_TOKENS)
     _, loss_by_time, _ = scores.by_time(20)
     return likelihood_figures(scores, tokens, bos_id) | exact, np.nan_to_num(loss_by_time).tolist()
+
+
+def validation_seconds(model, tokens, bos_id, row_length, device):
+    """Estimate from a few rows how long `validate` takes on VAL_TOKENS -> seconds, with those of the samples after it."""
+    plan = data.plan_validation(tokens, row_length)
+    text = Text(tokens, plan, row_length, bos_id, nothing_given)
+    n_rows = min(plan.n_rows, -(-VAL_TOKENS // row_length))
+    two_draws = 2 * n_rows * seconds_per_row(model, text.first_rows(min(n_rows, 16)), device, None)
+    return 1.4 * two_draws
 
 
 def exact_likelihood(model, tokens, row_length, bos_id, device, max_tokens):
@@ -676,6 +697,7 @@ def main():
         corpus, part = find_corpus(args, run)
         reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     if args.by_time:
+        check_by_time(args.by_time)
         Path(args.by_time).parent.mkdir(parents=True, exist_ok=True)
     example = run["args"]["example"]
     tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)

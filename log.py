@@ -18,8 +18,13 @@ from tqdm import tqdm
 import cli
 import data
 import plot
+from evaluate import VAL_TOKENS
 
 FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
+VALIDATIONS = 10  # of a run, and at least one every MOST_MINUTES
+MOST_MINUTES = 5
+VAL_SHARE = 0.15  # of the time, at most
+LEAST_VAL_TOKENS = 2048
 WORTH_SAYING = 0.005  # share of a text that gets a warning
 PLAIN_SECONDS = 30  # between lines where there is no terminal
 POSTFIX = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {utilisation:.0%} of peak, {peak_memory_gb:.1f} GB"
@@ -199,6 +204,27 @@ def overfitting_line(run_dir, n_worse=3):
         return None
     best, step = min(bounds)
     return f"the bound has risen {n_worse} times in a row: overfitting. best.pt is from step {step} ({best:.3f} nats per token)"
+
+
+# ---------------------------------------------------------------- how long, and how often
+
+
+def decide_steps(args, before, step, seconds, val_seconds):
+    """Decide how many steps --minutes are, how often to validate, sample and save, and how many tokens to validate on.
+
+    before: flags of the run that resumes, or {}: it keeps what was decided. seconds, val_seconds: of a step, and of a
+    validation on evaluate.VAL_TOKENS, as measured.
+    """
+    total = args.max_steps * seconds / (1 - VAL_SHARE) if args.max_steps else 60 * args.minutes
+    val_tokens = int(VAL_TOKENS * min(1.0, VAL_SHARE * total / (VALIDATIONS * val_seconds)))
+    args.val_tokens = before.get("val_tokens", VAL_TOKENS if before else max(LEAST_VAL_TOKENS, val_tokens))
+    val_seconds *= args.val_tokens / VAL_TOKENS
+    if not args.max_steps:
+        args.max_steps = step + max(1, int(max(total - VALIDATIONS * val_seconds, total / 2) / seconds))
+    often = min(math.ceil(args.max_steps / VALIDATIONS), int(60 * MOST_MINUTES / seconds))
+    often = max(often, math.ceil(val_seconds / (VAL_SHARE * seconds)))
+    for name in ("val_interval", "sample_interval", "save_interval"):
+        setattr(args, name, getattr(args, name) or before.get(name) or often)
 
 
 # ---------------------------------------------------------------- lines for the terminal

@@ -122,6 +122,12 @@ def read_breaks(text, run):
     return text if run["args"]["example"] == "line" else re.sub(r"\\([n\\])", lambda m: {"n": "\n"}.get(m[1], m[1]), text)
 
 
+def check_unicode(text):
+    """Raise ValueError for a text from the command line or a file that is not UTF-8."""
+    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python stands for bytes that it cannot decode
+        raise ValueError(f"{shorten(text)} is not UTF-8: convert it, for example with iconv")
+
+
 def shorten(prompt):
     """Shorten a prompt for messages."""
     return ascii(prompt) if len(prompt) <= 60 else ascii(prompt[:60]) + "..."
@@ -223,8 +229,7 @@ def parse_prompt(prompt, tokenizer, word_lengths):
     """
     if re.search(r"____|___\{(?!\d+(?:-\d+)?\})", prompt):
         raise ValueError(f"{shorten(prompt)}: a gap is ___ or ___{{N}} or ___{{N-M}}")
-    if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python stands for bytes that it cannot decode
-        raise ValueError(f"{shorten(prompt)} is not UTF-8: convert it, for example with iconv")
+    check_unicode(prompt)
     parts = re.split(GAP_MARK, prompt)  # text, low or None, high or None, text, ...
     texts, gaps = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
     templates = [(encode_part(texts[0], tokenizer, follows_gap=False), 1.0)]

@@ -32,6 +32,7 @@ from prompts import (
     allowed_at,
     candidates,
     check_hints,
+    check_unicode,
     find_ids,
     make_hint,
     make_template,
@@ -348,6 +349,8 @@ def main():
     args = flags().parse_args()
     model, tokenizer, run = load(args.model_dir, args.checkpoint, cli.device(args.device))
     args.prompt, args.draft = [read_breaks(text, run) for text in args.prompt], args.draft and read_breaks(args.draft, run)
+    for text in [*args.ban, *args.hint, args.draft or ""]:
+        check_unicode(text)
     options = make_options(args, tokenizer, run)
     has_file = args.prompt_file is not None
     separator = [] if run["args"]["example"] == "line" else [SEPARATOR]
@@ -357,14 +360,17 @@ def main():
     samples = sample_prompts(args, model, tokenizer, run, prompts, options)
     warn_unknown([*prompts, args.draft or ""], tokenizer)
     hide_bar = True if args.trace or len(prompts) == 1 else None  # None: show it only in a terminal
-    total_calls = 0
-    with open(args.output or os.devnull, "w", encoding="utf-8") as output:
+    total_calls, path = 0, args.output or os.devnull
+    unfinished = path if os.path.exists(path) and not os.path.isfile(path) else f"{path}.part"  # not of a pipe
+    with open(unfinished, "w", encoding="utf-8") as output:
         bar = tqdm(samples, total=len(prompts), unit="sample", disable=hide_bar)
         for prompt, (ids, calls) in zip(prompts, bar, strict=True):
             text, total_calls = lay_out(decode(tokenizer, ids, unknown_pieces(prompt, tokenizer)), run), total_calls + calls
             print(text, *separator, sep="\n", flush=True)
             record = dict(prompt=prompt, text=text, ids=ids, calls=calls)
             print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
+    if unfinished != path:
+        os.replace(unfinished, path)
     if args.until:
         print(f"{total_calls / len(prompts):.1f} network calls per text", file=sys.stderr)
 

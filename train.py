@@ -22,7 +22,7 @@ import fused
 import log
 import optim
 import switches
-from checkpoint import State, check_identity, describe_run, load, open_run_folder, prepare_text, restore, save
+from checkpoint import State, check_identity, describe_run, load, lock, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
 from sample import example_texts, mark_breaks
@@ -39,8 +39,6 @@ PRESETS = {
 }  # fmt: skip
 SHORTEST_ROW = 64
 TOY_STEPS = 1_500
-TRAINING_SHARE = 0.9  # of --minutes: the rest is for validations and samples
-MOST_MINUTES = 5  # between validations, samples and saves
 
 # ---------------------------------------------------------------- flags
 
@@ -245,20 +243,6 @@ def build(config, args, device, saved=None):
     return state
 
 
-def decide_steps(args, before, step, seconds):
-    """Decide how many steps --minutes are, and how often to validate, sample and save; a run that resumes keeps it.
-
-    before: flags of the run that resumes, or {}. seconds: of a step, as measured.
-    """
-    if not args.max_steps:
-        args.max_steps = step + max(1, int(60 * TRAINING_SHARE * args.minutes / seconds))
-    often = min(math.ceil(args.max_steps / 10), int(60 * MOST_MINUTES / seconds))
-    tokens_per_step = args.accumulation_steps * args.batch_size * args.sequence_length
-    often = max(often, 10 * evaluate.VAL_TOKENS // tokens_per_step)  # validations take about a tenth of the time
-    for name in ("val_interval", "sample_interval", "save_interval"):
-        setattr(args, name, getattr(args, name) or before.get(name) or often)
-
-
 # ---------------------------------------------------------------- the run
 
 
@@ -267,6 +251,7 @@ def main():
     device = cli.device(args.device)
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
+    _lock = lock(run_dir)  # held until main ends
     saved = open_run_folder(run_dir)
     args = complete(args, saved, preset="base" if device.type == "cuda" else "laptop")
     if saved:
@@ -291,7 +276,8 @@ def main():
         return
     switches.set_switches(state.model, args, device, accumulate_gradients)
     seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients, state.optimizers)
-    decide_steps(args, before, state.step, seconds)
+    inputs = val, tokenizer.bos_id(), args.sequence_length, device
+    log.decide_steps(args, before, state.step, seconds, evaluate.validation_seconds(state.emas[-1], *inputs))
     print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
 
     write, caught, saved_at, bound = log.open_metrics(run_dir, state.step), cli.catch_signals(), None, None
@@ -315,9 +301,7 @@ def main():
         with meter.paused():
             is_best, news = False, []
             if step % args.val_interval == 0 or is_last:
-                figures, state.loss_by_time = evaluate.validate(
-                    state.emas[-1], val, tokenizer.bos_id(), args.sequence_length, device
-                )
+                figures, state.loss_by_time = evaluate.validate(state.emas[-1], *inputs, args.val_tokens)
                 write(step, **{f"val_{name}": value for name, value in figures.items()})
                 news.append(f"step {step}: {log.validation_line(figures)}")
                 news += [line for line in [log.overfitting_line(run_dir)] if line]

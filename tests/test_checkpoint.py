@@ -81,6 +81,10 @@ def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
             assert equal(read_checkpoint(path), intact)
         except ValueError as error:
             assert "damaged" in str(error) or "format" in str(error)
+    incomplete = {name: value for name, value in intact.items() if name != "emas"}
+    save_checkpoint(path, incomplete)
+    with pytest.raises(ValueError, match=r"damaged or not a checkpoint \(KeyError\)"):
+        read_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
         read_checkpoint(path)

@@ -138,6 +138,14 @@ def test_a_damaged_cache_is_rebuilt(corpus, tokenizer_path, tmp_path, name, size
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / tokens.key]
 
 
+@pytest.mark.parametrize("meta", ["[]", "5", '{"dtype": "no"}', '{"dtype": 5}', "{}", "null"])
+def test_a_cache_with_a_garbled_description_is_rebuilt(corpus, tokenizer_path, tmp_path, meta):
+    tokens = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    ids = tokens.ids.tolist()
+    (tmp_path / "cache" / tokens.key / "meta.json").write_text(meta)
+    assert data.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
+
+
 def test_tokenising_that_fails_leaves_no_cache(corpus, tokenizer_path, tmp_path):
     corpus.write_bytes(corpus.read_bytes() + b"\xff\n")
     for _ in range(2):

@@ -385,6 +385,11 @@ def test_the_command_prints_the_same_figures_for_the_same_seed(monkeypatch, caps
     assert np.nanmean(curve["loss_nats_per_token"]) == pytest.approx(figures["L_inf_nats_per_token"], rel=0.3)
     shown = command(monkeypatch, capsys, run_dir, *quick)
     assert f"{figures['bits_per_char']:.4f}" in shown and "n-gram perplexity" in shown
+    (tmp_path / "curve.csv").write_text("the user's own,table")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, run_dir, *quick)
+    assert "curve.csv exists already: give --by_time another name" in capsys.readouterr().err
+    assert (tmp_path / "curve.csv").read_text() == "the user's own,table"
     assert "L_20" in command(monkeypatch, capsys, run_dir, "--se=5", "--n_steps=20")
 
 

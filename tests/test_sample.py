@@ -639,8 +639,28 @@ def test_all_bad_lines_of_a_file_of_prompts_are_named_at_once(run_dir, monkeypat
     assert re.findall(r"line (\d+): (\S+)", error) == [("3", "'___{x}':"), ("5", "'the"), ("6", "'caf\\udce9'")]
 
 
+@pytest.mark.parametrize("flag", ["--draft", "--ban", "--hint"])
+def test_text_that_is_not_unicode_gets_one_line(run_dir, monkeypatch, capsys, flag):
+    assert "is not UTF-8: convert it" in run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", f"{flag}=caf\udce9")
+
+
 def test_a_prompt_that_is_not_unicode_gets_one_line(run_dir, monkeypatch, capsys):
     assert "is not UTF-8" in run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", "--prompt=caf\udce9")
+
+
+def test_output_is_replaced_only_when_all_samples_are_written(run_dir, monkeypatch, capsys, tmp_path):
+    """Until then they are in a file of their own, and stay there after an error."""
+    output = tmp_path / "out.jsonl"
+    output.write_text("old")
+    real = sample.decode
+    monkeypatch.setattr(sample, "decode", lambda *inputs: real(*inputs) if capsys.readouterr().out == "" else 1 / 0)
+    flags = f"-mdir={run_dir}", f"--output={output}", "--num_samples=2", "--length=6"
+    with pytest.raises(ZeroDivisionError):
+        run_command(monkeypatch, capsys, *flags)
+    assert output.read_text() == "old" and len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 1
+    monkeypatch.setattr(sample, "decode", real)
+    run_command(monkeypatch, capsys, *flags)
+    assert len(output.read_text().splitlines()) == 2 and not (tmp_path / "out.jsonl.part").exists()
 
 
 def test_output_never_overwrites_the_prompts_or_the_run(run_dir, monkeypatch, capsys, tmp_path):

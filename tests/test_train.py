@@ -20,6 +20,7 @@ import bfn
 import checkpoint
 import cli
 import evaluate
+import log
 import model as model_file
 import switches
 import toy
@@ -489,7 +490,7 @@ def test_wrong_sizes_and_missing_texts_are_refused_before_any_file_is_written(wr
     wrong = wrong.replace("EMPTY", str(tmp_path / "empty.txt"))
     error = fails(["train.py", f"-d={corpus}", f"-mdir={tmp_path / 'run'}", wrong], monkeypatch, capsys)
     assert "33" in error or "nowhere" in error or "no text" in error
-    assert not list((tmp_path / "run").glob("*"))
+    assert [path.name for path in (tmp_path / "run").glob("*")] == ["lock"]
 
 
 @pytest.mark.parametrize("broken", ["no matplotlib", "a folder has the picture's name"])
@@ -540,27 +541,38 @@ def decided(run_dir):
 
 
 def test_minutes_become_steps_by_the_measured_speed_and_a_resumed_run_keeps_them(run, tmp_path, monkeypatch):
-    """At 0.5 s per step 6 seconds are 12 steps, less the share for validations; twice the minutes are twice the steps."""
+    """At 0.5 s per step 6 seconds are 12 steps, less the time of 10 validations; twice the minutes are twice the steps."""
     monkeypatch.setattr(switches, "warm_up", lambda *anything: 0.5)
+    monkeypatch.setattr(evaluate, "validation_seconds", lambda *anything: 0.05)
     no_steps = [flag for flag in TINY if not flag.startswith(("--max_steps", "-vli", "-smi", "-svi"))]
     monkeypatch.setattr(sys.modules[__name__], "TINY", no_steps)
     run(tmp_path / "run", "--minutes=0.1", "-nex=0")
-    assert decided(tmp_path / "run") == [10, 1280, 1280, 1280]
+    assert decided(tmp_path / "run") == [11, 2, 2, 2]
     monkeypatch.setattr(switches, "warm_up", lambda *anything: 0.001)
     run(tmp_path / "run", "--minutes=0.1", "-nex=0")  # finished: nothing is trained
     run(tmp_path / "run", "--minutes=0.2", "-nex=0")
-    assert decided(tmp_path / "run") == [20, 1280, 1280, 1280]
+    assert decided(tmp_path / "run") == [22, 2, 2, 2]
 
 
-def test_validations_samples_and_saves_happen_ten_times_a_run_or_every_five_minutes():
-    """But so rarely that validations take a tenth of the time: a batch of 2,048 tokens is an eighth of a validation."""
-    for seconds, max_steps, often in ((0.1, 10_000, 1000), (2.0, 10_000, 150), (1000.0, 50, 80), (0.1, 100, 80)):
-        args = train.flags().parse_args([f"--max_steps={max_steps}", "-smi=7", "-bsz=32", "-slen=64"])
-        train.decide_steps(args, {}, 0, seconds)
-        assert (args.val_interval, args.sample_interval, args.save_interval) == (often, 7, often)
-        again = train.flags().parse_args([f"--max_steps={max_steps}", "-bsz=32", "-slen=64"])
-        train.decide_steps(again, vars(args), 0, 0.001)  # another speed after a resume
-        assert (again.val_interval, again.sample_interval, again.save_interval) == (often, 7, often)
+@pytest.mark.parametrize(
+    "seconds, max_steps, val_seconds, often, val_tokens",
+    [
+        (0.1, 10_000, 1.0, 1000, 16_384),
+        (2.0, 10_000, 1.0, 150, 16_384),  # every five minutes
+        (0.1, 1000, 30.0, 250, 2048),  # 15 % of 118 seconds are too few for ten
+        (0.1, 100_000, 60.0, 4000, 16_384),  # a validation of a minute after 6.7 minutes
+    ],
+)
+def test_validations_happen_ten_times_a_run_or_every_five_minutes(seconds, max_steps, val_seconds, often, val_tokens):
+    """And take at most 15 % of the time: in a short run they see fewer tokens. Samples and saves happen as often."""
+    args = train.flags().parse_args([f"--max_steps={max_steps}", "-smi=7"])
+    log.decide_steps(args, {}, 0, seconds, val_seconds)
+    assert (args.val_interval, args.sample_interval, args.save_interval) == (often, 7, often)
+    assert args.val_tokens == val_tokens
+    again = train.flags().parse_args([f"--max_steps={max_steps}"])
+    log.decide_steps(again, vars(args), 0, 0.001, 7.0)  # another speed after a resume
+    decisions = [(a.val_interval, a.sample_interval, a.save_interval, a.val_tokens) for a in (args, again)]
+    assert decisions[0] == decisions[1]
 
 
 def test_epochs_and_minutes_together_are_refused():
@@ -627,6 +639,50 @@ def test_a_batch_of_padding_alone_is_trained_on(run, tmp_path):
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 40
 
 
+def test_a_folder_in_which_another_process_trains_is_refused(run, tmp_path):
+    """The lock ends with its process, so that a killed one leaves none behind."""
+    held = checkpoint.lock(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"another process trains in .* \(pid {os.getpid()} on .+\)"):
+        run(tmp_path / "run", "--max_steps=1")
+    held.close()
+    run(tmp_path / "run", "--max_steps=1")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "curves.png"])
+def test_a_folder_with_files_of_these_names_is_left_alone(run, tmp_path, name):
+    (tmp_path / name).write_text("the user's own\n")
+    with pytest.raises(ValueError, match=f"has a {name} that is of no run"):
+        run(tmp_path)
+    assert (tmp_path / name).read_text() == "the user's own\n"
+
+
+@pytest.mark.parametrize("flag", ["-d", "--val_path"])
+def test_a_text_that_training_would_write_over_is_refused(run, corpus, tmp_path, flag):
+    run(tmp_path / "run", "--max_steps=1")  # so that tokenizer.model exists
+    text = tmp_path / "run" / "samples.txt"
+    shutil.copyfile(corpus, text)
+    with pytest.raises(ValueError, match="samples.txt is the name of a file that training writes"):
+        run(tmp_path / "run", f"{flag}={text}")
+    assert text.read_text() == corpus.read_text()
+
+
+def test_signals_that_are_ignored_stay_ignored(corpus):
+    """As nohup does with SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the fixture puts the handlers back
+    caught = cli.catch_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.raise_signal(signal.SIGTERM)
+    assert caught == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("words", [["-mdir="], ["-spm", ""], ["--init_from="], ["-d=", "-ep=3"]])
+def test_an_empty_value_is_refused(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as error:
+        cli.run(train.main)
+    assert error.value.code == 2 and f"{words[0].rstrip('=')} is empty: give a value" in capsys.readouterr().err
+
+
 def test_fine_tuning_takes_rows_and_averages_from_the_other_run(run, tmp_path, monkeypatch):
     run(tmp_path / "first", "--max_steps=1", "-ema=0.7")
     sizes = ("-bsz", "-slen", "-mdim", "-nl", "-nh")
@@ -661,4 +717,4 @@ def test_a_tokenizer_that_does_not_keep_line_breaks_is_refused_before_anything_i
     run(tmp_path / "words", "--tokenizer=word", *flags)
     with pytest.raises(ValueError, match="does not keep line breaks: leave -spm or --init_from out"):
         run(tmp_path / "other", f"--init_from={tmp_path / 'words'}", *flags)
-    assert not list((tmp_path / "other").iterdir())
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["lock"]
