@@ -201,7 +201,7 @@ class Controls:
     hint: torch.Tensor | None = None  # log-odds from elsewhere, broadcast to (B, L, K)
     hint_time: float = 0.0  # the hint counts as observed at this noise level t
     allowed: torch.Tensor | None = None  # (..., K) bool, False for tokens that must not be drawn
-    watch: object = None  # called with (t, p, given) at each network call, t of the flow without the hint
+    watch: object = None  # called with (t, p, given) at each network call, t (B, L) of the flow without the hint
 
 
 @dataclass

@@ -153,28 +153,6 @@ def _encode(pieces, tokenizer):
     return pieces, np.concatenate(parts), np.array(example_ends, np.int64)
 
 
-def hash_documents(tokens, which, chunk=1 << 22):
-    """Compute a number for each of the documents `which` (n,), the same for documents of the same tokens -> (n,) uint64."""
-    lengths, hashes = tokens.lengths[which], []
-    for group in np.split(which, np.searchsorted(lengths.cumsum(), np.arange(chunk, lengths.sum(), chunk))):
-        sizes = tokens.lengths[group]
-        position = _count_up(sizes)
-        x = tokens.ids[np.repeat(tokens.offsets[group], sizes) + position].astype(np.uint64)
-        x += position.astype(np.uint64) << np.uint64(32)
-        for shift, odd in ((32, 0xD6E8FEB86659FD93), (29, 0xBF58476D1CE4E5B9)):  # mixes token and position
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(odd)
-        starts = np.cumsum(sizes) - sizes
-        hashes.append(np.add.reduceat(x, starts) if len(group) else x)
-    return np.concatenate(hashes)
-
-
-def share_in_training(tokens, training):
-    """Compute the share of documents that the training text has too."""
-    same_length = np.flatnonzero(np.isin(training.lengths, tokens.lengths))
-    known = hash_documents(training, same_length)
-    return float(np.isin(hash_documents(tokens, np.arange(len(tokens.lengths))), known).mean())
-
-
 # ---------------------------------------------------------------- packing
 
 
@@ -290,14 +268,14 @@ def plan_validation(tokens, row_length):
     """Cover every token once, each document cut at multiples of `row_length` from its start, always the same -> Plan."""
     n_windows = -(-tokens.lengths // row_length)  # of each document
     document = np.repeat(np.arange(len(n_windows)), n_windows)
-    starts = tokens.offsets[document] + row_length * _count_up(n_windows)
+    starts = tokens.offsets[document] + row_length * count_up(n_windows)
     lengths = np.minimum(row_length, tokens.offsets[document + 1] - starts)
     rng = np.random.default_rng(0)
     row_of, n_rows = pack(lengths, row_length, rng)
     return _make_plan(starts, lengths, row_of, n_rows, rng)
 
 
-def _count_up(sizes):
+def count_up(sizes):
     """Number the members of each group from 0: group sizes [3, 1, 2] -> [0, 1, 2, 0, 0, 1]."""
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
@@ -339,14 +317,14 @@ def gather_rows(tokens, plan, rows, row_length):
     #     row 1   window  c c c c                c c c c . .                   1 1 1 1 0 0
     first = plan.row_starts[rows]
     n_windows = plan.row_starts[rows + 1] - first  # in each row
-    number = _count_up(n_windows)  # of each window in its row
+    number = count_up(n_windows)  # of each window in its row
     window = np.repeat(first, n_windows) + number  # index in the plan
     starts, lengths = plan.starts[window], plan.lengths[window]
     row = np.repeat(np.arange(len(rows)), n_windows)  # of each window
     n_tokens = np.bincount(row, weights=lengths, minlength=len(rows))  # in each row
     filled = np.arange(row_length) < n_tokens[:, None]  # (B, L)
     ids, segment_ids = np.zeros((2, len(rows), row_length), dtype=np.int64)
-    ids[filled] = tokens.ids[np.repeat(starts, lengths) + _count_up(lengths)]
+    ids[filled] = tokens.ids[np.repeat(starts, lengths) + count_up(lengths)]
     segment_ids[filled] = np.repeat(number + 1, lengths)
     return ids, segment_ids
 

@@ -41,8 +41,8 @@ from checkpoint import load
 from model import rows_at_once
 from noise import GOLDEN, Draws, mix_seed
 from prompts import make_template
-from sample import Options, decode, generate
-from text import read_pieces
+from sample import Options, generate
+from text import decode, read_pieces
 
 MAX_DRAWS = 64
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token
@@ -525,8 +525,8 @@ def validation_seconds(model, tokens, bos_id, row_length, device):
     plan = data.plan_validation(tokens, row_length)
     text = Text(tokens, plan, row_length, bos_id, nothing_given)
     n_rows = min(plan.n_rows, -(-VAL_TOKENS // row_length))
-    two_draws = 2 * n_rows * seconds_per_row(model, text.first_rows(min(n_rows, 16)), device, None)
-    return 1.4 * two_draws
+    few = text.first_rows(min(n_rows, 16, rows_at_once(row_length, model.config, device)))
+    return 1.4 * 2 * n_rows * seconds_per_row(model, few, device, None)  # two draws, exact likelihood and samples
 
 
 def exact_likelihood(model, tokens, row_length, bos_id, device, max_tokens):

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -227,6 +228,31 @@ def decide_steps(args, before, step, seconds, val_seconds):
         setattr(args, name, getattr(args, name) or before.get(name) or often)
 
 
+# ---------------------------------------------------------------- texts that were trained on
+
+
+def hash_documents(tokens, which, chunk=1 << 22):
+    """Compute a number for each of the documents `which` (n,), the same for documents of the same tokens -> (n,) uint64."""
+    lengths, hashes = tokens.lengths[which], []
+    for group in np.split(which, np.searchsorted(lengths.cumsum(), np.arange(chunk, lengths.sum(), chunk))):
+        sizes = tokens.lengths[group]
+        position = data.count_up(sizes)
+        x = tokens.ids[np.repeat(tokens.offsets[group], sizes) + position].astype(np.uint64)
+        x += position.astype(np.uint64) << np.uint64(32)
+        for shift, odd in ((32, 0xD6E8FEB86659FD93), (29, 0xBF58476D1CE4E5B9)):  # mixes token and position
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(odd)
+        starts = np.cumsum(sizes) - sizes
+        hashes.append(np.add.reduceat(x, starts) if len(group) else x)
+    return np.concatenate(hashes)
+
+
+def share_in_training(tokens, training):
+    """Compute the share of documents that the training text has too."""
+    same_length = np.flatnonzero(np.isin(training.lengths, tokens.lengths))
+    known = hash_documents(training, same_length)
+    return float(np.isin(hash_documents(tokens, np.arange(len(tokens.lengths))), known).mean())
+
+
 # ---------------------------------------------------------------- lines for the terminal
 
 
@@ -270,7 +296,7 @@ def text_warnings(training, val):
 
     training, val: Tokens. -> lines
     """
-    unknown, known = training.n_unknown_bytes / training.n_bytes, data.share_in_training(val, training)
+    unknown, known = training.n_unknown_bytes / training.n_bytes, share_in_training(val, training)
     lines = []
     if unknown > WORTH_SAYING:
         lines.append(f"the tokenizer does not know {unknown:.1%} of the text: try another tokenizer or a larger --vocab_size")

@@ -286,6 +286,20 @@ def add_marks(ids, tokenizer, begin=True, end=True):
     return ([bos] if begin and bos >= 0 else []) + ids + ([eos] if end and eos >= 0 else [])
 
 
+def decode(tokenizer, ids, unknown=()):
+    """Turn ids into text, up to the first eos. Unknown tokens read as `unknown`, in order, or as nothing."""
+    if tokenizer.eos_id() in ids:
+        ids = ids[: ids.index(tokenizer.eos_id())]
+    rest, unk = iter(unknown), tokenizer.unk_id()
+    pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != tokenizer.bos_id()]
+    return tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ")  # SPACE: of `unknown`
+
+
+def one_line(text):
+    """Put a text on one line, with a space for each line break."""
+    return " ".join(text.splitlines())
+
+
 def file_hash(path):
     """Compute the sha256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:

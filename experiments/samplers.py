@@ -38,8 +38,8 @@ import quality
 import toy
 from checkpoint import load
 from prompts import GAP, make_template, pad
-from sample import Options, decode, generate
-from text import add_marks, read_part
+from sample import Options, generate
+from text import add_marks, decode, read_part
 
 FLOW_SAMPLERS = [name for name in bfn.SAMPLERS if name != "commit"]
 CALLS = 5, 10, 20, 50, 100

@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 
 import data
+import log
 from text import load_tokenizer, read_pieces, train_tokenizer
 
 
@@ -62,15 +63,15 @@ def test_documents_are_the_examples(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
 def test_documents_have_equal_hashes_only_if_they_are_equal(tokens, monkeypatch, chunk):
     documents = [ids.tobytes() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
-    hashes = data.hash_documents(tokens, np.arange(len(tokens.lengths)), chunk)
+    hashes = log.hash_documents(tokens, np.arange(len(tokens.lengths)), chunk)
     assert len(set(documents)) == len(set(hashes.tolist())) == len(set(zip(documents, hashes.tolist(), strict=True)))
 
 
 def test_a_reordered_or_repeated_document_has_another_hash():
     ids = np.array([1, 2, 3, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3], np.uint16)
     tokens = data.Tokens(ids, np.array([0, 3, 6, 8, 10, 13]), 0, 0, 0, "")
-    hashes = data.hash_documents(tokens, np.arange(5)).tolist()
-    assert data.hash_documents(tokens, np.array([2, 0])).tolist() == [hashes[2], hashes[0]]
+    hashes = log.hash_documents(tokens, np.arange(5)).tolist()
+    assert log.hash_documents(tokens, np.array([2, 0])).tolist() == [hashes[2], hashes[0]]
     assert hashes[0] == hashes[4] and len(set(hashes)) == 4
 
 
@@ -79,7 +80,7 @@ def test_the_share_of_documents_that_the_training_text_has_too(tmp_path, corpus,
     lines = corpus.read_text().splitlines()
     val = write(tmp_path / "val", "\n".join([lines[3], lines[3], lines[8] + " wa", "wb wb wb"]))
     training, val = (data.load_corpus(path, tokenizer_path, tmp_path / "cache") for path in (corpus, val))
-    assert data.share_in_training(val, training) == 0.5 and data.share_in_training(training, training) == 1
+    assert log.share_in_training(val, training) == 0.5 and log.share_in_training(training, training) == 1
 
 
 def test_a_document_is_bos_tokens_eos_and_decodes_to_its_line(tokens, corpus, tokenizer_path):
