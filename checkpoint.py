@@ -251,8 +251,8 @@ def prepare_text(args, run_dir, resume):
     corpus = Path(args.data_path or run_dir / "corpus.txt")
     if args.data_path is None and not resume:
         write_once(corpus, toy.corpus(TOY_SENTENCES, args.seed).encode())
-    for text in filter(None, (args.data_path, args.val_path)):
-        if Path(text).resolve().parent == run_dir.resolve() and Path(text).name in RUN_FILES:
+    for text in filter(None, (args.data_path, args.val_path)):  # corpus.txt is written only if neither is given
+        if Path(text).resolve().parent == run_dir.resolve() and Path(text).name in set(RUN_FILES) - {"corpus.txt"}:
             raise ValueError(f"{text} is the name of a file that training writes: move it, or give another -mdir")
     for text in filter(None, (corpus, args.val_path)):
         if not os.path.isfile(text):

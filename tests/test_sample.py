@@ -19,6 +19,7 @@ import data
 import model as model_file
 import sample
 import toy
+import watch
 from checkpoint import load
 from noise import Draws, mix_seed
 from prompts import (
@@ -330,8 +331,15 @@ def test_texts_of_several_lines_are_printed_with_a_separator_and_written_as_json
 
 
 def test_a_draft_of_several_lines_is_read_with_its_line_breaks(poems, monkeypatch, capsys):
-    lines = run_command(monkeypatch, capsys, f"-mdir={poems}", r"--draft=the king\nsleeps", "--strength=0.99", "--num_samples=1")
-    assert lines == ["the king", "sleeps", sample.SEPARATOR]
+    drafts = []
+
+    def sample_prompts(args, model, tokenizer, run, prompts, options):
+        drafts.append(tokenizer.decode([k for k in options.draft if k not in (tokenizer.bos_id(), tokenizer.eos_id())]))
+        return iter([(list(options.draft), 1)])
+
+    monkeypatch.setattr(sample, "sample_prompts", sample_prompts)
+    lines = run_command(monkeypatch, capsys, f"-mdir={poems}", r"--draft=the king\nsleeps", "--num_samples=1")
+    assert drafts == ["the king\nsleeps"] and lines == ["the king", "sleeps", sample.SEPARATOR]
 
 
 @pytest.mark.parametrize("prompt", ["the king\n___", "___\nsleeps", "anna\n___\nboat"])
@@ -534,7 +542,7 @@ def test_the_command_samples_a_prompt_with_a_gap_next_to_a_long_text(run_dir, mo
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_trace_has_control_codes_only_in_a_terminal(loaded, monkeypatch, is_terminal):
     _, tokenizer, _ = loaded
-    monkeypatch.setattr(sample.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
     p = torch.eye(len(tokenizer))[tokenizer.encode("the king sleeps")][None] * 0.5
     given = torch.zeros(p.shape[:2], dtype=torch.bool)
     given[0, 0] = True
