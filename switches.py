@@ -79,10 +79,10 @@ def seconds_per_step(model, loader, args, device, accumulate, optimizers):
     return seconds
 
 
-def mean_seconds(work, least=2, seconds=2.0):
-    """Repeat work for about 2 seconds and at least twice -> mean time."""
+def mean_seconds(work, least=2, most=10, seconds=2.0):
+    """Repeat work for about 2 seconds, 2 to 10 times -> mean time."""
     begin, n = time.perf_counter(), 0
-    while n < least or time.perf_counter() - begin < seconds:
+    while n < least or (n < most and time.perf_counter() - begin < seconds):
         work()
         n += 1
     return (time.perf_counter() - begin) / n
