@@ -314,7 +314,7 @@ def one_pace(task, start=0.0, times=None):
 def own_pace(task, far=0.95):
     """Let a few positions receive nearly all of their evidence at once in each call, the others none: see `solve`.
 
-    The positions are those that `commit` would fill. It is the limit far -> infinity of this.
+    The positions are those that `commit` would fill; `commit` is the limit far -> infinity.
     """
     n_calls = task.n_open.clamp(1, task.controls.steps)  # and one that reads the text
 
