@@ -152,35 +152,35 @@ def bayesian_update(z, y):
     return z + y
 
 
-# ---------------------------------------------------------------- solvers: one step of the flow from time u to v >= u
-# u and v are (B, L, 1): each position may have its own pace.
+# ---------------------------------------------------------------- solvers: one step of the flow from time u to v > u
+# Of n positions: z, p, dp, eps (n, K), tokens k (n,), u and v (n, 1). p is the network's output at u, dp its slope in time.
 
 
-def ancestral(z, p, dp, u, v, s1, draws):
+def ancestral(z, p, dp, k, u, v, s1, eps):
     """z + a eps + a^2 e_k,  k ~ p,  a^2 = s1^2 (v^2 - u^2) [Graves et al. 2023, algorithm 9]."""
     a = s1 * (v * v - u * u).sqrt().squeeze(-1)
-    return bayesian_update(z, sender_sample(draws.tokens(p), a, z.shape[-1], draws.normal(z.shape[-1])))
+    return bayesian_update(z, sender_sample(k, a, z.shape[-1], eps))
 
 
-def sde1(z, p, dp, u, v, s1, draws):
+def sde1(z, p, dp, k, u, v, s1, eps):
     """z + a eps + a^2 p,  a^2 = s1^2 (v^2 - u^2) [Xue et al. 2024, SDE-solver 1]."""
     a = s1 * (v * v - u * u).sqrt()
-    return z + a * draws.normal(z.shape[-1]) + a * a * p
+    return z + a * eps + a * a * p
 
 
-def sde2(z, p, dp, u, v, s1, draws):
+def sde2(z, p, dp, k, u, v, s1, eps):
     """SDE-1 + s1^2 / 3 h^2 (u + 2 v) dp,  h = v - u [Xue et al. 2024, SDE-solver 2]."""
-    return sde1(z, p, dp, u, v, s1, draws) + s1**2 / 3 * (v - u) ** 2 * (u + 2 * v) * dp
+    return sde1(z, p, dp, k, u, v, s1, eps) + s1**2 / 3 * (v - u) ** 2 * (u + 2 * v) * dp
 
 
-def ode1(z, p, dp, u, v, s1, draws):
+def ode1(z, p, dp, k, u, v, s1, eps):
     """(v / u) z + s1^2 v h p,  h = v - u, u > 0 [Xue et al. 2024, ODE-solver 1]. All of its noise is in the start."""
     return v / u * z + s1**2 * v * (v - u) * p
 
 
-def ode2(z, p, dp, u, v, s1, draws):
+def ode2(z, p, dp, k, u, v, s1, eps):
     """ODE-1 + s1^2 v h^2 / 2 dp,  h = v - u [Xue et al. 2024, ODE-solver 2]."""
-    return ode1(z, p, dp, u, v, s1, draws) + s1**2 * v * (v - u) ** 2 / 2 * dp
+    return ode1(z, p, dp, k, u, v, s1, eps) + s1**2 * v * (v - u) ** 2 / 2 * dp
 
 
 # ---------------------------------------------------------------- sampling
@@ -190,10 +190,10 @@ def ode2(z, p, dp, u, v, s1, draws):
 class Controls:
     """How to sample. None of these changes a given token."""
 
-    sampler: str = "commit"  # a name in SAMPLERS
-    steps: int = 32  # most calls of commit that fill the text; the flow's samplers make steps + 1
-    corrections: int = 0  # further calls of commit that redraw tokens
-    curve: list | None = None  # loss in even bins of time: the flow's samplers take smaller steps where it is large
+    sampler: str = "pace"  # a name in SAMPLERS
+    steps: int = 32  # most calls in which pace and commit fill the text; the solvers make steps + 1
+    corrections: int = 0  # further calls of pace that redraw tokens
+    curve: list | None = None  # loss in even bins of time: the solvers take smaller steps where it is large
     temperature: float = 1.0
     top_p: float = 1.0  # draw only from the likeliest tokens that sum to this
     argmax: bool = False  # take the likeliest tokens instead of drawing them
@@ -221,41 +221,33 @@ class Task:
         """Positions to fill in each row: (B,)."""
         return (~self.cond_mask).sum(1)
 
-    def theta(self, z):
-        """The network's input for the state z. A hint is added here and never to z, where an ODE would amplify it."""
-        return (z if self.controls.hint is None else z + self.controls.hint).softmax(-1)
+    def ask(self, z, t):
+        """Call the network on the state z (B, L, K) at time t (B, L) -> log_p, sharpened p, both (B, L, K).
 
-    def no_evidence(self):
-        """The network's input before any evidence -> (B, L, K)."""
-        return self.theta(torch.zeros(*self.ids.shape, self.K, device=self.ids.device))
-
-    def no_time(self):
-        """Time 0 at all positions -> (B, L)."""
-        return torch.zeros(self.ids.shape, device=self.ids.device)
-
-    def ask(self, theta, t, ids, given):
-        """Call the network at time t with the positions `given` (B, L) filled in -> log_p, sharpened p, both (B, L, K).
-
-        t (B, L). log_p tells how certain a token is; the sharpened p is drawn from. With a hint, accuracies add: t becomes
-        sqrt(t^2 + hint_time^2).
+        log_p tells how certain a token is; the sharpened p is drawn from. With a hint, accuracies add: t becomes
+        sqrt(t^2 + hint_time^2). A hint is added here and never to z, where an ODE would amplify it.
         """
         c = self.controls
+        theta = (z if c.hint is None else z + c.hint).softmax(-1)
+        t = t.clamp(max=1.0)
         times = (t.square() + c.hint_time**2).sqrt().clamp(max=1.0)
-        log_p = predict(self.network, theta, times, ids, given)
+        log_p = predict(self.network, theta, times, self.ids, self.cond_mask)
         if c.allowed is not None:
             log_p = log_p.masked_fill(~c.allowed, -torch.inf).log_softmax(-1)
         p = log_p.exp()
         if c.watch is not None:
-            c.watch(t, p, given)
+            c.watch(t, p, self.cond_mask)
         return log_p, sharpen(p, c.temperature, c.top_p)
 
-    def read(self, p, draws, index=...):
-        """Choose tokens from the sharpened p (B, L, K) -> (B, L), or (n,) for only the n positions `index`."""
+    def read(self, p, draws, index):
+        """Choose tokens from the sharpened p (B, L, K) at the n positions `index` -> (n,)."""
         return p[index].argmax(-1) if self.controls.argmax else draws.tokens(p, index)
 
-    def is_certain(self, log_p, open_mask):
-        """Rows whose positions `open_mask` (B, L) have a mean entropy below `until` -> (B,) bool."""
-        return (entropy(log_p) * open_mask).sum(1) / open_mask.sum(1).clamp(min=1) < self.controls.until
+    def is_certain(self, log_p, u):
+        """Rows whose open positions of the earliest time u (B, L) have a mean entropy below `until` -> (B,) bool."""
+        u = u.masked_fill(self.cond_mask, torch.inf)
+        waiting = (u == u.amin(1, keepdim=True)) & ~self.cond_mask
+        return (entropy(log_p) * waiting).sum(1) / waiting.sum(1).clamp(min=1) < self.controls.until
 
 
 @torch.no_grad()
@@ -266,65 +258,50 @@ def sample(network, ids, cond_mask, s1, K, controls, draws=None):
     None for fresh random numbers.
     """
     draws = draws or Draws(draw_keys(*ids.shape, device=ids.device))
-    return SAMPLERS[controls.sampler](Task(network, ids, cond_mask, s1, K, controls, draws))
+    return SAMPLERS[controls.sampler](Task(network, ids, cond_mask, s1, K, controls, draws))[:2]
 
 
-START, STEP, READ, FILL, CORRECT = range(5)  # each phase has its own random numbers
+START, READ, STEP = range(3)  # each phase has its own random numbers
 ODE_START = 1e-3  # time at which an ODE starts, from z = s1 u eps
+CERTAIN = 1e6  # a time so late that theta is the one-hot of a token: infinite evidence
 
 
 def solve(task, step, pace):
-    """Sample by a solver of the flow, which moves the state z of each position from time u to v -> ids (B, L), calls (B,).
+    """Sample by moving each position through time -> ids (B, L), network calls (B,), log_p of the tokens (B, L).
 
-    pace(task) -> u (B, L) at the start, calls of each row (B,), function (i, u, log_p) -> v (B, L). At its last call a row
-    is read from the output, or earlier if it is certain enough.
+    The one loop of all samplers. In each call the network reads the state z of every position at its time u, and `step`
+    takes some of them on to a time v, with evidence from the output; `pace` says which, and how far. A row ends with the
+    last call of its pace, or earlier if it is certain: then what is not CERTAIN is read from the output.
     """
-    c, cond_mask, K = task.controls, task.cond_mask, task.K
-    u, n_calls, next_time = pace(task)
-    z = torch.zeros(*task.ids.shape, K, device=task.ids.device)
-    if u.any():
+    open_mask, K, until = ~task.cond_mask, task.K, task.controls.until
+    pace = pace(task)
+    u = pace.start * open_mask
+    z = torch.zeros(*u.shape, K, device=u.device)
+    if pace.start:
         z += task.s1 * u[..., None] * task.draws.at(START, 0).normal(K)
-    ids, calls, running = task.ids, torch.zeros_like(task.n_open), torch.ones_like(task.n_open, dtype=torch.bool)
-    sharpened_before, du = None, None
-    for i in range(n_calls.max().item()):
-        log_p, sharpened = task.ask(task.theta(z), u, task.ids, cond_mask)
+    ids, score = task.ids, torch.zeros(u.shape, device=u.device)
+    calls, running, before = torch.zeros_like(task.n_open), torch.ones_like(task.n_open, dtype=torch.bool), None
+    for i in range(pace.n_calls.max().item()):
+        back = pace.take_back(i, u, score)
+        z, u = z.masked_fill(back[..., None], 0.0), u.masked_fill(back, 0.0)
+        log_p, p = task.ask(z, u)
+        v = torch.where(running[:, None] & open_mask, pace.next_time(i, u, log_p), u)
         calls += running
-        is_last = i + 1 == n_calls
-        if c.until or is_last.any():
-            finished = running & (task.is_certain(log_p, ~cond_mask) | is_last)
-            ids = torch.where(finished[:, None] & ~cond_mask, task.read(sharpened, task.draws.at(READ, i)), ids)
-            running = running & ~finished
-            if not running.any():
-                break
-        dp = torch.zeros_like(log_p) if sharpened_before is None else (sharpened - sharpened_before) / du
-        v = next_time(i, u, log_p)
-        z = step(z, sharpened, dp, u[..., None], v[..., None], task.s1, task.draws.at(STEP, i))
-        sharpened_before, du, u = sharpened, (v - u)[..., None], v
-    return ids, calls
-
-
-def one_pace(task, start=0.0, times=None):
-    """Let all positions have the same time, from `time_grid` if `times` is None, the first at `start`: see `solve`."""
-    times = times or time_grid(task.controls.steps, task.controls.curve, start)
-    u = torch.full(task.ids.shape, times[0], device=task.ids.device)
-    n_calls = torch.full_like(task.n_open, len(times))
-    return u, n_calls, lambda i, u, log_p: torch.full_like(u, times[i + 1])
-
-
-def own_pace(task, far=0.95):
-    """Let a few positions receive nearly all of their evidence at once in each call, the others none: see `solve`.
-
-    The positions are those that `commit` would fill; `commit` is the limit far -> infinity.
-    """
-    n_calls = task.n_open.clamp(1, task.controls.steps)  # and one that reads the text
-
-    def next_time(i, u, log_p):
-        waiting = (u == 0) & ~task.cond_mask
-        n_moved_after = (task.n_open * (i + 1) // n_calls).minimum(task.n_open)
-        chosen = spread_out(entropy(log_p), waiting, n_moved_after - task.n_open + waiting.sum(1))
-        return torch.where(chosen, far, u)
-
-    return torch.zeros(task.ids.shape, device=task.ids.device), n_calls + 1, next_time
+        ends = running & ((i + 1 == pace.n_calls) | (task.is_certain(log_p, u) if until else False))
+        index = ((v > u) | (ends[:, None] & open_mask & (u < CERTAIN))).nonzero(as_tuple=True)  # waits for the device
+        k = task.read(p, task.draws.at(READ, i), index)
+        ids = ids.index_put(index, k)
+        without_own = (log_p - z).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        score = torch.where(u < CERTAIN, without_own, score)
+        running = running & ~ends
+        if not running.any():
+            break
+        here, there = u[index][:, None], v[index][:, None]
+        dp = 0.0 if before is None else (p[index] - before[0][index]) / (here - before[1][index][:, None])
+        eps = task.draws.at(STEP, i).normal(K, index)
+        z = z.index_put(index, step(z[index], p[index], dp, k, here, there, task.s1, eps))
+        before, u = (p, u), v
+    return ids, calls, score
 
 
 def spread_out(score, open_mask, n):
@@ -347,76 +324,62 @@ def spread_out(score, open_mask, n):
     return torch.zeros_like(open_mask).scatter(1, order, is_first) & open_mask & (n > 0)[:, None]
 
 
-def commit(task, choose=spread_out):
-    """Sample by committing tokens: fill the row a few tokens per call, then redraw unlikely ones -> ids (B, L), calls (B,).
+class OnePace:
+    """All positions have the same time: from `start` to 1, by `time_grid` or at the given times."""
 
-    All calls are at time 0, with the committed tokens as given ones. Without corrections, at one token per call and with an
-    exact network, this is the chain rule and therefore exact [for masked models: Chang et al. 2022, "MaskGIT"].
-    choose(score, open_mask, n): which positions to fill, see `spread_out`.
+    def __init__(self, task, start=0.0, times=None):
+        self.times = times or time_grid(task.controls.steps, task.controls.curve, start)
+        self.start, self.n_calls = self.times[0], torch.full_like(task.n_open, len(self.times))
+
+    def take_back(self, i, u, score):
+        """Nothing."""
+        return torch.zeros_like(u, dtype=torch.bool)
+
+    def next_time(self, i, u, log_p):
+        """The next time of the grid."""
+        return torch.full_like(u, self.times[min(i + 1, len(self.times) - 1)])
+
+
+class OwnPace:
+    """A few positions receive all of their evidence in each call, up to the time `far`, and the others none.
+
+    After `steps` calls all positions have had theirs. In the `corrections` that follow, an eighth of the positions starts
+    again without evidence: in each stretch the token that is least likely given all others. choose: see `spread_out`.
     """
-    ids, log_p_drawn, calls, finished = fill(task, choose)
-    ids, n_corrections = correct(task, ids, log_p_drawn, finished)
-    return ids, calls + n_corrections
 
+    start = 0.0
 
-def fill(task, choose):
-    """Commit open positions call by call, about equally many in each.
+    def __init__(self, task, far=1.0, choose=spread_out):
+        self.task, self.far, self.choose = task, far, choose
+        self.n_fill = task.n_open.clamp(1, task.controls.steps)
+        corrections = task.controls.corrections if far < CERTAIN else 0
+        self.n_calls = self.n_fill + (task.n_open // 2).clamp(max=corrections)
 
-    -> ids (B, L), each drawn token's log-probability (B, L), calls (B,), whether a row was certain and finished early (B,).
-    A row takes at most `steps` calls and at most one per open position.
-    """
-    ids, given, theta = task.ids, task.cond_mask, task.no_evidence()
-    log_p_drawn = torch.zeros(ids.shape, device=ids.device)
-    n_calls = task.n_open.clamp(1, task.controls.steps)
-    finished = torch.zeros_like(n_calls, dtype=torch.bool)
-    for i in range(n_calls.max().item()):
-        log_p, sharpened = task.ask(theta, task.no_time(), ids, given)
-        certain = task.is_certain(log_p, ~given) & (i < n_calls)
-        finished, n_calls = finished | certain, n_calls.masked_fill(certain, i + 1)  # what is left is filled now
-        n_filled_after = task.n_open * (i + 1) // n_calls
-        n_now = n_filled_after.minimum(task.n_open) - (given & ~task.cond_mask).sum(1)
-        chosen = choose(entropy(log_p), ~given, n_now)
-        ids, log_p_drawn = draw_chosen(task, chosen, log_p, sharpened, task.draws.at(FILL, i), ids, log_p_drawn)
-        given = given | chosen
-        if (n_calls <= i + 1).all():
-            break
-    return ids, log_p_drawn, n_calls, finished
+    def take_back(self, i, u, score):
+        """score (B, L): log-probability of each position's token given all other positions."""
+        n = (self.task.n_open // 8).clamp(min=1) * (i >= self.n_fill)
+        return spread_out(score, u > 0, n)
 
-
-def correct(task, ids, log_p_drawn, finished):
-    """Redraw an eighth of the drawn tokens per call, given all others: in each stretch the one that was least likely.
-
-    At most `corrections` calls, at most one per two tokens, none for rows that `finished` -> ids (B, L), calls (B,). The
-    text becomes likelier and less diverse than the network's own.
-    """
-    n_calls = (task.n_open // 2).clamp(max=task.controls.corrections).masked_fill(finished, 0)
-    theta = task.no_evidence() if n_calls.any() else None
-    for i in range(n_calls.max().item()):
-        n_redraw = (task.n_open // 8).clamp(min=1) * (i < n_calls)
-        chosen = spread_out(log_p_drawn, ~task.cond_mask, n_redraw)
-        log_p, sharpened = task.ask(theta, task.no_time(), ids, ~chosen)
-        ids, log_p_drawn = draw_chosen(task, chosen, log_p, sharpened, task.draws.at(CORRECT, i), ids, log_p_drawn)
-    return ids, n_calls
-
-
-def draw_chosen(task, chosen, log_p, sharpened, draws, ids, log_p_drawn):
-    """Draw tokens at the positions `chosen` (B, L) -> ids (B, L), log-probability of each drawn token (B, L)."""
-    index = chosen.nonzero(as_tuple=True)  # waits for the device
-    k = task.read(sharpened, draws, index)
-    return ids.index_put(index, k), log_p_drawn.index_put(index, log_p[index].gather(-1, k[:, None]).squeeze(-1))
+    def next_time(self, i, u, log_p):
+        """`far` for the chosen positions, u for the others."""
+        n_open = self.task.n_open
+        waiting = (u == 0) & ~self.task.cond_mask
+        n_moved = (n_open * (i + 1) // self.n_fill).minimum(n_open)  # after this call
+        chosen = self.choose(entropy(log_p), waiting, n_moved - n_open + waiting.sum(1))
+        return torch.where(chosen, self.far, u)
 
 
 @dataclass
 class Reading(Task):
-    """A task in which every draw yields the token that is there: `fill` then computes what the text costs."""
+    """A task in which every draw yields the token that is there, so that `solve` computes what the text costs."""
 
-    def read(self, p, draws, index=...):
+    def read(self, p, draws, index):
         return self.ids[index]
 
 
 @torch.no_grad()
 def log_likelihood(network, ids, cond_mask, s1, K, calls, choose=spread_out):
-    """Compute log P(ids) under `commit` with so many calls, no corrections and temperature 1 -> log p_d (B, L).
+    """Compute log P(ids) under `commit` with so many calls and temperature 1 -> log p_d (B, L).
 
         log P_N(x) = sum over calls n of sum over positions d filled in call n of log p_d(x_d | what is known before n)
 
@@ -424,18 +387,20 @@ def log_likelihood(network, ids, cond_mask, s1, K, calls, choose=spread_out):
     what is known, and tokens filled in the same call are independent [for masked models: "DUEL", arXiv 2603.01367]. A
     row takes at most one call per open position; then it is the chain rule.
     """
-    draws = Draws(torch.zeros(*ids.shape, 2, dtype=torch.int32, device=ids.device))  # never drawn from
-    return fill(Reading(network, ids, cond_mask, s1, K, Controls(steps=calls), draws), choose)[1]
+    draws = Draws(torch.zeros(*ids.shape, 2, dtype=torch.int32, device=ids.device))  # of the noise, which is drowned out
+    task = Reading(network, ids, cond_mask, s1, K, Controls(steps=calls), draws)
+    return solve(task, ancestral, partial(OwnPace, far=CERTAIN, choose=choose))[2].masked_fill(cond_mask, 0.0)
 
 
+commit = partial(OwnPace, far=CERTAIN)  # infinite evidence: the tokens are then as good as given
 SAMPLERS = {
-    "commit": commit,
-    "pace": partial(solve, step=ancestral, pace=own_pace),
-    "ancestral": partial(solve, step=ancestral, pace=one_pace),
-    "sde1": partial(solve, step=sde1, pace=one_pace),
-    "sde2": partial(solve, step=sde2, pace=one_pace),
-    "ode1": partial(solve, step=ode1, pace=partial(one_pace, start=ODE_START)),
-    "ode2": partial(solve, step=ode2, pace=partial(one_pace, start=ODE_START)),
+    "pace": partial(solve, step=ancestral, pace=OwnPace),
+    "commit": partial(solve, step=ancestral, pace=commit),
+    "ancestral": partial(solve, step=ancestral, pace=OnePace),
+    "sde1": partial(solve, step=sde1, pace=OnePace),
+    "sde2": partial(solve, step=sde2, pace=OnePace),
+    "ode1": partial(solve, step=ode1, pace=partial(OnePace, start=ODE_START)),
+    "ode2": partial(solve, step=ode2, pace=partial(OnePace, start=ODE_START)),
 }
 
 

@@ -51,7 +51,7 @@ TIME_BINS = 50
 BY_TIME_HEADER = "t,loss_nats_per_token,cross_entropy_nats_per_token"
 VAL_TOKENS = 16_384  # a validation scores at most this many tokens
 VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes a call per step of the sampler
-SAMPLED = {"exact": partial(likelihood.exact, calls=Options.steps)}  # of what sample.py draws, without corrections
+SAMPLED = {"exact": partial(likelihood.exact, calls=Options.steps)}  # with as many calls as sample.py makes
 UNKNOWN_BITS = 9  # to spell a byte that the tokenizer does not know: 8 for the byte, 1 for whether another one follows
 
 
@@ -509,7 +509,7 @@ def full_precision():
 
 
 def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
-    """Measure the bound, and the exact likelihood of the default sampler, on the same text and noise each time.
+    """Measure the bound, and the exact likelihood under commit, on the same text and noise each time.
 
     -> figures (see `likelihood_figures`, `exact_figures`), loss by time: a list of 20 values, nats per token, in even bins.
     """
@@ -530,7 +530,7 @@ def validation_seconds(model, tokens, bos_id, row_length, device):
 
 
 def exact_likelihood(model, tokens, row_length, bos_id, device, max_tokens):
-    """Measure the exact likelihood of the default sampler on about max_tokens of a text, always the same -> figures."""
+    """Measure the exact likelihood under commit on about max_tokens of a text, always the same -> figures."""
     plan = data.plan_validation(tokens, row_length)
     text = Text(tokens, plan, row_length, bos_id, nothing_given).first_rows(min(plan.n_rows, -(-max_tokens // row_length)))
     scores = likelihood.score(model, text.windows(), bos_id, nothing_given, SAMPLED, device)
@@ -560,13 +560,13 @@ def check_toy(model, tokenizer, run, val, bound_nats_per_token, seed, corpus):
     good, new = f"{len(grammatical) / len(texts):.1%} of {len(texts)}", f"{new_share:.0%}"
     return [
         f"bound {bound:.3f} bits per token, {above(bound)} the exact entropy given the length, {entropy:.3f}",
-        f"exact likelihood of the default sampler {exact:.3f} bits per token, {above(exact)}",
+        f"exact likelihood under commit {exact:.3f} bits per token, {above(exact)}",
         f"{good} samples are grammatical, {new} of these are not in the corpus",
     ]
 
 
 def excess_nats_per_token(model, tokenizer, val, n=400):
-    """Compute what up to n sentences of the built-in language cost the default sampler more than the grammar.
+    """Compute what up to n sentences of the built-in language cost under commit more than the grammar.
 
     -> nats per token. Both are exact likelihoods given the length, so the choice of sentences hardly matters.
     """
@@ -640,7 +640,7 @@ def flags():
         default=nothing_given,
         help="score only the rest, given the first share of each window (prefix:SHARE), or all but a gap (around:SHARE)",
     )
-    exact = "also measure the exact likelihood of the default sampler with so many calls, for example 8,32,128"
+    exact = "also measure the exact likelihood under commit with so many calls, for example 8,32,128"
     add("--calls", type=cli.counts, default=[], help=exact)
     orders = "also measure the chain rule, a call per token, in the orders sampler,left,random, and the bound over any order"
     add("--order", type=parse_orders, default=[], help=orders)
@@ -649,7 +649,7 @@ def flags():
     add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help=f"for --samples ({Options.sampler})")
     add("--steps", type=cli.count, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
-    add("--corrections", type=cli.natural, default=Options.corrections, help=f"of commit ({Options.corrections})")
+    add("--corrections", type=cli.natural, default=Options.corrections, help=f"of pace ({Options.corrections})")
     add("--corpus", help="training text that --samples are compared with (the one that the model was trained on)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")

@@ -1,4 +1,4 @@
-"""The exact likelihood of text under the default sampler, and by the chain rule in other orders.
+"""The exact likelihood of text under `commit`, and by the chain rule in other orders.
 
     windows   list of n     ids of each window, scored by itself, given its length
     u         (B, L + 1)    uniform numbers: the first decides how many tokens are unknown, the others a random order

@@ -111,9 +111,9 @@ class Draws:
         self.n_drawn += 1
         return nth_keys(self.keys, self.n_drawn)
 
-    def normal(self, K):
-        """Draw standard normal numbers -> (B, L, K)."""
-        return noise(self._next_keys(), K)
+    def normal(self, K, index=...):
+        """Draw standard normal numbers -> (B, L, K), or (n, K) for only the n positions `index`."""
+        return noise(self._next_keys()[index], K)
 
     def tokens(self, p, index=...):
         """Draw a token from p (B, L, K) -> (B, L) int64, or (n,) for only the n positions `index`."""

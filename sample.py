@@ -44,7 +44,7 @@ from prompts import (
 from text import add_marks, decode, one_line
 from watch import Trace
 
-DRAFT = bfn.CORRECT + 1  # the random numbers of the draft: a phase after those of bfn.py
+DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
 SEPARATOR = "-" * 20  # printed after each text of several lines
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
 
@@ -202,8 +202,8 @@ def flags():
     add("--num_samples", type=cli.count, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count, help="tokens per text, with bos and eos (drawn from the training lengths)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help="how to sample (%(default)s)")
-    add("--steps", type=cli.count, default=Options.steps, help="most network calls of commit; others make STEPS + 1 (32)")
-    add("--corrections", type=cli.natural, default=Options.corrections, help="extra calls of commit that redraw tokens (4)")
+    add("--steps", type=cli.count, default=Options.steps, help="most network calls that fill the text; the solvers make STEPS + 1 (32)")
+    add("--corrections", type=cli.natural, default=Options.corrections, help="further calls of pace that redraw tokens (4)")
     grids = ["uniform", "learned"]
     add("--time_grid", choices=grids, default="uniform", help="even steps, or smaller where the loss is large (uniform)")
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")

@@ -186,9 +186,9 @@ def text(device, repetitions, variant, n_sentences=50_000):
 
 
 def sampling(device, repetitions, variant, K, rows, length=64, width=256, n_layers=4):
-    """Measure sampling. `variant` is a sampler and a number of network calls, for example "commit 10"."""
+    """Measure sampling. `variant` is a sampler and a number of network calls, for example "pace 10"."""
     sampler, n_calls = variant.split()
-    controls = bfn.Controls(sampler, int(n_calls) - (sampler != "commit"))  # flow samplers make one more call than steps
+    controls = bfn.Controls(sampler, int(n_calls) - (sampler not in ("pace", "commit")))  # solvers make STEPS + 1
     model = BFNTransformer(Config(K, bfn.auto_beta1(K), width, n_layers, 8)).to(device).eval()
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
     network = partial(model, segment_ids=torch.ones_like(ids))
@@ -215,7 +215,7 @@ def plan(names, quick, cuda):
         ("attention", form, dict(row_length=n)) for n in (64, 256, 1024) for form in ("boolean mask", "no mask", "flex")
     ]
     jobs += [("text", form, {}) for form in ("tokenise", "load")]
-    samplers = [f"{name} {n_calls}" for name in ("commit", "sde2") for n_calls in (10, 50)]
+    samplers = [f"{name} {n_calls}" for name in ("pace", "commit", "sde2") for n_calls in (10, 50)]
     jobs += [("sampling", sampler, dict(K=K, rows=rows)) for K in (27, 8192) for rows in (1, 16) for sampler in samplers]
     if quick:
         jobs = [

@@ -43,7 +43,7 @@ from noise import mix_seed
 
 N_POINTS = 8  # validations of each run, evenly spaced over its budget
 VAL_TOKENS = 32_768  # of the validation text, scored each time
-EXACT_TOKENS = 2048  # and of these, for the exact likelihood of the default sampler
+EXACT_TOKENS = 2048  # and of these, for the exact likelihood
 
 # ---------------------------------------------------------------- variants: each changes args or patches a module
 

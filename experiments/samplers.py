@@ -8,9 +8,9 @@ The texts of each sampler are compared with equally many held-out texts, by the 
 intervals. For a model of the built-in language, their grammar is checked as well, and what it fills into gaps is compared
 with the exact conditional distribution.
 
-"corrected" is the default of sample.py: commit, with a third of the calls, at most four, used for corrections. "commit"
-makes no corrections. Both make fewer calls than asked for if a text has fewer tokens. Temperatures and top-p other than 1
-trade diversity for quality: a second picture shows quality over diversity.
+"pace" is the default of sample.py, with a third of the calls, at most four, used for corrections; "uncorrected" is pace
+without corrections. These and "commit" make fewer calls than asked for if a text has fewer tokens. Temperatures and top-p
+other than 1 trade diversity for quality: a second picture shows quality over diversity.
 """
 
 import json
@@ -41,10 +41,10 @@ from prompts import GAP, make_template, pad
 from sample import Options, generate
 from text import add_marks, decode, read_part
 
-FLOW_SAMPLERS = [name for name in bfn.SAMPLERS if name != "commit"]
+FILLING = ["pace", "uncorrected", "commit"]  # they fill a few positions in each call
+SOLVERS = [name for name in bfn.SAMPLERS if name not in FILLING]
 CALLS = 5, 10, 20, 50, 100
 MOST_CALLS = 500  # only of the ancestral sampler
-CORRECTED = "corrected"  # commit, with corrections in the last of its calls
 HELD_OUT = "held-out text"
 MAX_GAP = 4  # words
 MAX_INFILL_CALLS = 20  # --infill leaves out jobs with more network calls
@@ -62,10 +62,11 @@ class Job:
     def options(self, curve):
         """Make the Options with this number of network calls. curve: the loss by time for a learned time grid, or None."""
         controls = dict(curve=curve, temperature=self.temperature, top_p=self.top_p)
-        if self.sampler in FLOW_SAMPLERS:
+        if self.sampler not in FILLING:
             return Options(self.sampler, self.calls - 1, **controls)
-        corrections = min(Options.corrections, self.calls // 3) if self.sampler == CORRECTED else 0
-        return Options("commit", self.calls - corrections, corrections, **controls)
+        corrections = min(Options.corrections, self.calls // 3) if self.sampler == "pace" else 0
+        sampler = "pace" if self.sampler == "uncorrected" else self.sampler
+        return Options(sampler, self.calls - corrections, corrections, **controls)
 
 
 def plan(args):
@@ -281,7 +282,7 @@ def draw_by_diversity(results, figure, path, title):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    add, samplers = p.add_argument, [CORRECTED, "commit", *FLOW_SAMPLERS]
+    add, samplers = p.add_argument, [*FILLING, *SOLVERS]
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("-d", "--data_path", help="held-out text (the validation part of the training text)")
     add("--corpus", help="training text that samples are compared with (the one that the model was trained on)")

@@ -250,7 +250,7 @@ def share_repeated(n_calls, **options):
     network = ExactNetwork(sequences, 0.5 * share**same * (1 - share) ** (n - 1 - same))
     ids = torch.zeros(2000, n, dtype=torch.long)
     torch.manual_seed(0)
-    samples, calls = bfn.sample(network, ids, ids.bool(), 5.0, 2, Controls("commit", n_calls, **options))
+    samples, calls = bfn.sample(network, ids, ids.bool(), 5.0, 2, Controls("pace", n_calls, **options))
     assert (calls == n_calls + options.get("corrections", 0)).all()
     repeated = (samples[:, 1:] == samples[:, :-1]).float().mean(1)
     return repeated.mean().item(), repeated.std().item() / math.sqrt(len(repeated))
@@ -276,7 +276,7 @@ def test_corrections_make_texts_likelier_than_the_networks_own_distribution():
     def mean_log_p(n_steps, corrections):
         torch.manual_seed(5)
         ids = torch.zeros(20_000, L, dtype=torch.long)
-        samples, _ = bfn.sample(FLAT, ids, ids.bool(), 6.0, K, Controls("commit", n_steps, corrections))
+        samples, _ = bfn.sample(FLAT, ids, ids.bool(), 6.0, K, Controls("pace", n_steps, corrections))
         return (frequencies(samples) * FLAT_P.log()).sum().item()
 
     entropy = -(FLAT_P * FLAT_P.log()).sum().item()
@@ -287,7 +287,7 @@ def test_corrections_make_texts_likelier_than_the_networks_own_distribution():
 def test_corrections_keep_given_tokens_and_are_at_most_one_per_two_open_positions():
     """A row of one free token takes one call, one of three tokens two and, of two corrections, one: one for two tokens."""
     ids, given = torch.full((2, L), 2), torch.tensor([[False] * L, [True] * (L - 1) + [False]])
-    samples, calls = bfn.sample(FLAT, ids, given, 6.0, K, Controls("commit", 2, corrections=2))
+    samples, calls = bfn.sample(FLAT, ids, given, 6.0, K, Controls("pace", 2, corrections=2))
     assert calls.tolist() == [3, 1] and (samples[1, :-1] == 2).all()
 
 
@@ -297,7 +297,7 @@ def test_a_row_of_which_all_open_positions_are_certain_ends_at_once():
     network = ExactNetwork(sequences, torch.full((K,), 1 / K))
     ids = torch.zeros(50, L, dtype=torch.long)
     for until, n in ((0.01, 2), (0.0, 3)):
-        samples, calls = bfn.sample(network, ids, ids.bool(), 6.0, K, Controls("commit", 2, corrections=2, until=until))
+        samples, calls = bfn.sample(network, ids, ids.bool(), 6.0, K, Controls("pace", 2, corrections=2, until=until))
         assert (samples == samples[:, :1]).all() and len(samples.unique()) == K and (calls == n).all()
 
 
@@ -320,7 +320,7 @@ def test_the_error_of_an_ode_sampler_falls_with_the_number_of_steps_to_the_power
 
         torch.manual_seed(6)
         draws = Draws(draw_keys(*ids.shape))
-        bfn.solve(bfn.Task(network, ids, nothing, s1, K, Controls(), draws), step, partial(bfn.one_pace, times=times))
+        bfn.solve(bfn.Task(network, ids, nothing, s1, K, Controls(), draws), step, partial(bfn.OnePace, times=times))
         return states[-1]
 
     fine = end(640)
@@ -379,7 +379,7 @@ def test_the_order_in_which_tokens_are_committed_does_not_depend_on_temperature_
     given = torch.rand(200, L, generator=generator) < 0.3
 
     def draw(**more):
-        return bfn.sample(FLAT, ids, given, 6.0, K, Controls("commit", 2, corrections=3, **more))[0]
+        return bfn.sample(FLAT, ids, given, 6.0, K, Controls("pace", 2, corrections=3, **more))[0]
 
     assert torch.equal(draw(argmax=True), draw(**controls))
 
@@ -497,9 +497,7 @@ def test_rows_of_one_position_or_with_everything_given_are_sampled(sampler):
     assert one.shape == (2, 1) and (one < 2).all() and (calls >= 1).all()
 
 
-def left_to_right(task):
-    """Commit tokens from left to right: the recipe of the README."""
-    return bfn.commit(task, leftmost)
+left_to_right = partial(bfn.solve, step=bfn.ancestral, pace=partial(bfn.commit, choose=leftmost))  # the recipe of the README
 
 
 def test_a_sampler_added_to_the_dict_is_exact_for_the_exact_network_at_one_token_per_call(monkeypatch):

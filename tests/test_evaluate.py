@@ -329,7 +329,7 @@ def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences
     lines = evaluate.check_toy(None, tokenizer, run, None, bound, 0, corpus)
     assert lines == [
         f"bound {bound / math.log(2):.3f} bits per token, 10.0% above the exact entropy given the length, 1.792",
-        "exact likelihood of the default sampler 1.756 bits per token, 2.0% below",
+        "exact likelihood under commit 1.756 bits per token, 2.0% below",
         "75.0% of 256 samples are grammatical, 67% of these are not in the corpus",
     ]
 
@@ -510,13 +510,13 @@ def test_the_n_gram_model_follows_witten_and_bells_rule_and_sums_to_one(tmp_path
     assert known + (K - 3) * unseen == pytest.approx(1)
 
 
-def test_repetition_lowers_entropy_and_distinct_bigrams():
+def test_repetition_lowers_entropy_distinct_bigrams_and_compressed_size():
     texts = toy.corpus(30).splitlines()
     reference = SimpleNamespace(words=set(toy.vocabulary()), nats=lambda text: (len(text.split()), len(text.split())))
     real, repeated = quality.figures(texts, reference), quality.figures([texts[0]] * 30, reference)
     assert real["known words"][0] == repeated["known words"][0] == 1
     assert real["n-gram perplexity"][0] == pytest.approx(math.e)
-    for name in ("distinct bigrams", "word entropy (bits)"):
+    for name in ("distinct bigrams", "word entropy (bits)", "compressed (bits per character)"):
         assert repeated[name][2] < real[name][1]
 
 

@@ -80,7 +80,7 @@ def test_the_recipe_for_a_sampler_commits_from_left_to_right():
     namespace = dict(vars(bfn), SAMPLERS=dict(bfn.SAMPLERS))
     exec(recipe("def leftmost", 3), namespace)  # noqa: S102
     seen = []
-    controls = bfn.Controls("left_to_right", 4, watch=lambda t, p, given: seen.append(given[0].tolist()))
+    controls = bfn.Controls("left_to_right", 4, watch=lambda t, p, given: seen.append((t[0] == 1).tolist()))
     ids = torch.zeros(1, 8, dtype=torch.long)
     task = bfn.Task(lambda theta, t: theta, ids, ids.bool(), 3.0, 2, controls, bfn.Draws(bfn.draw_keys(1, 8)))
     namespace["SAMPLERS"]["left_to_right"](task)
