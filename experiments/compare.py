@@ -39,6 +39,7 @@ import optim
 import plot
 import switches
 import train
+from bounds import score
 from noise import mix_seed
 
 N_POINTS = 8  # validations of each run, evenly spaced over its budget
@@ -312,7 +313,7 @@ def spend(budget, step, measure, label):
 
 def bound(model, val, window, bos_id, device):
     """Estimate the bound on VAL_TOKENS of the validation text, with the same noise for every model -> figures."""
-    return evaluate.likelihood_figures(evaluate.score(model, val, window, bos_id, device, max_tokens=VAL_TOKENS), val, bos_id)
+    return evaluate.likelihood_figures(score(model, val, window, bos_id, device, max_tokens=VAL_TOKENS), val, bos_id)
 
 
 def train_variant(name, args, minutes, n_tokens, text, folder):

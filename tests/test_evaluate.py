@@ -15,6 +15,7 @@ from exact import ExactNetwork, draw, random_joint
 from untrained import make_run
 
 import bfn
+import bounds
 import cli
 import data
 import evaluate
@@ -67,7 +68,7 @@ def test_the_bound_of_the_exact_network_is_above_the_code_length_and_reaches_it_
     """For the continuous-time loss. Both are of the same text, so only noise and times can make a difference."""
     ids = draw(SEQUENCES, P, 4000)
     tokens = tokens_of(ids)
-    scores = evaluate.score(exact_model(s1), tokens, 3, -1, CPU, n_draws=8, n_steps=n_steps, batch_size=500)
+    scores = bounds.score(exact_model(s1), tokens, 3, -1, CPU, n_draws=8, n_steps=n_steps, batch_size=500)
     figures = evaluate.likelihood_figures(scores, tokens, -1)
     gap = figures["bound_nats_per_token"] - code_length(ids)
     error = figures["monte_carlo_error_nats_per_token"]
@@ -79,7 +80,7 @@ def test_the_bound_of_the_exact_network_is_above_the_code_length_and_reaches_it_
 
 def test_the_n_step_loss_of_each_step_agrees_with_a_direct_estimate():
     ids, n, s1 = draw(SEQUENCES, P, 3000), 3, 4.0
-    scores = evaluate.score(exact_model(s1), tokens_of(ids), 3, -1, CPU, n_draws=4, n_steps=n, batch_size=500)
+    scores = bounds.score(exact_model(s1), tokens_of(ids), 3, -1, CPU, n_draws=4, n_steps=n, batch_size=500)
     _, loss_by_step, _ = scores.by_time()
     torch.manual_seed(0)
     for i in range(1, n + 1):
@@ -92,7 +93,7 @@ def test_the_n_step_loss_of_each_step_agrees_with_a_direct_estimate():
 @pytest.mark.parametrize("n_steps", [None, 5])
 def test_the_batch_size_changes_no_figure(n_steps):
     tokens = tokens_of(draw(SEQUENCES, P, 50))
-    one, seven = (evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_steps=n_steps, batch_size=n) for n in (1, 7))
+    one, seven = (bounds.score(exact_model(4), tokens, 3, -1, CPU, n_steps=n_steps, batch_size=n) for n in (1, 7))
     for name in ("t", "loss", "cross_entropy", "reconstruction"):
         np.testing.assert_allclose(getattr(one, name), getattr(seven, name), rtol=1e-4, atol=1e-5)
 
@@ -101,12 +102,12 @@ def test_the_two_errors_are_the_spread_over_seeds_and_the_spread_over_texts():
     """The Monte-Carlo error against 16 seeds, the error of the text against that of the mean code length."""
     ids = draw(SEQUENCES, P, 500)
     tokens = tokens_of(ids)
-    bounds, errors = [], []
+    estimates, errors = [], []
     for seed in range(16):
-        scores = evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=4, seed=seed, batch_size=250)
-        bounds.append(sum(scores.nats_per_token))
+        scores = bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=4, seed=seed, batch_size=250)
+        estimates.append(sum(scores.nats_per_token))
         errors.append(scores.monte_carlo_error())
-    assert 0.6 < np.std(bounds, ddof=1) / np.mean(errors) < 1.5
+    assert 0.6 < np.std(estimates, ddof=1) / np.mean(errors) < 1.5
     error, n_documents = scores.text_error()
     per_text = -P.log()[(ids * torch.tensor([16, 4, 1])).sum(-1)] / 3
     assert n_documents == 500
@@ -117,7 +118,7 @@ def test_the_two_errors_are_the_spread_over_seeds_and_the_spread_over_texts():
 def test_the_monte_carlo_error_holds_for_very_short_texts(n_texts):
     """Times of few windows do not cover [0, 1], and a curve fitted to them would explain away all of the variance."""
     tokens = tokens_of(draw(SEQUENCES, P, n_texts))
-    scores = [evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=8, seed=seed) for seed in range(30)]
+    scores = [bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=8, seed=seed) for seed in range(30)]
     spread = np.std([sum(s.nats_per_token) for s in scores], ddof=1)
     assert 0.5 < np.sqrt(np.mean([s.monte_carlo_error() ** 2 for s in scores])) / spread < 2
     assert math.isnan(scores[0].text_error()[0]) == (n_texts == 1)
@@ -125,19 +126,19 @@ def test_the_monte_carlo_error_holds_for_very_short_texts(n_texts):
 
 def test_draws_are_added_until_the_requested_error_is_reached():
     tokens = tokens_of(draw(SEQUENCES, P, 200))
-    scores = evaluate.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
-    assert scores.monte_carlo_error() < 0.04 and 2 < len(scores.loss) < evaluate.MAX_DRAWS
-    repeated = evaluate.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
+    scores = bounds.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
+    assert scores.monte_carlo_error() < 0.04 and 2 < len(scores.loss) < bounds.MAX_DRAWS
+    repeated = bounds.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
     assert np.array_equal(scores.loss, repeated.loss)
 
 
 def test_a_missed_error_is_reported_with_what_to_do(monkeypatch):
     """More text if there is more, more draws if the time has limited them, or else the limit that was met."""
-    monkeypatch.setattr(evaluate, "MAX_DRAWS", 3)
+    monkeypatch.setattr(bounds, "MAX_DRAWS", 3)
     tokens, options = tokens_of(draw(SEQUENCES, P, 5)), dict(error=1e-4, batch_size=2)
     cases = [({}, "MAX_DRAWS"), (dict(max_tokens=6), "more text"), (dict(seconds=11), "more draws lower it (--all)")]
     for limit, advice in cases:
-        scores = evaluate.score(
+        scores = bounds.score(
             clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0), tokens, 3, -1, CPU, **options, **limit
         )
         *_, line = evaluate.notes(scores, 1e-4, quick=False)
@@ -158,7 +159,7 @@ def clocked(model, monkeypatch, seconds_per_row):
         return model(theta, t, segment_ids)
 
     call.config = model.config
-    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(bounds, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return call
 
 
@@ -167,9 +168,9 @@ def clocked(model, monkeypatch, seconds_per_row):
 )
 def test_two_draws_of_as_many_rows_as_possible_fit_in_the_time_and_a_small_text_gets_more(seconds, shape, monkeypatch):
     """A row takes one second; the text has 50."""
-    monkeypatch.setattr(evaluate, "MAX_DRAWS", 8)
+    monkeypatch.setattr(bounds, "MAX_DRAWS", 8)
     model = clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0)
-    scores = evaluate.score(model, tokens_of(draw(SEQUENCES, P, 50)), 3, -1, CPU, error=1e-4, batch_size=5, seconds=seconds)
+    scores = bounds.score(model, tokens_of(draw(SEQUENCES, P, 50)), 3, -1, CPU, error=1e-4, batch_size=5, seconds=seconds)
     assert scores.loss.shape == shape and not scores.partial
 
 
@@ -177,9 +178,9 @@ def test_a_machine_that_becomes_slow_reads_fewer_rows_in_the_same_time(monkeypat
     """The first draw has 40 seconds. A batch takes 4 when the speed is measured and 16 afterwards: the third is the last."""
     model = clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0 if n_calls <= 4 else 4.0)
     tokens = tokens_of(draw(SEQUENCES, P, 50))
-    scores = evaluate.score(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=80)
+    scores = bounds.score(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=80)
     assert scores.loss.shape == (2, 12) and not scores.partial
-    repeated = evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=36)
+    repeated = bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=36)
     assert np.array_equal(scores.loss, repeated.loss)
 
 
@@ -187,18 +188,18 @@ def test_the_speed_is_that_of_the_second_batch_per_row(monkeypatch):
     """The first one is a warm-up: it takes 100 seconds per row here, the second one 2."""
     model = clocked(exact_model(4), monkeypatch, lambda n_calls: 100.0 if n_calls <= 2 else 2.0)
     tokens = tokens_of(draw(SEQUENCES, P, 3))
-    text = evaluate.Text(tokens, data.plan_validation(tokens, 3), 3, -1, evaluate.nothing_given)
-    assert evaluate.seconds_per_row(model, text, CPU, None) == 2.0
+    text = bounds.Text(tokens, data.plan_validation(tokens, 3), 3, -1, bounds.nothing_given)
+    assert bounds.seconds_per_row(model, text, CPU, None) == 2.0
 
 
 def test_what_fits_in_the_time_has_the_same_figures_as_that_many_tokens(monkeypatch):
     tokens, model = tokens_of(draw(SEQUENCES, P, 50)), clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0)
-    limited = evaluate.score(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=20)
+    limited = bounds.score(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=20)
     assert limited.loss.shape == (2, 10) and limited.share == 0.2 and not limited.partial
     lines = evaluate.notes(limited, 1e-4, quick=True)
     assert "looked at 20 % of the text: --all looks at everything" in lines
     assert "the same figures again: --max_tokens=30 --draws=2" in lines
-    repeated = evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=30)
+    repeated = bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=30)
     assert np.array_equal(limited.loss, repeated.loss) and np.array_equal(limited.document, repeated.document)
 
 
@@ -215,9 +216,9 @@ def test_after_an_interrupt_the_complete_draws_are_kept_or_the_complete_rows_of_
         return model(theta, t, segment_ids)
 
     interrupted.config = model.config
-    scores = evaluate.score(interrupted, tokens, 3, -1, CPU, n_draws=3, batch_size=4, interrupts=interrupts)
+    scores = bounds.score(interrupted, tokens, 3, -1, CPU, n_draws=3, batch_size=4, interrupts=interrupts)
     assert scores.partial and scores.loss.shape == shape and scores.share == shape[1] / 10
-    repeated = evaluate.score(model, tokens, 3, -1, CPU, n_draws=shape[0], batch_size=4, max_tokens=3 * shape[1])
+    repeated = bounds.score(model, tokens, 3, -1, CPU, n_draws=shape[0], batch_size=4, max_tokens=3 * shape[1])
     assert np.array_equal(scores.loss, repeated.loss)
     assert len(calls) == 2 * n_batches and not repeated.partial
 
@@ -228,13 +229,13 @@ def test_the_progress_bar_shows_the_bound(n_unknown_bytes, monkeypatch):
     tokens = data.Tokens(ids.numpy().ravel(), np.arange(21) * 3, 60, 60, n_unknown_bytes, "test")
     bars = []
 
-    class Bar(evaluate.BoundBar):
+    class Bar(bounds.BoundBar):
         def __init__(self, **options):
             super().__init__(**options | dict(disable=False, file=io.StringIO()))
             bars.append(self)
 
-    monkeypatch.setattr(evaluate, "BoundBar", Bar)
-    scores = evaluate.score(exact_model(4), tokens, 3, -1, CPU, n_draws=3, batch_size=7)
+    monkeypatch.setattr(bounds, "BoundBar", Bar)
+    scores = bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=3, batch_size=7)
     bound = evaluate.likelihood_figures(scores, tokens, -1)["bound_nats_per_token"]
     assert len(bars) == 1 and bars[0].n == bars[0].total == 9
     assert bars[0].postfix == f"bound {bound:.3f} nats/token"
@@ -259,11 +260,11 @@ def test_every_token_is_scored_once_for_any_window():
     lengths = rng.integers(1, 40, 30)
     tokens = data.Tokens(rng.integers(1, 4, lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "test")
     for window in (5, 16, 50):
-        scores = evaluate.score(uniform_model(4), tokens, window, 3, CPU)
+        scores = bounds.score(uniform_model(4), tokens, window, 3, CPU)
         assert scores.n_scored.sum() == (tokens.ids != 3).sum()
         by_document = np.bincount(scores.document, scores.n_scored)
         assert by_document.tolist() == [(tokens.ids[a:b] != 3).sum() for a, b in zip(tokens.offsets, tokens.offsets[1:])]
-    some = evaluate.score(uniform_model(4), tokens, 16, -1, CPU, max_tokens=100)
+    some = bounds.score(uniform_model(4), tokens, 16, -1, CPU, max_tokens=100)
     assert 80 < some.n_scored.sum() <= 112
 
 
@@ -274,7 +275,7 @@ def test_given_tokens_are_not_scored_and_the_bound_is_the_conditional_code_lengt
     assert (~around).nonzero().flatten().tolist() == [4, 5, 12]
     assert (~evaluate.parse_given("around:0.01")(segment_ids)[0, :15]).sum() == 2  # one token of each window
     tokens = tokens_of(draw(SEQUENCES, P, 3000))
-    scores = evaluate.score(
+    scores = bounds.score(
         exact_model(8), tokens, 3, -1, CPU, n_draws=4, given=evaluate.parse_given("prefix:0.34"), batch_size=500
     )
     first = torch.zeros(4).index_add_(0, SEQUENCES[:, 0], P)
@@ -396,11 +397,11 @@ def test_the_command_prints_the_same_figures_for_the_same_seed(monkeypatch, caps
 def test_without_a_flag_for_the_amount_the_time_limits_what_is_scored(monkeypatch, capsys, run_dir):
     """The speed is set to a value with which two draws of four rows fit in the time."""
     (run_dir / "new.txt").write_text(toy.corpus(40, seed=5))
-    monkeypatch.setattr(evaluate, "seconds_per_row", lambda *inputs: evaluate.SECONDS / 8)
-    monkeypatch.setattr(evaluate, "MAX_DRAWS", 3)
+    monkeypatch.setattr(bounds, "seconds_per_row", lambda *inputs: evaluate.SECONDS / 8)
+    monkeypatch.setattr(bounds, "MAX_DRAWS", 3)
     quick = json.loads(command(monkeypatch, capsys, run_dir, "--json"))
     assert quick["n_draws"] == 3 and quick["share_of_text"] < 0.9 and not quick["partial"]
-    monkeypatch.setattr(evaluate, "seconds_per_row", None)
+    monkeypatch.setattr(bounds, "seconds_per_row", None)
     window = json.loads(command(monkeypatch, capsys, run_dir, "--json", "--max_tokens=1", "--draws=1"))["n_tokens_scored"]
     assert window < quick["n_tokens_scored"]
     for flags in (["--all", "--se=5"], ["--se=5"], ["--draws=2"]):
@@ -410,18 +411,18 @@ def test_without_a_flag_for_the_amount_the_time_limits_what_is_scored(monkeypatc
 
 
 def test_the_printed_flags_repeat_the_figures(monkeypatch, capsys, run_dir):
-    monkeypatch.setattr(evaluate, "seconds_per_row", lambda *inputs: evaluate.SECONDS / 8)
-    monkeypatch.setattr(evaluate, "MAX_DRAWS", 3)
+    monkeypatch.setattr(bounds, "seconds_per_row", lambda *inputs: evaluate.SECONDS / 8)
+    monkeypatch.setattr(bounds, "MAX_DRAWS", 3)
     shown, errors = command(monkeypatch, capsys, run_dir, both=True)
     flags = next(line for line in errors.splitlines() if "the same figures again" in line).split()[-2:]
-    monkeypatch.setattr(evaluate, "MAX_DRAWS", 9)
+    monkeypatch.setattr(bounds, "MAX_DRAWS", 9)
     assert command(monkeypatch, capsys, run_dir, *flags) == shown
 
 
 @pytest.mark.parametrize("json_flag", [[], ["--json"]])
 def test_ctrl_c_prints_partial_figures_and_leaves_with_code_130(monkeypatch, capsys, run_dir, json_flag):
     """The signal arrives in the third batch of the first draw."""
-    losses_at, calls = evaluate.losses_at, []
+    losses_at, calls = bounds.losses_at, []
 
     def interrupted(*inputs):
         calls.append(0)
@@ -429,7 +430,7 @@ def test_ctrl_c_prints_partial_figures_and_leaves_with_code_130(monkeypatch, cap
             signal.raise_signal(signal.SIGINT)
         return losses_at(*inputs)
 
-    monkeypatch.setattr(evaluate, "losses_at", interrupted)
+    monkeypatch.setattr(bounds, "losses_at", interrupted)
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, capsys, run_dir, "--all", "--batch_size=1", *json_flag)
     out, errors = capsys.readouterr()
