@@ -8,6 +8,8 @@
     cond_mask    (B, L) bool   True = given to the network, not predicted
 
 Whatever is random depends only on (seed, epoch) or (seed, number of the batch), so a loader has no state to save.
+
+Training begins with easy texts, of which much is given: see `share_given`.
 """
 
 import hashlib
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from text import add_marks, adds_prefix, file_hash, load_tokenizer, read_part, unknown_bytes
 
 CACHE_FORMAT = 2
+EASY_SHARE, EASY_UNTIL = 0.8, 0.6  # see `share_given`
 
 # ---------------------------------------------------------------- the token cache
 
@@ -329,10 +332,19 @@ def gather_rows(tokens, plan, rows, row_length):
     return ids, segment_ids
 
 
-def draw_cond_mask(segment_ids, rng):
+def share_given(progress):
+    """The share of all positions that is given besides, to learn from nearly whole texts first.
+
+    It falls from EASY_SHARE at the start of training (progress 0) to 0 when a share EASY_UNTIL of training is done.
+    """
+    return EASY_SHARE * max(0.0, 1 - progress / EASY_UNTIL)
+
+
+def draw_cond_mask(segment_ids, rng, besides=0.0):
     """Choose what is given: nothing in half of the segments, else a random span or random positions -> (B, L) bool.
 
-    The share of a segment that is given is uniform on (0, 1). segment_ids (B, L) is a numpy array, and so is the mask.
+    The share of a segment that is given is uniform on (0, 1). Of the other positions, a random share `besides` is given too.
+    segment_ids (B, L) is a numpy array, and so is the mask.
     """
     B, L = segment_ids.shape
     position, until_end = (x.numpy() for x in segment_positions(torch.from_numpy(segment_ids)))
@@ -343,11 +355,12 @@ def draw_cond_mask(segment_ids, rng):
     begin = (u * (size - n + 1)).astype(np.int64)
     span = (begin <= position) & (position < begin + n)
     scattered = rng.random((B, L)) < share
-    return np.where(kind < 0.5, False, np.where(kind < 0.75, span, scattered)) & (segment_ids > 0)
+    given = np.where(kind < 0.5, False, np.where(kind < 0.75, span, scattered))
+    return (given | (rng.random((B, L)) < besides)) & (segment_ids > 0)
 
 
 class Loader:
-    """Training batches of packed rows. `batch(n)` depends only on (seed, n).
+    """Training batches of packed rows. `batch(n, progress)` depends only on (seed, n, progress).
 
     The rows of epochs 0, 1, 2, ... form one sequence, and batch n is rows n B to (n + 1) B - 1 of it.
     """
@@ -358,8 +371,11 @@ class Loader:
         self.plan = lru_cache(maxsize=2)(partial(plan_epoch, tokens, row_length, seed))  # function of the epoch
         self.rows_per_epoch = self.plan(0).n_rows
 
-    def batch(self, n):
-        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L). bos is always given."""
+    def batch(self, n, progress=1.0):
+        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L). bos is always given.
+
+        progress: the share of the training that is done, in [0, 1].
+        """
         rows = n * self.batch_size + np.arange(self.batch_size)
         epochs = rows // self.rows_per_epoch
         parts = [
@@ -367,7 +383,7 @@ class Loader:
             for epoch in np.unique(epochs)
         ]
         ids, segment_ids = (np.concatenate(part) for part in zip(*parts, strict=True))
-        cond_mask = draw_cond_mask(segment_ids, np.random.default_rng((self.seed, 0, n)))
+        cond_mask = draw_cond_mask(segment_ids, np.random.default_rng((self.seed, 0, n)), share_given(progress))
         cond_mask |= (ids == self.bos_id) & (segment_ids > 0)
         return tuple(map(torch.from_numpy, (ids, segment_ids, cond_mask)))
 

@@ -4,8 +4,6 @@ Muon is momentum, orthogonalised [Jordan et al. 2024]. torch.optim.Muon orthogon
 which is slow on CPUs without bfloat16 units. Here it is float32 (TF32 where allowed), for all matrices of a shape at once.
 """
 
-import math
-
 import torch
 
 # Coefficients of a x + b x^3 + c x^5. Applied one after the other, these polynomials map singular values in [0.003, 1] to
@@ -106,12 +104,11 @@ def make_optimizers(model, args):
 
 
 def learning_rate(step, args):
-    """The learning rate of a step: linear warm-up, then a cosine that reaches zero after the last step."""
+    """The learning rate of a step: a linear warm-up, then a straight line that reaches zero after the last step."""
     warmup = min(args.warmup_steps, args.max_steps // 5)
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / (args.max_steps - warmup))
-    return args.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    return args.learning_rate * max(0.0, (args.max_steps - step) / (args.max_steps - warmup))
 
 
 def average_weights(ema, model, rate, step):

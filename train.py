@@ -282,7 +282,8 @@ def main():
 
     write, caught, saved_at, bound = log.open_metrics(run_dir, state.step), cli.catch_signals(), None, None
     meter = log.Meter(minutes=max((line.get("minutes", 0.0) for line in log.read_metrics(run_dir)), default=0.0))
-    batches = data.prefetch(loader.batch, range(state.step * accumulation, args.max_steps * accumulation))
+    n_batches = args.max_steps * accumulation
+    batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), range(state.step * accumulation, n_batches))
     bar = log.Progress(state.step, args.max_steps)
     while state.step < args.max_steps and not caught:
         micro_batches = [next(batches) for _ in range(accumulation)]

@@ -13,7 +13,6 @@ the plain form.
 """
 
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -54,7 +53,7 @@ def head_without_theta(self, hidden, theta):
     return self.linear_out(hidden)
 
 
-def give_nothing(segment_ids, rng):
+def give_nothing(segment_ids, rng, besides=0.0):
     """Replace data.draw_cond_mask: no position is given -> (B, L) bool."""
     return np.zeros_like(segment_ids, dtype=bool)
 
@@ -148,6 +147,11 @@ def double_rate(args):
 def nothing_given(args):
     """No text is partly given in training."""
     data.draw_cond_mask = give_nothing
+
+
+def no_easy_start(args):
+    """From the first step, no more is given than at the end."""
+    data.EASY_SHARE = 0.0
 
 
 def given_apart(args):
@@ -263,7 +267,7 @@ VARIANTS = {
     for f in (
         base, no_skip, no_convolution, adamw, segment_times, position_times, learned_times, uniform_times,
         no_cross_entropy, cross_entropy_2, cross_entropy_20, half_batch, double_batch, half_rate, double_rate, nothing_given,
-        given_apart, self_conditioning, first_formulation, autoregressive, masked,
+        no_easy_start, given_apart, self_conditioning, first_formulation, autoregressive, masked,
     )
 }  # fmt: skip
 
@@ -285,11 +289,11 @@ class Budget:
 
 
 def rate_share(progress):
-    """Compute the learning rate as a share of its peak: a linear warm-up over a tenth of the budget, then a cosine to 0."""
+    """Compute the learning rate as a share of its peak: a linear warm-up over a tenth of the budget, then a straight line to 0."""
     warm_up = 0.1
     if progress < warm_up:
         return progress / warm_up
-    return (1 + math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up)))) / 2
+    return max(0.0, (1 - progress) / (1 - warm_up))
 
 
 def spend(budget, step, measure, label):
@@ -333,7 +337,7 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
     optim.learning_rate = learning_rate
 
     def step():
-        batch = loader.batch(state.step)
+        batch = loader.batch(state.step, budget.progress)
         seeds = [mix_seed(args.seed, state.step, 0)]
         train.accumulate_gradients(state.model, [batch], seeds, device, state.times)
         train.update_weights(state, args)

@@ -35,7 +35,7 @@ PATCHED = [
     (model.Convolution, "forward"),
     (train, "BFNTransformer"),
     (bfn, "CROSS_ENTROPY clamp_given predict predict_noisy squared_error_loss reconstruction_loss"),
-    (data, "draw_cond_mask"),
+    (data, "draw_cond_mask EASY_SHARE"),
     (optim, "make_optimizers"),
 ]
 
