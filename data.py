@@ -30,7 +30,7 @@ from tqdm import tqdm
 from text import add_marks, adds_prefix, file_hash, load_tokenizer, read_part, unknown_bytes
 
 CACHE_FORMAT = 2
-EASY_SHARE, EASY_UNTIL = 0.8, 0.6  # see `share_given`
+EASY_SHARE = 0.8  # see `share_given`
 
 # ---------------------------------------------------------------- the token cache
 
@@ -335,9 +335,9 @@ def gather_rows(tokens, plan, rows, row_length):
 def share_given(progress):
     """The share of all positions that is given besides, to learn from nearly whole texts first.
 
-    It falls from EASY_SHARE at the start of training (progress 0) to 0 when a share EASY_UNTIL of training is done.
+    It falls in a straight line, from EASY_SHARE at the start of training (progress 0) to 0 at its end (1).
     """
-    return EASY_SHARE * max(0.0, 1 - progress / EASY_UNTIL)
+    return EASY_SHARE * (1 - min(progress, 1.0))
 
 
 def draw_cond_mask(segment_ids, rng, besides=0.0):

@@ -31,6 +31,20 @@ def test_a_packed_row_equals_its_segments_alone(model, lengths):
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
+def test_attention_written_out_in_bfloat16_equals_the_fused_form():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 24, 8)
+    segment_ids = torch.tensor([[1] * 10 + [2] * 9 + [0] * 5, [1] * 24])
+    mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    exact = model_file.attend(q, k, v, mask)
+    written_out = model_file.attend(*(x.bfloat16() for x in (q, k, v)), mask)
+    assert written_out.dtype == torch.bfloat16
+    torch.testing.assert_close(written_out.float(), exact, atol=0.05, rtol=0.05)
+    changed = v.clone()
+    changed[0, :, 10:] = 9.0  # what the first segment cannot see
+    assert torch.equal(model_file.attend(*(x.bfloat16() for x in (q, k, changed)), mask)[0, :, :10], written_out[0, :, :10])
+
+
 def test_without_segment_ids_each_row_is_one_segment_and_only_padding_is_refused(model):
     theta, t = random_input(4)
     one = torch.ones(1, 4, dtype=torch.long)
