@@ -227,6 +227,7 @@ def trained_losses(form, K=1500):
     state = train.build(train.make_config(args, K), args, CPU)
     state.model.load_state_dict(model.state_dict())
     switches.set_switches(state.model, args, CPU, train.accumulate_gradients)
+    state.model.bf16 = False  # on every CPU the same
     losses = []
     for state.step in range(3):
         losses.append(train.accumulate_gradients(state.model, [batch], [state.step], CPU, state.times).item())

@@ -702,7 +702,7 @@ def test_examples_of_several_lines_train_and_a_resumed_run_keeps_them(run, corpu
         run(tmp_path / kind, *flags)
         checkpoint = read_checkpoint(tmp_path / kind / "last.pt")
         assert checkpoint["step"] == 8 and checkpoint["args"]["example"] == "paragraph"
-        samples = (tmp_path / kind / "samples.txt").read_text().splitlines()
+        samples = (tmp_path / kind / "samples.txt").read_text().rstrip("\n").split("\n")  # bytes of an untrained model may be other breaks
         assert len(samples) == 4 and r"\n" in samples[-1]
         with pytest.raises(ValueError, match="trained with example=paragraph, now it is line"):
             run(tmp_path / kind, *flags, "--example=line")
