@@ -291,8 +291,7 @@ def solve(task, step, pace):
         index = ((v > u) | (ends[:, None] & open_mask & (u < CERTAIN))).nonzero(as_tuple=True)  # waits for the device
         k = task.read(p, task.draws.at(READ, i), index)
         ids = ids.index_put(index, k)
-        without_own = (log_p - z).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-        score = torch.where(u < CERTAIN, without_own, score)
+        score = torch.where(u < CERTAIN, log_p_given_others(log_p, z, ids), score)
         running = running & ~ends
         if not running.any():
             break
@@ -322,6 +321,14 @@ def spread_out(score, open_mask, n):
     stretch = stretch.gather(1, order)
     is_first = stretch.diff(dim=1, prepend=torch.full_like(stretch[:, :1], -1)) != 0
     return torch.zeros_like(open_mask).scatter(1, order, is_first) & open_mask & (n > 0)[:, None]
+
+
+def log_p_given_others(log_p, z, ids):
+    """log p(ids | the evidence of all other positions): by Bayes' rule, the output without a position's own -> (B, L).
+
+        p(k | all) = p(k | others) exp(z_k) / sum,   so   p(k | others) = softmax(log p(k | all) - z_k)
+    """
+    return (log_p - z).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
 
 
 class OnePace:

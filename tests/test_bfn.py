@@ -164,7 +164,6 @@ def test_every_sampler_reproduces_the_exact_joint_as_well_as_is_known(sampler, a
 
 
 def test_a_flow_at_its_own_pace_is_exact_with_one_position_a_call_and_errs_less_than_one_pace_for_all():
-    """One more call reads the text."""
     assert total_variation(L, "pace") < 0.02
     assert total_variation(2, "pace") < total_variation(2, "ancestral")
 
@@ -267,6 +266,18 @@ def test_tokens_committed_together_are_far_apart():
     assert mean == pytest.approx(SHARE_REPEATED, abs=4 * error) and error < 0.01
 
 
+def test_the_output_without_a_positions_own_evidence_is_the_prediction_from_the_others():
+    torch.manual_seed(8)
+    ids = torch.randint(K, (50, L))
+    z = bfn.flow(ids, torch.rand(50, L), 3.0, K)
+    found = bfn.log_p_given_others(FLAT(z.softmax(-1), None).log_softmax(-1), z, ids)
+    for d in range(L):
+        others = z.clone()
+        others[:, d] = 0.0
+        log_p = FLAT(others.softmax(-1), None).log_softmax(-1)[:, d]
+        torch.testing.assert_close(found[:, d], log_p.gather(-1, ids[:, d : d + 1]).squeeze(-1), atol=1e-4, rtol=1e-4)
+
+
 def test_corrections_repair_tokens_that_were_drawn_independently():
     mean, error = share_repeated(2, corrections=2)
     assert mean > SHARE_REPEATED + 6 * error
@@ -330,11 +341,11 @@ def test_the_error_of_an_ode_sampler_falls_with_the_number_of_steps_to_the_power
 
 
 def test_given_tokens_come_back_and_the_rest_follows_the_conditional_distribution():
-    for sampler, n_steps in (("ancestral", 50), ("ode2", 50), ("commit", 2)):
+    for sampler, n_steps in (("ancestral", 50), ("ode2", 50), ("pace", 2), ("commit", 2)):
         assert total_variation(n_steps, sampler, given=2) < 0.03
 
 
-@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("commit", 3)])
+@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)])
 def test_a_hint_gives_the_distribution_under_the_same_evidence(sampler, n_steps):
     """Also for an ODE, which would amplify a hint that is added to z."""
     hint = torch.zeros(1, L, K)
@@ -344,7 +355,7 @@ def test_a_hint_gives_the_distribution_under_the_same_evidence(sampler, n_steps)
     assert total_variation(n_steps, sampler, truth=truth, hint=hint) < 0.03
 
 
-@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("commit", 3)])
+@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)])
 def test_without_a_banned_token_the_others_keep_their_distribution(sampler, n_steps):
     """If the network is told: the hint says what `allowed` enforces."""
     allowed = torch.tensor([True, False, True, True])
@@ -353,7 +364,7 @@ def test_without_a_banned_token_the_others_keep_their_distribution(sampler, n_st
     assert total_variation(n_steps, sampler, truth=truth, hint=hint, allowed=allowed) < 0.03
 
 
-@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("commit", 3)])
+@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)])
 def test_sampling_from_a_draft_follows_the_distribution_given_its_evidence(sampler, n_steps):
     torch.manual_seed(7)
     draft, strength = torch.tensor([[0, 2, 1]]), 0.3
