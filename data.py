@@ -16,6 +16,8 @@ import hashlib
 import json
 import os
 import shutil
+import time
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from tqdm import tqdm
 from text import add_marks, adds_prefix, file_hash, load_tokenizer, read_part, unknown_bytes
 
 CACHE_FORMAT = 2
+STALE_SECONDS = 3600  # a cache that was begun and not written to for so long belongs to a run that was killed
 EASY_SHARE = 0.8  # see `share_given`
 
 # ---------------------------------------------------------------- the token cache
@@ -82,19 +85,40 @@ def _read_cache(folder, key):
         meta = json.loads((folder / "meta.json").read_text())
         ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
         offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
-        whole = len(ids) == meta["n_tokens"] == offsets[-1] and len(offsets) == meta["n_documents"] + 1
+        whole = len(ids) == meta["n_tokens"] and meta["checksums"] == checksums(folder)
         tokens = Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return tokens if whole else None
 
 
+def checksums(folder):
+    """Compute the CRC-32 of both arrays of a cache, at about 1 GB/s -> {name: int}."""
+    sums = {}
+    for name in ("ids.bin", "offsets.bin"):
+        sums[name] = 0
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 24):
+                sums[name] = zlib.crc32(block, sums[name])
+    return sums
+
+
+def _remove_stale(folder):
+    """Remove what runs that were killed have begun to write for the same cache."""
+    for old in folder.parent.glob(f"{folder.name}.*.tmp"):
+        newest = max((file.stat().st_mtime for file in [old, *old.iterdir()]), default=0)
+        if time.time() - newest > STALE_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def _write_cache(path, part, example, tokenizer, folder):
     """Tokenise into a temporary folder and rename it to `folder` at the end, so that no cache is ever incomplete."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
     try:
         meta = _tokenize(path, part, example, tokenizer, temporary)
+        meta["checksums"] = checksums(temporary)
         (temporary / "meta.json").write_text(json.dumps(meta))
         for name in ("ids.bin", "offsets.bin", "meta.json"):
             with open(temporary / name, "r+b") as file:

@@ -3,7 +3,9 @@
 import bisect
 import io
 import os
+import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -137,6 +139,31 @@ def test_a_damaged_cache_is_rebuilt(corpus, tokenizer_path, tmp_path, name, size
     rebuilt = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     assert rebuilt.ids.tolist() == ids and rebuilt.offsets.tolist() == offsets
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / tokens.key]
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin"])
+def test_a_cache_of_which_one_byte_changed_is_rebuilt(corpus, tokenizer_path, tmp_path, name):
+    tokens = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    ids, offsets = tokens.ids.tolist(), tokens.offsets.tolist()
+    path = tmp_path / "cache" / tokens.key / name
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    rebuilt = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    assert rebuilt.ids.tolist() == ids and rebuilt.offsets.tolist() == offsets
+
+
+def test_what_a_killed_run_has_begun_is_removed_after_an_hour(corpus, tokenizer_path, tmp_path):
+    key = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key
+    shutil.rmtree(tmp_path / "cache" / key)
+    for name, age in (("1", 2 * data.STALE_SECONDS), ("2", 0)):
+        folder = tmp_path / "cache" / f"{key}.{name}.tmp"
+        folder.mkdir()
+        (folder / "ids.bin").write_bytes(b"begun")
+        for path in (folder / "ids.bin", folder):
+            os.utime(path, (time.time() - age,) * 2)
+    data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {key, f"{key}.2.tmp"}
 
 
 @pytest.mark.parametrize("meta", ["[]", "5", '{"dtype": "no"}', '{"dtype": 5}', "{}", "null"])
