@@ -142,8 +142,18 @@ def fail(message):
     sys.exit(2)
 
 
+def open_closed_streams():
+    """Send what would go to a closed stream (`>&-`) nowhere, and not into the next file that is opened."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            setattr(sys, name, open(number, "w", closefd=False))
+
+
 def run(main):
     """Call main(). An error that the user can correct becomes one line and exit code 2; BFN_DEBUG=1 shows tracebacks."""
+    open_closed_streams()
     try:
         main()
         sys.stdout.flush()

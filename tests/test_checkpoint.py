@@ -1,7 +1,9 @@
 """What is saved, and that a damaged or foreign file is refused."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +145,23 @@ def test_equal_sees_any_difference():
     assert equal(one, {"a": [torch.tensor([1.0, 2.0]), 3], "b": "x"})
     for other in ({"a": [torch.tensor([1.0, 2.0 + 2e-7]), 3], "b": "x"}, {"a": [one["a"][0], 4], "b": "x"}, {"a": one["a"]}):
         assert not equal(one, other)
+
+
+@pytest.mark.parametrize("closed, out, err", [(">&-", "", "error\n"), ("2>&-", "text\n", ""), (">&- 2>&-", "", "")])
+def test_a_closed_stream_takes_nothing_and_no_other_file_gets_it(tmp_path, closed, out, err):
+    """Without care, the next file that is opened has the number of the closed stream."""
+    (tmp_path / "command.py").write_text(
+        "import os, sys, cli\n"
+        "def main():\n"
+        "    with open('file', 'w') as file:\n"
+        "        os.write(2, b'error\\n')\n"
+        "        print('text')\n"
+        "        file.write('mine')\n"
+        "cli.run(main)\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parent))
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} command.py {closed}"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
+    assert (tmp_path / "file").read_text() == "mine"
