@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import bfn
+import cache
 import data
 from model import rows_at_once
 from noise import GOLDEN, Draws, mix_seed
@@ -39,7 +40,7 @@ def nothing_given(segment_ids):
 class Text:
     """A text as windows in rows, and what of it is scored."""
 
-    tokens: data.Tokens
+    tokens: cache.Tokens
     plan: data.Plan
     row_length: int  # also the longest window
     bos_id: int  # -1 if the tokenizer has none

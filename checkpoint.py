@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import cache
 import cli
-import data
 import toy
 from model import BFNTransformer, Config
 from prompts import count_word_lengths
@@ -265,7 +265,7 @@ def prepare_text(args, run_dir, resume):
     elif args.spm_model and not args.init_from and file_hash(args.spm_model) != file_hash(path):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
     tokenizer = load_tokenizer(path)
-    read = partial(data.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir, example=args.example)
+    read = partial(cache.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir, example=args.example)
     if args.val_path:
         return tokenizer, read(corpus, part="all"), read(args.val_path, part="all")
     return tokenizer, read(corpus, part="train"), read(corpus, part="val")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import bfn
 import bounds
+import cache
 import cli
 import data
 import likelihood
@@ -384,7 +385,7 @@ def flags():
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     return p
 
 
@@ -433,7 +434,7 @@ def main():
             check_table(path, header, flag)
             Path(path).parent.mkdir(parents=True, exist_ok=True)
     example = run["args"]["example"]
-    tokens = data.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
+    tokens = cache.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
     warn_of_changes(args.data_path, tokenizer, example)
     window, bos_id = args.window or run["args"]["sequence_length"], tokenizer.bos_id()
     title = f"{args.model_dir}, step {run['step']}"

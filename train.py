@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import bfn
+import cache
 import cli
 import data
 import evaluate
@@ -55,7 +56,7 @@ def flags():
     add("--init_from", help="run folder to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
     add("--vocab_size", type=cli.several, help="tokens of the tokenizer to train (512 to 8192, from the size of the text)")
-    add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bfn
+import cache
 import cli
 import data
 import fused
@@ -177,10 +178,10 @@ def text(device, repetitions, variant, n_sentences=50_000):
         corpus, tokenizer = Path(folder) / "corpus.txt", Path(folder) / "tokenizer.model"
         corpus.write_text(toy.corpus(n_sentences) * 4)
         tokenizer.write_bytes(train_tokenizer(corpus, "bpe", 1000))
-        tokens = data.load_corpus(corpus, tokenizer, Path(folder) / "cache")
+        tokens = cache.load_corpus(corpus, tokenizer, Path(folder) / "cache")
         if variant == "tokenise":
             caches = (Path(folder) / f"cache{i}" for i in count())  # a new one each time: nothing is read from a cache
-            return measure(lambda: data.load_corpus(corpus, tokenizer, next(caches)), device, len(tokens.ids), repetitions)
+            return measure(lambda: cache.load_corpus(corpus, tokenizer, next(caches)), device, len(tokens.ids), repetitions)
         loader, steps = data.Loader(tokens, 64, 128, seed=0), count()
         return measure(lambda: [loader.batch(next(steps)) for _ in range(20)], device, 20 * 128 * 64, repetitions)
 

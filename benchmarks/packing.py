@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cache
 import cli
 import data
 
@@ -40,11 +41,11 @@ def main():
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as cache_dir:
         begin = time.perf_counter()
-        tokens = data.load_corpus(args.data_path, args.spm_model, cache_dir)
+        tokens = cache.load_corpus(args.data_path, args.spm_model, cache_dir)
         seconds = time.perf_counter() - begin
         print(f"tokenised {tokens.n_bytes / 1e6:.1f} MB in {seconds:.1f} s: {tokens.n_bytes / 1e6 / seconds:.1f} MB/s")
         begin = time.perf_counter()
-        data.load_corpus(args.data_path, args.spm_model, cache_dir)
+        cache.load_corpus(args.data_path, args.spm_model, cache_dir)
         print(f"found it in the cache in {time.perf_counter() - begin:.2f} s\n")
         print("| length | one window per row | best fit, uncut lines | packed | tokens in 128 rows | plan, s | tokens/s |")
         print("|---|---|---|---|---|---|---|")

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compare import Causal
 
 import bfn
+import cache
 import cli
-import data
 import evaluate
 import plot
 import quality
@@ -297,7 +297,7 @@ def flags():
     add("--infill", type=cli.natural, default=0, help="sentences of the built-in language to fill gaps in (0)")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", default=data.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     add("--output", default="runs/samplers", help="folder for results.json, results.md and pictures (runs/samplers)")
     return p
 
@@ -317,7 +317,7 @@ def held_out_texts(args, run, tokenizer, corpus):
     """Choose texts from -d, or from the validation part of the training text -> texts, their lengths in tokens."""
     path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
     tokenizer_path, example = Path(args.model_dir) / "tokenizer.model", run["args"]["example"]
-    tokens = data.load_corpus(path, tokenizer_path, args.cache_dir, part, example)
+    tokens = cache.load_corpus(path, tokenizer_path, args.cache_dir, part, example)
     window = args.length or run["args"]["sequence_length"]
     return evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
 

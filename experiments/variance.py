@@ -15,6 +15,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bfn
+import cache
 import cli
 import data
 import train
@@ -51,7 +52,7 @@ def read_run(run_dir, n_batches):
     model.load_state_dict(run["model"])
     corpus = args["data_path"] or run_dir / "corpus.txt"
     part = "all" if args["val_path"] else "train"
-    tokens = data.load_corpus(corpus, run_dir / "tokenizer.model", args["cache_dir"], part, args["example"])
+    tokens = cache.load_corpus(corpus, run_dir / "tokenizer.model", args["cache_dir"], part, args["example"])
     bos_id = load_tokenizer(run_dir / "tokenizer.model").bos_id()
     loader = data.Loader(tokens, args["sequence_length"], args["batch_size"], args["seed"], bos_id)
     return model, [loader.batch(i) for i in range(n_batches)], run["times"]

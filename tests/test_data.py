@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 
+import cache
 import data
 import log
 from text import load_tokenizer, read_pieces, train_tokenizer
@@ -41,7 +42,7 @@ def tokenizer_path(corpus, tmp_path):
 
 @pytest.fixture
 def tokens(corpus, tokenizer_path, tmp_path):
-    return data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    return cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
 
 
 # ---------------------------------------------------------------- the cache
@@ -54,7 +55,7 @@ def test_documents_are_the_examples(tmp_path):
     tokenizer, keys = load_tokenizer(tmp_path / "model"), set()
     expected = dict(line=["one", "two", "three"], paragraph=["one\ntwo", "three"], file=["one\ntwo\n\nthree"])
     for example, texts in expected.items():
-        tokens = data.load_corpus(path, tmp_path / "model", tmp_path / "cache", example=example)
+        tokens = cache.load_corpus(path, tmp_path / "model", tmp_path / "cache", example=example)
         documents = np.split(tokens.ids, tokens.offsets[1:-1])
         assert [tokenizer.decode(ids[1:-1].tolist()) for ids in documents] == texts
         assert tokens.n_chars == sum(map(len, texts))
@@ -71,7 +72,7 @@ def test_documents_have_equal_hashes_only_if_they_are_equal(tokens, monkeypatch,
 
 def test_a_reordered_or_repeated_document_has_another_hash():
     ids = np.array([1, 2, 3, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3], np.uint16)
-    tokens = data.Tokens(ids, np.array([0, 3, 6, 8, 10, 13]), 0, 0, 0, "")
+    tokens = cache.Tokens(ids, np.array([0, 3, 6, 8, 10, 13]), 0, 0, 0, "")
     hashes = log.hash_documents(tokens, np.arange(5)).tolist()
     assert log.hash_documents(tokens, np.array([2, 0])).tolist() == [hashes[2], hashes[0]]
     assert hashes[0] == hashes[4] and len(set(hashes)) == 4
@@ -81,7 +82,7 @@ def test_the_share_of_documents_that_the_training_text_has_too(tmp_path, corpus,
     """Half of these lines are in the corpus; one of them is there twice."""
     lines = corpus.read_text().splitlines()
     val = write(tmp_path / "val", "\n".join([lines[3], lines[3], lines[8] + " wa", "wb wb wb"]))
-    training, val = (data.load_corpus(path, tokenizer_path, tmp_path / "cache") for path in (corpus, val))
+    training, val = (cache.load_corpus(path, tokenizer_path, tmp_path / "cache") for path in (corpus, val))
     assert log.share_in_training(val, training) == 0.5 and log.share_in_training(training, training) == 1
 
 
@@ -109,7 +110,7 @@ def test_a_very_long_line_tokenised_in_pieces_is_the_same_text(tmp_path, corpus,
     tokenizer = load_tokenizer(tmp_path / "model")
     monkeypatch.setattr("text.PIECE_BYTES", 5000)
     assert len(list(read_pieces(text))) > 4
-    tokens = data.load_corpus(text, tmp_path / "model", tmp_path / "cache")
+    tokens = cache.load_corpus(text, tmp_path / "model", tmp_path / "cache")
     assert len(tokens.lengths) == 1
     whole = tokenizer.encode(text.read_text())
     if add_prefix:  # no token is longer than a word, and words are not cut
@@ -121,64 +122,64 @@ def test_the_cache_is_reused_until_the_corpus_or_the_tokenizer_changes(
     tokens, corpus, tokenizer_path, tmp_path, monkeypatch
 ):
     written = []
-    real = data._write_cache
-    monkeypatch.setattr(data, "_write_cache", lambda *args: (written.append(args), real(*args)))
-    assert data.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key == tokens.key and not written
+    real = cache._write_cache
+    monkeypatch.setattr(cache, "_write_cache", lambda *args: (written.append(args), real(*args)))
+    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key == tokens.key and not written
     corpus.write_text(corpus.read_text() + "one more\n")
-    longer = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    longer = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     assert len(longer.lengths) == len(tokens.lengths) + 1 and len(written) == 1
     tokenizer_path.write_bytes(train_tokenizer(corpus, "unigram", 400))
-    assert data.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key != longer.key and len(written) == 2
+    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key != longer.key and len(written) == 2
 
 
 @pytest.mark.parametrize("name, size", [("ids.bin", 100), ("ids.bin", 0), ("offsets.bin", 16), ("meta.json", 5)])
 def test_a_damaged_cache_is_rebuilt(corpus, tokenizer_path, tmp_path, name, size):
-    tokens = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     ids, offsets = tokens.ids.tolist(), tokens.offsets.tolist()  # copies: the arrays are views of the files
     os.truncate(tmp_path / "cache" / tokens.key / name, size)
-    rebuilt = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    rebuilt = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     assert rebuilt.ids.tolist() == ids and rebuilt.offsets.tolist() == offsets
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / tokens.key]
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.bin"])
 def test_a_cache_of_which_one_byte_changed_is_rebuilt(corpus, tokenizer_path, tmp_path, name):
-    tokens = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     ids, offsets = tokens.ids.tolist(), tokens.offsets.tolist()
     path = tmp_path / "cache" / tokens.key / name
     content = bytearray(path.read_bytes())
     content[40] ^= 1
     path.write_bytes(content)
-    rebuilt = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    rebuilt = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     assert rebuilt.ids.tolist() == ids and rebuilt.offsets.tolist() == offsets
 
 
 def test_what_a_killed_run_has_begun_is_removed_after_an_hour(corpus, tokenizer_path, tmp_path):
-    key = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key
+    key = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key
     shutil.rmtree(tmp_path / "cache" / key)
-    for name, age in (("1", 2 * data.STALE_SECONDS), ("2", 0)):
+    for name, age in (("1", 2 * cache.STALE_SECONDS), ("2", 0)):
         folder = tmp_path / "cache" / f"{key}.{name}.tmp"
         folder.mkdir()
         (folder / "ids.bin").write_bytes(b"begun")
         for path in (folder / "ids.bin", folder):
             os.utime(path, (time.time() - age,) * 2)
-    data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {key, f"{key}.2.tmp"}
 
 
 @pytest.mark.parametrize("meta", ["[]", "5", '{"dtype": "no"}', '{"dtype": 5}', "{}", "null"])
 def test_a_cache_with_a_garbled_description_is_rebuilt(corpus, tokenizer_path, tmp_path, meta):
-    tokens = data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     ids = tokens.ids.tolist()
     (tmp_path / "cache" / tokens.key / "meta.json").write_text(meta)
-    assert data.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
+    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
 
 
 def test_tokenising_that_fails_leaves_no_cache(corpus, tokenizer_path, tmp_path):
     corpus.write_bytes(corpus.read_bytes() + b"\xff\n")
     for _ in range(2):
         with pytest.raises(ValueError, match="not UTF-8"):
-            data.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+            cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -188,14 +189,14 @@ def test_a_line_without_tokens_is_not_a_document(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(tmp_path / "model")
     x, encode = tokenizer.piece_to_id("x"), type(tokenizer).encode_as_numpy
     monkeypatch.setattr(type(tokenizer), "encode_as_numpy", lambda *args: [ids[ids != x] for ids in encode(*args)])
-    assert data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache").lengths.tolist() == [3, 3]
+    assert cache.load_corpus(corpus, tmp_path / "model", tmp_path / "cache").lengths.tolist() == [3, 3]
 
 
 def test_a_missing_or_empty_corpus_gives_a_clear_error(tokenizer_path, tmp_path):
     with pytest.raises(ValueError, match="no text file at"):
-        data.load_corpus(tmp_path / "missing", tokenizer_path, tmp_path)
+        cache.load_corpus(tmp_path / "missing", tokenizer_path, tmp_path)
     with pytest.raises(ValueError, match="has no text"):
-        data.load_corpus(write(tmp_path / "blank", "\n \n\n"), tokenizer_path, tmp_path)
+        cache.load_corpus(write(tmp_path / "blank", "\n \n\n"), tokenizer_path, tmp_path)
 
 
 # ---------------------------------------------------------------- packing
@@ -204,7 +205,7 @@ def test_a_missing_or_empty_corpus_gives_a_clear_error(tokenizer_path, tmp_path)
 def fake_tokens(lengths):
     """Make a corpus of documents of these lengths."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return data.Tokens(np.arange(offsets[-1]) % 60_000, offsets, 1, 1, 0, "fake")
+    return cache.Tokens(np.arange(offsets[-1]) % 60_000, offsets, 1, 1, 0, "fake")
 
 
 def coverage(plan, n_tokens):

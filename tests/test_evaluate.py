@@ -16,6 +16,7 @@ from untrained import make_run
 
 import bfn
 import bounds
+import cache
 import cli
 import data
 import evaluate
@@ -52,7 +53,7 @@ def uniform_model(K, s1=2.0):
 def tokens_of(ids):
     """A text in which each row is a document, without bos and eos, of one character and one byte per token."""
     B, L = ids.shape
-    return data.Tokens(ids.numpy().ravel(), np.arange(B + 1) * L, ids.numel(), ids.numel(), 0, "test")
+    return cache.Tokens(ids.numpy().ravel(), np.arange(B + 1) * L, ids.numel(), ids.numel(), 0, "test")
 
 
 def code_length(ids):
@@ -226,7 +227,7 @@ def test_after_an_interrupt_the_complete_draws_are_kept_or_the_complete_rows_of_
 @pytest.mark.parametrize("n_unknown_bytes", [0, 5])
 def test_the_progress_bar_shows_the_bound(n_unknown_bytes, monkeypatch):
     ids = draw(SEQUENCES, P, 20)
-    tokens = data.Tokens(ids.numpy().ravel(), np.arange(21) * 3, 60, 60, n_unknown_bytes, "test")
+    tokens = cache.Tokens(ids.numpy().ravel(), np.arange(21) * 3, 60, 60, n_unknown_bytes, "test")
     bars = []
 
     class Bar(bounds.BoundBar):
@@ -258,7 +259,7 @@ def test_the_control_variate_of_the_n_step_loss_changes_only_its_variance():
 def test_every_token_is_scored_once_for_any_window():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 40, 30)
-    tokens = data.Tokens(rng.integers(1, 4, lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "test")
+    tokens = cache.Tokens(rng.integers(1, 4, lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "test")
     for window in (5, 16, 50):
         scores = bounds.score(uniform_model(4), tokens, window, 3, CPU)
         assert scores.n_scored.sum() == (tokens.ids != 3).sum()
@@ -305,7 +306,7 @@ def test_bits_per_character_count_eos_but_not_bos_and_all_characters_of_the_raw_
     tokenizer = load_tokenizer(tmp_path / "model")
     monkeypatch.setattr(bfn, "squared_error_loss", lambda log_p, ids, *rest: torch.ones(ids.shape))
     monkeypatch.setattr(bfn, "reconstruction_loss", lambda network, ids, *rest: torch.zeros(ids.shape))
-    tokens = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
+    tokens = cache.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
     figures, _ = evaluate.validate(uniform_model(len(tokenizer)), tokens, tokenizer.bos_id(), 32, CPU)
     lines = corpus.read_text().splitlines()
     assert figures["bound_nats_per_token"] == pytest.approx(1)
@@ -341,7 +342,7 @@ def test_the_excess_over_the_grammar_is_what_the_model_costs_more_on_the_same_se
     corpus.write_text(toy.corpus(300))
     (tmp_path / "model").write_bytes(train_tokenizer(corpus, "word", 500))
     tokenizer = load_tokenizer(tmp_path / "model")
-    val = data.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
+    val = cache.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
     model = uniform_model(len(tokenizer))
     model.parameters = lambda: iter([torch.zeros(1)])
     sentences = [line.split() for line in corpus.read_text().splitlines()[:50]]

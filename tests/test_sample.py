@@ -14,6 +14,7 @@ import torch
 from untrained import make_run
 
 import bfn
+import cache
 import cli
 import data
 import model as model_file
@@ -360,7 +361,7 @@ def test_a_backslash_is_a_line_break_only_for_examples_of_several_lines():
 
 def test_a_word_gap_has_no_line_break_and_its_length_counts_no_line_break(poems):
     _, tokenizer, _ = load(poems)
-    tokens = data.load_corpus(poems / "text.txt", poems / "tokenizer.model", poems, example="paragraph")
+    tokens = cache.load_corpus(poems / "text.txt", poems / "tokenizer.model", poems, example="paragraph")
     line_break = [k for k in range(len(tokenizer)) if "\n" in tokenizer.decode([k])]
     allowed = allowed_tokens(tokenizer)
     assert not allowed[[-WORD_START, -WORD_REST]][:, line_break].any() and allowed[-GAP, line_break].any()
@@ -579,7 +580,7 @@ def test_the_trace_ends_with_the_text_that_is_printed(run_dir, monkeypatch, caps
 
 def test_the_examples_of_training_are_free_or_continue_validation_texts(run_dir, loaded, tmp_path):
     model, tokenizer, run = loaded
-    tokens = data.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
+    tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
     lines = sample.example_texts(model, tokenizer, tokens, run, n=5, seed=3)
     free = [make_template("", tokenizer, run, mix_seed(3, i)) for i in range(2)]
     assert lines[:2] == [sample.decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, free, 3)]
