@@ -183,6 +183,8 @@ def ode2(z, p, dp, k, u, v, s1, eps):
     return ode1(z, p, dp, k, u, v, s1, eps) + s1**2 * v * (v - u) ** 2 / 2 * dp
 
 
+SECOND_ORDER = sde2, ode2  # only these read dp, and they need positions that all move in each call
+
 # ---------------------------------------------------------------- sampling
 
 
@@ -271,7 +273,7 @@ def solve(task, step, pace):
 
     The one loop of all samplers. In each call the network reads the state z of every position at its time u, and `step`
     takes some of them on to a time v, with evidence from the output; `pace` says which, and how far. A row ends with the
-    last call of its pace, or earlier if it is certain: then what is not CERTAIN is read from the output.
+    last call of its pace, or earlier if it is certain. Then all of its tokens that are not CERTAIN are drawn from the output.
     """
     open_mask, K, until = ~task.cond_mask, task.K, task.controls.until
     pace = pace(task)
@@ -281,9 +283,10 @@ def solve(task, step, pace):
         z += task.s1 * u[..., None] * task.draws.at(START, 0).normal(K)
     ids, score = task.ids, torch.zeros(u.shape, device=u.device)
     calls, running, before = torch.zeros_like(task.n_open), torch.ones_like(task.n_open, dtype=torch.bool), None
-    for i in range(pace.n_calls.max().item()):
-        back = pace.take_back(i, u, score)
-        z, u = z.masked_fill(back[..., None], 0.0), u.masked_fill(back, 0.0)
+    n_calls = pace.n_calls.max().item()
+    for i in range(n_calls):
+        back = pace.take_back(i, u, score) & running[:, None]
+        z, u = z.masked_fill_(back[..., None], 0.0), u.masked_fill(back, 0.0)
         log_p, p = task.ask(z, u)
         v = torch.where(running[:, None] & open_mask, pace.next_time(i, u, log_p), u)
         calls += running
@@ -293,13 +296,15 @@ def solve(task, step, pace):
         ids = ids.index_put(index, k)
         score = torch.where(u < CERTAIN, log_p_given_others(log_p, z, ids), score)
         running = running & ~ends
-        if not running.any():
+        if i + 1 == n_calls or (until and not running.any()):
             break
-        here, there = u[index][:, None], v[index][:, None]
-        dp = 0.0 if before is None else (p[index] - before[0][index]) / (here - before[1][index][:, None])
+        here, there, dp = u[index][:, None], v[index][:, None], 0.0
+        if step in SECOND_ORDER and before:
+            dp = (p[index] - before[0][index]) / (here - before[1][index][:, None])
         eps = task.draws.at(STEP, i).normal(K, index)
         z = z.index_put(index, step(z[index], p[index], dp, k, here, there, task.s1, eps))
-        before, u = (p, u), v
+        before = p, u
+        u = v
     return ids, calls, score
 
 
@@ -328,7 +333,8 @@ def log_p_given_others(log_p, z, ids):
 
         p(k | all) = p(k | others) exp(z_k) / sum,   so   p(k | others) = softmax(log p(k | all) - z_k)
     """
-    return (log_p - z).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    others = log_p - z
+    return others.gather(-1, ids[..., None]).squeeze(-1) - others.logsumexp(-1)
 
 
 class OnePace:
@@ -339,7 +345,7 @@ class OnePace:
         self.start, self.n_calls = self.times[0], torch.full_like(task.n_open, len(self.times))
 
     def take_back(self, i, u, score):
-        """Nothing."""
+        """Take nothing back."""
         return torch.zeros_like(u, dtype=torch.bool)
 
     def next_time(self, i, u, log_p):
@@ -363,7 +369,10 @@ class OwnPace:
         self.n_calls = self.n_fill + (task.n_open // 2).clamp(max=corrections)
 
     def take_back(self, i, u, score):
-        """score (B, L): log-probability of each position's token given all other positions."""
+        """score (B, L): log-probability of each position's token given what the last call knew of all others.
+
+        Tokens that were drawn in that call did not know each other yet.
+        """
         n = (self.task.n_open // 8).clamp(min=1) * (i >= self.n_fill)
         return spread_out(score, u > 0, n)
 
@@ -376,11 +385,14 @@ class OwnPace:
         return torch.where(chosen, self.far, u)
 
 
-@dataclass
+Commit = partial(OwnPace, far=CERTAIN)  # infinite evidence: the tokens are then as good as given
+
+
 class Reading(Task):
     """A task in which every draw yields the token that is there, so that `solve` computes what the text costs."""
 
     def read(self, p, draws, index):
+        """Choose the tokens that are there."""
         return self.ids[index]
 
 
@@ -392,17 +404,17 @@ def log_likelihood(network, ids, cond_mask, s1, K, calls, choose=spread_out):
 
     Each position's term, 0 where cond_mask (B, L) is True. There is no bound and no noise: the positions are chosen by
     what is known, and tokens filled in the same call are independent [for masked models: "DUEL", arXiv 2603.01367]. A
-    row takes at most one call per open position; then it is the chain rule.
+    row takes at most one call per open position; then it is the chain rule. choose: which positions to fill, see
+    `spread_out`.
     """
     draws = Draws(torch.zeros(*ids.shape, 2, dtype=torch.int32, device=ids.device))  # of the noise, which is drowned out
     task = Reading(network, ids, cond_mask, s1, K, Controls(steps=calls), draws)
-    return solve(task, ancestral, partial(OwnPace, far=CERTAIN, choose=choose))[2].masked_fill(cond_mask, 0.0)
+    return solve(task, ancestral, partial(Commit, choose=choose))[2].masked_fill(cond_mask, 0.0)
 
 
-commit = partial(OwnPace, far=CERTAIN)  # infinite evidence: the tokens are then as good as given
 SAMPLERS = {
     "pace": partial(solve, step=ancestral, pace=OwnPace),
-    "commit": partial(solve, step=ancestral, pace=commit),
+    "commit": partial(solve, step=ancestral, pace=Commit),
     "ancestral": partial(solve, step=ancestral, pace=OnePace),
     "sde1": partial(solve, step=sde1, pace=OnePace),
     "sde2": partial(solve, step=sde2, pace=OnePace),

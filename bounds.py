@@ -44,7 +44,7 @@ class Text:
     plan: data.Plan
     row_length: int  # also the longest window
     bos_id: int  # -1 if the tokenizer has none
-    given: object  # function of segment_ids, see `parse_given`
+    given: object  # function: segment_ids (B, L) -> what is given, (B, L) bool
 
     def first_rows(self, n_rows):
         """Cut a text to its first rows, whose windows come from all over the text."""

@@ -5,9 +5,8 @@
     segment_ids  (B, L) int64  number of the window in its row: 1, 2, ..., 0 = padding
     cond_mask    (B, L) bool   True = given to the network, not predicted
 
-Whatever is random depends only on (seed, epoch) or (seed, number of the batch), so a loader has no state to save.
-
-Training begins with easy texts, of which much is given: see `share_given`.
+Whatever is random depends only on (seed, epoch), or on (seed, number of the batch, progress of the training), so a loader has
+no state to save. Training begins with easy texts, in which most tokens are given: see `easy_share`.
 """
 
 from collections import deque
@@ -18,7 +17,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-EASY_SHARE = 0.8  # see `share_given`
+EASY_SHARE = 0.8  # see `easy_share`
 
 # ---------------------------------------------------------------- packing
 
@@ -196,19 +195,19 @@ def gather_rows(tokens, plan, rows, row_length):
     return ids, segment_ids
 
 
-def share_given(progress):
-    """The share of all positions that is given besides, to learn from nearly whole texts first.
+def easy_share(progress):
+    """The share of the remaining tokens that is given too, so that training begins with nearly whole texts.
 
     It falls in a straight line, from EASY_SHARE at the start of training (progress 0) to 0 at its end (1).
     """
     return EASY_SHARE * (1 - min(progress, 1.0))
 
 
-def draw_cond_mask(segment_ids, rng, besides=0.0):
+def draw_cond_mask(segment_ids, rng, easy=0.0):
     """Choose what is given: nothing in half of the segments, else a random span or random positions -> (B, L) bool.
 
-    The share of a segment that is given is uniform on (0, 1). Of the other positions, a random share `besides` is given too.
-    segment_ids (B, L) is a numpy array, and so is the mask.
+    The share of a segment that is given is uniform on (0, 1). Of the rest, a random share `easy` is given too. segment_ids
+    (B, L) is a numpy array, and so is the mask.
     """
     B, L = segment_ids.shape
     position, until_end = (x.numpy() for x in segment_positions(torch.from_numpy(segment_ids)))
@@ -220,7 +219,7 @@ def draw_cond_mask(segment_ids, rng, besides=0.0):
     span = (begin <= position) & (position < begin + n)
     scattered = rng.random((B, L)) < share
     given = np.where(kind < 0.5, False, np.where(kind < 0.75, span, scattered))
-    return (given | (rng.random((B, L)) < besides)) & (segment_ids > 0)
+    return (given | (rng.random((B, L)) < easy)) & (segment_ids > 0)
 
 
 class Loader:
@@ -247,7 +246,7 @@ class Loader:
             for epoch in np.unique(epochs)
         ]
         ids, segment_ids = (np.concatenate(part) for part in zip(*parts, strict=True))
-        cond_mask = draw_cond_mask(segment_ids, np.random.default_rng((self.seed, 0, n)), share_given(progress))
+        cond_mask = draw_cond_mask(segment_ids, np.random.default_rng((self.seed, 0, n)), easy_share(progress))
         cond_mask |= (ids == self.bos_id) & (segment_ids > 0)
         return tuple(map(torch.from_numpy, (ids, segment_ids, cond_mask)))
 

@@ -42,8 +42,8 @@ SECONDS = 40  # how long the draws take if no flag says how much to score
 BY_TIME_HEADER = "t,loss_nats_per_token,cross_entropy_nats_per_token"
 BY_CALLS_HEADER = "calls,exact_nats_per_token,error_nats_per_token"
 VAL_TOKENS = 16_384  # a validation scores at most this many tokens
-VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes a call per step of the sampler
-SAMPLED = {"exact": partial(likelihood.exact, calls=Options.steps)}  # with as many calls as sample.py makes
+VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes many calls
+COMMIT = {"exact": partial(likelihood.exact, calls=Options.steps)}
 
 # ---------------------------------------------------------------- figures
 
@@ -52,7 +52,7 @@ def likelihood_figures(scores, tokens, bos_id, conditional=False):
     """Compute the figures of a scored text, with units in their names -> dict of floats and ints.
 
     Characters and bytes are those of the raw text; `conditional` leaves out the figures per character and byte, which have
-    no meaning if part of the text was given. Text that the tokenizer does not know costs UNKNOWN_BITS per byte. This, and
+    no meaning if part of the text was given. Text that the tokenizer does not know costs `bounds.UNKNOWN_BITS` per byte. This, and
     the tokens per character, are averages over the whole text, even if only some windows were scored.
     """
     diffusion, reconstruction = scores.nats_per_token
@@ -167,6 +167,18 @@ def check_table(path, header, flag):
             raise ValueError(f"{file} exists already: give {flag} another name")
 
 
+def check_tables(args):
+    """Raise ValueError if --by_time or --by_calls would overwrite what they should not, or have nothing to show."""
+    if args.by_calls and not args.calls:
+        raise ValueError("--by_calls draws what --calls measures: give --calls=8,32,128, for example")
+    if args.by_time and args.by_time == args.by_calls:
+        raise ValueError(f"--by_time and --by_calls would both write {args.by_time}.csv: give them different names")
+    for path, header, flag in ((args.by_time, BY_TIME_HEADER, "--by_time"), (args.by_calls, BY_CALLS_HEADER, "--by_calls")):
+        if path:
+            check_table(path, header, flag)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_table(path, header, rows):
     """Write PATH.csv."""
     Path(f"{path}.csv").write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
@@ -177,7 +189,8 @@ def write_by_time(scores, path, title):
     _, loss, cross_entropy = scores.by_time()
     t = (np.arange(len(loss)) + 0.5 * (scores.n_steps is None)) / len(loss)  # bins' middles, or where steps start
     t, loss, cross_entropy = (x[~np.isnan(loss)] for x in (t, loss, cross_entropy))
-    write_table(path, BY_TIME_HEADER, ((f"{a:.4f}", f"{b:.6f}", f"{c:.6f}") for a, b, c in zip(t, loss, cross_entropy, strict=True)))
+    rows = zip(t, loss, cross_entropy, strict=True)
+    write_table(path, BY_TIME_HEADER, ((f"{a:.4f}", f"{b:.6f}", f"{c:.6f}") for a, b, c in rows))
     label = f"loss (its mean is L_{scores.n_steps or 'inf'})"
     series = {label: (t, loss), "cross-entropy of the output": (t, cross_entropy)}
     plot.lines(f"{path}.png", series, "t", "nats per token", title)
@@ -185,10 +198,11 @@ def write_by_time(scores, path, title):
 
 def write_by_calls(figures, calls, path, title):
     """Write the exact likelihood by the number of calls, and the bound for comparison, to PATH.csv and PATH.png."""
-    names = {n: to_key(name) for n in sorted(calls) for name in likelihood.figures_of([n])}
+    names = {n: to_key(next(iter(likelihood.figures_of([n])))) for n in sorted(set(calls))}
     nats = [figures[f"{name}_nats_per_token"] for name in names.values()]
     errors = [figures[f"{name}_text_error_nats_per_token"] for name in names.values()]
-    write_table(path, BY_CALLS_HEADER, ((str(n), f"{a:.6f}", f"{b:.6f}") for n, a, b in zip(names, nats, errors, strict=True)))
+    rows = zip(names, nats, errors, strict=True)
+    write_table(path, BY_CALLS_HEADER, ((f"{n}", f"{a:.6f}", f"{b:.6f}") for n, a, b in rows))
     ends = [min(names), max(names)]
     series = {"exact, under commit": (list(names), nats), "bound of the flow": (ends, [figures["bound_nats_per_token"]] * 2)}
     plot.lines(f"{path}.png", series, "network calls", "nats per token", title, log=True)
@@ -233,7 +247,7 @@ def exact_likelihood(model, tokens, row_length, bos_id, device, max_tokens):
     """Measure the exact likelihood under commit on about max_tokens of a text, always the same -> figures."""
     plan = data.plan_validation(tokens, row_length)
     text = Text(tokens, plan, row_length, bos_id, nothing_given).first_rows(min(plan.n_rows, -(-max_tokens // row_length)))
-    scores = likelihood.score(model, text.windows(), bos_id, nothing_given, SAMPLED, device)
+    scores = likelihood.score(model, text.windows(), bos_id, nothing_given, COMMIT, device)
     figures = exact_figures(text, scores, bos_id)
     bits_per_token = figures["exact_nats_per_token"] / math.log(2)
     return figures | dict(exact_bits_per_char=bits_per_token * n_scorable(tokens, bos_id) / tokens.n_chars)
@@ -272,7 +286,7 @@ def excess_nats_per_token(model, tokenizer, val, n=400):
     """
     sentences = [val.ids[begin:end] for begin, end in pairwise(val.offsets[: n + 1])]
     device = next(model.parameters()).device
-    scores = likelihood.score(model, sentences, tokenizer.bos_id(), nothing_given, SAMPLED, device)
+    scores = likelihood.score(model, sentences, tokenizer.bos_id(), nothing_given, COMMIT, device)
     words = [tokenizer.decode(ids.tolist()).split() for ids in sentences]
     truth = sum(math.log(toy.lengths()[len(w)] / toy.probability(w)) for w in words)
     return (scores.nats["exact"].sum() - truth) / scores.n_scored.sum()
@@ -380,7 +394,8 @@ def flags():
     add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help=f"for --samples ({Options.sampler})")
     add("--steps", type=cli.count, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
-    add("--corrections", type=cli.natural, default=Options.corrections, help=f"of pace ({Options.corrections})")
+    corrections = f"further calls of pace that redraw tokens ({Options.corrections})"
+    add("--corrections", type=cli.natural, default=Options.corrections, help=corrections)
     add("--corpus", help="training text that --samples are compared with (the one that the model was trained on)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
@@ -422,17 +437,12 @@ def collect_interrupts():
 
 def main():
     args = flags().parse_args()
+    check_tables(args)
     device = cli.device(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
     if args.samples:  # before the work of an hour, not after: this fails if the training text is missing or empty
         corpus, part = find_corpus(args, run)
         reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
-    if args.by_calls and not args.calls:
-        raise ValueError("--by_calls draws what --calls measures: give --calls=8,32,128, for example")
-    for path, header, flag in ((args.by_time, BY_TIME_HEADER, "--by_time"), (args.by_calls, BY_CALLS_HEADER, "--by_calls")):
-        if path:
-            check_table(path, header, flag)
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
     example = run["args"]["example"]
     tokens = cache.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
     warn_of_changes(args.data_path, tokenizer, example)

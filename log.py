@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import cli
 import data
 import plot
 from evaluate import VAL_TOKENS
+from sample import example_texts, mark_breaks
 
 FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
 VALIDATIONS = 10  # of a run, and at least one every MOST_MINUTES
@@ -62,7 +64,7 @@ def matmul_peak(device, dtype):
 def fast_bf16(device):
     """Whether the device has instructions for products in bfloat16: all recent GPUs and some CPUs.
 
-    A CPU without them is far slower in bfloat16 than in float32. Before torch 2.12 it is not asked.
+    A CPU without them is far slower in bfloat16 than in float32. A torch that cannot tell counts as a CPU without them.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -197,13 +199,29 @@ def draw_curves(run_dir):
     plot.lines(run_dir / "curves.png", series, "step", "nats per token", str(run_dir), top=top)
 
 
+def bounds(run_dir):
+    """List the bounds of the validations so far, and their steps -> [(nats per token, step)]."""
+    return [(m["val_bound_nats_per_token"], m["step"]) for m in read_metrics(run_dir) if "val_bound_nats_per_token" in m]
+
+
+def write_samples(state, tokenizer, val, run, args):
+    """Add texts to samples.txt, if it has none of this step -> the same texts, to be printed."""
+    path = Path(args.model_dir) / "samples.txt"
+    if path.exists() and any(line.startswith(b"%d\t" % state.step) for line in path.read_bytes().split(b"\n")):
+        return []
+    texts = example_texts(state.emas[-1], tokenizer, val, run, args.num_examples, args.seed)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(f"{state.step}\t{mark_breaks(text)}\n" for text in texts))
+    return ["  " + text.replace("\n", "\n  ") for text in texts]
+
+
 def overfitting_line(run_dir, n_worse=3):
     """Say that the bound has risen in the last `n_worse` validations -> a line, or None."""
-    bounds = [(m["val_bound_nats_per_token"], m["step"]) for m in read_metrics(run_dir) if "val_bound_nats_per_token" in m]
-    recent = bounds[-n_worse - 1 :]
+    validated = bounds(run_dir)
+    recent = validated[-n_worse - 1 :]
     if len(recent) <= n_worse or any(later[0] <= earlier[0] for earlier, later in pairwise(recent)):
         return None
-    best, step = min(bounds)
+    best, step = min(validated)
     return f"the bound has risen {n_worse} times in a row: overfitting. best.pt is from step {step} ({best:.3f} nats per token)"
 
 

@@ -130,7 +130,7 @@ def attend(q, k, v, mask):
         return flex_attention(q, k, v, block_mask=mask)
     if v.is_cuda or v.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q @ k.mT * q.shape[-1] ** -0.5  # on CPUs, written out is two to three times faster in bfloat16
+    scores = q @ k.mT * q.shape[-1] ** -0.5  # written out, this is two to three times as fast on CPUs in bfloat16
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 

@@ -202,10 +202,10 @@ def flags():
     add("--num_samples", type=cli.count, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count, help="tokens per text, with bos and eos (drawn from the training lengths)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help="how to sample (%(default)s)")
-    add("--steps", type=cli.count, default=Options.steps, help="most network calls that fill the text; the solvers make STEPS + 1 (32)")
+    add("--steps", type=cli.count, default=Options.steps, help="most calls that fill the text; the solvers make STEPS + 1 (32)")
     add("--corrections", type=cli.natural, default=Options.corrections, help="further calls of pace that redraw tokens (4)")
     grids = ["uniform", "learned"]
-    add("--time_grid", choices=grids, default="uniform", help="even steps, or smaller where the loss is large (uniform)")
+    add("--time_grid", choices=grids, default="uniform", help="solvers: even steps, or small where the loss is large (uniform)")
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")
     add("--top_p", type=cli.above_zero_to_one, default=1.0, help="keep the likeliest tokens that sum to this (1)")
     add("--argmax", action="store_true", help="take the likeliest tokens instead of drawing them")

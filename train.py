@@ -26,7 +26,6 @@ import switches
 from checkpoint import State, check_identity, describe_run, load, lock, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
-from sample import example_texts, mark_breaks
 from text import file_hash
 from times import Times
 
@@ -247,6 +246,15 @@ def build(config, args, device, saved=None):
 # ---------------------------------------------------------------- the run
 
 
+def finish(state, tokenizer, val, run, args):
+    """Write the last samples, if the run was stopped before them; judge the built-in language; say what to do next."""
+    log.write_samples(state, tokenizer, val, run, args)
+    if args.data_path is None:
+        bound, corpus = log.bounds(Path(args.model_dir))[-1][0], Path(args.model_dir) / "corpus.txt"
+        print(*evaluate.check_toy(state.emas[-1], tokenizer, run, val, bound, args.seed, corpus), sep="\n")
+    print(log.closing_lines(args))
+
+
 def main():
     args = flags().parse_args()
     device = cli.device(args.device)
@@ -273,7 +281,8 @@ def main():
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
     if state.step >= (args.max_steps or math.inf):
-        print(f"{run_dir} is finished at step {state.step}\n{log.closing_lines(args)}")
+        print(f"{run_dir} is finished at step {state.step}")
+        finish(state, tokenizer, val, run, args)
         return
     switches.set_switches(state.model, args, device, accumulate_gradients)
     seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients, state.optimizers)
@@ -286,6 +295,8 @@ def main():
     n_batches = args.max_steps * accumulation
     batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), range(state.step * accumulation, n_batches))
     bar = log.Progress(state.step, args.max_steps)
+    if state.step and state.step % args.sample_interval == 0:  # it may have been stopped before the samples
+        log.write_samples(state, tokenizer, val, run, args)
     while state.step < args.max_steps and not caught:
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [mix_seed(args.seed, state.step, m) for m in range(accumulation)]
@@ -314,10 +325,7 @@ def main():
                 save(state, run, run_dir, is_best)
                 saved_at = step
             if step % args.sample_interval == 0 or is_last:
-                texts = example_texts(state.emas[-1], tokenizer, val, run, args.num_examples, args.seed)
-                with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
-                    file.write("".join(f"{step}\t{mark_breaks(text)}\n" for text in texts))
-                news += ["  " + text.replace("\n", "\n  ") for text in texts]
+                news += log.write_samples(state, tokenizer, val, run, args)
             for line in news:  # printed after the save, which a broken terminal must not prevent
                 bar.write(line)
     bar.close()
@@ -326,9 +334,7 @@ def main():
             save(state, run, run_dir)
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + caught[0])
-    if args.data_path is None:
-        print("\n".join(evaluate.check_toy(state.emas[-1], tokenizer, run, val, bound, args.seed, run_dir / "corpus.txt")))
-    print(log.closing_lines(args))
+    finish(state, tokenizer, val, run, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Show a text at each network call of a sampler.
 
     p      (B, L, K)  float32  the network's output
-    given  (B, L)     bool     positions that are given or already filled
+    given  (B, L)     bool     positions that are given
 """
 
 import shutil

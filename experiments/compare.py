@@ -53,7 +53,7 @@ def head_without_theta(self, hidden, theta):
     return self.linear_out(hidden)
 
 
-def give_nothing(segment_ids, rng, besides=0.0):
+def give_nothing(segment_ids, rng, easy=0.0):
     """Replace data.draw_cond_mask: no position is given -> (B, L) bool."""
     return np.zeros_like(segment_ids, dtype=bool)
 
@@ -185,7 +185,7 @@ def self_conditioning(args):
 
 
 def first_formulation(args):
-    """theta @ E, FiLM without the 1 +, beta 0.005, no_skip, no_convolution, one t per text, one loss, AdamW at 1e-3."""
+    """theta @ E, FiLM without 1 +, beta 0.005, no skip, convolution or easy start, one t per text, one loss, AdamW at 1e-3."""
 
     class FiLM(model_file.FiLM):
         def __init__(self, d_model, d_time):
@@ -197,7 +197,7 @@ def first_formulation(args):
             return F.rms_norm(h, h.shape[-1:]) * scale + shift
 
     model_file.FiLM = FiLM
-    for variant in (no_skip, no_convolution, adamw, segment_times, no_cross_entropy):
+    for variant in (no_skip, no_convolution, adamw, segment_times, no_cross_entropy, no_easy_start):
         variant(args)
     args.beta, args.learning_rate = 0.005, 1e-3
 

@@ -289,7 +289,7 @@ def flags():
     add("--judge", help="run folder of `compare.py autoregressive`, whose perplexity of the texts is a further column")
     add("--samplers", "--solvers", nargs="+", choices=samplers, default=samplers, help="samplers to compare (all)")
     add("--calls", nargs="+", type=cli.several, default=[*CALLS], help="numbers of network calls (5 10 20 50 100)")
-    add("--time_grid", choices=["uniform", "learned"], default="uniform", help="time steps of the flow samplers (uniform)")
+    add("--time_grid", choices=["uniform", "learned"], default="uniform", help="time steps of the solvers (uniform)")
     add("--temperatures", nargs="+", type=cli.positive, default=[], help="temperatures of the output, besides 1")
     add("--top_ps", nargs="+", type=cli.above_zero_to_one, default=[], help="top-p of the output, besides 1")
     add("--num_samples", type=cli.several, default=256, help="texts per sampler (256)")

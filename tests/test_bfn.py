@@ -220,6 +220,16 @@ def test_the_likelihood_given_a_token_is_the_conditional_and_given_tokens_cost_n
     assert not terms[given].any() and (terms[~given] < 0).all()
 
 
+def test_the_likelihood_of_a_row_does_not_depend_on_longer_rows():
+    """Rows of three, two and one open positions in one batch; the shorter ones have ended while the first goes on."""
+    given = torch.tensor([[False] * 3, [True, False, False], [True, True, False]])
+    for ids in SEQUENCES[::7]:
+        rows = ids.expand(3, L)
+        together = bfn.log_likelihood(FLAT, rows, given, 6.0, K, L)
+        alone = [bfn.log_likelihood(FLAT, rows[i : i + 1], given[i : i + 1], 6.0, K, L) for i in range(3)]
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
 def test_the_likelihood_of_a_hopeless_token_is_finite():
     """Also where its probability is zero in float32."""
 
@@ -508,7 +518,7 @@ def test_rows_of_one_position_or_with_everything_given_are_sampled(sampler):
     assert one.shape == (2, 1) and (one < 2).all() and (calls >= 1).all()
 
 
-left_to_right = partial(bfn.solve, step=bfn.ancestral, pace=partial(bfn.commit, choose=leftmost))  # the recipe of the README
+left_to_right = partial(bfn.solve, step=bfn.ancestral, pace=partial(bfn.Commit, choose=leftmost))  # the recipe of the README
 
 
 def test_a_sampler_added_to_the_dict_is_exact_for_the_exact_network_at_one_token_per_call(monkeypatch):

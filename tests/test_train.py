@@ -157,6 +157,22 @@ def test_a_resumed_run_may_change_its_weight_decay(run, tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5]
 
 
+@pytest.mark.parametrize("max_steps", [4, 8])
+def test_samples_that_a_crash_has_prevented_are_written_by_the_next_run(run, tmp_path, max_steps, monkeypatch):
+    """Also those of the last step, after which there is nothing left to train."""
+    flags = "-smi=4", "-svi=4", "-nex=2"
+    run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(log, "example_texts", lambda *inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(tmp_path / "parts", *flags, f"--max_steps={max_steps}")
+    run(tmp_path / "parts", *flags, f"--max_steps={max_steps}")
+    run(tmp_path / "parts", *flags)
+    whole, parts = ((tmp_path / name / "samples.txt").read_text() for name in ("whole", "parts"))
+    if max_steps == 8:
+        assert parts == whole
+    assert [line.split("\t")[0] for line in parts.splitlines() if "\t" in line] == ["4", "4", "8", "8"]
+
+
 def test_a_finished_run_says_so_and_can_be_given_more_steps(run, tmp_path, capsys):
     run(tmp_path / "run")
     capsys.readouterr()
@@ -210,7 +226,7 @@ def test_the_checkpoint_is_saved_before_samples_are_printed(run, tmp_path, monke
     def fail(*anything):
         raise BrokenPipeError
 
-    monkeypatch.setattr(train, "example_texts", fail)
+    monkeypatch.setattr(log, "example_texts", fail)
     with pytest.raises(BrokenPipeError):
         run(tmp_path / "run")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
