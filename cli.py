@@ -71,6 +71,7 @@ def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
 
 
 natural, count, several = (_number(int, least) for least in (0, 1, 2))  # types for flags: 0, 1, ...; 1, 2, ...; 2, 3, ...
+steps = _number(int, 1, most=10**6)  # beyond, random numbers and float32 run out
 positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
 share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
 above_zero_to_one = _number(float, 0, exclusive=True, most=1)

@@ -377,7 +377,7 @@ def flags():
     precision = p.add_mutually_exclusive_group().add_argument
     precision("--se", type=cli.positive, help=f"Monte-Carlo error to reach, nats per token, however long it takes ({ERROR})")
     precision("--draws", type=cli.count, help="make this many draws (as many as --se takes)")
-    add("--n_steps", type=cli.count, help="measure the discrete-time bound for N steps instead of the continuous one")
+    add("--n_steps", type=cli.steps, help="measure the discrete-time bound for N steps instead of the continuous one")
     add(
         "--given",
         type=parse_given,
@@ -393,7 +393,7 @@ def flags():
     add("--by_calls", metavar="PATH", help="write the exact likelihood by --calls to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help=f"for --samples ({Options.sampler})")
-    add("--steps", type=cli.count, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
+    add("--steps", type=cli.steps, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
     corrections = f"further calls of pace that redraw tokens ({Options.corrections})"
     add("--corrections", type=cli.natural, default=Options.corrections, help=corrections)
     add("--corpus", help="training text that --samples are compared with (the one that the model was trained on)")

@@ -202,7 +202,7 @@ def flags():
     add("--num_samples", type=cli.count, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count, help="tokens per text, with bos and eos (drawn from the training lengths)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help="how to sample (%(default)s)")
-    add("--steps", type=cli.count, default=Options.steps, help="most calls that fill the text; the solvers make STEPS + 1 (32)")
+    add("--steps", type=cli.steps, default=Options.steps, help="most calls that fill the text; the solvers make STEPS + 1 (32)")
     add("--corrections", type=cli.natural, default=Options.corrections, help="further calls of pace that redraw tokens (4)")
     grids = ["uniform", "learned"]
     add("--time_grid", choices=grids, default="uniform", help="solvers: even steps, or small where the loss is large (uniform)")

@@ -17,6 +17,7 @@ import bfn
 import cache
 import cli
 import data
+import evaluate
 import model as model_file
 import sample
 import toy
@@ -724,3 +725,10 @@ def test_the_command_writes_texts_longer_than_the_trained_length(run_dir, monkey
 
 def test_solver_is_another_name_for_sampler():
     assert sample.flags().parse_args(["--solver=sde2"]) == sample.flags().parse_args(["--sampler=sde2"])
+
+
+@pytest.mark.parametrize("command, flag", [(sample, "--steps"), (evaluate, "--n_steps")])
+def test_more_than_a_million_steps_are_refused(command, flag, capsys):
+    with pytest.raises(SystemExit) as error:
+        command.flags().parse_args(["-d=x"] * (command is evaluate) + [f"{flag}=1000001"])
+    assert error.value.code == 2 and "must be at most 1000000" in capsys.readouterr().err
