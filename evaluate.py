@@ -205,7 +205,7 @@ def write_by_calls(figures, calls, path, title):
     write_table(path, BY_CALLS_HEADER, ((f"{n}", f"{a:.6f}", f"{b:.6f}") for n, a, b in rows))
     ends = [min(names), max(names)]
     series = {"exact, under commit": (list(names), nats), "bound of the flow": (ends, [figures["bound_nats_per_token"]] * 2)}
-    plot.lines(f"{path}.png", series, "network calls", "nats per token", title, log=True)
+    plot.lines(f"{path}.png", series, "network calls", "nats per token", title, log="x")
 
 
 # ---------------------------------------------------------------- validation

@@ -12,8 +12,8 @@ import cli
 _reported = set()  # messages that `lines` has printed
 
 
-def lines(path, series, x_label, y_label, title, log=False, top=None):
-    """Draw {label: (x, y)} as lines into a picture file -> whether that worked. log: both axes are logarithmic.
+def lines(path, series, x_label, y_label, title, log="", top=None):
+    """Draw {label: (x, y)} as lines into a picture file -> whether that worked. log: "x" or "xy", the logarithmic axes.
 
     top: a second axis above the picture, as increasing x, the values there, and its label.
     The file's ending decides its format. A picture never stops a run: if it cannot be drawn or written, one line on standard
@@ -45,8 +45,8 @@ def _draw(path, kind, series, x_label, y_label, title, log, top):
     for label, (x, y) in series.items():
         axes.plot(x, y, label=label, linewidth=1.8)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    if log:
-        axes.set(xscale="log", yscale="log")
+    for axis in log:
+        axes.set(**{f"{axis}scale": "log"})
     if top:
         x, values, label = top
         x, values = [0, *x, 2 * x[-1]], [0, *values, 2 * values[-1]]  # the axes are a little longer than the lines

@@ -272,7 +272,7 @@ def draw_pictures(results, folder):
         for figure, lines in series.items():
             if lines := {name: line for name, line in lines.items() if len(line[0]) > 1}:
                 plot.lines(
-                    folder / f"{case}_{size}_{figure}.png", lines, size, figure, f"{figure} over {size}", log=size == "K"
+                    folder / f"{case}_{size}_{figure}.png", lines, size, figure, f"{figure} over {size}", log="xy" * (size == "K")
                 )
 
 

@@ -256,7 +256,7 @@ def draw_by_calls(results, figure, path, title):
     lines = {sampler: tuple(zip(*sorted(pairs), strict=True)) for sampler, pairs in points.items()}
     calls = [r["calls_per_text"] for r in sampled]
     lines[HELD_OUT] = ([min(calls), max(calls)], [held_out["figures"][figure][0]] * 2)
-    plot.lines(path, lines, "network calls", figure, title, log=True)
+    plot.lines(path, lines, "network calls", figure, title, log="xy")
 
 
 def draw_by_diversity(results, figure, path, title):
