@@ -198,9 +198,9 @@ def gather_rows(tokens, plan, rows, row_length):
 def easy_share(progress):
     """The share of the remaining tokens that is given too, so that training begins with nearly whole texts.
 
-    It falls in a straight line, from EASY_SHARE at the start of training (progress 0) to 0 at its end (1).
+    It falls in a straight line, from EASY_SHARE at the start of training (progress 0) to 0 half way (0.5).
     """
-    return EASY_SHARE * (1 - min(progress, 1.0))
+    return EASY_SHARE * max(0.0, 1 - 2 * progress)
 
 
 def draw_cond_mask(segment_ids, rng, easy=0.0):

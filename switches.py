@@ -60,7 +60,7 @@ def can_fuse(model, args, accumulate):
 
 def seconds_per_step(model, loader, args, device, accumulate, optimizers):
     """Do the work of some steps, but change nothing -> seconds that a step takes."""
-    times, batch = Times(args.times, args.position_times, device), loader.batch(0, 0.5)  # half way; nothing is learned
+    times, batch = Times(args.times, args.position_times, device), loader.batch(0, 0.25)  # of the first half; nothing is learned
 
     def micro_batch():
         model.zero_grad(set_to_none=True)
