@@ -269,7 +269,7 @@ CERTAIN = 1e6  # a time so late that theta is the one-hot of a token: infinite e
 
 
 def solve(task, step, pace):
-    """Sample by moving each position through time -> ids (B, L), network calls (B,), log_p of the tokens (B, L).
+    """Sample by moving each position through time -> ids (B, L), network calls (B,), log_p of the tokens (B, L), 0 for OnePace.
 
     The one loop of all samplers. In each call the network reads the state z of every position at its time u, and `step`
     takes some of them on to a time v, with evidence from the output; `pace` says which, and how far. A row ends with the
@@ -294,7 +294,8 @@ def solve(task, step, pace):
         index = ((v > u) | (ends[:, None] & open_mask & (u < CERTAIN))).nonzero(as_tuple=True)  # waits for the device
         k = task.read(p, task.draws.at(READ, i), index)
         ids = ids.index_put(index, k)
-        score = torch.where(u < CERTAIN, log_p_given_others(log_p, z, ids), score)
+        if pace.needs_score:
+            score = torch.where(u < CERTAIN, log_p_given_others(log_p, z, ids), score)
         running = running & ~ends
         if i + 1 == n_calls or (until and not running.any()):
             break
@@ -340,6 +341,8 @@ def log_p_given_others(log_p, z, ids):
 class OnePace:
     """All positions have the same time: from `start` to 1, by `time_grid` or at the given times."""
 
+    needs_score = False
+
     def __init__(self, task, start=0.0, times=None):
         self.times = times or time_grid(task.controls.steps, task.controls.curve, start)
         self.start, self.n_calls = self.times[0], torch.full_like(task.n_open, len(self.times))
@@ -360,7 +363,7 @@ class OwnPace:
     again without evidence: in each stretch the token that is least likely given all others. choose: see `spread_out`.
     """
 
-    start = 0.0
+    start, needs_score = 0.0, True
 
     def __init__(self, task, far=1.0, choose=spread_out):
         self.task, self.far, self.choose = task, far, choose
