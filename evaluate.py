@@ -435,6 +435,14 @@ def collect_interrupts():
         signal.signal(signal.SIGINT, before)
 
 
+def measure_exact(model, text, bos_id, functions, args, device, interrupts):
+    """Compute the figures of the `functions` (see `likelihood.figures_of`) for a Text that was scored -> figures."""
+    limit = dict(seconds=None if args.all or args.max_tokens else SECONDS, interrupts=interrupts)
+    more = dict(limit, seed=args.seed, progress=True)
+    scores = likelihood.score(model, text.windows(), bos_id, args.given, functions, device, **more)
+    return exact_figures(text, scores, bos_id)
+
+
 def main():
     args = flags().parse_args()
     check_tables(args)
@@ -457,10 +465,7 @@ def main():
         figures = likelihood_figures(scores, tokens, bos_id, conditional=args.given is not nothing_given)
         functions = {} if interrupts else likelihood.figures_of(args.calls, args.order)
         if functions:
-            limit = dict(seconds=None if args.all or args.max_tokens else SECONDS, interrupts=interrupts)
-            windows = scores.text.windows()
-            exact = likelihood.score(model, windows, bos_id, args.given, functions, device, **limit, seed=args.seed, progress=True)
-            figures |= exact_figures(scores.text, exact, bos_id)
+            figures |= measure_exact(model, scores.text, bos_id, functions, args, device, interrupts)
             scores.partial |= bool(interrupts)
     if args.by_time:
         write_by_time(scores, args.by_time, title)
