@@ -21,6 +21,7 @@ from tqdm import tqdm
 import bfn
 import cache
 import data
+import parallel
 from model import rows_at_once
 from noise import GOLDEN, Draws, mix_seed
 
@@ -135,8 +136,8 @@ def score_once(model, text, batches, device, n_steps, seed, bar, interrupts=(), 
     the `deadline` of time.perf_counter().
     """
     t = draw_times(len(text.plan.starts), seed, n_steps)
-    sums = torch.zeros(4, len(t), dtype=torch.float64)
-    for rows in batches:
+    sums, n_rows = torch.zeros(4, len(t), dtype=torch.float64), batches[-1].stop
+    for rows in parallel.share(batches):
         ids, segment_ids, cond_mask, index = text.read(rows)
         noise = Draws.seeded([mix_seed(seed, row) for row in rows], [text.row_length] * len(rows), device)
         inputs = (x.to(device) for x in (ids, segment_ids, cond_mask, t[index]))
@@ -147,9 +148,11 @@ def score_once(model, text, batches, device, n_steps, seed, bar, interrupts=(), 
         sums.index_add_(1, index[scored], values)
         bar.add(values[0].sum().item() + values[2].sum().item(), values.shape[1])
         if interrupts or time.perf_counter() > deadline:
+            n_rows = rows.stop
             break
-    n_windows = text.plan.row_starts[rows.stop]
-    return (t[:n_windows].double().numpy(), *sums[:, :n_windows].numpy()), rows.stop
+    parallel.add_up([sums], patient=True)
+    n_windows = text.plan.row_starts[n_rows]
+    return (t[:n_windows].double().numpy(), *sums[:, :n_windows].numpy()), n_rows
 
 
 @dataclass
@@ -278,7 +281,7 @@ def score(
     if seconds:
         speed = seconds_per_row(model, text.first_rows(min(batch_size, n_rows)), device, n_steps)
         n_rows = int(min(n_rows, max(1, seconds / 2 // speed)))
-    text = text.first_rows(n_rows)
+    text, batch_size = text.first_rows(n_rows), math.ceil(min(batch_size, n_rows) / parallel.size())
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
     draws, n_draws, start, seconds = [], 2 if error else n_draws, time.perf_counter(), seconds or math.inf
     with BoundBar(total=n_draws * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:

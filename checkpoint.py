@@ -25,6 +25,7 @@ import torch
 
 import cache
 import cli
+import parallel
 import toy
 from model import BFNTransformer, Config
 from prompts import count_word_lengths
@@ -171,6 +172,7 @@ def restore(state, saved):
     state.times.curve.copy_(saved["times"])
 
 
+@parallel.first_only
 def save(state, run, run_dir, is_best=False):
     """Write last.pt. If it is the best so far, write best.pt first and make last.pt the same file.
 
@@ -194,6 +196,7 @@ def save(state, run, run_dir, is_best=False):
 # ---------------------------------------------------------------- the run folder
 
 
+@parallel.first_only
 def lock(run_dir):
     """Create the run folder if it is missing, and hold it -> a file; closing it, or the end of the process, lets go.
 
@@ -243,12 +246,12 @@ def write_once(path, content):
         temporary.write_bytes(content)
 
 
-def prepare_text(args, run_dir, resume):
+def prepare_text(args, run_dir, saved):
     """Put tokenizer (and the built-in corpus) into the run folder and tokenise -> tokenizer, training and validation Tokens.
 
     Raises ValueError for a missing or empty text, and for a tokenizer that is not the run's.
     """
-    corpus = Path(args.data_path or run_dir / "corpus.txt")
+    corpus, resume = Path(args.data_path or run_dir / "corpus.txt"), saved or parallel.rank() > 0
     if args.data_path is None and not resume:
         write_once(corpus, toy.corpus(TOY_SENTENCES, args.seed).encode())
     for text in filter(None, (args.data_path, args.val_path)):  # corpus.txt is written only if neither is given

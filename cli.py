@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -121,12 +122,19 @@ def replacing(path):
 
 
 def catch_signals():
-    """Collect Ctrl-C, SIGTERM and SIGHUP in the returned list instead of stopping. A second signal stops at once."""
-    caught = []
+    """Collect Ctrl-C, SIGTERM and SIGHUP in the returned list instead of stopping. A second signal stops at once.
+
+    Signals within a second count as one: a terminal and torchrun send the same one twice.
+    """
+    caught, first_at = [], time.monotonic()
 
     def handle(number, _frame):
-        if caught:
+        nonlocal first_at
+        if caught and time.monotonic() - first_at > 1:
             os._exit(128 + number)
+        if caught:
+            return
+        first_at = time.monotonic()
         caught.append(number)
         os.write(2, b"\nfinishing this step, then saving (again to leave at once)\n")  # print is not safe here
 

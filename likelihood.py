@@ -6,6 +6,7 @@
     n_scored  (n,) float64  tokens of each window that are neither bos nor given
 """
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import bfn
+import parallel
 from model import rows_at_once
 from noise import Draws, mix_seed, uniform
 from prompts import pad
@@ -101,25 +103,29 @@ def score(model, windows, bos_id, given, functions, device, *, seed=0, seconds=N
     segment_ids (B, L) that tells what is given, besides bos. It stops early, with at least one chunk read, if `seconds`
     are over or `interrupts` is no longer empty. Raises ValueError if no token is left to score.
     """
-    longest = max(map(len, windows))
-    size = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, device))
-    parts, n_scored, start = {name: [] for name in functions}, [], time.perf_counter()
-    with tqdm(total=len(windows), unit="window", desc="likelihood", disable=None if progress else True) as bar:
-        for i in range(0, len(windows), size):
+    longest, n = max(map(len, windows)), len(windows)
+    size = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, device), math.ceil(n / parallel.size()))
+    nats, n_scored = torch.zeros(len(functions), n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    n_read, start = n, time.perf_counter()
+    with tqdm(total=n, unit="window", desc="likelihood", disable=None if progress else True) as bar:
+        for i in parallel.share(range(0, n, size)):
             begin, chunk = time.perf_counter(), [window.tolist() for window in windows[i : i + size]]
             ids, segment_ids = pad(chunk, device)
             cond_mask = (segment_ids == 0) | (ids == bos_id) | given(segment_ids)
             seeds = [mix_seed(seed, "likelihood", i + row) for row in range(len(chunk))]
             u = uniform(Draws.seeded(seeds, [longest + 1] * len(chunk), device).keys)[:, : ids.shape[1] + 1]
-            n_scored.append((~cond_mask).sum(1).cpu().double().numpy())
-            for name, function in functions.items():
-                network = partial(model, segment_ids=segment_ids)
-                parts[name].append(function(network, ids, cond_mask, u, model.config).cpu().numpy())
+            n_scored[i : i + size] = (~cond_mask).sum(1)
+            network = partial(model, segment_ids=segment_ids)
+            for row, function in zip(nats, functions.values(), strict=True):
+                row[i : i + size] = function(network, ids, cond_mask, u, model.config)
             bar.update(len(chunk))
             now = time.perf_counter()
             if interrupts or (seconds and now - start + (now - begin) > seconds):
+                n_read = i + len(chunk)
                 break
-    scores = Likelihoods({name: np.concatenate(nats) for name, nats in parts.items()}, np.concatenate(n_scored))
+    parallel.add_up([nats, n_scored], patient=True)
+    figures = zip(functions, nats[:, :n_read].numpy(), strict=True)
+    scores = Likelihoods(dict(figures), n_scored[:n_read].numpy())
     if not scores.n_scored.sum():
         raise ValueError("nothing of this text is left to score: give less of it")
     return scores

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import cli
 import data
+import parallel
 import plot
 from evaluate import VAL_TOKENS
 from sample import example_texts, mark_breaks
@@ -113,7 +114,9 @@ def drop_undone(path, step_of, step):
 
 
 def open_metrics(run_dir, step):
-    """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures)."""
+    """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures), minutes of training so far."""
+    if parallel.rank() > 0:
+        return (lambda step, **figures: None), 0.0
     drop_undone(run_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], step)
     drop_undone(run_dir / "samples.txt", lambda line: int(line.split(b"\t")[0]), step)
     file = open(run_dir / "metrics.jsonl", "a", buffering=1)
@@ -128,7 +131,7 @@ def open_metrics(run_dir, step):
         for name, value in figures.items() if board else ():
             board.add_scalar(name, value, step)
 
-    return write
+    return write, max((line.get("minutes", 0.0) for line in read_metrics(run_dir)), default=0.0)
 
 
 class Meter:
@@ -165,15 +168,16 @@ class Meter:
                 "if that does not help, start from best.pt, if there is one, renamed to last.pt"
             )
         seconds = time.perf_counter() - self.start
-        tokens_per_s, self.minutes = self.n_tokens / seconds, self.minutes + seconds / 60
+        n_tokens, self.minutes = parallel.total(self.n_tokens), self.minutes + seconds / 60
+        tokens_per_s = n_tokens / seconds
         n_positions = len(self.steps) * args.accumulation_steps * args.batch_size * args.sequence_length
         figures = dict(
             loss=loss,
             grad_norm=norm,
             learning_rate=learning_rate,
-            fill=self.n_tokens / n_positions,
+            fill=n_tokens / n_positions,
             tokens_per_s=tokens_per_s,
-            utilisation=tokens_per_s * model_flops(config, args.sequence_length) / peak(device),
+            utilisation=tokens_per_s * model_flops(config, args.sequence_length) / (peak(device) * parallel.size()),
             peak_memory_gb=peak_memory(device),
             minutes=self.minutes,
         )
@@ -187,6 +191,7 @@ def read_metrics(run_dir):
         return [json.loads(line) for line in file]
 
 
+@parallel.first_only
 def draw_curves(run_dir):
     """Draw the training loss and the validation bound over steps, with minutes on a second axis, as curves.png."""
     metrics = read_metrics(run_dir)
@@ -204,6 +209,7 @@ def bounds(run_dir):
     return [(m["val_bound_nats_per_token"], m["step"]) for m in read_metrics(run_dir) if "val_bound_nats_per_token" in m]
 
 
+@parallel.first_only
 def write_samples(state, tokenizer, val, run, args):
     """Add texts to samples.txt, if it has none of this step -> the same texts, to be printed."""
     path = Path(args.model_dir) / "samples.txt"
@@ -215,6 +221,7 @@ def write_samples(state, tokenizer, val, run, args):
     return ["  " + text.replace("\n", "\n  ") for text in texts]
 
 
+@parallel.first_only
 def overfitting_line(run_dir, n_worse=3):
     """Say that the bound has risen in the last `n_worse` validations -> a line, or None."""
     validated = bounds(run_dir)

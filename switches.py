@@ -10,6 +10,7 @@ import torch
 
 import fused
 import log
+import parallel
 from times import Times
 
 FUSED_FROM = 1000  # tokens of vocabulary; below, the plain form is as fast
@@ -74,7 +75,7 @@ def seconds_per_step(model, loader, args, device, accumulate, optimizers):
 
     for _ in range(2):  # the first call compiles
         micro_batch()
-    seconds = args.accumulation_steps * mean_seconds(micro_batch) + mean_seconds(update)
+    seconds = args.accumulation_steps // parallel.size() * mean_seconds(micro_batch) + mean_seconds(update)
     model.zero_grad(set_to_none=True)
     return seconds
 

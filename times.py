@@ -80,8 +80,10 @@ class Times:
     def learn(self, t, loss, mask):
         """Add losses (B, L), before weighting, at times t (B, L) where mask (B, L) is True."""
         i = (t * N_BINS).long().clamp(max=N_BINS - 1).flatten()
-        self.sums[0].scatter_add_(0, i, (loss.square() * mask).flatten())
-        self.sums[1].scatter_add_(0, i, mask.float().flatten())
+        of_batch = torch.zeros_like(self.sums)  # added as a whole, as other processes' batches are: the same rounding
+        of_batch[0].scatter_add_(0, i, (loss.square() * mask).flatten())
+        of_batch[1].scatter_add_(0, i, mask.float().flatten())
+        self.sums += of_batch
 
     def fold(self):
         """Move the curve towards this step's mean square losses, in bins that have any and where they are finite."""

@@ -7,6 +7,7 @@ Run the same command again to resume. Without -d it trains on the built-in langu
 
 import copy
 import math
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import evaluate
 import fused
 import log
 import optim
+import parallel
 import switches
 from checkpoint import State, check_identity, describe_run, load, lock, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
@@ -60,7 +62,7 @@ def flags():
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
     add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch (from the preset and -slen)")
-    add("-acc", "--accumulation_steps", type=cli.count, default=1, help="micro-batches per step (1)")
+    add("-acc", "--accumulation_steps", type=cli.count, help="micro-batches per step, shared by all processes (one each)")
     add("-slen", "--sequence_length", type=cli.several, help="tokens of a row (64 or more: nine of ten examples fit)")
     add("-mdim", "--model_dim", type=cli.count, help="width *")
     add("-nl", "--num_layers", type=cli.count, help="layers *")
@@ -108,8 +110,9 @@ def complete(args, saved=None, preset="base"):
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=False):
         if getattr(args, name) is None:
             setattr(args, name, inherited.get(name, value))
-    for name in ("sequence_length", "batch_size") if saved else ():  # of a new run: `fit_rows`
+    for name in ("sequence_length", "batch_size", "accumulation_steps") if saved else ():  # of a new run: `fit_rows`
         setattr(args, name, getattr(args, name) or saved["args"][name])
+    args.accumulation_steps = parallel.micro_batches(args.accumulation_steps)
     return args
 
 
@@ -174,13 +177,14 @@ def make_config(args, K):
 # ---------------------------------------------------------------- one step
 
 
-def accumulate_gradients(model, batches, seeds, device, times):
+def accumulate_gradients(model, batches, seeds, device, times, total=int):
     """Add the gradient of a step's mean training loss -> the loss, a scalar on the device, in nats per predicted token.
 
-    batches: micro-batches (ids, segment_ids, cond_mask), each (B, L) on the CPU; each has its own seed.
+    batches: micro-batches (ids, segment_ids, cond_mask), each (B, L) on the CPU; each has its own seed. total: adds up the
+    number of predicted tokens over all processes that share the step; the loss and its gradient are this one's part.
     """
     masks = [(segment_ids > 0) & ~cond_mask for _, segment_ids, cond_mask in batches]  # of the predicted tokens
-    n_tokens, total = max(1, sum(int(mask.sum()) for mask in masks)), torch.zeros((), device=device)
+    n_tokens, sum_of_losses = max(1, total(sum(int(mask.sum()) for mask in masks))), torch.zeros((), device=device)
     K, s1 = model.config.K, model.config.s1
     for batch, mask, seed in zip(batches, masks, seeds, strict=True):
         torch.manual_seed(seed)
@@ -202,9 +206,8 @@ def accumulate_gradients(model, batches, seeds, device, times):
                 loss = (scale * losses).sum()
         loss.backward()
         times.learn(t, losses.detach(), mask)
-        total += loss.detach()
-    times.fold()
-    return total
+        sum_of_losses += loss.detach()
+    return sum_of_losses
 
 
 def to_device(x, device):
@@ -214,6 +217,7 @@ def to_device(x, device):
 
 def update_weights(state, args):
     """Clip, step, average -> gradient norm. A norm that is not finite leaves weights and moments as they are."""
+    state.times.fold()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.gradient_clipping)
     for optimizer in state.optimizers:
         optimizer.found_inf = (~norm.isfinite()).float()  # held back on the device: nothing waits for it
@@ -249,6 +253,7 @@ def build(config, args, device, saved=None):
 def finish(state, tokenizer, val, run, args):
     """Write the last samples, if the run was stopped before them; judge the built-in language; say what to do next."""
     log.write_samples(state, tokenizer, val, run, args)
+    parallel.wait()  # until all files are written
     if args.data_path is None:
         bound, corpus = log.bounds(Path(args.model_dir))[-1][0], Path(args.model_dir) / "corpus.txt"
         print(*evaluate.check_toy(state.emas[-1], tokenizer, run, val, bound, args.seed, corpus), sep="\n")
@@ -257,16 +262,17 @@ def finish(state, tokenizer, val, run, args):
 
 def main():
     args = flags().parse_args()
-    device = cli.device(args.device)
+    device = parallel.join(args.device)
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
-    _lock = lock(run_dir)  # held until main ends
-    saved = open_run_folder(run_dir)
-    args = complete(args, saved, preset="base" if device.type == "cuda" else "laptop")
-    if saved:
-        check_identity(saved["identity"], vars(args), run_dir)
-    make_config(args, 2)  # sizes that do not go together are refused before a tokenizer is trained
-    tokenizer, tokens, val = prepare_text(args, run_dir, saved)
+    with parallel.first_alone():
+        _lock = lock(run_dir)  # held until main ends
+        saved = open_run_folder(run_dir)
+        args = complete(args, saved, preset="base" if device.type == "cuda" else "laptop")
+        if saved:
+            check_identity(saved["identity"], vars(args), run_dir)
+        make_config(args, 2)  # sizes that do not go together are refused before a tokenizer is trained
+        tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     fit_rows(args, tokens)
     config = make_config(args, len(tokenizer))
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
@@ -288,19 +294,22 @@ def main():
     seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients, state.optimizers)
     inputs = val, tokenizer.bos_id(), args.sequence_length, device
     log.decide_steps(args, before, state.step, seconds, evaluate.validation_seconds(state.emas[-1], *inputs))
+    vars(args).update(parallel.from_first(vars(args)))  # speeds differ
     print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
 
-    write, caught, saved_at, bound = log.open_metrics(run_dir, state.step), cli.catch_signals(), None, None
-    meter = log.Meter(minutes=max((line.get("minutes", 0.0) for line in log.read_metrics(run_dir)), default=0.0))
+    write, minutes = log.open_metrics(run_dir, state.step)
+    meter, caught, saved_at, bound = log.Meter(minutes), cli.catch_signals(), None, None
     n_batches = args.max_steps * accumulation
-    batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), range(state.step * accumulation, n_batches))
+    numbers = parallel.share(range(state.step * accumulation, n_batches))
+    batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
     bar = log.Progress(state.step, args.max_steps)
     if state.step and state.step % args.sample_interval == 0:  # it may have been stopped before the samples
         log.write_samples(state, tokenizer, val, run, args)
-    while state.step < args.max_steps and not caught:
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        seeds = [mix_seed(args.seed, state.step, m) for m in range(accumulation)]
-        loss = accumulate_gradients(state.model, micro_batches, seeds, device, state.times)
+    while not (stop := parallel.total(len(caught))) and state.step < args.max_steps:
+        seeds = [mix_seed(args.seed, state.step, m) for m in parallel.share(range(accumulation))]
+        micro_batches = [next(batches) for _ in seeds]
+        loss = accumulate_gradients(state.model, micro_batches, seeds, device, state.times, parallel.total)
+        parallel.add_up([*(p.grad for p in state.model.parameters() if p.requires_grad), loss, state.times.sums])
         norm = update_weights(state, args)
         meter.add(loss, norm, micro_batches)
         state.step += 1
@@ -321,19 +330,19 @@ def main():
                 log.draw_curves(run_dir)
                 bound = figures["bound_nats_per_token"]
                 is_best, state.best = bound < state.best, min(state.best, bound)
-            if step % args.save_interval == 0 or is_best or is_last or caught:
+            if step % args.save_interval == 0 or is_best or is_last:
                 save(state, run, run_dir, is_best)
                 saved_at = step
             if step % args.sample_interval == 0 or is_last:
-                news += log.write_samples(state, tokenizer, val, run, args)
+                news += log.write_samples(state, tokenizer, val, run, args) or []
             for line in news:  # printed after the save, which a broken terminal must not prevent
                 bar.write(line)
     bar.close()
-    if caught:
-        if saved_at != state.step:  # the signal came after the step's save was due
+    if stop:
+        if saved_at != state.step:
             save(state, run, run_dir)
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
-        sys.exit(128 + caught[0])
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # another process may have caught it
     finish(state, tokenizer, val, run, args)
 
 

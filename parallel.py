@@ -1,0 +1,153 @@
+"""One run in many processes: torchrun starts them, each does its share of every step, and the first one writes.
+
+    torchrun --nproc_per_node=4 train.py -d=CORPUS.txt -mdir=RUN_DIR
+
+A step consists of numbered micro-batches. Process r takes micro-batches r, r + size, ...; what is in them follows from the
+seed and their numbers alone. So the result does not depend on the number of processes, except for the order in which
+gradients are added up. Each process holds all weights, moments and averages. A process that was not started by torchrun
+is alone, and every function here then returns what it was given.
+
+Small counts are sent between CPUs (gloo), so that nothing waits for a GPU; gradients go by NCCL between GPUs.
+"""
+
+import atexit
+import io
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+
+import cli
+
+STEP_TIMEOUT = timedelta(minutes=1)  # within a step, all do equal work: one that answers later hangs
+LONG_TIMEOUT = timedelta(days=1)  # for what the first process does alone, such as tokenising
+_patient = None  # a group of all processes that waits for LONG_TIMEOUT
+
+
+class Plain(io.TextIOWrapper):
+    """Standard error of a process that is not the first: errors, but no progress bars."""
+
+    def isatty(self):
+        return False
+
+
+def join(name):
+    """Find the device by its name, as `cli.device` does, and meet the other processes of torchrun -> torch.device."""
+    global _patient
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = cli.device(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        device = cli.device(f"cuda:{local}") if device.index is None else device
+        torch.cuda.set_device(device)
+    with _talking():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
+        _patient = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+    atexit.register(dist.destroy_process_group)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr = Plain(open(2, "wb", closefd=False), line_buffering=True)
+    return device
+
+
+def size():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process: 0, 1, ..."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(items):
+    """Select this process's part of a sequence: items r, r + size, ..."""
+    return items[rank() :: size()]
+
+
+def micro_batches(count=None):
+    """Return the number of micro-batches of a step: `count`, or one for each process.
+
+    Raises ValueError if the processes cannot share them evenly.
+    """
+    count = count or size()
+    if count % size():
+        message = f"{size()} processes cannot share {count} micro-batches of a step evenly"
+        raise ValueError(f"{message}: give -acc={size()} or a multiple")
+    return count
+
+
+def first_only(function):
+    """Make a function that only the first process runs. In the others it returns None."""
+
+    @wraps(function)
+    def run(*args, **options):
+        return function(*args, **options) if rank() == 0 else None
+
+    return run
+
+
+@contextmanager
+def _talking():
+    """Say in one line that another process is gone. Raises ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = f"process {os.environ.get('RANK')}: another process of this run has stopped, or does not answer"
+        raise ConnectionError(f"{message} ({str(error).splitlines()[0]:.200}). Run the same command again to resume") from error
+
+
+@contextmanager
+def first_alone():
+    """Run the block in the first process, then in the others: they find the files that it has written."""
+    if size() > 1 and rank() > 0:
+        wait()
+    yield
+    if size() > 1 and rank() == 0:
+        wait()
+
+
+def wait():
+    """Wait until all processes are here."""
+    if size() > 1:
+        with _talking():
+            dist.barrier(group=_patient)
+
+
+def from_first(value):
+    """Send a value of plain types from the first process to all -> it."""
+    if size() == 1:
+        return value
+    box = [value]
+    with _talking():
+        dist.broadcast_object_list(box, group=_patient)
+    return box[0]
+
+
+def total(count):
+    """Add up a count over all processes -> int."""
+    if size() == 1:
+        return count
+    box = torch.tensor([count])
+    with _talking():
+        dist.all_reduce(box)
+    return int(box)
+
+
+def add_up(tensors, patient=False):
+    """Add up tensors of one dtype and device over all processes, in place, in one message.
+
+    patient: their work is not equal, so wait for them. Only for tensors on the CPU.
+    """
+    if size() == 1:
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    with _talking():
+        dist.all_reduce(flat, group=_patient if patient else None)
+    parts = flat.split([x.numel() for x in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])

@@ -1,0 +1,80 @@
+"""Many processes: the result does not depend on their number, and nothing is lost when one of them is stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_train import TINY, assert_same_run
+
+import toy
+import train
+from checkpoint import read_checkpoint
+
+TRAIN = """
+import os, sys
+import parallel, train
+real = train.update_weights
+
+def update_weights(state, args):
+    if (state.step, parallel.rank()) == (STEP, 1):
+        os.kill(os.getpid(), SIGNAL)
+    return real(state, args)
+
+train.update_weights = update_weights
+import cli
+cli.run(train.main)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """A function launch(run_dir, n_processes, *flags) -> the finished process; with `stop`, the second one is stopped."""
+    (tmp_path / "corpus.txt").write_text(toy.corpus(300))
+
+    def launch(run_dir, n_processes, *flags, stop=(0, -1)):
+        script = tmp_path / f"train{n_processes}.py"
+        script.write_text(TRAIN.replace("SIGNAL", str(int(stop[0]))).replace("STEP", str(stop[1])))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"] * (n_processes > 1)
+        words = [f"-d={tmp_path / 'corpus.txt'}", f"-mdir={run_dir}", f"--cache_dir={tmp_path / 'cache'}"]
+        words += [*TINY, "--tokenizer=word", *flags]
+        environment = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(train.__file__).removesuffix("/train.py"))
+        return subprocess.run(
+            [sys.executable, *torchrun, str(script), *words],
+            check=False,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return launch
+
+
+def test_a_run_stopped_on_two_processes_and_resumed_on_one_equals_a_whole_one_bit_for_bit(launch, tmp_path):
+    assert launch(tmp_path / "whole", 1, "-acc=2", "--times=learned").returncode == 0
+    stopped = launch(tmp_path / "parts", 2, "--times=learned", stop=(signal.SIGTERM, 4))
+    assert stopped.returncode != 0 and "Traceback" not in stopped.stdout, stopped.stderr
+    assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 5  # all finished the step and one saved
+    assert launch(tmp_path / "parts", 1, "--times=learned").returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_if_one_process_is_killed_the_others_end_in_one_line_and_the_run_can_be_resumed(launch, tmp_path):
+    assert launch(tmp_path / "whole", 1, "-acc=2").returncode == 0
+    start = time.perf_counter()
+    killed = launch(tmp_path / "parts", 2, stop=(signal.SIGKILL, 6))
+    assert killed.returncode != 0 and time.perf_counter() - start < 60
+    assert "process 0: another process of this run has stopped" in killed.stderr
+    assert "Run the same command again to resume" in killed.stderr
+    assert launch(tmp_path / "parts", 2).returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_micro_batches_that_cannot_be_shared_evenly_are_refused(launch, tmp_path):
+    refused = launch(tmp_path / "run", 2, "-acc=3")
+    assert refused.returncode != 0
+    assert "2 processes cannot share 3 micro-batches of a step evenly: give -acc=2 or a multiple" in refused.stderr
+    assert not (tmp_path / "run" / "tokenizer.model").exists()
