@@ -1,6 +1,14 @@
 """Print text from a trained model: free, continuing a prompt, filling gaps, editing a draft, with odds for tokens.
 
-python sample.py -mdir=RUN_DIR --prompt "the ___ is sweet"
+    python sample.py -mdir=RUN_DIR --prompt "the ___ is sweet"
+
+The same from Python:
+
+    from sample import Sampler
+    model = Sampler.load("runs/demo")
+    model("the ___ sees the ___", n=4, steps=32)
+
+A text to sample is a template:
 
     template     list of L         ids of given tokens, and FREE, GAP, ... where a token is drawn (prompts.py)
     padded       (B, L)     int64  the templates of a batch, 0 after the end of each
@@ -15,18 +23,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import bfn
 import cli
 import data
+import guidance
+import likelihood
 from checkpoint import RUN_FILES, load
 from lengths import fit_lengths
 from model import rows_at_once
 from noise import Draws, mix_seed
 from prompts import (
     FREE,
+    GAP,
     allowed_at,
     candidates,
     check_hints,
@@ -44,6 +56,7 @@ from prompts import (
 from text import add_marks, decode, one_line
 from watch import Trace
 
+OPTIONS = "sampler steps corrections time_grid temperature top_p argmax until ban hint draft strength guidance".split()
 DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
 SEPARATOR = "-" * 20  # printed after each text of several lines
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
@@ -63,6 +76,9 @@ class Options(bfn.Controls):
     banned: tuple = ()  # ids that are never drawn
     draft: tuple = ()  # ids of a text to edit, with bos and eos
     strength: float = 0.0  # the draft counts as observed at noise level t = strength
+    guidance: float = 0.0  # how much more a text should follow its prompt, see guidance.by_prompt
+    guide: object = None  # a function (z, t) -> log p of what the text should be, see guidance.by_function
+    scale: float = 1.0  # of the guide's slope
 
 
 def generate(model, tokenizer, templates, seed, options=Options(), numbers=None):
@@ -83,9 +99,11 @@ def generate(model, tokenizer, templates, seed, options=Options(), numbers=None)
 def sample_group(model, tokenizer, templates, seeds, options, batch_size):
     """Sample templates in batches of similar length, which need little padding -> [(ids, calls)] in the given order."""
     by_length = sorted(range(len(templates)), key=lambda i: len(templates[i]))
-    samples = {}
-    for start in range(0, len(by_length), batch_size):
-        batch = by_length[start : start + batch_size]
+    samples, start = {}, 0
+    while batch := by_length[start : start + batch_size]:
+        if options.guide is not None:  # a guide sees no padding: the texts of a batch have the same length
+            batch = [i for i in batch if len(templates[i]) == len(templates[batch[0]])]
+        start += len(batch)
         drawn = sample_batch(model, tokenizer, [templates[i] for i in batch], [seeds[i] for i in batch], options)
         samples.update(zip(batch, drawn, strict=True))
     return [samples[i] for i in range(len(templates))]
@@ -102,8 +120,14 @@ def sample_batch(model, tokenizer, templates, seeds, options):
         hint=combine_evidence(options, tokenizer, config, draws),
         hint_time=options.strength if options.draft else 0.0,
     )
-    network = partial(model, segment_ids=segment_ids)
-    ids, calls = bfn.sample(network, padded.clamp(min=0), padded >= 0, config.s1, config.K, controls, draws)
+    network, given = partial(model, segment_ids=segment_ids), padded >= 0
+    if options.guidance:
+        prompt_mask = given & (segment_ids > 0) & (padded != tokenizer.bos_id())
+        network = guidance.by_prompt(model, segment_ids, prompt_mask, options.guidance)
+    if options.guide is not None:
+        network = guidance.by_function(network, options.guide, options.scale)
+    ids, calls = bfn.sample(network, padded.clamp(min=0), given, config.s1, config.K, controls, draws)
+    calls *= 2 if options.guidance else 1
     return [(row[:n], c) for row, n, c in zip(ids.tolist(), lengths, calls.tolist(), strict=True)]
 
 
@@ -189,6 +213,104 @@ def generate_traced(model, tokenizer, templates, seed, options, unknown=()):
     yield from generate(model, tokenizer, templates[1:], seed, options, numbers=range(1, len(templates)))
 
 
+# ---------------------------------------------------------------- the model as an object
+
+
+class Sampler:
+    """A trained model that writes texts: `model = Sampler.load("runs/demo")`, then `model("the ___ sleeps", n=4)`.
+
+    `model`, `tokenizer` and `run` are those of `checkpoint.load`. All methods raise ValueError for what does not fit the
+    model. **options are fields of `Options`; of these, ban and hint are lists of texts, draft is a text (see README), and
+    time_grid is "uniform" or "learned".
+    """
+
+    def __init__(self, model, tokenizer, run):
+        self.model, self.tokenizer, self.run = model, tokenizer, run
+        self.limit = run["args"]["sequence_length"]
+
+    @classmethod
+    def load(cls, run_dir, checkpoint="best", device="auto"):
+        """Load a run folder or an exported model."""
+        return cls(*load(run_dir, checkpoint, cli.device(device)))
+
+    def __call__(self, prompt="", n=1, seed=0, **options):
+        """Sample n texts that continue a prompt or fill its gaps -> list of str."""
+        return [text for text, *_ in self.stream([prompt] * n, seed, **options)]
+
+    def stream(self, prompts, seed=0, length=None, trace=False, **options):
+        """Begin to sample a text for each prompt -> iterator over (text, ids, calls of the network).
+
+        length: tokens of each text, with bos and eos; drawn if None. trace: show the first text at each call.
+        """
+        options = self.options(**options)
+        templates = self.templates(prompts, seed, length, options)
+        if max(map(len, templates)) > self.limit:
+            if options.hints or trace:
+                message = f"--hint and --trace need texts of at most {self.limit} tokens, the trained length: lower --length"
+                raise ValueError(message)
+            draw = partial(generate_any_length, limit=self.limit)
+        else:
+            check_hints(options.hints, templates, self.tokenizer.bos_id() >= 0)
+            draw = partial(generate_traced, unknown=unknown_pieces(prompts[0], self.tokenizer)) if trace else generate
+        samples = draw(self.model, self.tokenizer, templates, seed=seed, options=options)
+        return ((self.decode(ids, prompt), ids, calls) for prompt, (ids, calls) in zip(prompts, samples, strict=True))
+
+    def decode(self, ids, prompt=""):
+        """Turn ids into text. What the tokenizer did not know reads as in the prompt."""
+        return lay_out(decode(self.tokenizer, ids, unknown_pieces(prompt, self.tokenizer)), self.run)
+
+    def options(self, *, ban=(), hint=(), draft=None, time_grid="uniform", strength=0.4, **controls):
+        """Turn what a user says into Options."""
+        if time_grid == "learned" and not self.run["loss_by_time"]:
+            raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
+        return Options(
+            **controls,
+            curve=self.run["loss_by_time"] if time_grid == "learned" else None,
+            hints=tuple(parse_hint(text, self.tokenizer) for text in hint),
+            banned=tuple(k for text in ban for k in find_ids(text, self.tokenizer)),
+            draft=() if draft is None else self.read_draft(draft),
+            strength=strength,
+        )
+
+    def read_draft(self, text):
+        """Encode a draft with bos and eos -> ids."""
+        if not text.strip():
+            raise ValueError("--draft is empty: give a text")
+        return tuple(self.encode(text, "--draft"))
+
+    def encode(self, text, name):
+        """Encode a whole text with bos and eos -> ids. name: what messages call it."""
+        ids = add_marks(self.tokenizer.encode(text), self.tokenizer)
+        if len(ids) > self.limit:
+            raise ValueError(f"{name} takes {len(ids)} tokens, the model was trained on at most {self.limit}: shorten it")
+        return ids
+
+    def templates(self, prompts, seed, length, options):
+        """Choose a template for each prompt: the draft's length, or one that fits the prompt."""
+        if options.draft:  # only bos is given
+            return [[k if k == self.tokenizer.bos_id() else FREE for k in options.draft]] * len(prompts)
+        fit = partial(fit_lengths, self.model, self.tokenizer)
+        choices = {p: fit(*candidates(p, self.tokenizer, self.run, length)) for p in set(prompts)}
+        seeds = [mix_seed(seed, i) for i in range(len(prompts))]
+        return [random.Random(seed).choices(*choices[p])[0] for p, seed in zip(prompts, seeds, strict=True)]
+
+    def log_likelihood(self, texts, calls=None):
+        """Compute log P(text | its length), exact under `commit` with so many calls, or one per token -> (n,) nats."""
+        windows = [np.array(self.encode(text, "the text")) for text in texts]
+        functions = {"exact": partial(likelihood.exact, calls=calls)}
+        device = next(self.model.parameters()).device
+        scores = likelihood.score(self.model, windows, self.tokenizer.bos_id(), lambda s: s == 0, functions, device)
+        return -scores.nats["exact"]
+
+    def fill(self, ids, given, seed=0, **options):
+        """Draw the tokens that are not given: ids, given (B, L) -> ids (B, L) int64. Only the last may become eos."""
+        ids, given = torch.as_tensor(ids), torch.as_tensor(given, dtype=torch.bool)
+        kinds = torch.full_like(ids, GAP).index_fill(1, torch.tensor([ids.shape[1] - 1]), FREE)
+        templates = torch.where(given, ids, kinds).tolist()
+        samples = generate(self.model, self.tokenizer, templates, seed, self.options(**options))
+        return torch.tensor([row for row, _ in samples])
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -212,6 +334,7 @@ def flags():
     add("--until", type=cli.non_negative, default=0.0, help="finish a text below this mean entropy, nats per token (0)")
     add("--ban", action="append", default=[], help="a token that is never drawn; repeatable")
     add("--hint", action="append", default=[], help="odds of tokens at a position, such as 3:cat=0.7,dog=0.3; repeatable")
+    add("--guidance", type=cli.non_negative, default=0.0, help="follow the prompt more closely: 1 or 2, at twice the calls (0)")
     add("--draft", help="text to edit, treated as if observed at noise level t = --strength")
     add("--strength", type=cli.share, default=0.4, help="noise level t of --draft: a higher value keeps more of it (0.4)")
     add("--seed", type=cli.natural, default=0, help="a sample depends only on the seed and its number (0)")
@@ -219,56 +342,6 @@ def flags():
     add("--output", help="also write prompt, text, ids and network calls to this file, as JSON lines")
     add("--trace", action="store_true", help="show the first sample at each network call, on standard error")
     return p
-
-
-def read_draft(args, tokenizer, limit):
-    """Encode --draft with bos and eos -> ids, () if the flag is not set.
-
-    Raises ValueError for a draft that is empty, longer than `limit`, or next to flags that say what the text is.
-    """
-    if args.draft is None:
-        return ()
-    if args.prompt or args.prompt_file or args.length:
-        raise ValueError("--draft is the whole text: use it without --prompt, --prompt_file and --length")
-    if not args.draft.strip():
-        raise ValueError("--draft is empty: give a text")
-    draft = add_marks(tokenizer.encode(args.draft), tokenizer)
-    if len(draft) > limit:
-        raise ValueError(f"--draft takes {len(draft)} tokens, the model was trained on at most {limit}: shorten it")
-    return tuple(draft)
-
-
-def make_options(args, tokenizer, run):
-    """Turn flags into Options. Raises ValueError for what the tokenizer or the run does not know."""
-    is_learned = args.time_grid == "learned"
-    if is_learned and not run["loss_by_time"]:
-        raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
-    same = "sampler steps corrections temperature top_p argmax until strength".split()
-    return Options(
-        **{name: getattr(args, name) for name in same},
-        curve=run["loss_by_time"] if is_learned else None,
-        hints=tuple(parse_hint(hint, tokenizer) for hint in args.hint),
-        banned=tuple(k for text in args.ban for k in find_ids(text, tokenizer)),
-        draft=read_draft(args, tokenizer, run["args"]["sequence_length"]),
-    )
-
-
-def sample_prompts(args, model, tokenizer, run, prompts, options):
-    """Begin to sample -> iterator over (ids, calls), one per prompt. Raises ValueError for what does not fit together."""
-    limit = run["args"]["sequence_length"]
-    if options.draft:  # only bos is given
-        templates = [[k if k == tokenizer.bos_id() else FREE for k in options.draft]] * len(prompts)
-    else:
-        choices = {p: fit_lengths(model, tokenizer, *candidates(p, tokenizer, run, args.length)) for p in set(prompts)}
-        seeds = [mix_seed(args.seed, i) for i in range(len(prompts))]
-        templates = [random.Random(seed).choices(*choices[p])[0] for p, seed in zip(prompts, seeds, strict=True)]
-    if max(map(len, templates)) > limit:
-        if options.hints or args.trace:
-            raise ValueError(f"--hint and --trace need texts of at most {limit} tokens, the trained length: lower --length")
-        return generate_any_length(model, tokenizer, templates, limit, args.seed, options)
-    check_hints(options.hints, templates, tokenizer.bos_id() >= 0)
-    draw = partial(generate_traced, unknown=unknown_pieces(prompts[0], tokenizer)) if args.trace else generate
-    return draw(model, tokenizer, templates, args.seed, options)
 
 
 def check_output(args):
@@ -280,27 +353,39 @@ def check_output(args):
         raise ValueError(f"--output={args.output} is a file of the run: give another name")
 
 
+def check_draft(args):
+    """Raise ValueError if --draft stands next to flags that say what the text is."""
+    if args.draft is not None and (args.prompt or args.prompt_file or args.length):
+        raise ValueError("--draft is the whole text: use it without --prompt, --prompt_file and --length")
+
+
 def main():
     args = flags().parse_args()
-    model, tokenizer, run = load(args.model_dir, args.checkpoint, cli.device(args.device))
-    args.prompt, args.draft = [read_breaks(text, run) for text in args.prompt], args.draft and read_breaks(args.draft, run)
+    model = Sampler.load(args.model_dir, args.checkpoint, args.device)
+    args.prompt = [read_breaks(text, model.run) for text in args.prompt]
+    args.draft = args.draft and read_breaks(args.draft, model.run)
     for text in [*args.ban, *args.hint, args.draft or ""]:
         check_unicode(text)
-    options = make_options(args, tokenizer, run)
-    has_file = args.prompt_file is not None
-    separator = [] if run["args"]["example"] == "line" else [SEPARATOR]
-    prompts = args.prompt + (read_prompts(args.prompt_file, tokenizer, run, args.length) if has_file else [])
+    check_draft(args)
+    is_read = args.prompt_file is not None
+    prompts = args.prompt + (read_prompts(args.prompt_file, model.tokenizer, model.run, args.length) if is_read else [])
     check_output(args)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
-    samples = sample_prompts(args, model, tokenizer, run, prompts, options)
-    warn_unknown([*prompts, args.draft or ""], tokenizer)
+    options = {name: getattr(args, name) for name in OPTIONS}
+    samples = model.stream(prompts, args.seed, args.length, args.trace, **options)
+    warn_unknown([*prompts, args.draft or ""], model.tokenizer)
+    print_samples(samples, prompts, args, separator=[] if model.run["args"]["example"] == "line" else [SEPARATOR])
+
+
+def print_samples(samples, prompts, args, separator):
+    """Print texts as they come, and write --output."""
     hide_bar = True if args.trace or len(prompts) == 1 else None  # None: show it only in a terminal
     total_calls, path = 0, args.output or os.devnull
     unfinished = path if os.path.exists(path) and not os.path.isfile(path) else f"{path}.part"  # not of a pipe
     with open(unfinished, "w", encoding="utf-8") as output:
         bar = tqdm(samples, total=len(prompts), unit="sample", disable=hide_bar)
-        for prompt, (ids, calls) in zip(prompts, bar, strict=True):
-            text, total_calls = lay_out(decode(tokenizer, ids, unknown_pieces(prompt, tokenizer)), run), total_calls + calls
+        for prompt, (text, ids, calls) in zip(prompts, bar, strict=True):
+            total_calls += calls
             print(text, *separator, sep="\n", flush=True)
             record = dict(prompt=prompt, text=text, ids=ids, calls=calls)
             print(json.dumps(record, ensure_ascii=False), file=output, flush=True)

@@ -334,14 +334,9 @@ def test_texts_of_several_lines_are_printed_with_a_separator_and_written_as_json
 
 def test_a_draft_of_several_lines_is_read_with_its_line_breaks(poems, monkeypatch, capsys):
     drafts = []
-
-    def sample_prompts(args, model, tokenizer, run, prompts, options):
-        drafts.append(tokenizer.decode([k for k in options.draft if k not in (tokenizer.bos_id(), tokenizer.eos_id())]))
-        return iter([(list(options.draft), 1)])
-
-    monkeypatch.setattr(sample, "sample_prompts", sample_prompts)
-    lines = run_command(monkeypatch, capsys, f"-mdir={poems}", r"--draft=the king\nsleeps", "--num_samples=1")
-    assert drafts == ["the king\nsleeps"] and lines == ["the king", "sleeps", sample.SEPARATOR]
+    monkeypatch.setattr(sample.Sampler, "read_draft", lambda self, text: drafts.append(text) or ())
+    run_command(monkeypatch, capsys, f"-mdir={poems}", r"--draft=the king\nsleeps", "--num_samples=1", "--steps=1")
+    assert drafts == ["the king\nsleeps"]
 
 
 @pytest.mark.parametrize("prompt", ["the king\n___", "___\nsleeps", "anna\n___\nboat"])
@@ -732,3 +727,66 @@ def test_more_than_a_million_steps_are_refused(command, flag, capsys):
     with pytest.raises(SystemExit) as error:
         command.flags().parse_args(["-d=x"] * (command is evaluate) + [f"{flag}=1000001"])
     assert error.value.code == 2 and "must be at most 1000000" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- from Python
+
+
+def test_the_object_and_the_command_write_the_same_texts(run_dir, monkeypatch, capsys):
+    flags = ["--num_samples=3", "--steps=4", "--seed=5", "--prompt=the ___ sleeps", "--ban=the", "--guidance=1"]
+    model = sample.Sampler.load(run_dir)
+    banned = [] if "char" in str(run_dir) or "bpe" in str(run_dir) else ["the"]
+    flags = flags if banned else [flag for flag in flags if flag != "--ban=the"]
+    texts = model("the ___ sleeps", n=3, seed=5, steps=4, ban=banned, guidance=1.0)
+    assert texts == run_command(monkeypatch, capsys, f"-mdir={run_dir}", *flags)
+
+
+def test_log_likelihoods_are_those_of_the_function_for_each_text_alone(mixing):
+    model = sample.Sampler(*mixing)
+    texts = ["the king sleeps", "anna sees the lamp"]
+    log_p = model.log_likelihood(texts, calls=2)
+    for text, value in zip(texts, log_p, strict=True):
+        ids = torch.tensor([model.encode(text, "it")])
+        given = ids == model.tokenizer.bos_id()
+        config = model.model.config
+        assert value == pytest.approx(bfn.log_likelihood(model.model, ids, given, config.s1, config.K, 2).sum().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="the text takes .* tokens, the model was trained on at most 32"):
+        model.log_likelihood(["the king " * 40])
+
+
+def test_filling_keeps_given_tokens_and_draws_no_mark_before_the_end(mixing):
+    model = sample.Sampler(*mixing)
+    ids = torch.randint(3, model.model.config.K, (4, 12), generator=torch.Generator().manual_seed(0))
+    given = torch.rand(4, 12, generator=torch.Generator().manual_seed(1)) < 0.4
+    filled = model.fill(ids.tolist(), given.tolist(), seed=2, steps=4)
+    marks = torch.tensor([model.tokenizer.bos_id(), model.tokenizer.eos_id()])
+    assert (filled[given] == ids[given]).all()
+    assert not torch.isin(filled[:, :-1][~given[:, :-1]], marks).any()
+    assert (model.fill(ids, given, seed=2, steps=4) == filled).all() and (model.fill(ids, given, seed=3, steps=4) != filled).any()
+
+
+def test_a_guide_sees_texts_of_one_length_and_steers_them(mixing):
+    model, wanted = sample.Sampler(*mixing), 7
+    shapes = []
+
+    def guide(z, t):
+        shapes.append(z.shape)
+        return z[..., wanted].sum(1)
+
+    def share(texts):
+        return np.mean([k == wanted for _, ids, _ in texts for k in ids])
+
+    prompts = ["the king", "anna"] * 4
+    plain, steered = list(model.stream(prompts, steps=8)), list(model.stream(prompts, steps=8, guide=guide))
+    assert share(steered) > share(plain) + 0.2
+    assert [len(ids) for _, ids, _ in steered] == [len(ids) for _, ids, _ in plain]
+    assert len(set(shapes)) > 1
+
+
+def test_guidance_counts_two_calls_for_one_and_without_a_prompt_changes_nothing(mixing):
+    model = sample.Sampler(*mixing)
+    plain, guided = (list(model.stream([""] * 3, steps=5, guidance=w)) for w in (0.0, 2.0))
+    assert [text for text, *_ in plain] == [text for text, *_ in guided]
+    assert [2 * calls for *_, calls in plain] == [calls for *_, calls in guided]
+    plain, guided = (list(model.stream(["the king"] * 3, steps=5, guidance=w)) for w in (0.0, 2.0))
+    assert [text for text, *_ in plain] != [text for text, *_ in guided]
