@@ -93,28 +93,31 @@ def count_word_lengths(tokenizer, tokens, longest=16):
 # ---------------------------------------------------------------- templates
 
 
+def read_lines(path, run, what="texts"):
+    """Read the lines of a file that are not blank -> {number of the line: text}. Raises ValueError if there are none."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no file of {what} at {path}")
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        lines = {number: read_breaks(line.rstrip("\r\n"), run) for number, line in enumerate(file, 1) if line.strip()}
+    if not lines:
+        raise ValueError(f"no {what} in {path}")
+    return lines
+
+
 def read_prompts(path, tokenizer, run, length=None):
     """Read a file of prompts, one per line -> list.
 
     Raises ValueError if it is missing or has no prompts. If some do not fit (`candidates`), one ValueError names all of them.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"no file of prompts at {path}")
-    prompts, errors = [], []
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            prompt = read_breaks(line.rstrip("\r\n"), run)
-            if prompt.strip():
-                prompts.append(prompt)
-                try:
-                    candidates(prompt, tokenizer, run, length)
-                except ValueError as error:
-                    errors.append(f"line {number}: {error}")
+    prompts, errors = read_lines(path, run, "prompts"), []
+    for number, prompt in prompts.items():
+        try:
+            candidates(prompt, tokenizer, run, length)
+        except ValueError as error:
+            errors.append(f"line {number}: {error}")
     if errors:
         raise ValueError(f"{path}, {'; '.join(errors)}")
-    if not prompts:
-        raise ValueError(f"no prompts in {path}")
-    return prompts
+    return list(prompts.values())
 
 
 def read_breaks(text, run):

@@ -31,7 +31,9 @@ import bfn
 import cli
 import data
 import guidance
+import interactive
 import likelihood
+import proofread
 from checkpoint import RUN_FILES, load
 from lengths import fit_lengths
 from model import rows_at_once
@@ -340,6 +342,10 @@ def flags():
     add("--seed", type=cli.natural, default=0, help="a sample depends only on the seed and its number (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--output", help="also write prompt, text, ids and network calls to this file, as JSON lines")
+    add("--interactive", action="store_true", help="type prompts, and change settings between them")
+    add("--check", action="append", default=[], help="a text to proof-read: how much each token surprises; repeatable")
+    add("--check_file", help="file with one text to proof-read per line")
+    add("--json", action="store_true", help="print what --check finds as JSON")
     add("--trace", action="store_true", help="show the first sample at each network call, on standard error")
     return p
 
@@ -367,6 +373,11 @@ def main():
     for text in [*args.ban, *args.hint, args.draft or ""]:
         check_unicode(text)
     check_draft(args)
+    if args.interactive:
+        sys.exit(2 if interactive.run(model, args, OPTIONS, flags().parse_args) else 0)
+    if args.check or args.check_file is not None:
+        proofread.run(model, args)
+        return
     is_read = args.prompt_file is not None
     prompts = args.prompt + (read_prompts(args.prompt_file, model.tokenizer, model.run, args.length) if is_read else [])
     check_output(args)

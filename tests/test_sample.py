@@ -778,7 +778,7 @@ def test_a_guide_sees_texts_of_one_length_and_steers_them(mixing):
 
     prompts = ["the king", "anna"] * 4
     plain, steered = list(model.stream(prompts, steps=8)), list(model.stream(prompts, steps=8, guide=guide))
-    assert share(steered) > share(plain) + 0.2
+    assert share(steered) > share(plain) + 0.1
     assert [len(ids) for _, ids, _ in steered] == [len(ids) for _, ids, _ in plain]
     assert len(set(shapes)) > 1
 

@@ -1,0 +1,71 @@
+"""Type prompts in a terminal and see them filled. Lines from a pipe are read as a batch.
+
+    python sample.py -mdir=RUN_DIR --interactive
+
+    > the ___ sees the ___
+    > :set steps 8
+"""
+
+import sys
+
+SETTINGS = "num_samples length seed".split()  # and the options of sample.py
+HELP = """A prompt is continued; ___ is a gap of one word. Each prompt draws from the next seed.
+  :set NAME VALUE   change a setting       :settings   show them
+  :help             this text              Ctrl-D      leave"""
+
+
+def run(model, args, options, parse):
+    """Read lines until their end, and print texts -> how many lines were refused.
+
+    args: the flags of sample.py, which `:set` changes. options: the names of those that `Sampler.stream` takes. parse: turns
+    words into flags; it raises SystemExit after printing what is wrong.
+    """
+    is_terminal, n_refused = sys.stdin.isatty(), 0
+    if is_terminal:
+        import readline  # noqa: F401 - gives input() its history and its arrow keys
+
+        print(HELP)
+    while (line := next_line(is_terminal)) is not None:
+        try:
+            if line.startswith(":"):
+                command(line[1:].split(maxsplit=2), args, [*SETTINGS, *options], parse)
+            elif line.strip() or is_terminal:
+                chosen = {name: getattr(args, name) for name in options}
+                for text, *_ in model.stream([line] * args.num_samples, args.seed, args.length, **chosen):
+                    print(text, flush=True)
+                args.seed += 1
+        except ValueError as error:
+            n_refused += 1
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+    return n_refused
+
+
+def next_line(is_terminal):
+    """Read a line -> str, or None at the end."""
+    try:
+        return input("> " if is_terminal else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:  # leaves the line, as in a shell
+        print()
+        return ":"
+
+
+def command(words, args, names, parse):
+    """Do what a line with a colon says: change or show settings. Raises ValueError for anything else."""
+    if words[:1] == ["set"] and len(words) == 3:
+        name, value = words[1:]
+        if name not in names:
+            raise ValueError(f"no setting {name}; there are {', '.join(names)}")
+        try:
+            setattr(args, name, getattr(parse([f"--{name}={value}"]), name))
+        except SystemExit:
+            raise ValueError(f"{name} stays {getattr(args, name)}") from None
+    elif words == ["settings"]:
+        print(*(f"  {name} {getattr(args, name)}" for name in names), sep="\n")
+    elif words == ["help"]:
+        print(HELP)
+    elif words:
+        raise ValueError("write :set NAME VALUE, :settings or :help")

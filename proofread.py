@@ -1,0 +1,100 @@
+"""Find what is odd in a text: how much each token surprises a model that sees all others, and what it would have written.
+
+    python sample.py -mdir=RUN_DIR --check "the bakers sees the clock"
+
+    ids    (L,)    the text with bos and eos
+    log_p  (L, K)  row d: log p of the token at position d, given all other tokens of the text
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import bfn
+from model import rows_at_once
+from prompts import GAP, allowed_tokens, check_unicode, read_breaks, read_lines, warn_unknown
+from text import decode, one_line
+
+N_SHOWN = 3  # surprising tokens of a text, and suggestions for each
+ODD, CLEAR = 4.0, 8.0  # bits of surprise: a terminal shows such tokens in yellow, in red
+
+
+@dataclass
+class Surprise:
+    """What the model says of one token of a text."""
+
+    token: str
+    bits: float  # -log2 p(token | all others)
+    suggestions: list  # of (text, probability), the likeliest first
+
+
+@torch.no_grad()
+def log_p_given_others(model, ids):
+    """Ask the network for each token of a text (L,), with all others given -> log_p (L, K)."""
+    device, L, K = next(model.parameters()).device, len(ids), model.config.K
+    ids, others, rows = torch.tensor(ids, device=device), ~torch.eye(L, dtype=torch.bool, device=device), []
+    size = rows_at_once(L, model.config, device)
+    for i in range(0, L, size):
+        cond_mask = others[i : i + size]
+        theta, t = torch.full((*cond_mask.shape, K), 1 / K, device=device), torch.zeros(cond_mask.shape, device=device)
+        log_p = bfn.predict(model, theta, t, ids.expand(cond_mask.shape), cond_mask)
+        rows.append(log_p[~cond_mask])
+    return torch.cat(rows).cpu()
+
+
+def surprises(sampler, text):
+    """Read a text -> a Surprise for each token that is not bos or eos. Raises ValueError if it is too long."""
+    ids, tokenizer = sampler.encode(text, "the text"), sampler.tokenizer
+    if not ids:
+        raise ValueError("the text to check is empty")
+    log_p = log_p_given_others(sampler.model, ids)
+    may_stand = allowed_tokens(tokenizer)[-GAP]
+    found, before = [], ""
+    for d, k in enumerate(ids):
+        if k in (tokenizer.bos_id(), tokenizer.eos_id()):
+            continue
+        p, best = log_p[d].exp().masked_fill(~may_stand, 0).topk(min(N_SHOWN, int(may_stand.sum())))
+        suggestions = [(decode(tokenizer, [j]), share) for j, share in zip(best.tolist(), p.tolist(), strict=True)]
+        text_so_far = one_line(decode(tokenizer, ids[: d + 1]))  # what a token reads as depends on those before it
+        found.append(Surprise(text_so_far[len(before) :], -log_p[d, k].item() / math.log(2), suggestions))
+        before = text_so_far
+    return found
+
+
+def shade(found):
+    """Write a text with control codes that show its surprising tokens -> str."""
+    color = {True: "\x1b[0;33m", False: "\x1b[0m"}
+    tokens = [("\x1b[0;31m" if s.bits >= CLEAR else color[s.bits >= ODD]) + s.token for s in found]
+    return "".join(tokens) + "\x1b[0m"
+
+
+def report(found, kind):
+    """Describe a text -> lines. kind: "terminal", "columns" (every token, with tabs between the columns), or "json"."""
+    if kind == "json":
+        return [json.dumps([vars(s) for s in found], ensure_ascii=False)]
+    if kind == "columns":
+        return ["\t".join([s.token.strip(" "), f"{s.bits:.2f}", *(f"{t} {p:.3f}" for t, p in s.suggestions)]) for s in found] + [""]
+    worst = sorted(found, key=lambda s: -s.bits)[:N_SHOWN]
+    width = max((len(s.token.strip(" ")) for s in worst), default=0)
+    lines = [
+        f"  {s.token.strip(' '):{width}}  {s.bits:5.1f} bits   " + "  ".join(f"{t} {p:.0%}" for t, p in s.suggestions)
+        for s in worst
+    ]
+    return [shade(found), *lines]
+
+
+def run(sampler, args):
+    """Print what is odd in the texts of the flags --check and --check_file."""
+    texts = [read_breaks(text, sampler.run) for text in args.check]
+    if args.check_file is not None:
+        texts += read_lines(args.check_file, sampler.run).values()
+    for text in texts:
+        check_unicode(text)
+    warn_unknown(texts, sampler.tokenizer)
+    kind = "json" if args.json else "terminal" if sys.stdout.isatty() else "columns"
+    for text in tqdm(texts, unit="text", disable=True if len(texts) == 1 else None):
+        print(*report(surprises(sampler, text), kind), sep="\n", flush=True)
