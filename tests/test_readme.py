@@ -24,12 +24,12 @@ sys.path.append(str(ROOT / "experiments"))
 import emerging
 
 README = (ROOT / "README.md").read_text()
-RECIPES = next(block for block in re.findall(r"(?:^    .*\n|^\n)+", README, re.MULTILINE) if "def training_loss" in block)
+RECIPES = (ROOT / "docs" / "ideas.md").read_text()
 
 
 def recipe(start, n_lines):
-    """Lines of the README's examples, from the one that starts so -> source without the indent."""
-    lines = [line[4:] for line in RECIPES.splitlines()]
+    """Lines of the examples in docs/ideas.md, from the one that starts so."""
+    lines = RECIPES.splitlines()
     i = next(i for i, line in enumerate(lines) if line.startswith(start))
     return "\n".join(lines[i : i + n_lines])
 
