@@ -6,7 +6,13 @@
 """
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+import cli
+
+CLASSIFIER = 1  # format of the file of a classifier
+WIDTH = 128  # of its head
 SMALLEST = 1e-37  # a probability whose logarithm is finite
 
 
@@ -47,3 +53,54 @@ def by_function(network, guide, scale):
         return (p + scale * slope).clamp(min=SMALLEST).log()
 
     return guided
+
+
+# ---------------------------------------------------------------- a classifier
+
+
+class Classifier(nn.Module):
+    """Label texts from their noisy view: theta (B, L, K), t (B, L), segment_ids (B, L) -> log p (B, n_labels)."""
+
+    def __init__(self, model, labels):
+        super().__init__()
+        self.model, self.labels = [model], list(labels)  # in a list: its weights are not this module's
+        D = model.config.d_model
+        self.norm, self.up, self.out = nn.LayerNorm(D), nn.Linear(D, WIDTH), nn.Linear(WIDTH, len(self.labels))
+
+    def forward(self, theta, t, segment_ids=None):
+        segment_ids = torch.ones_like(t, dtype=torch.long) if segment_ids is None else segment_ids
+        (model,) = self.model
+        hidden = model.body(model.embed(theta), t, segment_ids)
+        weight = (segment_ids > 0) / (segment_ids > 0).sum(1, keepdim=True)
+        return self.out((F.gelu(self.up(self.norm(hidden))) * weight[..., None]).sum(1)).log_softmax(-1)
+
+    def guide(self, label):
+        """Make the function (z, t) -> log p(label | z) that `guidance.by_function` takes. Raises ValueError."""
+        if label not in self.labels:
+            raise ValueError(f"the classifier knows no label {label!r}, only {', '.join(self.labels)}")
+        return lambda z, t: self(z.softmax(-1), t)[:, self.labels.index(label)]
+
+
+def save_classifier(path, classifier, tokenizer_hash):
+    """Write the head and its labels whole or not at all."""
+    (model,) = classifier.model
+    state = dict(classifier=CLASSIFIER, labels=classifier.labels, tokenizer_hash=tokenizer_hash, config=vars(model.config).copy())
+    with cli.replacing(path) as temporary:
+        torch.save(dict(**state, head=classifier.state_dict()), temporary)
+
+
+def load_classifier(path, sampler):
+    """Read a classifier for a Sampler -> Classifier. Raises ValueError for another file, or one of another model."""
+    try:
+        saved = torch.load(path, weights_only=True)
+        same = saved["classifier"] == CLASSIFIER
+        config, labels, head = saved["config"], saved["labels"], saved["head"]
+    except FileNotFoundError:
+        raise ValueError(f"no classifier at {path}: train one with classify.py") from None
+    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+        raise ValueError(f"{path} is damaged, or no file of classify.py ({type(error).__name__})") from None
+    if not same or saved["tokenizer_hash"] != sampler.run["tokenizer_hash"] or config != vars(sampler.model.config):
+        raise ValueError(f"{path} is of another model: train one for this run with classify.py")
+    classifier = Classifier(sampler.model, labels).to(sampler.device)
+    classifier.load_state_dict(head)
+    return classifier.eval()

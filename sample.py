@@ -58,7 +58,7 @@ from prompts import (
 from text import add_marks, decode, one_line
 from watch import Trace
 
-OPTIONS = "sampler steps corrections time_grid temperature top_p argmax until ban hint draft strength guidance".split()
+OPTIONS = "sampler steps corrections time_grid temperature top_p argmax until ban hint draft strength guidance scale".split()
 DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
 SEPARATOR = "-" * 20  # printed after each text of several lines
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
@@ -228,7 +228,7 @@ class Sampler:
 
     def __init__(self, model, tokenizer, run):
         self.model, self.tokenizer, self.run = model, tokenizer, run
-        self.limit = run["args"]["sequence_length"]
+        self.limit, self.device = run["args"]["sequence_length"], next(model.parameters()).device
 
     @classmethod
     def load(cls, run_dir, checkpoint="best", device="auto"):
@@ -300,8 +300,8 @@ class Sampler:
         """Compute log P(text | its length), exact under `commit` with so many calls, or one per token -> (n,) nats."""
         windows = [np.array(self.encode(text, "the text")) for text in texts]
         functions = {"exact": partial(likelihood.exact, calls=calls)}
-        device = next(self.model.parameters()).device
-        scores = likelihood.score(self.model, windows, self.tokenizer.bos_id(), lambda s: s == 0, functions, device)
+        bos_id = self.tokenizer.bos_id()
+        scores = likelihood.score(self.model, windows, bos_id, lambda s: s == 0, functions, self.device)
         return -scores.nats["exact"]
 
     def fill(self, ids, given, seed=0, **options):
@@ -337,6 +337,9 @@ def flags():
     add("--ban", action="append", default=[], help="a token that is never drawn; repeatable")
     add("--hint", action="append", default=[], help="odds of tokens at a position, such as 3:cat=0.7,dog=0.3; repeatable")
     add("--guidance", type=cli.non_negative, default=0.0, help="follow the prompt more closely: 1 or 2, at twice the calls (0)")
+    add("--classifier", help="file of classify.py: steer towards --label")
+    add("--label", help="label of --classifier that texts should have")
+    add("--scale", type=cli.non_negative, default=Options.scale, help="how strongly --classifier steers (1)")
     add("--draft", help="text to edit, treated as if observed at noise level t = --strength")
     add("--strength", type=cli.share, default=0.4, help="noise level t of --draft: a higher value keeps more of it (0.4)")
     add("--seed", type=cli.natural, default=0, help="a sample depends only on the seed and its number (0)")
@@ -357,6 +360,13 @@ def check_output(args):
         raise ValueError(f"--output={args.output} is the file of prompts: give another name")
     if output.parent == Path(args.model_dir).resolve() and output.name in RUN_FILES:
         raise ValueError(f"--output={args.output} is a file of the run: give another name")
+
+
+def read_guide(args, model):
+    """Read the classifier of the flags -> a guide, or None. Raises ValueError for a flag without the other."""
+    if (args.classifier is None) != (args.label is None):
+        raise ValueError("--classifier=FILE and --label=LABEL go together: give both")
+    return args.classifier and guidance.load_classifier(args.classifier, model).guide(args.label)
 
 
 def check_draft(args):
@@ -382,7 +392,7 @@ def main():
     prompts = args.prompt + (read_prompts(args.prompt_file, model.tokenizer, model.run, args.length) if is_read else [])
     check_output(args)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
-    options = {name: getattr(args, name) for name in OPTIONS}
+    options = {name: getattr(args, name) for name in OPTIONS} | dict(guide=read_guide(args, model))
     samples = model.stream(prompts, args.seed, args.length, args.trace, **options)
     warn_unknown([*prompts, args.draft or ""], model.tokenizer)
     print_samples(samples, prompts, args, separator=[] if model.run["args"]["example"] == "line" else [SEPARATOR])
