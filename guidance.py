@@ -12,7 +12,7 @@ from torch import nn
 import cli
 
 CLASSIFIER = 1  # format of the file of a classifier
-WIDTH = 128  # of its head
+WIDTH, N_POOLS = 128, 4  # of its head
 SMALLEST = 1e-37  # a probability whose logarithm is finite
 
 
@@ -59,20 +59,25 @@ def by_function(network, guide, scale):
 
 
 class Classifier(nn.Module):
-    """Label texts from their noisy view: theta (B, L, K), t (B, L), segment_ids (B, L) -> log p (B, n_labels)."""
+    """Label texts from their noisy view: theta (B, L, K), t (B, L), segment_ids (B, L) -> log p (B, n_labels).
+
+    The frozen network's first and last hidden states, through one layer, averaged with learned weights (N_POOLS times).
+    """
 
     def __init__(self, model, labels):
         super().__init__()
         self.model, self.labels = [model], list(labels)  # in a list: its weights are not this module's
-        D = model.config.d_model
-        self.norm, self.up, self.out = nn.LayerNorm(D), nn.Linear(D, WIDTH), nn.Linear(WIDTH, len(self.labels))
+        D = 2 * model.config.d_model
+        self.norm, self.up, self.pool = nn.LayerNorm(D), nn.Linear(D, WIDTH), nn.Linear(WIDTH, N_POOLS)
+        self.out = nn.Linear(N_POOLS * WIDTH, len(self.labels))
 
     def forward(self, theta, t, segment_ids=None):
         segment_ids = torch.ones_like(t, dtype=torch.long) if segment_ids is None else segment_ids
         (model,) = self.model
-        hidden = model.body(model.embed(theta), t, segment_ids)
-        weight = (segment_ids > 0) / (segment_ids > 0).sum(1, keepdim=True)
-        return self.out((F.gelu(self.up(self.norm(hidden))) * weight[..., None]).sum(1)).log_softmax(-1)
+        first = model.embed(theta)
+        hidden = F.gelu(self.up(self.norm(torch.cat([first, model.body(first, t, segment_ids)], -1))))
+        weight = self.pool(hidden).masked_fill((segment_ids == 0)[..., None], -torch.inf).softmax(1)
+        return self.out((weight.transpose(1, 2) @ hidden).flatten(1)).log_softmax(-1)
 
     def guide(self, label):
         """Make the function (z, t) -> log p(label | z) that `guidance.by_function` takes. Raises ValueError."""

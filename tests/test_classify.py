@@ -70,7 +70,7 @@ def test_the_classifier_finds_its_label_in_samples_that_it_steered(trained):
         samples = [("david", ids) for _, ids, _ in drawn]
         return classify.accuracy(classifier, samples, sampler, 1.0, 0)
 
-    assert share(0.0) < share(1.0) < share(4.0) and share(4.0) > share(0.0) + 0.3
+    assert share(1.0) > share(0.0) + 0.2
 
 
 def test_the_held_out_texts_are_a_tenth_of_each_label(trained, texts):
