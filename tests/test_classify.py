@@ -65,12 +65,13 @@ def test_padding_does_not_change_a_label(trained):
 def test_the_classifier_finds_its_label_in_samples_that_it_steered(trained):
     sampler, classifier, _ = trained
 
-    def share(scale):
-        drawn = sampler.stream([""] * 64, length=8, steps=8, guide=classifier.guide("david"), scale=scale)
-        samples = [("david", ids) for _, ids, _ in drawn]
+    def share(label, scale):
+        drawn = sampler.stream([""] * 64, length=8, steps=8, guide=classifier.guide(label), scale=scale)
+        samples = [(label, ids) for _, ids, _ in drawn]
         return classify.accuracy(classifier, samples, sampler, 1.0, 0)
 
-    assert share(1.0) > share(0.0) + 0.2
+    assert share("anna", 0.0) + share("david", 0.0) == 1
+    assert share("anna", 4.0) + share("david", 4.0) > 1.2
 
 
 def test_the_held_out_texts_are_a_tenth_of_each_label(trained, texts):
