@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import cli
 from data import prefetch
 from text import add_marks, adds_prefix, file_hash, load_tokenizer, read_part, unknown_bytes
 
@@ -103,9 +104,10 @@ def _write_cache(path, part, example, tokenizer, folder):
     temporary.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
     try:
-        meta = _tokenize(path, part, example, tokenizer, temporary)
-        meta["checksums"] = checksums(temporary)
-        (temporary / "meta.json").write_text(json.dumps(meta))
+        with cli.writing(folder):
+            meta = _tokenize(path, part, example, tokenizer, temporary)
+            meta["checksums"] = checksums(temporary)
+            (temporary / "meta.json").write_text(json.dumps(meta))
         for name in ("ids.bin", "offsets.bin", "meta.json"):
             with open(temporary / name, "r+b") as file:
                 os.fsync(file.fileno())

@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 
 import cache
-import cli
 import parallel
 import toy
 from model import BFNTransformer, Config
@@ -214,8 +214,9 @@ def lock(run_dir):
         except BlockingIOError:
             file.seek(0)
             raise ValueError(f"another process trains in {run_dir} ({file.read().strip()}): wait, or give another -mdir") from None
-    file.truncate(0)
-    print(f"pid {os.getpid()} on {platform.node()}", file=file, flush=True)
+    with cli.writing(run_dir / "lock"):
+        file.truncate(0)
+        print(f"pid {os.getpid()} on {platform.node()}", file=file, flush=True)
     return file
 
 

@@ -7,13 +7,17 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 MAY_BE_EMPTY = ("--prompt", "--flags")
+COMMANDS = [Path(__file__).resolve().with_name(f"{name}.py") for name in ("train", "sample", "evaluate", "checkpoint")]
+
+# A command imports this file first. Ctrl-C while it imports the rest ends it without a traceback, until `run` takes over.
+_is_command = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve() in COMMANDS
+if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in a script's background
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +77,8 @@ def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
 
 natural, count, several = (_number(int, least) for least in (0, 1, 2))  # types for flags: 0, 1, ...; 1, 2, ...; 2, 3, ...
 steps = _number(int, 1, most=10**6)  # beyond, random numbers and float32 run out
+samples = _number(int, 1, most=10**6)  # beyond, memory runs out
+layers = _number(int, 1, most=1000)  # beyond, a network takes hours to build
 positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
 share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
 above_zero_to_one = _number(float, 0, exclusive=True, most=1)
@@ -95,6 +101,8 @@ def auto_or_positive(text):
 
 def device(name):
     """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device. Raises ValueError if there is none."""
+    import torch  # not above: a command imports this file before all that takes long
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -108,15 +116,27 @@ def device(name):
 
 
 @contextmanager
+def writing(path):
+    """Name the path in an error that does not name one, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path):
     """Yield a temporary path next to `path`. At the end it replaces `path`; after an error, `path` stays as it was."""
     temporary = Path(f"{path}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the content must be on the disk before the name refers to it
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # the content must be on the disk before the name refers to it
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -161,18 +181,26 @@ def open_closed_streams():
 
 
 def run(main):
-    """Call main(). An error that the user can correct becomes one line and exit code 2; BFN_DEBUG=1 shows tracebacks."""
+    """Call main(). An error that the user can correct becomes one line and exit code 2; BFN_DEBUG=1 shows tracebacks.
+
+    What the encoding of standard output does not have is written with a backslash, as on standard error.
+    """
     open_closed_streams()
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with suppress(AttributeError):  # a notebook has another kind of standard output
+            sys.stdout.reconfigure(errors="backslashreplace")
         main()
-        sys.stdout.flush()
+        with writing("standard output"):
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # whoever reads our output has stopped, for example head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
         if os.environ.get("BFN_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
         fail("out of memory: a smaller batch, length or model takes less" if out_of_memory else error)

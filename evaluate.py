@@ -16,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -23,7 +24,6 @@ from tqdm import tqdm
 import bfn
 import bounds
 import cache
-import cli
 import data
 import likelihood
 import plot
@@ -181,7 +181,8 @@ def check_tables(args):
 
 def write_table(path, header, rows):
     """Write PATH.csv."""
-    Path(f"{path}.csv").write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
+    with cli.writing(f"{path}.csv"):
+        Path(f"{path}.csv").write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
 
 
 def write_by_time(scores, path, title):
@@ -454,7 +455,8 @@ def main():
     example = run["args"]["example"]
     tokens = cache.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
     warn_of_changes(args.data_path, tokenizer, example)
-    window, bos_id = args.window or run["args"]["sequence_length"], tokenizer.bos_id()
+    longest = args.window and min(args.window, int(tokens.lengths.max()))  # no document fills a longer window
+    window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
     title = f"{args.model_dir}, step {run['step']}"
     quick = not (args.all or args.max_tokens or args.se or args.draws)
     error = None if args.draws else args.se or ERROR

@@ -106,18 +106,26 @@ def peak_memory(device):
 def drop_undone(path, step_of, step):
     """Remove the lines of a log that belong to steps which a crash undid, and lines that are not whole."""
     kept = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             kept += [line + b"\n"] * (step_of(line) <= step)
     with cli.replacing(path) as temporary:
         temporary.write_bytes(b"".join(kept))
+
+
+def step_of_figures(line):
+    """Read the step of a line of metrics.jsonl -> int. Raises an error if the line is damaged."""
+    figures = json.loads(line.decode())
+    if not all(isinstance(value, int | float) for value in figures.values()):
+        raise ValueError("a figure is no number")
+    return figures["step"]
 
 
 def open_metrics(run_dir, step):
     """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures), minutes of training so far."""
     if parallel.rank() > 0:
         return (lambda step, **figures: None), 0.0
-    drop_undone(run_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], step)
+    drop_undone(run_dir / "metrics.jsonl", step_of_figures, step)
     drop_undone(run_dir / "samples.txt", lambda line: int(line.split(b"\t")[0]), step)
     file = open(run_dir / "metrics.jsonl", "a", buffering=1)
     board = None
@@ -127,7 +135,8 @@ def open_metrics(run_dir, step):
         board = SummaryWriter(run_dir, purge_step=step + 1)
 
     def write(step, **figures):
-        file.write(json.dumps(dict(step=step, **figures)) + "\n")
+        with cli.writing(file.name):
+            file.write(json.dumps(dict(step=step, **figures)) + "\n")
         for name, value in figures.items() if board else ():
             board.add_scalar(name, value, step)
 
@@ -213,11 +222,12 @@ def bounds(run_dir):
 def write_samples(state, tokenizer, val, run, args):
     """Add texts to samples.txt, if it has none of this step -> the same texts, to be printed."""
     path = Path(args.model_dir) / "samples.txt"
-    if path.exists() and any(line.startswith(b"%d\t" % state.step) for line in path.read_bytes().split(b"\n")):
+    before = path.read_bytes() if path.exists() else b""
+    if any(line.startswith(b"%d\t" % state.step) for line in before.split(b"\n")):
         return []
     texts = example_texts(state.emas[-1], tokenizer, val, run, args.num_examples, args.seed)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(f"{state.step}\t{mark_breaks(text)}\n" for text in texts))
+    with cli.replacing(path) as temporary:  # all texts of a step or none
+        temporary.write_bytes(before + "".join(f"{state.step}\t{mark_breaks(text)}\n" for text in texts).encode())
     return ["  " + text.replace("\n", "\n  ") for text in texts]
 
 

@@ -24,7 +24,7 @@ from text import BREAK, JOIN, SPACE, add_marks, adds_prefix
 FREE = -1  # any text, or its end
 GAP = -2  # any text
 WORD_START, WORD_REST = -3, -4  # the first token of a word, a later token
-GAP_MARK = r"___(?:\{(\d+)(?:-(\d+))?\})?"
+GAP_MARK = r"___(?:\{(\d{1,9})(?:-(\d{1,9}))?\})?"
 MAX_CANDIDATES = 32  # templates of a prompt whose gaps have unknown sizes
 MAX_NAMED = 5  # unknown words of a prompt that a warning names
 
@@ -230,7 +230,7 @@ def parse_prompt(prompt, tokenizer, word_lengths):
     the MAX_CANDIDATES of largest weight are kept. Raises ValueError for a gap that is written otherwise, and for text that
     is not Unicode.
     """
-    if re.search(r"____|___\{(?!\d+(?:-\d+)?\})", prompt):
+    if re.search(r"____|___\{(?!\d{1,9}(?:-\d{1,9})?\})", prompt):
         raise ValueError(f"{shorten(prompt)}: a gap is ___ or ___{{N}} or ___{{N-M}}")
     check_unicode(prompt)
     parts = re.split(GAP_MARK, prompt)  # text, low or None, high or None, text, ...

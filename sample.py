@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import bfn
-import cli
 import data
 import guidance
 import interactive
@@ -323,7 +323,7 @@ def flags():
     add("--checkpoint", choices=["best", "last"], default="best", help="the best by validation, or the last (best)")
     add("--prompt", action="append", default=[], help="beginning of a text, or a text with gaps ___ or ___{N}; repeatable")
     add("--prompt_file", help="file with one prompt per line")
-    add("--num_samples", type=cli.count, default=8, help="samples per prompt (8)")
+    add("--num_samples", type=cli.samples, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count, help="tokens per text, with bos and eos (drawn from the training lengths)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help="how to sample (%(default)s)")
     add("--steps", type=cli.steps, default=Options.steps, help="most calls that fill the text; the solvers make STEPS + 1 (32)")
@@ -409,7 +409,8 @@ def print_samples(samples, prompts, args, separator):
             total_calls += calls
             print(text, *separator, sep="\n", flush=True)
             record = dict(prompt=prompt, text=text, ids=ids, calls=calls)
-            print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
+            with cli.writing(path):
+                print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
     if unfinished != path:
         os.replace(unfinished, path)
     if args.until:

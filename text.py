@@ -16,6 +16,7 @@ from unicodedata import category
 import sentencepiece
 from tqdm import tqdm
 
+import cli
 from noise import GOLDEN
 
 PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, cut at spaces
@@ -70,7 +71,7 @@ def read_pieces(path, example="line", start=0, stop=None, max_bytes=None):
             if not is_separator:
                 held += raw
             while len(held) > max_bytes or (len(held) == max_bytes and not complete):
-                cut = _find_cut(held[:max_bytes])
+                cut = _find_cut(held[:max_bytes]) or max_bytes  # 0 only of bytes that are not UTF-8
                 yield from piece(held[:cut], last=False)
                 position, held, first = position + cut, held[cut:], False
             if complete:
@@ -88,7 +89,7 @@ def _find_cut(raw):
     cut = len(raw)
     while cut > 1 and raw[cut - 1] & 0xC0 == 0x80:  # a byte that continues a character
         cut -= 1
-    return cut - 1 if cut > 1 and raw[cut - 1] >= 0xC0 else len(raw)  # the last character may be incomplete
+    return cut - 1 if raw and raw[cut - 1] >= 0xC0 else len(raw)  # the last character may be incomplete
 
 
 def _decode(raw, path, position):
@@ -168,7 +169,7 @@ def train_tokenizer(path, kind, vocab_size, example="line"):
             show_seconds(train, f"training a {kind} tokenizer")
         except RuntimeError as error:
             size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
-            reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
+            reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given, a larger --vocab_size may help"
             raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
     return model.getvalue()
 
@@ -248,7 +249,8 @@ def write_rules(texts, folder):
     for name, rules in zip(("normalization_rule_tsv", "denormalization_rule_tsv"), spacing_rules(texts), strict=True):
         if rules:
             lines = ["\t".join(" ".join(f"{ord(c):X}" for c in text) for text in rule) for rule in rules]
-            (folder / name).write_text("\n".join(lines) + "\n")
+            with cli.writing(folder / name):
+                (folder / name).write_text("\n".join(lines) + "\n")
             options[name] = str(folder / name)
     return options
 
@@ -265,7 +267,7 @@ def load_tokenizer(path):
 
 def adds_prefix(tokenizer):
     """Tell whether the tokenizer puts a space before every text, also before the rest of a line."""
-    return tokenizer.encode("a", out_type=str)[0].startswith(SPACE)
+    return "".join(tokenizer.encode("a", out_type=str)).startswith(SPACE)
 
 
 def keeps_breaks(tokenizer):

@@ -12,12 +12,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 
 import bfn
 import cache
-import cli
 import data
 import evaluate
 import fused
@@ -65,7 +65,7 @@ def flags():
     add("-acc", "--accumulation_steps", type=cli.count, help="micro-batches per step, shared by all processes (one each)")
     add("-slen", "--sequence_length", type=cli.several, help="tokens of a row (64 or more: nine of ten examples fit)")
     add("-mdim", "--model_dim", type=cli.count, help="width *")
-    add("-nl", "--num_layers", type=cli.count, help="layers *")
+    add("-nl", "--num_layers", type=cli.layers, help="layers *")
     add("-nh", "--num_heads", type=cli.count, help="attention heads *")
     add("-dop", "--dropout_prob", type=cli.share, default=0.0, help="dropout (0)")
     add("-b", "--beta", type=cli.auto_or_positive, default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
