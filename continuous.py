@@ -1,0 +1,230 @@
+"""The Bayesian flow over continuous data, with the names of bfn.py, and two moons to try it on: python continuous.py.
+
+Paper: Graves et al. 2023, "Bayesian Flow Networks", arXiv 2308.07037, section 4. What the flow knows of x is a normal
+distribution N(mu, 1 / rho). It starts as N(0, 1), and evidence of accuracy beta makes it
+
+    rho = 1 + beta,    rho mu = sqrt(beta) eps + beta x,    beta = sigma1^(-2t) - 1,    eps ~ N(0, I)
+
+    x, x_hat  (B, D)  float32  data, of any range, and its prediction
+    mu, rho   (B, D)  float32  input distribution; rho is the same everywhere and may be a number or (B, 1)
+    t         (B, 1)  float32  time in [0, 1]
+    sigma1    number           standard deviation 1 / sqrt(rho) of the input distribution at t = 1, in (0, 1)
+
+A network is any callable `network(mu, t) -> eps`, its prediction of the flow's noise. Losses are nats per row.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import cli
+import plot
+from model import MLP, FiLM, TimeEmbedding
+
+T_MIN = 1e-6  # before this time nothing is known of x, and the prediction is 0
+
+# ---------------------------------------------------------------- the network's input and output
+
+
+def beta(t, sigma1):
+    """Accuracy of all evidence until time t: sigma1^(-2t) - 1. Raises ValueError for sigma1 outside (0, 1)."""
+    if not 0 < sigma1 < 1:
+        raise ValueError(f"sigma1 = {sigma1} must be above 0 and below 1, the standard deviation at the start")
+    return torch.expm1(-2 * math.log(sigma1) * t)
+
+
+def alpha(i, n, sigma1):
+    """Accuracy of step i of n: beta(i / n) - beta((i - 1) / n) = sigma1^(-2i / n) (1 - sigma1^(2 / n))."""
+    return (1 + beta((i - 1) / n, sigma1)) * math.expm1(-2 * math.log(sigma1) / n)
+
+
+def flow(x, t, sigma1, eps=None):
+    """Draw the mean at time t from the Bayesian flow: mu = gamma x + sqrt(gamma (1 - gamma)) eps, gamma = 1 - sigma1^(2t).
+
+    x (B, D), t (B, 1), eps (B, D) or None for fresh noise -> mu (B, D).
+    """
+    b = beta(t, sigma1)
+    return (b.sqrt() * (torch.randn_like(x) if eps is None else eps) + b * x) / (1 + b)
+
+
+def predict(network, mu, t, sigma1):
+    """x_hat = mu / gamma - sqrt((1 - gamma) / gamma) eps, and 0 before T_MIN: mu (B, D), t (B, 1) -> (B, D)."""
+    b = beta(t.clamp(min=T_MIN), sigma1)
+    return torch.where(t < T_MIN, 0.0, mu * (1 + b) / b - network(mu, t) / b.sqrt())
+
+
+def predict_noisy(network, x, t, sigma1, eps=None):
+    """Predict x (B, D) from a draw of the flow at time t (B, 1) -> x_hat (B, D)."""
+    return predict(network, flow(x, t, sigma1, eps), t, sigma1)
+
+
+# ---------------------------------------------------------------- losses, in nats per row
+
+
+def squared_error_loss(x_hat, x, t, sigma1):
+    """Integrand of the continuous-time loss, which is also the training loss [Graves et al. 2023, algorithm 2] -> (B,).
+
+        beta'(t) / 2 |x - x_hat|^2 = -log(sigma1) sigma1^(-2t) |x - x_hat|^2
+
+    Its mean over t ~ U(0, 1) is L_inf.
+    """
+    return -math.log(sigma1) * ((1 + beta(t, sigma1)) * (x - x_hat).square()).sum(-1)
+
+
+def n_step_error(x_hat, x, i, n, sigma1):
+    """Integrand of the n-step loss at steps i (B, 1) in 1..n, from the output at t = (i - 1) / n -> (B,).
+
+        n alpha_i / 2 |x - x_hat|^2, n times the divergence between sender and receiver [Graves et al. 2023, algorithm 1]
+
+    Its mean over i is L_n.
+    """
+    return n / 2 * (alpha(i, n, sigma1) * (x - x_hat).square()).sum(-1)
+
+
+def reconstruction_loss(network, x, sigma1, eps=None):
+    """One draw of L_rec = -log N(x | x_hat, sigma1^2 I) from the output at t = 1 -> (B,). It is a density: it may be negative."""
+    x_hat = predict_noisy(network, x, torch.ones_like(x[:, :1]), sigma1, eps)
+    return (((x - x_hat) / sigma1).square() / 2 + math.log(sigma1 * math.sqrt(2 * math.pi))).sum(-1)
+
+
+# ---------------------------------------------------------------- the Bayesian update and the sampler
+
+
+def sender_sample(x, alpha, eps=None):
+    """Draw evidence of accuracy alpha: y ~ N(x, 1 / alpha) -> (B, D)."""
+    return x + (torch.randn_like(x) if eps is None else eps) / alpha**0.5
+
+
+def bayesian_update(mu, rho, y, alpha):
+    """Take in evidence y of accuracy alpha -> mu, rho. Precisions add, and the mean is the weighted mean."""
+    return (rho * mu + alpha * y) / (rho + alpha), rho + alpha
+
+
+@torch.no_grad()
+def sample(network, B, D, n_steps, sigma1):
+    """Draw B samples [Graves et al. 2023, algorithm 3] in n_steps + 1 network calls -> x (B, D), means (n_steps + 1, B, D)."""
+    mu, rho = torch.zeros(B, D), torch.ones(B, 1)
+    means = [mu]
+    for step in range(1, n_steps + 1):
+        i = torch.full((B, 1), step)
+        x_hat, a = predict(network, mu, (i - 1) / n_steps, sigma1), alpha(i, n_steps, sigma1)
+        mu, rho = bayesian_update(mu, rho, sender_sample(x_hat, a), a)
+        means.append(mu)
+    return predict(network, mu, torch.ones(B, 1), sigma1), torch.stack(means)
+
+
+# ---------------------------------------------------------------- a network, trained on two moons
+
+NOISE = 0.1  # standard deviation of the points around their half circle
+SIGMA1 = 0.02
+
+
+class Network(nn.Module):
+    """A small MLP, conditioned on the time by FiLM: mu (B, D), t (B, 1) -> eps (B, D). Untrained, it predicts x_hat = mu."""
+
+    def __init__(self, D, sigma1, d_model=64, n_layers=3, d_time=32):
+        super().__init__()
+        self.sigma1 = sigma1
+        self.linear_in, self.time = nn.Linear(D, d_model), TimeEmbedding(d_time)
+        self.films = nn.ModuleList(FiLM(d_model, d_time) for _ in range(n_layers))
+        self.mlps = nn.ModuleList(MLP(d_model) for _ in range(n_layers))
+        self.film_out, self.linear_out = FiLM(d_model, d_time), nn.Linear(d_model, D)
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
+    def forward(self, mu, t):
+        h, time = self.linear_in(mu), self.time(t.squeeze(-1))
+        for film, mlp in zip(self.films, self.mlps, strict=True):
+            h = h + mlp(film(h, time))
+        return self.linear_out(self.film_out(h, time)) + mu / beta(t.clamp(min=T_MIN), self.sigma1).sqrt()
+
+
+def half_circles(angle, moon):
+    """Points at an angle in [0, pi] on the upper (moon = 0) or the lower half circle (moon = 1): (n,), (n,) -> (n, 2)."""
+    sign = 1 - 2 * moon
+    return np.stack([moon + sign * np.cos(angle), moon / 2 + sign * np.sin(angle)], -1)
+
+
+def two_moons(n, rng):
+    """Draw n points -> (n, 2) float32. rng: a numpy Generator."""
+    points = half_circles(rng.uniform(0, np.pi, n), rng.integers(2, size=n)) + NOISE * rng.normal(size=(n, 2))
+    return torch.from_numpy(points).float()
+
+
+def two_moons_log_density(x, n_angles=200):
+    """Integrate the density of points (n, 2) over the angles -> its logarithm (n,), nats."""
+    angle, moon = np.repeat((np.arange(n_angles) + 0.5) * np.pi / n_angles, 2), np.tile([0, 1], n_angles)
+    square = torch.cdist(x.double(), torch.from_numpy(half_circles(angle, moon))).square()
+    return (-square / (2 * NOISE**2)).logsumexp(-1) - math.log(2 * n_angles * 2 * math.pi * NOISE**2)
+
+
+def train(network, x, max_steps, B=256, learning_rate=3e-3):
+    """Train on data x (n, D)."""
+    optimizer = torch.optim.Adam(network.parameters())
+    for step in (progress := tqdm(range(max_steps), "train")):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / max_steps)
+        batch, t = x[torch.randint(len(x), (B,))], torch.rand(B, 1)
+        x_hat = predict_noisy(network, batch, t, network.sigma1)
+        loss = squared_error_loss(x_hat, batch, t, network.sigma1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+
+
+@torch.no_grad()
+def bound(network, x):
+    """Estimate L_inf and L_rec of data x (n, D), one draw of time and noise for each row -> two means, nats per row."""
+    t = torch.rand(len(x), 1)
+    L_inf = squared_error_loss(predict_noisy(network, x, t, network.sigma1), x, t, network.sigma1)
+    return L_inf.mean().item(), reconstruction_loss(network, x, network.sigma1).mean().item()
+
+
+def draw(path, kind, panels, means):
+    """Draw the points of {title: (n, 2)} and, in a last panel, the paths of means (n_steps + 1, n, 2)."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(3 * len(panels) + 3, 2.7), layout="constrained")
+    *axes, last = figure.subplots(1, len(panels) + 1, sharex=True, sharey=True)
+    for ax, (title, x) in zip(axes, panels.items(), strict=True):
+        ax.scatter(*x.T, s=2, alpha=0.6, linewidths=0)
+        ax.set(title=title, xlim=(-1.5, 2.5), ylim=(-1.6, 1.9))
+    last.plot(*means.unbind(-1), linewidth=0.8, alpha=0.8)
+    last.scatter(*means[-1].T, s=12, color="black", zorder=3)
+    last.set_title(f"{means.shape[1]} paths of the mean")
+    figure.savefig(path, dpi=100, format=kind)
+
+
+def flags():
+    p = cli.Parser(__doc__.split("\n")[0])
+    p.add_argument("--max_steps", type=cli.count, default=3000, help="training steps (3000)")
+    p.add_argument("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
+    p.add_argument("--output", default="runs/continuous.png", help="picture to write, a .png (runs/continuous.png)")
+    return p
+
+
+def main():
+    args = flags().parse_args()
+    if not args.output.endswith(".png"):
+        raise ValueError(f"--output={args.output} must end in .png")
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    network = Network(2, SIGMA1)
+    train(network, two_moons(100_000, rng), args.max_steps)
+    x = two_moons(20_000, rng)
+    L_inf, L_rec = np.mean([bound(network, x) for _ in range(10)], axis=0)
+    exact = -two_moons_log_density(x).mean().item()
+    print(f"bound {L_inf + L_rec:.2f} nats per point (L_inf {L_inf:.2f}, L_rec {L_rec:.2f}), exact {exact:.2f}")
+    panels = {"data": x[:2000]}
+    for n_steps in (5, 100):
+        panels[f"samples, {n_steps} steps"], means = sample(network, 2000, 2, n_steps, SIGMA1)
+    plot.write(Path(args.output), lambda path, kind: draw(path, kind, panels, means[:, :8]))
+    print(args.output)
+
+
+if __name__ == "__main__":
+    cli.run(main)
