@@ -44,6 +44,7 @@ from noise import draw_keys
 from text import train_tokenizer
 
 VOCABULARIES = (27, 1024, 8192, 32_000, 50_257)
+BASELINES = "cross-entropy, chunked", "cross-entropy, compiled"  # torch's, for `operations`
 
 # ---------------------------------------------------------------- measuring
 
@@ -97,7 +98,10 @@ def measure(call, device, n_tokens, repetitions, flops=0.0):
 
 
 def operations(device, repetitions, variant, K, n_tokens, width):
-    """Measure only the input and the loss, forward and backward."""
+    """Measure only the input and the loss, forward and backward.
+
+    The BASELINES are what they cost without noise: embeddings are looked up, and torch computes a cross-entropy.
+    """
     torch.manual_seed(0)
     E, W = (torch.nn.Parameter(0.02 * torch.randn(K, width, device=device)) for _ in range(2))
     bias = torch.nn.Parameter(torch.zeros(K, device=device))
@@ -116,14 +120,23 @@ def operations(device, repetitions, variant, K, n_tokens, width):
         noisy = fused.Noisy(ids, t, draw_keys(1, n_tokens, device=device), predicted, s1, compiled)
         return fused.HiddenToLoss.apply(fused.ThetaToH.apply(E, noisy), W, bias, scale, noisy)[0]
 
-    call = in_chunks if "fused" in variant else torch.compile(plain, dynamic=False) if compiled else plain
+    def without_noise():
+        dtype = torch.bfloat16 if log.fast_bf16(device) else torch.float32
+        options = None if compiled else torch.nn.LinearCrossEntropyOptions()
+        h, weight, b = (x.to(dtype) for x in (F.embedding(ids[0], E), W, bias))
+        with torch.autocast(device.type, enabled=False):  # the chunked form chooses its own dtypes
+            return F.linear_cross_entropy(h, weight, ids[0], linear_bias=b, options=options)
+
+    call = in_chunks if "fused" in variant else without_noise if variant in BASELINES else plain
+    if compiled and call is not in_chunks:
+        call = torch.compile(call, dynamic=False)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=log.fast_bf16(device)):
             loss = call()
         loss.backward()
 
-    return measure(step, device, n_tokens, repetitions, 10 * K * width * n_tokens)
+    return measure(step, device, n_tokens, repetitions, (6 if variant in BASELINES else 10) * K * width * n_tokens)
 
 
 def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_length=64):
@@ -289,13 +302,20 @@ def flags():
     return p
 
 
-def measure_in_process(job, args, device):
-    """Measure a job in a new process -> its figures, or {"failed": the last line of the error}."""
-    command = [sys.executable, __file__, f"--one={json.dumps(job)}", f"--device={device}"]
-    command += [f"--repetitions={args.repetitions}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def command(job, repetitions, device):
+    """The command that measures one job and prints its figures -> list of words."""
+    return [sys.executable, __file__, f"--one={json.dumps(job)}", f"--device={device}", f"--repetitions={repetitions}"]
+
+
+def measure_in_process(job, repetitions, device, timeout=None):
+    """Measure a job in a new process, for at most `timeout` seconds -> its figures, or {"failed": the reason}."""
+    words = command(job, repetitions, device)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return dict(failed=f"no result within {timeout:.0f} seconds")
     if done.returncode:
-        return dict(failed=(done.stderr.strip().splitlines() or ["no message"])[-1])
+        return dict(failed=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -303,7 +323,7 @@ def measure_all(jobs, args, device, path):
     """Measure all jobs in each round, and write the results so far to `path` after each job -> results."""
     measured = [[] for _ in jobs]
     for i in tqdm(list(range(len(jobs))) * args.rounds, disable=None):
-        measured[i].append(measure_in_process(jobs[i], args, device))
+        measured[i].append(measure_in_process(jobs[i], args.repetitions, device))
         results = [
             dict(case=case, variant=variant, sizes=sizes, **median_figures(rounds))
             for (case, variant, sizes), rounds in zip(jobs, measured, strict=True)
