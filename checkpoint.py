@@ -47,7 +47,7 @@ IDENTITY = (
     "tokenizer vocab_size tokenizer_hash example corpus validation"
 ).split()
 
-# What config.json must have, and its args. They name files without their folders.
+# What config.json must have, and what its "args" must have.
 EXPORTED = dict(
     format=int,
     step=int,
@@ -61,7 +61,7 @@ EXPORTED = dict(
 )
 SIZES = dict.fromkeys("model_dim num_layers num_heads batch_size sequence_length".split(), int)
 EXPORTED_ARGS = dict(SIZES, ema_rate=list, beta=float | str, example=str, data_path=str | None, val_path=str | None)
-PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split()
+PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split()  # exported as names of files, without their folders
 
 # ---------------------------------------------------------------- files
 
@@ -189,8 +189,9 @@ def read_exported(folder):
         if file_hash(folder / "model.safetensors") != run["weights_hash"]:
             raise ValueError("config.json was written for another model.safetensors")
         weights, config = library.load_file(folder / "model.safetensors"), Config(**run["config"])
-        if min(config.K, config.d_model, config.n_heads, config.beta1) <= 0 or not 0 < config.n_layers <= len(weights):
-            raise ValueError(f"no network has the sizes {config}")
+        sizes = [config.K, config.d_model, config.n_heads, config.beta1, *(run["args"][name] for name in SIZES)]
+        if min(sizes) <= 0 or not 0 < config.n_layers <= len(weights):
+            raise ValueError("a size is not that of a network")
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
@@ -223,7 +224,7 @@ def export(run_dir, out_dir, dtype=torch.float32):
         weights = {name: weight.to(dtype).clone().contiguous() for name, weight in model.state_dict().items()}  # none shared
         (out_dir / "model.safetensors").write_bytes(library.save(weights))
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
-        names = {name: Path(run["args"][name]).name for name in PATH_FLAGS if run["args"][name]}
+        names = {name: Path(run["args"][name]).name for name in PATH_FLAGS if run["args"].get(name)}
         run |= dict(args=run["args"] | names, weights_hash=file_hash(out_dir / "model.safetensors"))
         run["figures"] = card.read_figures(run_dir, run["step"]) or run.get("figures", {})
         kept = {name: value for name, value in run.items() if name != "times"}

@@ -321,7 +321,11 @@ def test_a_hostile_config_is_an_error_of_one_line_and_takes_no_memory(out):
         changes = dict(weights_hash=file_hash(out / "model.safetensors")) | changes
         (out / "config.json").write_text(content or json.dumps({**intact, **changes}))
         with pytest.raises(ValueError, match=message):
-            load(out)
+            load(out, network=built)
+
+    def built(config):
+        assert torch.empty(0).device.type == "meta"
+        return BFNTransformer(config)
 
     for name in checkpoint_file.EXPORTED:
         refused(f"{name} is missing", **{name: {"a": 1}} if name not in ("args", "config") else {name: [1]})
@@ -335,6 +339,7 @@ def test_a_hostile_config_is_an_error_of_one_line_and_takes_no_memory(out):
     refused("digits", content="1" * 5000)
     for changed in (dict(K=-1), dict(d_model=0), dict(n_layers=0), dict(n_layers=10**12), dict(n_heads=0), dict(beta1=-1.0)):
         refused("damaged or not an exported model", config={**intact["config"], **changed})
+    refused("a size is not that of a network", args={**intact["args"], "sequence_length": -1})
     for changed in (dict(K=10**12), dict(d_model=2**40), dict(d_model=10**5, n_heads=4), dict(K=2**62), dict(n_layers=3)):
         refused(r"do not fit the network in model\.py", config={**intact["config"], **changed})
     shapes = dict(weights, **{"linear_out.bias": torch.zeros(3)})
@@ -394,6 +399,6 @@ def test_the_model_in_the_repository_speaks_its_language(monkeypatch, capsys):
 
 def test_the_command_runs_as_a_program(trained, tmp_path):
     """There, sample.py imports checkpoint.py a second time."""
-    words = [sys.executable, checkpoint_file.__file__, "export", trained, tmp_path / "out"]
+    words = sys.executable, checkpoint_file.__file__, "export", trained, tmp_path / "out"
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr and "MB of weights" in done.stdout
