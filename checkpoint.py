@@ -5,18 +5,22 @@
 A checkpoint is one file of plain types and tensors, the description of the run (made when training starts or resumes) and
 its state:
 
-    args, identity, config, tokenizer_hash, lengths, word_lengths                    `describe_run`
+    args, identity, config, tokenizer_hash, sizes, lengths, word_lengths             `describe_run`
     step, best, model, emas, optimizers, times, loss_by_time                         `State`
+
+An exported folder holds one of the emas as model.safetensors, and as config.json everything else but the rest of the
+networks, optimizers and times.
 """
 
+import json
 import math
 import os
 import platform
 import shutil
 import sys
 import zipfile
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +38,7 @@ from times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
 RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png lock".split()
+EXPORTED_FILES = "model.safetensors config.json tokenizer.model README.md".split()
 TOY_SENTENCES = 60_000
 
 # What a run is: these must not change when it is resumed, everything else may.
@@ -41,6 +46,22 @@ IDENTITY = (
     "seed model_dim num_layers num_heads dropout_prob beta sequence_length batch_size accumulation_steps ema_rate "
     "tokenizer vocab_size tokenizer_hash example corpus validation"
 ).split()
+
+# What config.json must have, and what its "args" must have.
+EXPORTED = dict(
+    format=int,
+    step=int,
+    args=dict,
+    config=dict,
+    weights_hash=str,
+    tokenizer_hash=str,
+    lengths=list,
+    word_lengths=list,
+    loss_by_time=list | None,
+)
+SIZES = dict.fromkeys("model_dim num_layers num_heads batch_size sequence_length".split(), int)
+EXPORTED_ARGS = dict(SIZES, ema_rate=list, beta=float | str, example=str, data_path=str | None, val_path=str | None)
+PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split()  # exported as names of files, without their folders
 
 # ---------------------------------------------------------------- files
 
@@ -100,48 +121,118 @@ def upgrade(checkpoint):
     return {**checkpoint, **networks, "format": FORMAT}
 
 
+def read_run(run_dir, which="best"):
+    """Read a checkpoint of a run folder, or an exported folder -> dict. Raises ValueError as the two functions do."""
+    path = Path(run_dir) / f"{which}.pt"
+    if which == "best" and not path.is_file() and any(path.with_name(name).is_file() for name in EXPORTED_FILES[:2]):
+        return read_exported(path.parent)
+    return read_checkpoint(path)
+
+
 def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
-    """Load a trained model: `model, tokenizer, run = load("runs/demo")`.
+    """Load a trained model from a run folder or an exported one: `model, tokenizer, run = load("runs/demo")`.
 
     which: "best" by validation or "last". ema: index of the weight average, by default the last. network: its class.
     `model.config` is the Config; run is the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
     Raises ValueError for a missing or damaged checkpoint, or a tokenizer that the model was not trained with.
     """
-    run = read_checkpoint(Path(run_dir) / f"{which}.pt")
+    run = read_run(run_dir, which)
     path = Path(run_dir) / "tokenizer.model"
     if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:
         raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
-    model = network(Config(**run["config"]))
     if not -len(run["emas"]) <= ema < len(run["emas"]):
         raise ValueError(f"{run_dir} has {len(run['emas'])} weight averages, counted from 0: there is no {ema}")
-    load_weights(model, run["emas"][ema])
+    config, weights = Config(**run["config"]), run["emas"][ema]
+    with refuse_other_network(), torch.device("meta"):  # takes no memory, whatever sizes a foreign file asks for
+        network(config).load_state_dict(dict(weights), assign=True)  # a copy, because torch notes `assign` in it
+    model = network(config)
+    model.load_state_dict(weights)
     rest = {name: value for name, value in run.items() if name not in ("model", "emas", "optimizers")}
     return model.to(device).eval(), load_tokenizer(path), rest
 
 
-def load_weights(model, weights):
-    """Put weights into a network. Raises ValueError if they are those of another network."""
+@contextmanager
+def refuse_other_network():
+    """Raise ValueError where weights are put into a network that they do not fit."""
     try:
-        model.load_state_dict(weights)
+        yield
     except RuntimeError:
         message = "the weights do not fit the network in model.py: it was edited after training"
         raise ValueError(f"{message}; undo the edit, or give another -mdir") from None
 
 
-def export(run_dir, out_dir, dtype=torch.float32):
-    """Write what is needed to sample, evaluate and fine-tune: best.pt with one average as `dtype`, and the tokenizer.
+# ---------------------------------------------------------------- exported folders
 
-    Raises ValueError if the run is damaged or out_dir has files.
+
+def import_safetensors():
+    """Import the library, which only exported folders need. Raises ValueError if it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("exported models are read and written with safetensors: pip install safetensors") from None
+    return safetensors.torch
+
+
+def read_exported(folder):
+    """Read an exported folder -> dict as of `read_checkpoint`, with one average.
+
+    Raises ValueError for a damaged or foreign file, or one of another format.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+    library = import_safetensors()
+    try:
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_kinds(run, EXPORTED)
+        check_kinds(run["args"], EXPORTED_ARGS)
+        check_kinds(run["config"], {field.name: field.type for field in fields(Config)})
+        if run["format"] != FORMAT:
+            raise ValueError(f"format {run['format']}, this code reads {FORMAT}")
+        if file_hash(folder / "model.safetensors") != run["weights_hash"]:
+            raise ValueError("config.json was written for another model.safetensors")
+        weights, config = library.load_file(folder / "model.safetensors"), Config(**run["config"])
+        sizes = [config.K, config.d_model, config.n_heads, config.beta1, *(run["args"][name] for name in SIZES)]
+        if min(sizes) <= 0 or not 0 < config.n_layers <= len(weights):
+            raise ValueError("a size is not that of a network")
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} is damaged or not an exported model ({reason}): copy or export it again") from None
+    return {**run, "emas": [weights]}
+
+
+def check_kinds(values, kinds):
+    """Compare a dictionary with {key: type}; lists must be of numbers. Raises ValueError for a value missing or of another type."""
+    for name, kind in kinds.items():
+        value = values[name] if isinstance(values, dict) and name in values else ...
+        if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(n, int | float) for n in value)):
+            raise ValueError(f"{name} is missing or of another type")
+
+
+def export(run_dir, out_dir, dtype=torch.float32):
+    """Write what is needed to sample, evaluate and fine-tune into a new folder, with a model card. Weights become `dtype`.
+
+    Raises ValueError if the run is damaged or out_dir exists.
+    """
+    import card  # it samples, and sample.py imports this file
+
+    if out_dir.exists():
         raise ValueError(f"{out_dir} exists already: give another folder")
-    load(run_dir)  # raises ValueError
-    run = read_checkpoint(run_dir / "best.pt")
-    kept = {name: value for name, value in run.items() if name not in ("model", "optimizers", "times")}
-    weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in run["emas"][-1].items()}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out_dir / "best.pt", {**kept, "emas": [weights]})
-    shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
+    library = import_safetensors()
+    model, _, run = load(run_dir)
+    out_dir.mkdir(parents=True)
+    try:
+        weights = {name: weight.to(dtype).clone().contiguous() for name, weight in model.state_dict().items()}  # none shared
+        (out_dir / "model.safetensors").write_bytes(library.save(weights))
+        shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
+        names = {name: Path(run["args"][name]).name for name in PATH_FLAGS if run["args"].get(name)}
+        run |= dict(args=run["args"] | names, weights_hash=file_hash(out_dir / "model.safetensors"))
+        run["figures"] = card.read_figures(run_dir, run["step"]) or run.get("figures", {})
+        kept = {name: value for name, value in run.items() if name != "times"}
+        (out_dir / "config.json").write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
+        (out_dir / "README.md").write_text(card.model_card(out_dir, dtype), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(out_dir)
+        raise
 
 
 # ---------------------------------------------------------------- the state of a run
@@ -162,7 +253,8 @@ class State:
 
 def restore(state, saved):
     """Put a checkpoint back into a new state."""
-    load_weights(state.model, saved["model"])
+    with refuse_other_network():
+        state.model.load_state_dict(saved["model"])
     for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
         groups = optimizer.state_dict()["param_groups"]  # today's: weight decay may change
         optimizer.load_state_dict({**moments, "param_groups": groups})
@@ -226,10 +318,9 @@ def open_run_folder(run_dir):
     Raises ValueError if it has only best.pt, or files of the names that a run writes but nothing else of a run.
     """
     if (run_dir / "last.pt").exists():
-        checkpoint = read_checkpoint(run_dir / "last.pt")
-        if "optimizers" not in checkpoint:
-            raise ValueError(f"{run_dir} was exported and cannot be resumed: give another -mdir and --init_from={run_dir}")
-        return checkpoint
+        return read_checkpoint(run_dir / "last.pt")
+    if (run_dir / "model.safetensors").exists():
+        raise ValueError(f"{run_dir} was exported and cannot be resumed: give another -mdir and --init_from={run_dir}")
     if (run_dir / "best.pt").exists():
         raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to resume, or give another -mdir")
     if not (run_dir / "tokenizer.model").exists():  # which a run writes first
@@ -296,9 +387,15 @@ def describe_run(args, config, tokenizer, tokens, val, run_dir):
         identity={name: facts[name] for name in IDENTITY},
         config=asdict(config),
         tokenizer_hash=tokenizer_hash,
+        sizes={name: text_size(text) for name, text in (("training", tokens), ("validation", val))},
         lengths=np.bincount(np.minimum(tokens.lengths, args.sequence_length)).tolist(),
         word_lengths=count_word_lengths(tokenizer, tokens),
     )
+
+
+def text_size(tokens):
+    """Count what is in Tokens -> dict."""
+    return dict(examples=len(tokens.lengths), tokens=len(tokens.ids), characters=tokens.n_chars, bytes=tokens.n_bytes)
 
 
 def check_identity(saved, now, run_dir):
@@ -316,14 +413,14 @@ def check_identity(saved, now, run_dir):
 
 def main():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("command", choices=["export"], help="write the averaged weights and the tokenizer only")
+    p.add_argument("command", choices=["export"], help="write the averaged weights, what sampling needs, and a model card")
     p.add_argument("run_dir", type=Path, help="run folder")
     p.add_argument("out_dir", type=Path, help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (float32)")
     args = p.parse_args()
     export(args.run_dir, args.out_dir, getattr(torch, args.dtype))
-    size = (args.out_dir / "best.pt").stat().st_size
-    print(f"{args.out_dir}: best.pt ({size / 1e6:.1f} MB) and tokenizer.model")
+    size = (args.out_dir / "model.safetensors").stat().st_size
+    print(f"{args.out_dir}: {', '.join(EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import guidance
 import interactive
 import likelihood
 import proofread
-from checkpoint import RUN_FILES, load
+from checkpoint import EXPORTED_FILES, RUN_FILES, load
 from lengths import fit_lengths
 from model import rows_at_once
 from noise import Draws, mix_seed
@@ -358,7 +358,7 @@ def check_output(args):
     output = Path(args.output or os.devnull).resolve()
     if args.prompt_file and output == Path(args.prompt_file).resolve():
         raise ValueError(f"--output={args.output} is the file of prompts: give another name")
-    if output.parent == Path(args.model_dir).resolve() and output.name in RUN_FILES:
+    if output.parent == Path(args.model_dir).resolve() and output.name in RUN_FILES + EXPORTED_FILES:
         raise ValueError(f"--output={args.output} is a file of the run: give another name")
 
 

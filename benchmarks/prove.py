@@ -89,7 +89,7 @@ def call(command, seconds, **environment):
     with subprocess.Popen(command, env=os.environ | environment, **streams) as process:
         try:
             output, errors = process.communicate(timeout=seconds)
-        except BaseException as error:  # also an interruption
+        except BaseException as error:  # noqa: BLE001 - also an interruption
             process.terminate()  # torchrun then stops its processes, which a kill would leave behind
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=GRACE_SECONDS)

@@ -1,6 +1,9 @@
 """What is saved, and that a damaged or foreign file is refused."""
 
+import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +12,20 @@ import pytest
 import torch
 from untrained import equal, random_network
 
+import card
 import checkpoint as checkpoint_file
 import cli
+import evaluate
+import log
+import sample
+import toy
+import train
 from checkpoint import load, read_checkpoint, save_checkpoint
-from model import Config
+from model import BFNTransformer, Config
 from text import file_hash, train_tokenizer
 
 CONFIG = Config(K=11, beta1=1.0, d_model=32, n_layers=2, n_heads=2)
+TOY = Path(cli.__file__).parent / "examples" / "toy"
 
 
 @pytest.fixture
@@ -46,28 +56,6 @@ def test_load_gives_back_the_averaged_weights_and_the_tokenizer(run_dir, model):
     assert tokenizer.decode(tokenizer.encode("badge")) == "badge" and run["step"] == 3 and loaded.config == CONFIG
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_exported_model_is_the_same_model_in_a_smaller_file(run_dir, model, tmp_path, monkeypatch, capsys, dtype):
-    run = read_checkpoint(run_dir / "best.pt")
-    save_checkpoint(run_dir / "best.pt", {**run, "model": model.state_dict(), "emas": [run["emas"][0]] * 2})
-    out = tmp_path / "models" / "shared"
-    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "export", str(run_dir), str(out), f"--dtype={dtype}"])
-    cli.run(checkpoint_file.main)
-    assert {path.name for path in out.iterdir()} == {"best.pt", "tokenizer.model"}
-    exported, tokenizer, run = load(out)
-    assert run["step"] == 3 and tokenizer.decode(tokenizer.encode("badge")) == "badge"
-    for name, value in model.state_dict().items():
-        kept = value.to(getattr(torch, dtype)).to(value.dtype) if value.is_floating_point() else value
-        assert torch.equal(exported.state_dict()[name], kept)
-    assert (out / "best.pt").stat().st_size < (run_dir / "best.pt").stat().st_size / 2
-    with pytest.raises(SystemExit) as error:
-        cli.run(checkpoint_file.main)
-    assert error.value.code == 2 and "exists already: give another folder" in capsys.readouterr().err
-    (out / "best.pt").rename(out / "last.pt")
-    with pytest.raises(ValueError, match="was exported and cannot be resumed: give another -mdir and --init_from"):
-        checkpoint_file.open_run_folder(out)
 
 
 def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
@@ -165,3 +153,252 @@ def test_a_closed_stream_takes_nothing_and_no_other_file_gets_it(tmp_path, close
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- exported models
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder as training writes it."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "corpus.txt").write_text(toy.corpus(300))
+    train_for(folder, "run", f"-d={folder / 'corpus.txt'}", "--tokenizer=word")
+    return folder / "run"
+
+
+def train_for(folder, name, *flags, steps=8):
+    """Train a tiny model in `folder / name`."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    tiny = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=100 -lr=0.003 -ema=0.5,0.9 -wd=0".split()
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["train.py", f"-mdir={folder / name}", f"--cache_dir={folder / 'cache'}", f"--max_steps={steps}", *tiny, *flags]
+        patch.setattr(sys, "argv", words)
+        train.main()
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def out(trained, tmp_path):
+    """An exported folder."""
+    checkpoint_file.export(trained, tmp_path / "models" / "out")
+    return tmp_path / "models" / "out"
+
+
+def run_command(monkeypatch, capsys, module, *flags):
+    """Run a command -> exit code, what it printed, its errors."""
+    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, flags)])
+    capsys.readouterr()
+    code = 0
+    try:
+        cli.run(module.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def logits_of(network):
+    """What a network says of random distributions."""
+    generator = torch.Generator().manual_seed(1)
+    theta = torch.rand(2, 7, network.config.K, generator=generator).softmax(-1)
+    with torch.no_grad():
+        return network(theta, torch.rand(2, 7, generator=generator))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exported_model_gives_the_same_logits(trained, tmp_path, monkeypatch, capsys, dtype):
+    """Bit for bit in float32; in bfloat16, those of the rounded weights."""
+    out = tmp_path / "models" / "shared"
+    flags = "export", trained, out, f"--dtype={dtype}"
+    assert run_command(monkeypatch, capsys, checkpoint_file, *flags)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(checkpoint_file.EXPORTED_FILES)
+    network, tokenizer, run = load(trained)
+    network.load_state_dict({name: weight.to(getattr(torch, dtype)) for name, weight in network.state_dict().items()})
+    exported, its_tokenizer, its_run = load(out)
+    assert torch.equal(logits_of(exported), logits_of(network)) and exported.config == network.config
+    assert its_tokenizer.serialized_model_proto() == tokenizer.serialized_model_proto()
+    for name in run.keys() - {"args", "times"}:
+        assert equal(its_run[name], run[name]), name
+    assert its_run["args"] == run["args"] | dict(data_path="corpus.txt", model_dir="run", cache_dir="cache")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    code, _, errors = run_command(monkeypatch, capsys, checkpoint_file, *flags)
+    assert code == 2 and "exists already: give another folder" in errors
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_the_commands_do_the_same_with_an_exported_model_as_with_its_run(trained, out, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(toy.corpus(20, seed=1))
+    printed = []
+    for folder in (trained, out):
+        sampled = run_command(monkeypatch, capsys, sample, f"-mdir={folder}", "--num_samples=3", "--steps=4", "--prompt=the")
+        measure = f"-mdir={folder}", f"-d={tmp_path / 'text.txt'}", "--draws=2", "--all", f"--cache_dir={tmp_path}"
+        measured = run_command(monkeypatch, capsys, evaluate, *measure, "--json")
+        assert sampled[0] == measured[0] == 0
+        printed.append((sampled[1], measured[1]))
+        train_for(tmp_path, f"from-{folder.name}", f"-d={tmp_path / 'text.txt'}", f"--init_from={folder}", steps=2)
+    assert printed[0] == printed[1]
+    one, other = (read_checkpoint(tmp_path / f"from-{folder.name}" / "last.pt") for folder in (trained, out))
+    assert equal(one["model"], other["model"]) and equal(one["emas"], other["emas"])
+
+
+def test_the_card_gives_samples_figures_and_flags_and_no_path_of_the_machine(trained, out, monkeypatch, capsys):
+    card = (out / "README.md").read_text()
+    samples = run_command(monkeypatch, capsys, sample, f"-mdir={out}", "--num_samples=2")[1]
+    assert "".join(f"    {line}".rstrip() + "\n" for line in samples.splitlines()) in card
+    figures = next(m for m in log.read_metrics(trained) if m["step"] == load(out)[2]["step"] and "val_bits_per_char" in m)
+    for name in "bound_nats_per_token bound_bits_per_token bits_per_char exact_nats_per_token exact_bits_per_char".split():
+        assert f"| {figures[f'val_{name}']:.4f} |" in card, name
+        assert load(out)[2]["figures"][name.removeprefix("val_")] == figures[f"val_{name}"]
+    assert "`corpus.txt`" in card and "training text has 293 examples, " in card
+    for path in out.iterdir():
+        assert str(trained.parent).encode() not in path.read_bytes(), path
+
+
+def test_the_card_of_a_card_keeps_the_figures(out):
+    checkpoint_file.export(out, out.parent / "again", torch.bfloat16)
+    table = (out / "README.md").read_text().split("## Figures")[1].split("## Training")[0]
+    assert table in (out.parent / "again" / "README.md").read_text()
+
+
+def test_the_command_in_the_card_trains_with_the_same_flags(trained):
+    args = load(trained)[2]["args"]
+    assert_same_flags(args)
+    assert_same_flags(load(TOY)[2]["args"])
+
+
+def assert_same_flags(args):
+    """Compare the flags of a run with those that train.py makes of the command in its card."""
+    words = shlex.split(card.training_command(args).replace("\\\n", ""))
+    again = vars(train.complete(train.flags().parse_args(words[2:])))
+    different = {name for name in args if args[name] != again.get(name)}
+    assert different <= {"model_dir", "cache_dir", "device", "minutes", "vocab_size", "val_tokens"}, different
+
+
+def test_a_damaged_foreign_or_missing_file_is_an_error_of_one_line(out, tmp_path, monkeypatch, capsys):
+    """Also of every command that reads the folder."""
+    intact = {path.name: path.read_bytes() for path in out.iterdir()}
+    weights = intact["model.safetensors"]
+    other = tmp_path / "other.txt"
+    other.write_text("some other words\n" * 3)
+    foreign = dict(architectures=["Other"], vocab_size=83)
+    damaged = [
+        ("model.safetensors", weights[:-1], "written for another"),
+        ("model.safetensors", weights[: len(weights) // 2], "written for another"),
+        ("model.safetensors", weights[:-1] + bytes([weights[-1] ^ 16]), "written for another"),
+        ("model.safetensors", b"", "written for another"),
+        ("model.safetensors", None, "No such file"),
+        ("config.json", None, "No such file"),
+        ("config.json", b"", "JSONDecodeError"),
+        ("config.json", intact["config.json"][:-20], "JSONDecodeError"),
+        ("config.json", b"\xff\xfe", "UnicodeDecodeError"),
+        ("config.json", b"[]", "format is missing"),
+        ("config.json", json.dumps(foreign).encode(), "format is missing"),
+        ("tokenizer.model", None, "missing or not the tokenizer"),
+        ("tokenizer.model", train_tokenizer(other, "char", 0), "missing or not the tokenizer"),
+    ]
+    for name, content, message in damaged:
+        (out / name).unlink() if content is None else (out / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load(out)
+        (out / name).write_bytes(intact[name])
+    load(out)
+    (out / "model.safetensors").write_bytes(weights[:100])
+    for module, *flags in ((sample,), (evaluate, f"-d={other}"), (train, f"-d={other}", f"--init_from={out}")):
+        code, printed, errors = run_command(monkeypatch, capsys, module, f"-mdir={out if len(flags) < 2 else tmp_path / 'x'}", *flags)
+        assert code == 2 and not printed and len(errors.splitlines()) == 1 and "damaged or not an exported model" in errors
+
+
+def test_a_hostile_config_is_an_error_of_one_line_and_takes_no_memory(out):
+    """The hash of the weights is recomputed, as whoever writes such files would."""
+    intact, library = json.loads((out / "config.json").read_text()), pytest.importorskip("safetensors.torch")
+    weights = library.load_file(out / "model.safetensors")
+
+    def refused(message, content=None, weights_file=None, **changes):
+        if weights_file is not None:
+            (out / "model.safetensors").write_bytes(weights_file)
+        changes = dict(weights_hash=file_hash(out / "model.safetensors")) | changes
+        (out / "config.json").write_text(content or json.dumps({**intact, **changes}))
+        with pytest.raises(ValueError, match=message):
+            load(out, network=built)
+
+    def built(config):
+        assert torch.empty(0).device.type == "meta"
+        return BFNTransformer(config)
+
+    for name in checkpoint_file.EXPORTED:
+        refused(f"{name} is missing", **{name: {"a": 1}} if name not in ("args", "config") else {name: [1]})
+    for name in checkpoint_file.EXPORTED_ARGS:
+        refused(f"{name} is missing", args={**intact["args"], name: [{}]})
+    refused("word_lengths is missing", word_lengths=["__import__('os')"])
+    refused("K is missing", config={})
+    refused("unexpected keyword", config={**intact["config"], "hook": 1})
+    refused("format 4", format=4)
+    refused("RecursionError", content="[" * 100_000)
+    refused("digits", content="1" * 5000)
+    for changed in (dict(K=-1), dict(d_model=0), dict(n_layers=0), dict(n_layers=10**12), dict(n_heads=0), dict(beta1=-1.0)):
+        refused("damaged or not an exported model", config={**intact["config"], **changed})
+    refused("a size is not that of a network", args={**intact["args"], "sequence_length": -1})
+    for changed in (dict(K=10**12), dict(d_model=2**40), dict(d_model=10**5, n_heads=4), dict(K=2**62), dict(n_layers=3)):
+        refused(r"do not fit the network in model\.py", config={**intact["config"], **changed})
+    shapes = dict(weights, **{"linear_out.bias": torch.zeros(3)})
+    refused("do not fit the network", weights_file=library.save(shapes))
+    refused("do not fit the network", weights_file=library.save({n: w for n, w in weights.items() if n != "linear_out.bias"}))
+    refused("do not fit the network", weights_file=library.save({**weights, "more": torch.zeros(3)}))
+    refused("do not fit the network", weights_file=library.save({n: w.long() for n, w in weights.items()}))
+    refused("SafetensorError", weights_file=b"\x80\x04.")
+    refused("SafetensorError", weights_file=(2**60).to_bytes(8, "little") + b"{}")
+
+
+def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(card, "model_card", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint_file.export(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_into_an_exported_folder(out, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="was exported and cannot be resumed: give another -mdir and --init_from"):
+        checkpoint_file.open_run_folder(out)
+    for name in checkpoint_file.EXPORTED_FILES:
+        code, _, errors = run_command(monkeypatch, capsys, sample, f"-mdir={out}", f"--output={out / name}")
+        assert code == 2 and "is a file of the run" in errors
+
+
+def test_only_exported_models_need_safetensors(trained, out, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
+    load(trained)
+    for needs in (lambda: load(out), lambda: checkpoint_file.export(trained, out.parent / "more")):
+        with pytest.raises(ValueError, match="pip install safetensors"):
+            needs()
+
+
+def test_weights_that_share_memory_are_exported(trained, tmp_path, monkeypatch):
+    """As after an edit that ties the output to the embedding."""
+    real = BFNTransformer.__init__
+
+    def tied(self, config):
+        real(self, config)
+        self.linear_out.weight = self.embedding.weight
+
+    monkeypatch.setattr(BFNTransformer, "__init__", tied)
+    checkpoint_file.export(trained, tmp_path / "out")
+    assert torch.equal(logits_of(load(tmp_path / "out")[0]), logits_of(load(trained)[0]))
+
+
+def test_the_model_in_the_repository_speaks_its_language(monkeypatch, capsys):
+    assert sum(path.stat().st_size for path in TOY.iterdir()) < 2e6
+    texts = run_command(monkeypatch, capsys, sample, f"-mdir={TOY}", "--num_samples=16")[1].splitlines()
+    assert len(texts) == 16 and sum(map(toy.is_grammatical, texts)) >= 12
+
+
+def test_the_command_runs_as_a_program(trained, tmp_path):
+    """There, sample.py imports checkpoint.py a second time."""
+    words = sys.executable, checkpoint_file.__file__, "export", trained, tmp_path / "out"
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr and "MB of weights" in done.stdout
