@@ -140,8 +140,8 @@ def _read_cache(folder, key):
     return tokens if whole else None
 
 
-def checksums(path, blocks=None, block_bytes=BLOCK_BYTES):
-    """Compute the CRC-32 of the blocks of a file, or of some, at about 1 GB/s -> list of int."""
+def checksums(path, block_bytes, blocks=None):
+    """Compute the CRC-32 of the blocks of a file, or of some of them, at about 1 GB/s -> list of int."""
     sums, n_bytes = [], os.path.getsize(path)
     with open(path, "rb") as file:
         for i in range(-(-n_bytes // block_bytes)) if blocks is None else blocks:
@@ -164,7 +164,7 @@ def check(path, sums):
     if n != -(-n_bytes // block_bytes):
         return False
     blocks = range(n) if n <= N_BLOCKS else sorted({0, n - 1, *random.sample(range(n), N_BLOCKS - 2)})
-    return checksums(path, blocks, block_bytes) == [sums[i] for i in blocks]
+    return checksums(path, block_bytes, blocks) == [sums[i] for i in blocks]
 
 
 def _remove_stale(folder):
@@ -182,7 +182,7 @@ def _write_cache(corpus, part, example, tokenizer, folder):
     _remove_stale(folder)
     try:
         meta = _tokenize(corpus, part, example, tokenizer, temporary)
-        meta["checksums"] = {name: checksums(temporary / name) for name in ("ids.bin", "offsets.bin")}
+        meta["checksums"] = {name: checksums(temporary / name, BLOCK_BYTES) for name in ("ids.bin", "offsets.bin")}
         (temporary / "meta.json").write_text(json.dumps(meta))
         for name in ("ids.bin", "offsets.bin", "meta.json"):
             with open(temporary / name, "r+b") as file:
