@@ -39,6 +39,7 @@ PRESETS = {
     "laptop": ( 256,   4,     4,    6e-3,   200,  [0.999],      128,         2_048),
     "toy":    ( 128,   4,     4,  1.5e-2,   100,  [0.998],       64,         1_024),
 }  # fmt: skip
+DEFAULT_PRESET = {"cpu": "laptop", "cuda": "base"}
 SHORTEST_ROW = 64
 TOY_STEPS = 1_500
 
@@ -268,7 +269,7 @@ def main():
     with parallel.first_alone():
         _lock = lock(run_dir)  # held until main ends
         saved = open_run_folder(run_dir)
-        args = complete(args, saved, preset="base" if device.type == "cuda" else "laptop")
+        args = complete(args, saved, preset=DEFAULT_PRESET[device.type])
         if saved:
             check_identity(saved["identity"], vars(args), run_dir)
         make_config(args, 2)  # sizes that do not go together are refused before a tokenizer is trained
@@ -278,8 +279,7 @@ def main():
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
     accumulation, before = args.accumulation_steps, saved["args"] if saved else {}
     if not args.minutes:
-        steps = args.epochs * loader.rows_per_epoch / args.batch_size / accumulation
-        args.max_steps = args.max_steps or math.ceil(steps)
+        args.max_steps = args.max_steps or loader.count_steps(args.epochs, accumulation)
     run = describe_run(args, config, tokenizer, tokens, val, run_dir)
     if saved:
         check_identity(saved["identity"], run["identity"], run_dir)
