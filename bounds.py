@@ -136,8 +136,9 @@ def score_once(model, text, batches, device, n_steps, seed, bar, interrupts=(), 
     the `deadline` of time.perf_counter().
     """
     t = draw_times(len(text.plan.starts), seed, n_steps)
-    sums, n_rows = torch.zeros(4, len(t), dtype=torch.float64), batches[-1].stop
-    for rows in parallel.share(batches):
+    sums, is_read = torch.zeros(4, len(t), dtype=torch.float64), torch.zeros(len(batches), dtype=torch.float64)
+    for i in parallel.share(range(len(batches))):
+        rows = batches[i]
         ids, segment_ids, cond_mask, index = text.read(rows)
         noise = Draws.seeded([mix_seed(seed, row) for row in rows], [text.row_length] * len(rows), device)
         inputs = (x.to(device) for x in (ids, segment_ids, cond_mask, t[index]))
@@ -147,10 +148,11 @@ def score_once(model, text, batches, device, n_steps, seed, bar, interrupts=(), 
         values = values[:, scored]
         sums.index_add_(1, index[scored], values)
         bar.add(values[0].sum().item() + values[2].sum().item(), values.shape[1])
+        is_read[i] = 1
         if interrupts or time.perf_counter() > deadline:
-            n_rows = rows.stop
             break
-    parallel.add_up([sums], patient=True)
+    parallel.add_up([sums, is_read], patient=True)
+    n_rows = batches[int(is_read.cumprod(0).sum()) - 1].stop  # processes stop at different batches
     n_windows = text.plan.row_starts[n_rows]
     return (t[:n_windows].double().numpy(), *sums[:, :n_windows].numpy()), n_rows
 
@@ -280,26 +282,29 @@ def score(
     batch_size = batch_size or rows_at_once(window, model.config, device)
     if seconds:
         speed = seconds_per_row(model, text.first_rows(min(batch_size, n_rows)), device, n_steps)
-        n_rows = int(min(n_rows, max(1, seconds / 2 // speed)))
+        n_rows = parallel.from_first(int(min(n_rows, max(1, seconds / 2 // speed * parallel.size()))))
     text, batch_size = text.first_rows(n_rows), math.ceil(min(batch_size, n_rows) / parallel.size())
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
     draws, n_draws, start, seconds = [], 2 if error else n_draws, time.perf_counter(), seconds or math.inf
-    with BoundBar(total=n_draws * len(batches), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
+    stop = False
+    with BoundBar(total=n_draws * len(parallel.share(batches)), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         bar.unknown = unknown_nats_per_token(tokens, bos_id)
-        while len(draws) < n_draws and not (draws and interrupts):
+        while len(draws) < n_draws and not stop:
             draw_seed = mix_seed(seed, "evaluate", len(draws))
             deadline = math.inf if draws else start + seconds / 2  # the speed can change
             draw, n_complete = score_once(model, text, batches, device, n_steps, draw_seed, bar, interrupts, deadline)
             if draws and n_complete < n_rows:
                 break
-            if not interrupts:  # later draws are of the same rows
+            stop = parallel.total(len(interrupts))
+            if not stop:  # later draws are of the same rows
                 n_rows, batches = n_complete, [rows for rows in batches if rows.stop <= n_complete]
             draws.append(draw)
             scores = Scores.of(draws, text.first_rows(n_complete), n_steps)
             if error and len(draws) == n_draws:
                 n_draws = draws_needed(scores, error)
-            if time.perf_counter() - start > seconds * len(draws) / (len(draws) + 1):  # no time for one more
+            late = time.perf_counter() - start > seconds * len(draws) / (len(draws) + 1)  # no time for one more
+            if parallel.total(int(late)):
                 n_draws = max(2, len(draws))
-            bar.total = n_draws * len(batches)
+            bar.total = n_draws * len(parallel.share(batches))
     scores.partial = len(draws) < n_draws or n_complete < n_rows
     return scores

@@ -2,14 +2,21 @@
 
     document    an example of the corpus as tokens, for example a line: [bos] ids [eos], each mark only where the tokenizer has one
     Tokens.ids  (N,)  all documents, one after another
+
+A cache belongs to the content of the corpus. The hashes of a large corpus are remembered until a file changes its size or
+time. The arrays of a cache have a checksum per block. Each start reads the first block, the last one and random others: a
+start takes about a second at most, finds arrays that are cut or shifted, and finds zeros in a share p of the blocks with
+probability 1 - (1 - p)^30. A cache of up to 128 MB per array is checked as a whole.
 """
 
 import hashlib
 import json
 import os
+import random
 import shutil
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,10 +27,16 @@ from tqdm import tqdm
 
 import cli
 from data import prefetch
+from documents import Corpus, is_jsonl
 from text import add_marks, adds_prefix, file_hash, load_tokenizer, read_part, unknown_bytes
 
 CACHE_FORMAT = 2
 STALE_SECONDS = 3600  # a cache that was begun and not written to for so long belongs to a run that was killed
+LARGE_BYTES = 1 << 26  # a corpus of so many bytes is not read at each start
+FRESH_SECONDS = 2  # a file that was just changed may change once more without a new time
+BLOCK_BYTES = 1 << 22
+N_BLOCKS = 32  # of each array that are checked at a start
+
 
 def default_cache_dir():
     """Return the folder of tokenised corpora: bayesian-flow-lm in the user's cache folder."""
@@ -47,23 +60,70 @@ class Tokens:
         return np.diff(self.offsets)
 
 
-def load_corpus(path, tokenizer_path, cache_dir, part="all", example="line"):
+def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
     """Tokenise a part of a corpus, or open the cache of an earlier call with the same content -> Tokens.
 
-    Raises ValueError for a missing file, an empty part, or text that is not UTF-8.
+    corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, or text that is not UTF-8.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"no text file at {path}")
-    key = f"{file_hash(path)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}" + f" {example}" * (example != "line")
-    key = hashlib.sha256(key.encode()).hexdigest()[:32]
+    corpus = Corpus.of(corpus)
+    key = f"{content_hash(corpus, cache_dir)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}"
+    key = hashlib.sha256((key + f" {example}" * (example != "line")).encode()).hexdigest()[:32]
     folder = Path(cache_dir) / key
     if (tokens := _read_cache(folder, key)) is None:
         shutil.rmtree(folder, ignore_errors=True)
-        _write_cache(path, part, example, load_tokenizer(tokenizer_path), folder)
+        _write_cache(corpus, part, example, load_tokenizer(tokenizer_path), folder)
         tokens = _read_cache(folder, key)
     if tokens is None:
         raise ValueError(f"{folder} is damaged and cannot be replaced: delete it")
     return tokens
+
+
+# ---------------------------------------------------------------- the content of a corpus
+
+
+def content_hash(corpus, cache_dir):
+    """Compute a number that identifies the content of a corpus, whatever its files are called -> hexadecimal.
+
+    That of one plain text file is its sha256. The hashes of the files of a large corpus are kept in cache_dir/hashes.json.
+    """
+    hashes = _file_hashes(corpus.files, Path(cache_dir) / "hashes.json")
+    kinds = [f"jsonl {corpus.text_field}" if is_jsonl(path) else "text" for path in corpus.files]
+    kinds = [kind + " gz" * path.endswith(".gz") for kind, path in zip(kinds, corpus.files, strict=True)]
+    if kinds == ["text"]:
+        return hashes[0]
+    lines = [f"{kind} {value}" for kind, value in zip(kinds, hashes, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _file_hashes(files, memory):
+    """Compute the sha256 of each file, or look it up in the file `memory` if all of them are large -> list of str."""
+    stats = [os.stat(path) for path in files]
+    n_bytes = sum(stat.st_size for stat in stats)
+    if n_bytes < LARGE_BYTES:
+        return list(map(file_hash, files))
+    try:
+        known = dict(json.loads(memory.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    hashes, is_new = [], False
+    with tqdm(desc="reading", total=n_bytes, unit="B", unit_scale=True, delay=1, disable=None) as bar:
+        for path, stat in zip(map(os.path.realpath, files), stats, strict=True):
+            stamp = [stat.st_size, stat.st_mtime_ns]
+            if known.get(path, [])[:2] != stamp:
+                known[path], is_new = [*stamp, file_hash(path, bar.update)], True
+            else:
+                bar.update(stat.st_size)
+            hashes.append(known[path][2])
+            if time.time() - stat.st_mtime < FRESH_SECONDS:
+                del known[path]
+    if is_new:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError), cli.replacing(memory) as temporary:  # another process may write it now
+            temporary.write_text(json.dumps(known))
+    return hashes
+
+
+# ---------------------------------------------------------------- the files of a cache
 
 
 def _read_cache(folder, key):
@@ -72,22 +132,39 @@ def _read_cache(folder, key):
         meta = json.loads((folder / "meta.json").read_text())
         ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
         offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
-        whole = len(ids) == meta["n_tokens"] and meta["checksums"] == checksums(folder)
+        whole = len(ids) == meta["n_tokens"] and len(offsets) == meta["n_documents"] + 1
+        whole = whole and all(check(folder / name, meta["checksums"][name]) for name in ("ids.bin", "offsets.bin"))
         tokens = Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return tokens if whole else None
 
 
-def checksums(folder):
-    """Compute the CRC-32 of both arrays of a cache, at about 1 GB/s -> {name: int}."""
-    sums = {}
-    for name in ("ids.bin", "offsets.bin"):
-        sums[name] = 0
-        with open(folder / name, "rb") as file:
-            while block := file.read(1 << 24):
-                sums[name] = zlib.crc32(block, sums[name])
+def checksums(path, block_bytes, blocks=None):
+    """Compute the CRC-32 of the blocks of a file, or of some of them, at about 1 GB/s -> list of int."""
+    sums, n_bytes = [], os.path.getsize(path)
+    with open(path, "rb") as file:
+        for i in range(-(-n_bytes // block_bytes)) if blocks is None else blocks:
+            value, end = 0, min((i + 1) * block_bytes, n_bytes)
+            file.seek(i * block_bytes)
+            while n := min(end - file.tell(), BLOCK_BYTES):
+                value = zlib.crc32(file.read(n), value)
+            sums.append(value)
     return sums
+
+
+def check(path, sums):
+    """Compare the first and the last block of a file and some random others with their checksums -> whether they agree.
+
+    sums: one per block; a number is that of the whole file, as caches of before had it.
+    """
+    n_bytes = os.path.getsize(path)
+    sums, block_bytes = (sums, BLOCK_BYTES) if isinstance(sums, list) else ([sums], n_bytes)
+    n = len(sums)
+    if n != -(-n_bytes // block_bytes):
+        return False
+    blocks = range(n) if n <= N_BLOCKS else sorted({0, n - 1, *random.sample(range(n), N_BLOCKS - 2)})
+    return checksums(path, block_bytes, blocks) == [sums[i] for i in blocks]
 
 
 def _remove_stale(folder):
@@ -98,15 +175,15 @@ def _remove_stale(folder):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_cache(path, part, example, tokenizer, folder):
+def _write_cache(corpus, part, example, tokenizer, folder):
     """Tokenise into a temporary folder and rename it to `folder` at the end, so that no cache is ever incomplete."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
     try:
         with cli.writing(folder):
-            meta = _tokenize(path, part, example, tokenizer, temporary)
-            meta["checksums"] = checksums(temporary)
+            meta = _tokenize(corpus, part, example, tokenizer, temporary)
+            meta["checksums"] = {name: checksums(temporary / name, BLOCK_BYTES) for name in ("ids.bin", "offsets.bin")}
             (temporary / "meta.json").write_text(json.dumps(meta))
         for name in ("ids.bin", "offsets.bin", "meta.json"):
             with open(temporary / name, "r+b") as file:
@@ -117,17 +194,17 @@ def _write_cache(path, part, example, tokenizer, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tokenize(path, part, example, tokenizer, folder):
+def _tokenize(corpus, part, example, tokenizer, folder):
     """Tokenise a part of a corpus on all cores and write ids.bin and offsets.bin -> the content of meta.json."""
     meta = dict(n_chars=0, n_bytes=0, n_unknown_bytes=0, n_documents=0)
     meta["dtype"] = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     n_tokens = document_end = 0
-    all_pieces, n_cores = read_part(path, part, example), os.cpu_count()
+    all_pieces, n_cores = read_part(corpus, part, example), os.cpu_count()
     batches = iter(lambda: list(islice(all_pieces, 1000)), [])
     with (
         open(folder / "ids.bin", "wb") as ids_file,
         open(folder / "offsets.bin", "wb") as offsets_file,
-        tqdm(desc=f"tokenising {Path(path).name} ({part})", unit="B", unit_scale=True, disable=None) as bar,
+        tqdm(desc=f"tokenising {Path(corpus.path).name} ({part})", unit="B", unit_scale=True, disable=None) as bar,
     ):
         offsets_file.write(np.int64(0).tobytes())
         encode = partial(_encode, tokenizer=tokenizer)
@@ -145,7 +222,7 @@ def _tokenize(path, part, example, tokenizer, folder):
                 meta["n_unknown_bytes"] += sum(unknown_bytes(piece.text, tokenizer) for piece in pieces)
             bar.update(n_bytes)
     if n_tokens == 0:
-        raise ValueError(f"{path} has no text" + ("" if part == "all" else f" for the part {part!r}: it is too short"))
+        raise ValueError(f"{corpus} has no text" + ("" if part == "all" else f" for the part {part!r}: it is too short"))
     return dict(meta, n_tokens=n_tokens)
 
 

@@ -31,6 +31,7 @@ import torch
 import cache
 import parallel
 import toy
+from documents import Corpus
 from model import BFNTransformer, Config
 from prompts import count_word_lengths
 from text import default_vocab_size, file_hash, keeps_breaks, load_tokenizer, read_pieces, train_tokenizer
@@ -105,6 +106,7 @@ def read_checkpoint(path):
         )
     for part in ("args", "identity"):
         checkpoint.get(part, {}).setdefault("example", "line")  # runs of before --example
+    checkpoint.get("args", {}).setdefault("text_field", "text")
     return checkpoint
 
 
@@ -343,15 +345,17 @@ def prepare_text(args, run_dir, saved):
 
     Raises ValueError for a missing or empty text, and for a tokenizer that is not the run's.
     """
-    corpus, resume = Path(args.data_path or run_dir / "corpus.txt"), saved or parallel.rank() > 0
+    corpus, resume = Corpus(args.data_path or str(run_dir / "corpus.txt"), args.text_field), saved or parallel.rank() > 0
+    val = Corpus(args.val_path, args.text_field) if args.val_path else None
     if args.data_path is None and not resume:
-        write_once(corpus, toy.corpus(TOY_SENTENCES, args.seed).encode())
-    for text in filter(None, (args.data_path, args.val_path)):  # corpus.txt is written only if neither is given
-        if Path(text).resolve().parent == run_dir.resolve() and Path(text).name in set(RUN_FILES) - {"corpus.txt"}:
-            raise ValueError(f"{text} is the name of a file that training writes: move it, or give another -mdir")
-    for text in filter(None, (corpus, args.val_path)):
-        if not os.path.isfile(text):
-            raise ValueError(f"no text file at {text}")
+        write_once(run_dir / "corpus.txt", toy.corpus(TOY_SENTENCES, args.seed).encode())
+    written = {(run_dir / name).resolve() for name in set(RUN_FILES) - {"corpus.txt"}}  # written only if -d is not given
+    for text in filter(None, (corpus, val)):
+        if Path(text.path).resolve() == run_dir.resolve():
+            raise ValueError(f"{text} is the run folder, where training writes: give another -mdir")
+        for file in text.files:
+            if Path(file).resolve() in written:
+                raise ValueError(f"{file} is the name of a file that training writes: leave it out, or give another -mdir")
         if next(read_pieces(text, args.example), None) is None:
             raise ValueError(f"{text} has no text")
     path = run_dir / "tokenizer.model"
@@ -361,8 +365,8 @@ def prepare_text(args, run_dir, saved):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
     tokenizer = load_tokenizer(path)
     read = partial(cache.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir, example=args.example)
-    if args.val_path:
-        return tokenizer, read(corpus, part="all"), read(args.val_path, part="all")
+    if val:
+        return tokenizer, read(corpus, part="all"), read(val, part="all")
     return tokenizer, read(corpus, part="train"), read(corpus, part="val")
 
 

@@ -7,8 +7,11 @@
 
 Whatever is random depends only on (seed, epoch), or on (seed, number of the batch, progress of the training), so a loader has
 no state to save. Training begins with easy texts, in which most tokens are given: see `easy_share`.
+
+    python data.py stats TEXT        what is in a text, and how to train on it: see corpus.py, also for `normalize`
 """
 
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -234,6 +237,10 @@ class Loader:
         self.plan = lru_cache(maxsize=2)(partial(plan_epoch, tokens, row_length, seed))  # function of the epoch
         self.rows_per_epoch = self.plan(0).n_rows
 
+    def count_steps(self, epochs, accumulation=1):
+        """Count the steps of `accumulation` batches that some epochs take."""
+        return math.ceil(epochs * self.rows_per_epoch / self.batch_size / accumulation)
+
     def batch(self, n, progress=1.0):
         """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L). bos is always given.
 
@@ -261,3 +268,10 @@ def prefetch(function, items, depth=8, threads=1):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+if __name__ == "__main__":
+    import cli
+    import corpus
+
+    cli.run(corpus.main)

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -26,11 +27,13 @@ import bounds
 import cache
 import data
 import likelihood
+import parallel
 import plot
 import quality
 import toy
 from bounds import Text, clustered_error, n_scorable, nothing_given, score, seconds_per_row, unknown_nats_per_token
 from checkpoint import load
+from documents import Corpus
 from model import rows_at_once
 from noise import mix_seed
 from prompts import make_template
@@ -185,6 +188,7 @@ def write_table(path, header, rows):
         Path(f"{path}.csv").write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
 
 
+@parallel.first_only
 def write_by_time(scores, path, title):
     """Write the loss and the output's cross-entropy by time to PATH.csv and PATH.png."""
     _, loss, cross_entropy = scores.by_time()
@@ -197,6 +201,7 @@ def write_by_time(scores, path, title):
     plot.lines(f"{path}.png", series, "t", "nats per token", title)
 
 
+@parallel.first_only
 def write_by_calls(figures, calls, path, title):
     """Write the exact likelihood by the number of calls, and the bound for comparison, to PATH.csv and PATH.png."""
     names = {n: to_key(next(iter(likelihood.figures_of([n])))) for n in sorted(set(calls))}
@@ -297,10 +302,14 @@ def excess_nats_per_token(model, tokenizer, val, n=400):
 
 
 def find_corpus(args, run):
-    """Find the text that the model was trained on -> its path, which part of it was used. Raises ValueError if it is gone."""
-    corpus = args.corpus or run["args"]["data_path"] or Path(args.model_dir) / "corpus.txt"
-    if not os.path.isfile(corpus):
-        raise ValueError(f"samples are compared with the training text, which is not at {corpus}: give it with --corpus")
+    """Find the text that the model was trained on -> Corpus, which part of it was used. Raises ValueError if it is gone."""
+    path = args.corpus or run["args"]["data_path"] or str(Path(args.model_dir) / "corpus.txt")
+    corpus = Corpus(path, run["args"]["text_field"])
+    try:
+        corpus.files  # noqa: B018 - looks for them
+    except ValueError:
+        message = f"samples are compared with the training text, which is not at {path}: give it with --corpus"
+        raise ValueError(message) from None
     return corpus, "all" if run["args"]["val_path"] else "train"
 
 
@@ -368,7 +377,8 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("-d", "--data_path", required=True, help="text file, with examples as in training")
+    add("-d", "--data_path", required=True, help="text as for train.py, with examples as in training")
+    add("--text_field", help="field of .jsonl files that holds the text (that of the training)")
     add("--checkpoint", choices=["best", "last"], default="best", help="best by validation, or last (best)")
     add("--ema", type=int, default=-1, help="which of the weight averages to measure, counted from 0 (-1: the last)")
     add("--window", type=cli.count, help="tokens scored together (the sequence length of the training)")
@@ -405,9 +415,10 @@ def flags():
     return p
 
 
-def warn_of_changes(path, tokenizer, example, n=1000):
+@parallel.first_only
+def warn_of_changes(corpus, tokenizer, example, n=1000):
     """Say on standard error which share of a text's first examples the tokenizer does not give back unchanged."""
-    texts = [piece.text for piece, _ in zip(read_pieces(path, example), range(n))]
+    texts = [piece.text for piece, _ in zip(read_pieces(corpus, example), range(n))]
     encoded = [(text, tokenizer.encode(text)) for text in texts]
     known = [(text, ids) for text, ids in encoded if tokenizer.unk_id() not in ids]  # unknown text is accounted for
     share = sum(tokenizer.decode(ids) != text for text, ids in known) / max(1, len(known))
@@ -421,13 +432,21 @@ def warn_of_changes(path, tokenizer, example, n=1000):
 
 @contextmanager
 def collect_interrupts():
-    """Collect the first Ctrl-C in the list that is yielded, instead of stopping. A second one stops at once."""
-    interrupts = []
+    """Collect the first Ctrl-C in the list that is yielded, instead of stopping. A later one stops at once.
 
-    def handle(number, _frame):
-        interrupts.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nfinishing this batch, then the figures so far (again to leave at once)\n")  # print is not safe here
+    Those within a second count as one: a terminal and torchrun send the same one twice.
+    """
+    interrupts, first_at = [], 0.0
+
+    def handle(number, frame):
+        nonlocal first_at
+        if not interrupts:
+            interrupts.append(number)
+            first_at = time.monotonic()
+            if parallel.rank() == 0:  # print is not safe here
+                os.write(2, b"\nfinishing this batch, then the figures so far (again to leave at once)\n")
+        elif time.monotonic() - first_at > 1:
+            signal.default_int_handler(number, frame)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
@@ -447,14 +466,16 @@ def measure_exact(model, text, bos_id, functions, args, device, interrupts):
 def main():
     args = flags().parse_args()
     check_tables(args)
-    device = cli.device(args.device)
+    device = parallel.join(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
     if args.samples:  # before the work of an hour, not after: this fails if the training text is missing or empty
         corpus, part = find_corpus(args, run)
         reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     example = run["args"]["example"]
-    tokens = cache.load_corpus(args.data_path, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
-    warn_of_changes(args.data_path, tokenizer, example)
+    text = Corpus(args.data_path, args.text_field or run["args"]["text_field"])
+    with parallel.first_alone():
+        tokens = cache.load_corpus(text, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
+    warn_of_changes(text, tokenizer, example)
     longest = args.window and min(args.window, int(tokens.lengths.max()))  # no document fills a longer window
     window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
     title = f"{args.model_dir}, step {run['step']}"
@@ -465,10 +486,11 @@ def main():
     with collect_interrupts() as interrupts:
         scores = score(model, tokens, window, bos_id, device, **options, interrupts=interrupts)
         figures = likelihood_figures(scores, tokens, bos_id, conditional=args.given is not nothing_given)
-        functions = {} if interrupts else likelihood.figures_of(args.calls, args.order)
+        functions = {} if parallel.total(len(interrupts)) else likelihood.figures_of(args.calls, args.order)
         if functions:
             figures |= measure_exact(model, scores.text, bos_id, functions, args, device, interrupts)
-            scores.partial |= bool(interrupts)
+        stopped = parallel.total(len(interrupts)) > 0
+    scores.partial |= stopped and bool(functions)
     if args.by_time:
         write_by_time(scores, args.by_time, title)
     if args.by_calls and functions:
@@ -476,7 +498,7 @@ def main():
     if not args.json:
         print(describe(args.data_path, tokens, window, figures), *table(figures, args.n_steps, functions), sep="\n", flush=True)
     samples = {}
-    if args.samples and not interrupts:
+    if args.samples and not stopped:
         with suppress(KeyboardInterrupt):
             samples = sample_quality(model, tokenizer, run, tokens, reference, args)
     scores.partial |= args.samples > 0 and not samples
@@ -484,7 +506,7 @@ def main():
         print(to_json(figures, scores, samples))
     elif samples:
         print("\n".join(quality.table(samples)))
-    for line in notes(scores, error, quick):
+    for line in notes(scores, error, quick) if parallel.rank() == 0 else ():
         print(line, file=sys.stderr)
     if scores.partial:
         sys.exit(128 + signal.SIGINT)

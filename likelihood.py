@@ -106,9 +106,10 @@ def score(model, windows, bos_id, given, functions, device, *, seed=0, seconds=N
     longest, n = max(map(len, windows)), len(windows)
     size = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, device), math.ceil(n / parallel.size()))
     nats, n_scored = torch.zeros(len(functions), n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    n_read, start = n, time.perf_counter()
-    with tqdm(total=n, unit="window", desc="likelihood", disable=None if progress else True) as bar:
-        for i in parallel.share(range(0, n, size)):
+    begins, start = range(0, n, size), time.perf_counter()
+    is_read = torch.zeros(len(begins), dtype=torch.float64)
+    with tqdm(total=math.ceil(n / parallel.size()), unit="window", desc="likelihood", disable=None if progress else True) as bar:
+        for i in parallel.share(begins):
             begin, chunk = time.perf_counter(), [window.tolist() for window in windows[i : i + size]]
             ids, segment_ids = pad(chunk, device)
             cond_mask = (segment_ids == 0) | (ids == bos_id) | given(segment_ids)
@@ -119,11 +120,12 @@ def score(model, windows, bos_id, given, functions, device, *, seed=0, seconds=N
             for row, function in zip(nats, functions.values(), strict=True):
                 row[i : i + size] = function(network, ids, cond_mask, u, model.config)
             bar.update(len(chunk))
+            is_read[i // size] = 1
             now = time.perf_counter()
             if interrupts or (seconds and now - start + (now - begin) > seconds):
-                n_read = i + len(chunk)
                 break
-    parallel.add_up([nats, n_scored], patient=True)
+    parallel.add_up([nats, n_scored, is_read], patient=True)
+    n_read = min(n, size * int(is_read.cumprod(0).sum()))  # processes stop at different chunks
     figures = zip(functions, nats[:, :n_read].numpy(), strict=True)
     scores = Likelihoods(dict(figures), n_scored[:n_read].numpy())
     if not scores.n_scored.sum():

@@ -1,4 +1,7 @@
-"""Text files and SentencePiece tokenizers: read a corpus in pieces of bounded size, train and load a tokenizer."""
+"""Text and SentencePiece tokenizers: read a corpus in pieces of bounded size, train and load a tokenizer.
+
+A corpus is a `documents.Corpus`, or the path of one.
+"""
 
 import hashlib
 import io
@@ -17,6 +20,7 @@ import sentencepiece
 from tqdm import tqdm
 
 import cli
+from documents import Corpus
 from noise import GOLDEN
 
 PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, cut at spaces
@@ -43,42 +47,51 @@ class Piece:
     last: bool  # ends its example
 
 
-def read_pieces(path, example="line", start=0, stop=None, max_bytes=None):
-    """Yield the examples between two byte positions of a file as pieces, in bounded memory.
+def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None):
+    """Yield the examples between two byte positions of a corpus as pieces, in bounded memory.
 
-    example: a "line", a "paragraph" (blank lines separate them), or the whole "file". Line breaks inside an example are
-    one character, "\\n". Blank examples are left out. Examples of more than `max_bytes` (default PIECE_BYTES) are cut before
-    a space, or between two characters if there is no space. Raises ValueError for bytes that are not UTF-8.
+    example: a "line", a "paragraph" (blank lines separate them), or the whole "file", that is a document. Line breaks inside
+    an example are one character, "\\n". Blank examples are left out. Examples of more than `max_bytes` (default PIECE_BYTES)
+    are cut before a space, or between two characters if there is no space. Positions count the bytes of all documents.
+    Raises ValueError for bytes that are not UTF-8.
     """
-    max_bytes = max_bytes or PIECE_BYTES
-    n_unread = math.inf if stop is None else stop - start
+    is_part = start > 0 or stop < math.inf
+    for name, stream in Corpus.of(corpus).documents():
+        size = stream.seek(0, os.SEEK_END) if is_part else 0
+        if not is_part or (stop > 0 and start < size):
+            yield from _read_document(name, stream, example, max(0, start), stop, max_bytes or PIECE_BYTES)
+        start, stop = start - size, stop - size
+
+
+def _read_document(name, stream, example, start, stop, max_bytes):
+    """Yield the pieces between two byte positions of a document, see `read_pieces`."""
     position, held, first, starts_line = start, bytearray(), True, True  # held: what is read but not yielded, at `position`
 
     def piece(raw, last):
-        text = _decode(raw, path, position).replace("\r\n", "\n")
+        text = _decode(raw, name, stream, position).replace("\r\n", "\n")
         if position == 0:
             text = text.removeprefix("\ufeff")  # byte order mark
         return [] if first and last and not text.strip() else [Piece(text, len(text.encode()), first, last)]
 
-    with open(path, "rb") as file:
-        file.seek(start)
-        while raw := file.readline(int(min(max_bytes, n_unread))):
-            n_unread -= len(raw)
-            ends_line = raw.endswith(b"\n")
-            is_separator = example == "paragraph" and starts_line and ends_line and raw.isspace()
-            complete = is_separator or (example == "line" and ends_line)
-            starts_line = ends_line
-            if not is_separator:
-                held += raw
-            while len(held) > max_bytes or (len(held) == max_bytes and not complete):
-                cut = _find_cut(held[:max_bytes]) or max_bytes  # 0 only of bytes that are not UTF-8
-                yield from piece(held[:cut], last=False)
-                position, held, first = position + cut, held[cut:], False
-            if complete:
-                yield from piece(held.rstrip(b"\r\n"), last=True)
-                position, held, first = position + len(held) + is_separator * len(raw), bytearray(), True
-        if held or not first:
+    n_unread = stop - start
+    stream.seek(start)
+    while raw := stream.readline(int(min(max_bytes, n_unread))):
+        n_unread -= len(raw)
+        ends_line = raw.endswith(b"\n")
+        is_separator = example == "paragraph" and starts_line and ends_line and raw.isspace()
+        complete = is_separator or (example == "line" and ends_line)
+        starts_line = ends_line
+        if not is_separator:
+            held += raw
+        while len(held) > max_bytes or (len(held) == max_bytes and not complete):
+            cut = _find_cut(held[:max_bytes]) or max_bytes  # 0 only of bytes that are not UTF-8
+            yield from piece(held[:cut], last=False)
+            position, held, first = position + cut, held[cut:], False
+        if complete:
             yield from piece(held.rstrip(b"\r\n"), last=True)
+            position, held, first = position + len(held) + is_separator * len(raw), bytearray(), True
+    if held or not first:
+        yield from piece(held.rstrip(b"\r\n"), last=True)
 
 
 def _find_cut(raw):
@@ -92,47 +105,60 @@ def _find_cut(raw):
     return cut - 1 if raw and raw[cut - 1] >= 0xC0 else len(raw)  # the last character may be incomplete
 
 
-def _decode(raw, path, position):
-    """Decode UTF-8. Raises ValueError that names the first wrong byte of the file; `raw` begins at `position`."""
+def _decode(raw, name, stream, position):
+    """Decode UTF-8. Raises ValueError that names the first wrong byte of the document; `raw` begins at `position`."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
+        wrong = position + error.start
         raise ValueError(
-            f"{path} is not UTF-8: byte {position + error.start} is 0x{raw[error.start]:02x}. "
+            f"{name} is not UTF-8: byte {wrong} is 0x{raw[error.start]:02x}, in line {_line_at(stream, wrong)}. "
             "Convert it, for example with iconv -t UTF-8"
         ) from None
 
 
-def split_position(path, example="line"):
+def _line_at(stream, position):
+    """Find the line of a byte of a document, counted from 1."""
+    stream.seek(0)
+    blocks = (stream.read(min(1 << 20, position - start)) for start in range(0, position, 1 << 20))
+    return 1 + sum(block.count(b"\n") for block in blocks)
+
+
+def split_position(corpus, example="line"):
     """Find the byte where the validation part of a corpus of few examples begins: after a space, close to the last 5 %.
 
     Returns None for a corpus of at least FEW_EXAMPLES, because `read_part` holds out whole examples of it.
     """
-    examples = (piece for piece in read_pieces(path, example) if piece.last)
+    examples = (piece for piece in read_pieces(corpus, example) if piece.last)
     if sum(1 for _ in islice(examples, FEW_EXAMPLES)) == FEW_EXAMPLES:
         return None
-    position = int(os.path.getsize(path) * (1 - VAL_SHARE["bytes"]))
-    with open(path, "rb") as file:
-        file.seek(max(0, position - PIECE_BYTES))
-        raw = file.read(min(position, PIECE_BYTES))
-    space = max(raw.rfind(b" "), raw.rfind(b"\n"))
-    return position - len(raw) + (space + 1 if space > 0 else _find_cut(raw))
+    corpus = Corpus.of(corpus)
+    position = begin = int(corpus.n_bytes * (1 - VAL_SHARE["bytes"]))
+    for _, stream in corpus.documents():
+        size = stream.seek(0, os.SEEK_END)
+        if begin <= size:  # it begins in this document
+            stream.seek(max(0, begin - PIECE_BYTES))
+            raw = stream.read(min(begin, PIECE_BYTES))
+            space = max(raw.rfind(b" "), raw.rfind(b"\n"))
+            return position - len(raw) + (space + 1 if space > 0 else _find_cut(raw))
+        begin -= size
+    return position
 
 
-def read_part(path, part, example="line"):
+def read_part(corpus, part, example="line"):
     """Yield the pieces of one part of a corpus: "all", "train" or "val". The last two do not overlap.
 
-    Example i is in "val" if frac(i * golden ratio) < 2 %: these are spread evenly over the file, whatever period its
+    Example i is in "val" if frac(i * golden ratio) < 2 %: these are spread evenly over the corpus, whatever period its
     examples may have. A corpus of few examples is cut in two instead (`split_position`).
     """
     if part == "all":
-        yield from read_pieces(path, example)
-    elif (position := split_position(path, example)) is not None:
+        yield from read_pieces(corpus, example)
+    elif (position := split_position(corpus, example)) is not None:
         bounds = dict(stop=position) if part == "train" else dict(start=position)
-        yield from read_pieces(path, example, **bounds)
+        yield from read_pieces(corpus, example, **bounds)
     else:
         n = 0
-        for piece in read_pieces(path, example):
+        for piece in read_pieces(corpus, example):
             if (part == "val") == (n * GOLDEN % 1 < VAL_SHARE["examples"]):
                 yield piece
             n += piece.last
@@ -141,16 +167,17 @@ def read_part(path, part, example="line"):
 # ---------------------------------------------------------------- tokenizers
 
 
-def default_vocab_size(path, kind):
+def default_vocab_size(corpus, kind):
     """Choose the size of a vocabulary by the size of the corpus: a token per BYTES_PER_TOKEN, up to a power of two.
 
     Whole words have the largest, because what is not in it cannot be written.
     """
     smallest, largest = VOCAB_SIZES
-    return largest if kind == "word" else min(max(smallest, 1 << (os.path.getsize(path) // BYTES_PER_TOKEN).bit_length()), largest)
+    n_bytes = Corpus.of(corpus).n_bytes
+    return largest if kind == "word" else min(max(smallest, 1 << (n_bytes // BYTES_PER_TOKEN).bit_length()), largest)
 
 
-def train_tokenizer(path, kind, vocab_size, example="line"):
+def train_tokenizer(corpus, kind, vocab_size, example="line"):
     """Train a SentencePiece model of `kind` bpe, unigram, char or word on a corpus -> the model as bytes.
 
     Text encoded with bpe, unigram or char decodes to exactly the same text. char has one token per character and one for
@@ -158,9 +185,9 @@ def train_tokenizer(path, kind, vocab_size, example="line"):
     not keep repeated spaces. A line break inside an example is a token. Raises ValueError if the corpus has no text or
     SentencePiece cannot build it.
     """
-    texts, characters = read_sample(path, example)
+    texts, characters = read_sample(corpus, example)
     if not texts:
-        raise ValueError(f"{path} has no text")
+        raise ValueError(f"{corpus} has no text")
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         options = trainer_options(kind, vocab_size, texts, characters, Path(folder))
@@ -170,16 +197,16 @@ def train_tokenizer(path, kind, vocab_size, example="line"):
         except RuntimeError as error:
             size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
             reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given, a larger --vocab_size may help"
-            raise ValueError(f"no {kind} tokenizer {size}from {path}: {reason}") from None
+            raise ValueError(f"no {kind} tokenizer {size}from {corpus}: {reason}") from None
     return model.getvalue()
 
 
-def read_sample(path, example):
-    """Read about TOKENIZER_BYTES of a corpus, spread over the file, and collect all of its characters -> list, set of str."""
-    n_bytes, texts, characters = os.path.getsize(path), [], set()
-    n = 1 + n_bytes // TOKENIZER_BYTES  # every n-th piece is kept
-    with tqdm(desc=f"reading {Path(path).name}", total=n_bytes, unit="B", unit_scale=True, disable=None) as bar:
-        for i, piece in enumerate(read_pieces(path, example, max_bytes=1000)):
+def read_sample(corpus, example):
+    """Read about TOKENIZER_BYTES of a corpus, spread over all of it, and collect all of its characters -> list, set of str."""
+    corpus, texts, characters = Corpus.of(corpus), [], set()
+    n = 1 + corpus.n_bytes // TOKENIZER_BYTES  # every n-th piece is kept
+    with tqdm(desc=f"reading {Path(corpus.path).name}", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        for i, piece in enumerate(read_pieces(corpus, example, max_bytes=1000)):
             texts += [piece.text] * (i % n == 0)
             characters.update(piece.text)
             bar.update(piece.n_bytes)
@@ -302,7 +329,12 @@ def one_line(text):
     return " ".join(text.splitlines())
 
 
-def file_hash(path):
-    """Compute the sha256 of a file's content, in hexadecimal."""
+def file_hash(path, progress=None):
+    """Compute the sha256 of a file's content, in hexadecimal. progress: is called with the number of bytes of each block."""
+    value = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 22):
+            value.update(block)
+            if progress:
+                progress(len(block))
+    return value.hexdigest()

@@ -39,6 +39,7 @@ PRESETS = {
     "laptop": ( 256,   4,     4,    6e-3,   200,  [0.999],      128,         2_048),
     "toy":    ( 128,   4,     4,  1.5e-2,   100,  [0.998],       64,         1_024),
 }  # fmt: skip
+DEFAULT_PRESET = {"cpu": "laptop", "cuda": "base"}
 SHORTEST_ROW = 64
 TOY_STEPS = 1_500
 
@@ -48,11 +49,12 @@ TOY_STEPS = 1_500
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add, on_off = p.add_argument, ["auto", "on", "off"]
-    add("-d", "--data_path", help="text file (the built-in language)")
+    add("-d", "--data_path", help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
+    add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
     add("--example", choices=["line", "paragraph", "file"], help="one example is a line, a paragraph or all text (line)")
     add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("--val_path", help="text file for validation (a held-out part of the corpus)")
+    add("--val_path", help="text for validation, as for -d (a held-out part of the corpus)")
     add("--preset", choices=PRESETS, help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
     add("--init_from", help="run folder to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
@@ -71,8 +73,7 @@ def flags():
     add("-b", "--beta", type=cli.auto_or_positive, default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
     add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
     add("--times", choices=["uniform", "stratified", "learned"], default="stratified", help="how times are drawn (stratified)")
-    own_times = "share of texts in which each position has its own t (0.5)"
-    add("--position_times", type=cli.zero_to_one, default=0.5, help=own_times)
+    add("--position_times", type=cli.zero_to_one, default=0.5, help="share of texts whose positions have their own t (0.5)")
     add("-wus", "--warmup_steps", type=cli.natural, help="steps of linear warm-up, at most a fifth of all *")
     add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="weight decay of matrices (0.01)")
     add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest gradient norm (1)")
@@ -268,7 +269,7 @@ def main():
     with parallel.first_alone():
         _lock = lock(run_dir)  # held until main ends
         saved = open_run_folder(run_dir)
-        args = complete(args, saved, preset="base" if device.type == "cuda" else "laptop")
+        args = complete(args, saved, preset=DEFAULT_PRESET[device.type])
         if saved:
             check_identity(saved["identity"], vars(args), run_dir)
         make_config(args, 2)  # sizes that do not go together are refused before a tokenizer is trained
@@ -278,8 +279,7 @@ def main():
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
     accumulation, before = args.accumulation_steps, saved["args"] if saved else {}
     if not args.minutes:
-        steps = args.epochs * loader.rows_per_epoch / args.batch_size / accumulation
-        args.max_steps = args.max_steps or math.ceil(steps)
+        args.max_steps = args.max_steps or loader.count_steps(args.epochs, accumulation)
     run = describe_run(args, config, tokenizer, tokens, val, run_dir)
     if saved:
         check_identity(saved["identity"], run["identity"], run_dir)

@@ -20,6 +20,7 @@ import cli
 import data
 import train
 from checkpoint import read_checkpoint
+from documents import Corpus
 from model import BFNTransformer, Config
 from noise import mix_seed
 from text import load_tokenizer
@@ -50,7 +51,7 @@ def read_run(run_dir, n_batches):
     run = read_checkpoint(run_dir / "last.pt")
     args, model = run["args"], BFNTransformer(Config(**run["config"]))
     model.load_state_dict(run["model"])
-    corpus = args["data_path"] or run_dir / "corpus.txt"
+    corpus = Corpus(args["data_path"] or str(run_dir / "corpus.txt"), args["text_field"])
     part = "all" if args["val_path"] else "train"
     tokens = cache.load_corpus(corpus, run_dir / "tokenizer.model", args["cache_dir"], part, args["example"])
     bos_id = load_tokenizer(run_dir / "tokenizer.model").bos_id()

@@ -1,11 +1,14 @@
 """Caching, packing, segments, masks and batches."""
 
 import bisect
+import hashlib
 import io
+import json
 import os
 import shutil
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -152,6 +155,96 @@ def test_a_cache_of_which_one_byte_changed_is_rebuilt(corpus, tokenizer_path, tm
     path.write_bytes(content)
     rebuilt = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
     assert rebuilt.ids.tolist() == ids and rebuilt.offsets.tolist() == offsets
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 64 bytes, of which 4 are checked."""
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(cache, "N_BLOCKS", 4)
+
+
+@pytest.mark.parametrize("damage", ["first", "last", "shifted", "cut", "zeros"])
+def test_damage_of_a_large_file_is_found_in_a_few_blocks(tmp_path, small_blocks, damage):
+    """Zeros in 60 % of the blocks are found with a probability of 1 - 0.4^2 at each start, so in 40 starts for sure."""
+    path, content = tmp_path / "ids.bin", bytearray(np.random.default_rng(0).bytes(6400 + 17))
+    path.write_bytes(content)
+    sums = cache.checksums(path, cache.BLOCK_BYTES)
+    assert len(sums) == 101 and all(cache.check(path, sums) for _ in range(20))
+    if damage in ("first", "last"):
+        content[0 if damage == "first" else -1] ^= 1
+    elif damage == "shifted":
+        content = content[:300] + b"x" + content[300:-1]
+    elif damage == "cut":
+        del content[6400:]
+    else:
+        content[1280:5120] = bytes(3840)
+    path.write_bytes(content)
+    assert not all(cache.check(path, sums) for _ in range(40 if damage == "zeros" else 1))
+
+
+def test_only_some_blocks_of_a_large_file_are_read(tmp_path, small_blocks, monkeypatch):
+    path, crc32, read = tmp_path / "ids.bin", cache.zlib.crc32, []
+    path.write_bytes(bytes(10_000))
+    sums = cache.checksums(path, cache.BLOCK_BYTES)
+    monkeypatch.setattr(cache.zlib, "crc32", lambda block, value: read.append(block) or crc32(block, value))
+    assert cache.check(path, sums) and len(read) == 4 and sum(map(len, read)) <= 256
+
+
+def test_a_cache_from_before_there_were_blocks_is_used_and_checked_as_a_whole(corpus, tokenizer_path, tmp_path, monkeypatch):
+    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    ids, folder = tokens.ids.tolist(), tmp_path / "cache" / tokens.key
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["checksums"] = {name: zlib.crc32((folder / name).read_bytes()) for name in meta["checksums"]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_write_cache", None)
+        assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
+    content = bytearray((folder / "ids.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "ids.bin").write_bytes(content)
+    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
+
+
+def test_a_large_corpus_is_read_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "LARGE_BYTES", 10)
+    files, read, real = [tmp_path / "a.txt", tmp_path / "b.txt"], [], cache.file_hash
+    monkeypatch.setattr(cache, "file_hash", lambda path, *rest: read.append(os.path.basename(path)) or real(path, *rest))
+
+    def set_file(path, text, age):
+        write(path, text)
+        os.utime(path, (time.time() - age,) * 2)
+        read.clear()
+
+    def identity(path=tmp_path):
+        return cache.content_hash(cache.Corpus.of(path), tmp_path / "cache")
+
+    for path in files:
+        set_file(path, "some text", 100)
+    first = identity()
+    assert identity() == first and read == ["a.txt", "b.txt"]
+    set_file(files[1], "some test", 50)
+    second = identity()
+    assert second != first and identity() == second and read == ["b.txt"]
+    set_file(files[1], "some text", 0)  # it may still change without a new time
+    assert identity() == first and identity() == first and read == ["b.txt", "b.txt"]
+    (tmp_path / "cache" / "hashes.json").write_text("[5")
+    assert identity() == first
+
+
+def test_the_identity_of_a_text_is_its_content(tmp_path):
+    """That of one plain file is as it was when a text was always one file."""
+
+    def identity(path, field="text"):
+        return cache.content_hash(cache.Corpus(str(path), field), tmp_path)
+
+    a, b = write(tmp_path / "a.txt", "one\n"), write(tmp_path / "b.txt", "two\n")
+    objects = write(tmp_path / "c.jsonl", '{"text": "one", "body": "two"}')
+    assert identity(a) == hashlib.sha256(b"one\n").hexdigest()
+    both = identity(f"{a},{b}")
+    assert len({identity(a), identity(b), both, identity(f"{b},{a}"), identity(objects), identity(objects, "body")}) == 6
+    b.rename(tmp_path / "d.txt")
+    assert identity(f"{a},{tmp_path / 'd.txt'}") == both
 
 
 def test_what_a_killed_run_has_begun_is_removed_after_an_hour(corpus, tokenizer_path, tmp_path):

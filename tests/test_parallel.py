@@ -1,5 +1,6 @@
 """Many processes: the result does not depend on their number, and nothing is lost when one of them is stopped."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import time
 
 import pytest
 from test_train import TINY, assert_same_run
+from untrained import make_run
 
+import evaluate
 import toy
 import train
 from checkpoint import read_checkpoint
@@ -28,6 +31,29 @@ import cli
 cli.run(train.main)
 """
 
+EVALUATE = """
+import signal
+import bounds, cli, evaluate, parallel
+real, calls = bounds.losses_at, []
+
+def losses_at(*inputs):
+    calls.append(0)
+    if (len(calls), parallel.rank()) == (STOP, 1):
+        signal.raise_signal(signal.SIGINT)
+    return real(*inputs)
+
+bounds.losses_at = losses_at
+cli.run(evaluate.main)
+"""
+
+
+def start(script, n_processes, *flags):
+    """Run a script in one process, or in several by torchrun -> the finished process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"] * (n_processes > 1)
+    environment = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(train.__file__).removesuffix("/train.py"))
+    command = [sys.executable, *torchrun, str(script), *flags]
+    return subprocess.run(command, check=False, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
 
 @pytest.fixture
 def launch(tmp_path):
@@ -37,18 +63,9 @@ def launch(tmp_path):
     def launch(run_dir, n_processes, *flags, stop=(0, -1)):
         script = tmp_path / f"train{n_processes}.py"
         script.write_text(TRAIN.replace("SIGNAL", str(int(stop[0]))).replace("STEP", str(stop[1])))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"] * (n_processes > 1)
         words = [f"-d={tmp_path / 'corpus.txt'}", f"-mdir={run_dir}", f"--cache_dir={tmp_path / 'cache'}"]
         words += [*TINY, "--tokenizer=word", *flags]
-        environment = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(train.__file__).removesuffix("/train.py"))
-        return subprocess.run(
-            [sys.executable, *torchrun, str(script), *words],
-            check=False,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return start(script, n_processes, *words)
 
     return launch
 
@@ -78,3 +95,44 @@ def test_micro_batches_that_cannot_be_shared_evenly_are_refused(launch, tmp_path
     assert refused.returncode != 0
     assert "2 processes cannot share 3 micro-batches of a step evenly: give -acc=2 or a multiple" in refused.stderr
     assert not (tmp_path / "run" / "tokenizer.model").exists()
+
+
+# ---------------------------------------------------------------- evaluate.py
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch, capsys):
+    """A function judge(n_processes, *flags) -> figures of an untrained run; with `stop`, the second process is interrupted."""
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
+    (tmp_path / "text.txt").write_text(toy.corpus(40, seed=5))
+    always = [f"-mdir={run_dir}", f"-d={tmp_path / 'text.txt'}", f"--cache_dir={tmp_path / 'cache'}", "--json", "-bsz=2"]
+
+    def judge(n_processes, *flags, stop=0):
+        if n_processes == 1:
+            monkeypatch.setattr(sys, "argv", ["evaluate.py", *always, *flags])
+            evaluate.main()
+            return json.loads(capsys.readouterr().out)
+        script = tmp_path / "judge.py"
+        script.write_text(EVALUATE.replace("STOP", str(stop)))
+        done = start(script, n_processes, *always, *flags)
+        assert done.stdout.count("\n") == 1 and (done.returncode == 0 or stop), done.stderr
+        return json.loads(done.stdout)
+
+    return judge
+
+
+def test_two_processes_measure_the_figures_of_one(judge, tmp_path):
+    flags = ["--draws=2", "--calls=4", "--order=left", "--samples=3", f"--corpus={tmp_path / 'text.txt'}"]
+    one, two = judge(1, *flags), judge(2, *flags, f"--by_time={tmp_path / 'curve'}")
+    assert one.pop("samples") == two.pop("samples") and one == pytest.approx(two, rel=1e-5) and not two["partial"]
+    assert (tmp_path / "curve.csv").exists()
+
+
+def test_after_an_interrupt_of_one_process_only_rows_that_all_have_read_are_counted(judge):
+    """The second process stops after its second batch, the fourth of all, each of one row; the first one finishes its share."""
+    stopped = judge(2, "--draws=3", stop=2)
+    assert stopped["partial"] and stopped["n_draws"] == 1
+    row_length = 32
+    whole = judge(1, f"--max_tokens={5 * row_length}", "--draws=1")
+    for name in ("n_tokens_scored", "bound_nats_per_token"):
+        assert stopped[name] == pytest.approx(whole[name], rel=1e-5)

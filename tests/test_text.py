@@ -81,7 +81,7 @@ def test_the_error_for_text_that_is_not_utf8_counts_bytes_from_the_start_of_the_
 
 def test_the_error_for_text_that_is_not_utf8_names_the_first_wrong_byte(tmp_path):
     (tmp_path / "latin").write_bytes(b"fine\n" * 3 + "café\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin is not UTF-8: byte 18 is 0xe9.*iconv"):
+    with pytest.raises(ValueError, match=r"latin is not UTF-8: byte 18 is 0xe9, in line 4\. .*iconv"):
         read(tmp_path / "latin")
 
 
@@ -214,5 +214,5 @@ def test_a_tokenizer_that_cannot_be_built_or_read_gives_a_clear_error(tmp_path):
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_training_a_tokenizer_on_text_that_is_not_utf8_says_only_that(tmp_path, kind):
     (tmp_path / "latin").write_bytes(b"the king sleeps\n" * 500 + b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"^\S+latin is not UTF-8: byte 8003 is 0xe9\. Convert it[^:]*$"):
+    with pytest.raises(ValueError, match=r"^\S+latin is not UTF-8: byte 8003 is 0xe9, in line 501\. Convert it[^:]*$"):
         train_tokenizer(tmp_path / "latin", kind, 300)

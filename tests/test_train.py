@@ -1,5 +1,6 @@
 """Training: resuming is exact, wrong flags are refused in one line, and the network learns."""
 
+import gzip
 import json
 import os
 import shutil
@@ -680,6 +681,25 @@ def test_a_text_that_training_would_write_over_is_refused(run, corpus, tmp_path,
     with pytest.raises(ValueError, match="samples.txt is the name of a file that training writes"):
         run(tmp_path / "run", f"{flag}={text}")
     assert text.read_text() == corpus.read_text()
+
+
+def test_a_run_on_a_folder_of_files_resumes_and_notices_a_change(run, corpus, tmp_path):
+    """Also if it is given another way, with a pattern."""
+    lines, folder = corpus.read_text().splitlines(), tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines[:150]))
+    (folder / "b.txt.gz").write_bytes(gzip.compress("\n".join(lines[150:]).encode()))
+    run(tmp_path / "run", f"-d={folder}", "--text_field=body", "--max_steps=1")
+    run(tmp_path / "run", f"-d={folder}/*", "--text_field=body", "--max_steps=2")
+    saved = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 2 and sum(saved["lengths"]) == 293
+    (folder / "c.txt").write_text("a further line\n")
+    with pytest.raises(ValueError, match="trained with another corpus text"):
+        run(tmp_path / "run", f"-d={folder}", "--text_field=body")
+    with pytest.raises(ValueError, match="line 1, has no text in a field 'text'"):
+        run(tmp_path / "run", f"-d={folder}")
+    with pytest.raises(ValueError, match="run is the run folder, where training writes"):
+        run(tmp_path / "run", f"-d={tmp_path / 'run'}")
 
 
 def test_signals_that_are_ignored_stay_ignored(corpus):

@@ -1,0 +1,274 @@
+"""What is in a text and how to train on it, and a simpler form of a text.
+
+    python data.py stats TEXT               examples, lengths, characters, scripts, duplicates, and flags for train.py
+    python data.py normalize TEXT OUT.txt   --lower, --digits, --strip=symbols or --text8
+
+A TEXT is a file, a folder or a pattern, as for train.py.
+"""
+
+import re
+import shlex
+import tempfile
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cache
+import cli
+import data
+import log
+import switches
+import train
+from checkpoint import prepare_text
+from documents import Corpus
+from evaluate import validation_seconds
+from text import VOCAB_SIZES, is_punctuation, read_pieces, read_sample
+
+MOST_HASHES = 1 << 21  # of examples, kept to find duplicates
+MINUTES = 10  # a shorter training is not suggested
+NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # 1,234 or 1234 or 12.5
+LONGEST_NUMBER = 15  # digits; a longer one is read digit by digit
+DIGITS = "zero one two three four five six seven eight nine".split()
+TEXT8 = {ord(c): c.lower() for c in map(chr, range(ord("A"), ord("Z") + 1))}
+TEXT8 |= {ord("0") + i: f" {word} " for i, word in enumerate(DIGITS)}
+STRIPPED = {"symbols": "SC", "punctuation": "SCP"}  # first letters of the Unicode categories
+
+# ---------------------------------------------------------------- figures of a text
+
+
+@dataclass
+class Duplicates:
+    """Count examples that repeat an earlier one, in bounded memory: only hashes divisible by a power of two are kept."""
+
+    hashes: Counter = field(default_factory=Counter)
+    divisor: int = 1
+
+    def add(self, text):
+        value = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+        if value % self.divisor == 0:
+            self.hashes[value] += 1
+            if len(self.hashes) > MOST_HASHES:
+                self.divisor *= 2
+                self.hashes = Counter({value: n for value, n in self.hashes.items() if value % self.divisor == 0})
+
+    def share(self):
+        """Share of the examples; an estimate if not all hashes were kept."""
+        n = self.hashes.total()
+        return (n - len(self.hashes)) / max(1, n)
+
+
+def survey(corpus, example):
+    """Read a text once -> number of examples by length in characters, of characters, share of duplicates.
+
+    Raises ValueError for a text without examples.
+    """
+    lengths, characters, duplicates, parts = Counter(), Counter(), Duplicates(), []
+    with tqdm(desc="reading", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        for piece in read_pieces(corpus, example):
+            characters.update(piece.text)
+            parts.append(piece.text)
+            bar.update(piece.n_bytes)
+            if piece.last:
+                text, parts = "".join(parts), []
+                lengths[len(text)] += 1
+                duplicates.add(text)
+    if not lengths:
+        raise ValueError(f"{corpus} has no text")
+    return lengths, characters, duplicates.share()
+
+
+def script(character):
+    """Name the script of a letter, by the first word of its Unicode name."""
+    return unicodedata.name(character, "unknown").split()[0].lower()
+
+
+def describe(corpus, example, lengths, characters, duplicates):
+    """Lay out what `survey` has found -> lines."""
+    n, n_chars = lengths.total(), characters.total()
+    values, counts = map(np.array, zip(*sorted(lengths.items()), strict=True))
+    median, most = (values[np.searchsorted(counts.cumsum(), share * n)] for share in (0.5, 0.9))
+    kinds, scripts = Counter(), Counter()
+    names = dict(L="letters", M="marks", N="digits", P="punctuation", S="symbols", Z="spaces", C="line breaks, controls")
+    for c, count in characters.items():
+        kind = unicodedata.category(c)[0]
+        kinds[names[kind]] += count
+        if kind == "L":
+            scripts[script(c)] += count
+    common = " ".join(c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c, _ in characters.most_common(20))
+    rare = sum(count == 1 for count in characters.values())
+    return [
+        f"{corpus}: {n:,} examples (--example={example}), {n_chars:,} characters, {corpus.n_bytes:,} bytes",
+        f"lengths in characters: half up to {median:,}, nine of ten up to {most:,}, the longest {values[-1]:,}",
+        f"characters: {len(characters):,} different ones, {rare:,} of them once; {_shares(kinds)}",
+        f"the most frequent ones: {common}",
+        f"scripts of the letters: {_shares(scripts) or 'there are none'}",
+        f"duplicates: {duplicates:.1%} of the examples are the same as an earlier one",
+    ]
+
+
+def _shares(counts, most=6):
+    """Lay out the largest counts as shares."""
+    return ", ".join(f"{name} {n / counts.total():.1%}" for name, n in counts.most_common(most))
+
+
+# ---------------------------------------------------------------- how to train on it
+
+
+def suggest_tokenizer(corpus, example):
+    """Suggest words if the largest vocabulary holds all of them and new text will have hardly any others, else bpe.
+
+    The probability that the next word is a new one is the share of words that occurred once [Good 1953, "The population
+    frequencies of species and the estimation of population parameters"]. -> kind, reason
+    """
+    texts, characters = read_sample(corpus, example)
+    apart = {ord(c): " " for c in characters if is_punctuation(c)}
+    words = Counter(word for text in texts for word in text.translate(apart).split())
+    new = sum(n == 1 for n in words.values()) / max(1, words.total())
+    found = f"{len(words):,} different words, {new:.1%} of all words occur once"
+    return ("word" if len(words) <= VOCAB_SIZES[1] and new <= log.WORTH_SAYING else "bpe"), found
+
+
+def suggest(corpus, example, args):
+    """Do what train.py does before its first step, with its own functions, and measure the speed -> lines."""
+    device = cli.device(args.device)
+    kind, found = suggest_tokenizer(corpus, example)
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"-d={corpus}", f"-mdir={folder}", f"--text_field={corpus.text_field}", f"--example={example}"]
+        words += [f"--tokenizer={kind}", f"--cache_dir={args.cache_dir}", f"--minutes={MINUTES}"]
+        options = train.complete(train.flags().parse_args(words), preset=train.DEFAULT_PRESET[device.type])
+        tokenizer, tokens, val = prepare_text(options, Path(folder), None)
+        train.fit_rows(options, tokens)
+        config, bos_id = train.make_config(options, len(tokenizer)), tokenizer.bos_id()
+        loader = data.Loader(tokens, options.sequence_length, options.batch_size, options.seed, bos_id)
+        state = train.build(config, options, device)
+        switches.set_switches(state.model, options, device, train.accumulate_gradients)
+        seconds = switches.warm_up(state.model, loader, options, device, train.accumulate_gradients, state.optimizers)
+        val_seconds = validation_seconds(state.emas[-1], val, bos_id, options.sequence_length, device)
+        log.decide_steps(options, {}, 0, seconds, val_seconds)
+    steps = loader.count_steps(options.epochs, options.accumulation_steps)
+    minutes = steps * seconds / (1 - log.VAL_SHARE) / 60
+    per_epoch = loader.count_steps(1, options.accumulation_steps)
+    length = f"--minutes={MINUTES}" if minutes < MINUTES else f"--epochs={options.epochs}"
+    flags = [f"--text_field={corpus.text_field}"] * (corpus.text_field != "text")
+    flags += [f"--example={example}"] * (example != "line")
+    n_parameters = sum(p.numel() for p in state.model.parameters())
+    size = f"{options.batch_size} per batch, preset {options.preset}: {n_parameters:,} parameters"
+    by_minutes = f"{MINUTES} minutes: about {options.max_steps:,} steps, {options.max_steps / per_epoch:.2g} epochs"
+    vocabulary = f"{kind} with {len(tokenizer):,} tokens ({found})"
+    return [
+        f"tokenizer: {vocabulary}; {len(tokens.ids):,} tokens, {tokens.n_chars / len(tokens.ids):.2f} characters each",
+        f"rows of {options.sequence_length} tokens, {size}, {seconds:.2f} s per step on {device}",
+        f"{options.epochs} epochs: {steps:,} steps, about {minutes:,.0f} minutes here; {by_minutes}",
+        "suggested: " + shlex.join(["python", "train.py", f"-d={corpus}", *flags, f"--tokenizer={kind}", length, "-mdir=RUN_DIR"]),
+    ]
+
+
+# ---------------------------------------------------------------- a simpler form
+
+
+def in_words(text, language="en"):
+    """Write the numbers of a text in words: "12.5 km" -> "twelve point five km".
+
+    Raises ValueError if num2words is missing or does not know the language.
+    """
+    try:
+        from num2words import num2words
+    except ImportError:
+        raise ValueError("--digits needs a package that is missing: pip install num2words") from None
+
+    def words(match):
+        number = match[0].replace(",", "")
+        parts = number if len(number) > LONGEST_NUMBER else [number]
+        try:
+            name = " ".join(num2words(part, lang=language) for part in parts if part != ".")
+        except NotImplementedError:
+            raise ValueError(f"num2words has no numbers for the language {language!r}: give another one") from None
+        before, after = text[max(0, match.start() - 1) : match.start()], text[match.end() : match.end() + 1]
+        return " " * before.isalpha() + name + " " * after.isalpha()
+
+    return NUMBER.sub(words, text)
+
+
+def strip(text, kind):
+    """Write a space for each symbol, or also for punctuation, by Unicode category. Apostrophes and hyphens stay."""
+    keep = "\n'\u2019-"
+    drop = {ord(c): " " for c in set(text) - set(keep) if unicodedata.category(c)[0] in STRIPPED[kind]}
+    return text.translate(drop)
+
+
+def text8(text):
+    """Write a text as text8 is written: a to z and spaces, digits as words [Mahoney, "About the test data"]. Lines stay."""
+    return re.sub(r"[^a-z\n]+", " ", text.translate(TEXT8))
+
+
+def tidy(texts):
+    """Yield the parts of a text with one space for each run of spaces, and none at the ends of lines."""
+    held, starts_line = "", True  # held: a space that may be followed by another one
+    for text in texts:
+        text = re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", held + text))
+        text = text.removeprefix(" ") if starts_line else text
+        held, text = " " * text.endswith(" "), text.removesuffix(" ")
+        starts_line = text.endswith("\n") if text else starts_line
+        yield text
+
+
+def normalize(corpus, out, changes):
+    """Write a text with all `changes`, functions of text, to a new file. Raises ValueError if there is a file already."""
+    if out.exists():
+        raise ValueError(f"{out} exists already: give another name")
+    if out.name.endswith((".gz", ".jsonl")):
+        raise ValueError(f"{out} would be plain text: give a name that ends in .txt")
+
+    def changed():
+        with tqdm(desc="writing", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+            for piece in read_pieces(corpus, "file"):
+                text = piece.text
+                for change in changes:
+                    text = change(text)
+                yield text + "\n" * piece.last
+                bar.update(piece.n_bytes)
+
+    parts = changed() if set(changes) == {str.lower} else tidy(changed())
+    with cli.replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(parts)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main():
+    p = cli.Parser("what is in a text and how to train on it, or a simpler form of it")
+    add = p.add_argument
+    add("command", choices=["stats", "normalize"], help="describe a text, or write it in a simpler form")
+    add("text", help="text file, folder, 'pattern*.txt', or several with commas")
+    add("out", nargs="?", type=Path, help="new file, for normalize")
+    add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
+    add("--example", choices=["line", "paragraph", "file"], default="line", help="stats: what one example is (line)")
+    add("--device", default="auto", help="stats: where to train: cpu, cuda, ... (cuda if there is one)")
+    add("--cache_dir", default=cache.default_cache_dir(), help="stats: folder for tokenised corpora (%(default)s)")
+    add("--lower", action="store_true", help="normalize: lower case")
+    add("--digits", action="store_true", help="normalize: numbers in words (needs the package num2words)")
+    add("--language", default="en", help="normalize: of the numbers in words (en)")
+    add("--strip", choices=STRIPPED, help="normalize: a space for each symbol, or for punctuation too")
+    add("--text8", action="store_true", help="normalize: a to z and spaces only, digits as words, as in text8")
+    args = p.parse_args()
+    corpus = Corpus(args.text, args.text_field)
+    changes = [str.lower] * args.lower + [partial(in_words, language=args.language)] * args.digits
+    changes += [partial(strip, kind=args.strip)] * bool(args.strip) + [text8] * args.text8
+    if args.command == "normalize":
+        if not (args.out and changes):
+            raise ValueError("normalize takes a text, a new file, and one or more of --lower, --digits, --strip, --text8")
+        normalize(corpus, args.out, changes)
+        return
+    if args.out or changes:
+        raise ValueError("stats takes a text only, and writes no file")
+    torch.set_float32_matmul_precision("high")
+    print(*describe(corpus, args.example, *survey(corpus, args.example)), sep="\n", flush=True)
+    print(*suggest(corpus, args.example, args), sep="\n")
