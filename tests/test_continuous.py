@@ -289,6 +289,12 @@ def test_one_step_samples_from_a_normal_have_the_variance_of_its_algebra():
 # ---------------------------------------------------------------- two moons
 
 
+def test_the_half_circles_face_each_other():
+    angle, moon = np.array([0, np.pi / 2, np.pi] * 2), np.repeat([0, 1], 3)
+    upper, lower = [[1, 0], [0, 1], [-1, 0]], [[0, 0.5], [1, -0.5], [2, 0.5]]
+    np.testing.assert_allclose(c.half_circles(angle, moon), upper + lower, atol=1e-12)
+
+
 def test_the_density_of_two_moons_sums_to_1_and_fits_the_points():
     g = torch.linspace(-2, 3, 201, dtype=torch.float64)
     log_p = c.two_moons_log_density(torch.cartesian_prod(g, g))
