@@ -33,7 +33,7 @@ T_MIN = 1e-6  # before this time nothing is known of x, and the prediction is 0
 def beta(t, sigma1):
     """Accuracy of all evidence until time t: sigma1^(-2t) - 1. Raises ValueError for sigma1 outside (0, 1)."""
     if not 0 < sigma1 < 1:
-        raise ValueError(f"sigma1 = {sigma1} must be above 0 and below 1, the standard deviation at the start")
+        raise ValueError(f"sigma1 is {sigma1}: it must be above 0 and below 1, the standard deviation at t = 0")
     return torch.expm1(-2 * math.log(sigma1) * t)
 
 
@@ -66,27 +66,30 @@ def predict_noisy(network, x, t, sigma1, eps=None):
 
 
 def squared_error_loss(x_hat, x, t, sigma1):
-    """Integrand of the continuous-time loss, which is also the training loss [Graves et al. 2023, algorithm 2] -> (B,).
+    """Integrand of the continuous-time loss, which is also the training loss [Graves et al. 2023, algorithm 2].
 
         beta'(t) / 2 |x - x_hat|^2 = -log(sigma1) sigma1^(-2t) |x - x_hat|^2
 
-    Its mean over t ~ U(0, 1) is L_inf.
+    x_hat, x (B, D), t (B, 1) -> (B,). Its mean over t ~ U(0, 1) is L_inf.
     """
     return -math.log(sigma1) * ((1 + beta(t, sigma1)) * (x - x_hat).square()).sum(-1)
 
 
 def n_step_error(x_hat, x, i, n, sigma1):
-    """Integrand of the n-step loss at steps i (B, 1) in 1..n, from the output at t = (i - 1) / n -> (B,).
+    """Integrand of the n-step loss [Graves et al. 2023, algorithm 1], from the output at t = (i - 1) / n.
 
-        n alpha_i / 2 |x - x_hat|^2, n times the divergence between sender and receiver [Graves et al. 2023, algorithm 1]
+        n alpha_i / 2 |x - x_hat|^2,    n times the divergence between sender and receiver
 
-    Its mean over i is L_n.
+    x_hat, x (B, D), steps i (B, 1) in 1..n -> (B,). Its mean over i is L_n.
     """
     return n / 2 * (alpha(i, n, sigma1) * (x - x_hat).square()).sum(-1)
 
 
 def reconstruction_loss(network, x, sigma1, eps=None):
-    """One draw of L_rec = -log N(x | x_hat, sigma1^2 I) from the output at t = 1 -> (B,). It is a density: it may be negative."""
+    """One draw of L_rec = -log N(x | x_hat, sigma1^2 I) from the output at t = 1: x (B, D) -> (B,).
+
+    This is the log of a density, so L_rec may be negative.
+    """
     x_hat = predict_noisy(network, x, torch.ones_like(x[:, :1]), sigma1, eps)
     return (((x - x_hat) / sigma1).square() / 2 + math.log(sigma1 * math.sqrt(2 * math.pi))).sum(-1)
 
@@ -95,12 +98,15 @@ def reconstruction_loss(network, x, sigma1, eps=None):
 
 
 def sender_sample(x, alpha, eps=None):
-    """Draw evidence of accuracy alpha: y ~ N(x, 1 / alpha) -> (B, D)."""
+    """Draw evidence of accuracy alpha (B, 1) or a number: y ~ N(x, 1 / alpha) -> (B, D)."""
     return x + (torch.randn_like(x) if eps is None else eps) / alpha**0.5
 
 
 def bayesian_update(mu, rho, y, alpha):
-    """Take in evidence y of accuracy alpha -> mu, rho. Precisions add, and the mean is the weighted mean."""
+    """Take in evidence y (B, D) of accuracy alpha [Graves et al. 2023, section 4] -> mu, rho.
+
+    Precisions add, and the new mean is the mean of mu and y, weighted by their precisions.
+    """
     return (rho * mu + alpha * y) / (rho + alpha), rho + alpha
 
 
@@ -188,14 +194,14 @@ def draw(path, kind, panels, means):
     """Draw the points of {title: (n, 2)} and, in a last panel, the paths of means (n_steps + 1, n, 2)."""
     from matplotlib.figure import Figure  # takes a second to import
 
-    figure = Figure(figsize=(3 * len(panels) + 3, 2.7), layout="constrained")
+    figure = Figure(figsize=(3 * len(panels) + 3, 2.5), layout="constrained")
     *axes, last = figure.subplots(1, len(panels) + 1, sharex=True, sharey=True)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         ax.scatter(*x.T, s=2, alpha=0.6, linewidths=0)
-        ax.set(title=title, xlim=(-1.5, 2.5), ylim=(-1.6, 1.9))
+        ax.set(title=title, xlim=(-1.7, 2.7), ylim=(-1.3, 1.8), aspect="equal")
     last.plot(*means.unbind(-1), linewidth=0.8, alpha=0.8)
     last.scatter(*means[-1].T, s=12, color="black", zorder=3)
-    last.set_title(f"{means.shape[1]} paths of the mean")
+    last.set(title=f"{means.shape[1]} paths of the mean", aspect="equal")
     figure.savefig(path, dpi=100, format=kind)
 
 
