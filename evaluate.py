@@ -34,10 +34,10 @@ import toy
 from bounds import Text, clustered_error, n_scorable, nothing_given, score, seconds_per_row, unknown_nats_per_token
 from checkpoint import load
 from documents import Corpus
+from generation import Options, generate
 from model import rows_at_once
 from noise import mix_seed
 from prompts import make_template
-from sample import Options, generate
 from text import decode, read_pieces
 
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token

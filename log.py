@@ -22,7 +22,7 @@ import data
 import parallel
 import plot
 from evaluate import VAL_TOKENS
-from sample import example_texts, mark_breaks
+from generation import example_texts, mark_breaks
 
 FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
 VALIDATIONS = 10  # of a run, and at least one every MOST_MINUTES

@@ -17,8 +17,8 @@ import bfn
 import cli
 import plot
 from checkpoint import load
+from generation import Options, sample_batch
 from prompts import make_template
-from sample import Options, sample_batch
 from text import SPACE
 
 HOLD = 12  # frames that the finished text is shown for

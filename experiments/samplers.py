@@ -37,8 +37,8 @@ import plot
 import quality
 import toy
 from checkpoint import load
+from generation import Options, generate
 from prompts import GAP, make_template, pad
-from sample import Options, generate
 from text import add_marks, decode, read_part
 
 FILLING = ["pace", "uncorrected", "commit"]  # they fill a few positions in each call

@@ -18,11 +18,13 @@ import cache
 import cli
 import data
 import evaluate
+import generation
 import model as model_file
 import sample
 import toy
 import watch
 from checkpoint import load
+from generation import Options, generate
 from noise import Draws, mix_seed
 from prompts import (
     FREE,
@@ -41,7 +43,6 @@ from prompts import (
     unknown_pieces,
     warn_unknown,
 )
-from sample import Options, generate
 from text import add_marks
 
 QUICK = Options(steps=3, corrections=0)
@@ -123,9 +124,9 @@ def test_a_sample_does_not_change_with_its_neighbours(mixing, options):
     """Short texts next to a long one are padded, make fewer calls, and with `until` finish at other calls than it."""
     model, tokenizer, run = mixing
     templates = [make_template("", tokenizer, run, i, length) for i, length in enumerate([4, 30, 3, 17])]
-    together = sample.sample_batch(model, tokenizer, templates, seeds=[5, 6, 7, 8], options=options)
+    together = generation.sample_batch(model, tokenizer, templates, seeds=[5, 6, 7, 8], options=options)
     for template, seed, text in zip(templates, [5, 6, 7, 8], together, strict=True):
-        assert sample.sample_batch(model, tokenizer, [template], [seed], options) == [text]
+        assert generation.sample_batch(model, tokenizer, [template], [seed], options) == [text]
     if options.until:
         n_calls = [calls for _, calls in together]
         assert len(set(n_calls)) > 1 and min(n_calls) < options.steps
@@ -137,7 +138,7 @@ def test_the_size_of_the_batches_does_not_change_a_sample(loaded, monkeypatch):
     templates = [make_template("the king", tokenizer, run, i, length) for i, length in enumerate(lengths)]
     in_one_batch = list(generate(model, tokenizer, templates, 5, QUICK))
     assert [len(ids) for ids, _ in in_one_batch] == lengths
-    monkeypatch.setattr(sample, "SORTED_BATCHES", 2)
+    monkeypatch.setattr(generation, "SORTED_BATCHES", 2)
     monkeypatch.setitem(model_file.BATCH_ELEMENTS, "cpu", 1)  # batches of one text
     assert list(generate(model, tokenizer, templates, 5, QUICK)) == in_one_batch
 
@@ -173,7 +174,7 @@ def test_no_random_numbers_are_used_twice(loaded, sampler, monkeypatch):
     draft = tuple(tokenizer.encode("the old king sleeps"))
     options = Options(sampler=sampler, steps=3, corrections=1, until=1e-9, draft=draft, strength=0.3)
     list(generate(model, tokenizer, [[FREE] * len(draft)], 0, options))
-    assert (sample.DRAFT, 0) in used and len(used) == len(set(used)) >= 4
+    assert (generation.DRAFT, 0) in used and len(used) == len(set(used)) >= 4
 
 
 # ---------------------------------------------------------------- prompts and gaps
@@ -312,8 +313,8 @@ def test_a_prompt_that_is_not_unicode_is_refused(loaded):
 
 
 def test_a_sample_of_a_model_of_lines_is_printed_on_one_line():
-    assert sample.lay_out("a\u2028b\x0cc\r\nd", {"args": {"example": "line"}}) == "a b c d"
-    assert sample.lay_out("a\nb", {"args": {"example": "paragraph"}}) == "a\nb"
+    assert generation.lay_out("a\u2028b\x0cc\r\nd", {"args": {"example": "line"}}) == "a b c d"
+    assert generation.lay_out("a\nb", {"args": {"example": "paragraph"}}) == "a\nb"
 
 
 @pytest.fixture(params=["bpe", "char", "word"])
@@ -501,14 +502,14 @@ def test_each_block_of_a_long_text_begins_with_the_end_of_the_text_so_far(loaded
     model, tokenizer, run = loaded
     template = make_template("the king", tokenizer, run, 0, 60)
     monkeypatch.setattr(tokenizer, "eos_id", lambda: -1)
-    blocks, real = [], sample.generate
+    blocks, real = [], generation.generate
 
     def record(model, tokenizer, templates, *rest):
         blocks.extend(templates)
         return real(model, tokenizer, templates, *rest)
 
-    monkeypatch.setattr(sample, "generate", record)
-    ids, calls = sample.generate_long(model, tokenizer, template, 16, 0, QUICK)
+    monkeypatch.setattr(generation, "generate", record)
+    ids, calls = generation.generate_long(model, tokenizer, template, 16, 0, QUICK)
     n_written = sum(k >= 0 for k in template)
     assert len(ids) == 60 and ids[:n_written] == template[:n_written]
     for block in blocks:
@@ -522,9 +523,9 @@ def test_each_block_of_a_long_text_begins_with_the_end_of_the_text_so_far(loaded
 def test_a_long_text_changes_none_of_the_short_ones(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("the king", tokenizer, run, i, n) for i, n in enumerate((10, 40, 12))]
-    mixed = list(sample.generate_any_length(model, tokenizer, templates, 16, 3, QUICK))
+    mixed = list(generation.generate_any_length(model, tokenizer, templates, 16, 3, QUICK))
     assert mixed[::2] == list(generate(model, tokenizer, templates[::2], 3, QUICK, numbers=[0, 2]))
-    assert mixed[1] == sample.generate_long(model, tokenizer, templates[1], 16, mix_seed(3, 1), QUICK)
+    assert mixed[1] == generation.generate_long(model, tokenizer, templates[1], 16, mix_seed(3, 1), QUICK)
 
 
 def test_the_command_samples_a_prompt_with_a_gap_next_to_a_long_text(run_dir, monkeypatch, capsys):
@@ -545,7 +546,7 @@ def test_the_trace_has_control_codes_only_in_a_terminal(loaded, monkeypatch, is_
     given[0, 0] = True
     file = io.StringIO()
     file.isatty = lambda: is_terminal
-    trace = sample.Trace(tokenizer, file)
+    trace = generation.Trace(tokenizer, file)
     trace(0.5, p, given)
     trace(1.0, p, given)
     trace.close(tokenizer.encode("the king sleeps"))
@@ -559,7 +560,7 @@ def test_the_trace_has_control_codes_only_in_a_terminal(loaded, monkeypatch, is_
 def test_tracing_shows_only_the_first_text_and_changes_none(loaded, capsys):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate((14, 9, 20))]
-    traced = list(sample.generate_traced(model, tokenizer, templates, 0, QUICK))
+    traced = list(generation.generate_traced(model, tokenizer, templates, 0, QUICK))
     shown = capsys.readouterr().err.splitlines()
     assert traced == list(generate(model, tokenizer, templates, 0, QUICK))
     assert [line.split("  ")[0] for line in shown] == ["call 1", "call 2", "call 3", "sample"]
@@ -577,7 +578,7 @@ def test_the_trace_ends_with_the_text_that_is_printed(run_dir, monkeypatch, caps
 def test_the_examples_of_training_are_free_or_continue_validation_texts(run_dir, loaded, tmp_path):
     model, tokenizer, run = loaded
     tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
-    lines = sample.example_texts(model, tokenizer, tokens, run, n=5, seed=3)
+    lines = generation.example_texts(model, tokenizer, tokens, run, n=5, seed=3)
     free = [make_template("", tokenizer, run, mix_seed(3, i)) for i in range(2)]
     assert lines[:2] == [sample.decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, free, 3)]
     plan = data.plan_validation(tokens, 32)
