@@ -34,8 +34,8 @@ at once. In the folder of the code that wrote it:
 
 ## Files
 
-`model.safetensors` holds the averaged weights of step {step:,} as {dtype}, `config.json` what sampling and evaluating need to know
-of the training, `tokenizer.model` the SentencePiece tokenizer. Nothing in them is executed.
+`model.safetensors` holds the averaged weights of step {step:,} as {dtype}, `config.json` what the commands need to know of
+the training, `tokenizer.model` the SentencePiece tokenizer. Nothing in them is executed.
 """
 
 

@@ -8,8 +8,8 @@ its state:
     args, identity, config, tokenizer_hash, sizes, lengths, word_lengths             `describe_run`
     step, best, model, emas, optimizers, times, loss_by_time                         `State`
 
-An exported folder holds one of the emas as model.safetensors, and as config.json everything else but the rest of the
-networks, optimizers and times.
+An exported folder holds the last of the emas as model.safetensors. Its config.json has what is left of the checkpoint
+without model, optimizers and times, and the figures of the validation.
 """
 
 import json
@@ -223,7 +223,8 @@ def export(run_dir, out_dir, dtype=torch.float32):
     model, _, run = load(run_dir)
     out_dir.mkdir(parents=True)
     try:
-        weights = {name: weight.to(dtype).clone().contiguous() for name, weight in model.state_dict().items()}  # none shared
+        weights = {name: w.to(dtype if w.is_floating_point() else w.dtype) for name, w in model.state_dict().items()}
+        weights = {name: weight.clone().contiguous() for name, weight in weights.items()}  # no two share memory
         (out_dir / "model.safetensors").write_bytes(library.save(weights))
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
         names = {name: Path(run["args"][name]).name for name in PATH_FLAGS if run["args"].get(name)}
