@@ -28,7 +28,7 @@ from tqdm import tqdm
 import cli
 from data import prefetch
 from documents import Corpus, is_jsonl
-from text import add_marks, adds_prefix, file_hash, load_tokenizer, read_part, unknown_bytes
+from text import add_marks, adds_prefix, file_hash, label_ids, load_tokenizer, read_part, unknown_bytes
 
 CACHE_FORMAT = 2
 STALE_SECONDS = 3600  # a cache that was begun and not written to for so long belongs to a run that was killed
@@ -235,9 +235,12 @@ def _encode(pieces, tokenizer):
     eos = np.array(add_marks([], tokenizer, begin=False), np.int32)
     nothing = bos[:0]
     encoded = tokenizer.encode_as_numpy(texts)  # releases Python's lock, so threads run on all cores
+    labels = {None: nothing} | {label: np.array([k], np.int32) for label, k in label_ids(tokenizer).items()}
     parts, example_ends, n_tokens = [], [], 0
     for piece, ids in zip(pieces, encoded, strict=True):
-        marked = [bos if piece.first else nothing, ids, eos if piece.last else nothing]
+        if piece.label not in labels:
+            raise ValueError(f"the tokenizer has no token for the label {piece.label!r}: leave -spm out, so that one is trained")
+        marked = [bos if piece.first else nothing, labels[piece.label], ids, eos if piece.last else nothing]
         parts += marked
         n_tokens += sum(map(len, marked))
         if piece.last:

@@ -34,7 +34,7 @@ import toy
 from documents import Corpus
 from model import BFNTransformer, Config
 from prompts import count_word_lengths
-from text import default_vocab_size, file_hash, keeps_breaks, load_tokenizer, read_pieces, train_tokenizer
+from text import ONE_LINE, default_vocab_size, file_hash, keeps_breaks, load_tokenizer, read_pieces, train_tokenizer
 from times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
@@ -375,7 +375,7 @@ def make_tokenizer(args, corpus):
     """Read the tokenizer of the flags, or train one on the corpus -> the model as bytes."""
     if args.spm_model:
         tokenizer = load_tokenizer(args.spm_model)
-        if args.example != "line" and not keeps_breaks(tokenizer):
+        if args.example not in ONE_LINE and not keeps_breaks(tokenizer):
             raise ValueError(f"{args.spm_model} does not keep line breaks: leave -spm or --init_from out, or use --example=line")
         return Path(args.spm_model).read_bytes()
     args.vocab_size = args.vocab_size or default_vocab_size(corpus, args.tokenizer)

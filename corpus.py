@@ -127,7 +127,7 @@ def suggest_tokenizer(corpus, example):
     The probability that the next word is a new one is the share of words that occurred once [Good 1953, "The population
     frequencies of species and the estimation of population parameters"]. -> kind, reason
     """
-    texts, characters = read_sample(corpus, example)
+    texts, characters, _ = read_sample(corpus, example)
     apart = {ord(c): " " for c in characters if is_punctuation(c)}
     words = Counter(word for text in texts for word in text.translate(apart).split())
     new = sum(n == 1 for n in words.values()) / max(1, words.total())

@@ -231,9 +231,9 @@ class Loader:
     The rows of epochs 0, 1, 2, ... form one sequence, and batch n is rows n B to (n + 1) B - 1 of it.
     """
 
-    def __init__(self, tokens, row_length, batch_size, seed, bos_id=-1):
+    def __init__(self, tokens, row_length, batch_size, seed, bos_id=-1, label_ids=()):
         self.tokens, self.row_length, self.batch_size = tokens, row_length, batch_size
-        self.seed, self.bos_id = seed, bos_id
+        self.seed, self.bos_id, self.label_ids = seed, bos_id, list(label_ids)
         self.plan = lru_cache(maxsize=2)(partial(plan_epoch, tokens, row_length, seed))  # function of the epoch
         self.rows_per_epoch = self.plan(0).n_rows
 
@@ -242,7 +242,7 @@ class Loader:
         return math.ceil(epochs * self.rows_per_epoch / self.batch_size / accumulation)
 
     def batch(self, n, progress=1.0):
-        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L). bos is always given.
+        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L). bos is always given, and so is every other label.
 
         progress: the share of the training that is done, in [0, 1].
         """
@@ -253,7 +253,10 @@ class Loader:
             for epoch in np.unique(epochs)
         ]
         ids, segment_ids = (np.concatenate(part) for part in zip(*parts, strict=True))
-        cond_mask = draw_cond_mask(segment_ids, np.random.default_rng((self.seed, 0, n)), easy_share(progress))
+        rng = np.random.default_rng((self.seed, 0, n))
+        cond_mask = draw_cond_mask(segment_ids, rng, easy_share(progress))
+        if self.label_ids:
+            cond_mask |= np.isin(ids, self.label_ids) & (segment_ids > 0) & (rng.random(ids.shape) < 0.5)
         cond_mask |= (ids == self.bos_id) & (segment_ids > 0)
         return tuple(map(torch.from_numpy, (ids, segment_ids, cond_mask)))
 

@@ -16,7 +16,7 @@ import guidance
 from model import rows_at_once
 from noise import Draws, mix_seed
 from prompts import FREE, allowed_at, make_hint, make_template, pad
-from text import decode, one_line
+from text import ONE_LINE, decode, one_line
 from watch import Trace
 
 DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
@@ -133,7 +133,7 @@ def generate_any_length(model, tokenizer, templates, limit, seed, options):
 
 def lay_out(text, run):
     """Put a sample on one line if the model was trained on lines: it may have drawn a line break by chance."""
-    return one_line(text) if run["args"]["example"] == "line" else text
+    return one_line(text) if run["args"]["example"] in ONE_LINE else text
 
 
 def mark_breaks(text):

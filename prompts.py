@@ -2,8 +2,8 @@
 
 A template is a list with one entry per position: the id of a given token, or a kind of position where a token is drawn.
 
-    template  list of L         ids, or FREE, GAP, WORD_START, WORD_REST
-    allowed   (5, K)   bool     tokens that may be drawn at each kind of position, in row -kind; row 0 = given
+    template  list of L         ids, or FREE, GAP, WORD_START, WORD_REST, ANY_LABEL
+    allowed   (6, K)   bool     tokens that may be drawn at each kind of position, in row -kind; row 0 = given
     hint      (L, K)   float32  log-odds that are added to the network's input
 """
 
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from text import BREAK, JOIN, SPACE, add_marks, adds_prefix
+from text import BREAK, JOIN, ONE_LINE, SPACE, add_marks, adds_prefix, label_ids
 
 FREE = -1  # any text, or its end
 GAP = -2  # any text
 WORD_START, WORD_REST = -3, -4  # the first token of a word, a later token
+ANY_LABEL = -5  # a label
 GAP_MARK = r"___(?:\{(\d{1,9})(?:-(\d{1,9}))?\})?"
 MAX_CANDIDATES = 32  # templates of a prompt whose gaps have unknown sizes
 MAX_NAMED = 5  # unknown words of a prompt that a warning names
@@ -39,7 +40,7 @@ def starts_word(piece):
 
 @lru_cache(maxsize=4)
 def allowed_tokens(tokenizer):
-    """List the tokens that may be drawn at each kind of position -> (5, K) bool, the row of a kind is -kind."""
+    """List the tokens that may be drawn at each kind of position -> (6, K) bool, the row of a kind is -kind."""
     K = len(tokenizer)
     pieces = [tokenizer.id_to_piece(k) for k in range(K)]
     text = torch.tensor(
@@ -47,7 +48,9 @@ def allowed_tokens(tokenizer):
     )
     spaced = torch.tensor([starts_word(piece) for piece in pieces])
     whole = torch.tensor([not tokenizer.is_byte(k) and pieces[k] not in (SPACE, "\n", SPACE + BREAK) for k in range(K)])
-    allowed = torch.stack([torch.ones_like(text), text, text, text & spaced & whole, text & ~spaced & whole])
+    is_label = torch.zeros_like(text)
+    is_label[list(label_ids(tokenizer).values())] = True
+    allowed = torch.stack([torch.ones_like(text), text, text, text & spaced & whole, text & ~spaced & whole, is_label])
     if tokenizer.eos_id() >= 0:
         allowed[-FREE, tokenizer.eos_id()] = True
     allowed[~allowed.any(1)] = text & whole  # a vocabulary of characters has no WORD_START, for example
@@ -122,7 +125,7 @@ def read_prompts(path, tokenizer, run, length=None):
 
 def read_breaks(text, run):
     """Read \\n as a line break, and \\\\ as a backslash, if the model was trained on examples of several lines -> text."""
-    return text if run["args"]["example"] == "line" else re.sub(r"\\([n\\])", lambda m: {"n": "\n"}.get(m[1], m[1]), text)
+    return text if run["args"]["example"] in ONE_LINE else re.sub(r"\\([n\\])", lambda m: {"n": "\n"}.get(m[1], m[1]), text)
 
 
 def check_unicode(text):
@@ -136,10 +139,24 @@ def shorten(prompt):
     return ascii(prompt) if len(prompt) <= 60 else ascii(prompt[:60]) + "..."
 
 
+def split_label(text, tokenizer):
+    """Split label<TAB>text -> [id of the label], text. ANY_LABEL stands for a label that is not named.
+
+    If the model was not trained on labelled texts: [], text. Raises ValueError for a label that it does not know.
+    """
+    labels = label_ids(tokenizer)
+    label, tab, rest = text.partition("\t")
+    if not labels or not tab:
+        return [ANY_LABEL] * bool(labels), text
+    if label not in labels:
+        raise ValueError(f"the model knows no label {label!r}, only {', '.join(labels)}")
+    return [labels[label]], rest
+
+
 def unknown_pieces(prompt, tokenizer):
     """List the text of each token of a prompt that the tokenizer does not know, with SPACE for a space -> list of str."""
     found = []
-    for text in re.split(GAP_MARK, prompt)[::3]:
+    for text in re.split(GAP_MARK, split_label(prompt, tokenizer)[1])[::3]:
         pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
         found += [piece.replace(SPACE + JOIN, "") for k, piece in pieces if k == tokenizer.unk_id()]
     return found
@@ -233,9 +250,10 @@ def parse_prompt(prompt, tokenizer, word_lengths):
     if re.search(r"____|___\{(?!\d{1,9}(?:-\d{1,9})?\})", prompt):
         raise ValueError(f"{shorten(prompt)}: a gap is ___ or ___{{N}} or ___{{N-M}}")
     check_unicode(prompt)
-    parts = re.split(GAP_MARK, prompt)  # text, low or None, high or None, text, ...
+    label, text = split_label(prompt, tokenizer)
+    parts = re.split(GAP_MARK, text)  # text, low or None, high or None, text, ...
     texts, gaps = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
-    templates = [(encode_part(texts[0], tokenizer, follows_gap=False), 1.0)]
+    templates = [(label + encode_part(texts[0], tokenizer, follows_gap=False), 1.0)]
     for i, (low, high) in enumerate(gaps):
         if high is not None and int(high) < int(low):
             raise ValueError(f"{shorten(prompt)}: a gap ___{{N-M}} has at least N and at most M tokens, here {low}-{high}")

@@ -54,13 +54,12 @@ def surprises(sampler, text):
     log_p = log_p_given_others(sampler.model, ids)
     may_stand = allowed_tokens(tokenizer)[-GAP]
     found, before = [], ""
-    for d, k in enumerate(ids):
-        if k in (tokenizer.bos_id(), tokenizer.eos_id()):
-            continue
+    words = [d for d, k in enumerate(ids) if not tokenizer.is_control(k)]  # no bos, eos or label
+    for i, d in enumerate(words):
         p, best = log_p[d].exp().masked_fill(~may_stand, 0).topk(min(N_SHOWN, int(may_stand.sum())))
         suggestions = [(decode(tokenizer, [j]), share) for j, share in zip(best.tolist(), p.tolist(), strict=True)]
-        text_so_far = one_line(decode(tokenizer, ids[: d + 1]))  # what a token reads as depends on those before it
-        found.append(Surprise(text_so_far[len(before) :], -log_p[d, k].item() / math.log(2), suggestions))
+        text_so_far = one_line(decode(tokenizer, [ids[j] for j in words[: i + 1]]))  # what a token reads as depends on those before it
+        found.append(Surprise(text_so_far[len(before) :], -log_p[d, ids[d]].item() / math.log(2), suggestions))
         before = text_so_far
     return found
 

@@ -31,6 +31,7 @@ from generation import Options, generate, generate_any_length, generate_traced, 
 from lengths import fit_lengths
 from noise import mix_seed
 from prompts import (
+    ANY_LABEL,
     FREE,
     GAP,
     candidates,
@@ -40,10 +41,11 @@ from prompts import (
     parse_hint,
     read_breaks,
     read_prompts,
+    split_label,
     unknown_pieces,
     warn_unknown,
 )
-from text import add_marks, decode
+from text import ONE_LINE, add_marks, decode, label_ids
 
 OPTIONS = "sampler steps corrections time_grid temperature top_p argmax until ban hint draft strength guidance scale".split()
 SEPARATOR = "-" * 20  # printed after each text of several lines
@@ -72,11 +74,16 @@ class Sampler:
         """Sample n texts that continue a prompt or fill its gaps -> list of str."""
         return [text for text, *_ in self.stream([prompt] * n, seed, **options)]
 
-    def stream(self, prompts, seed=0, length=None, trace=False, **options):
+    def stream(self, prompts, seed=0, length=None, trace=False, label=None, **options):
         """Begin to sample a text for each prompt -> iterator over (text, ids, calls of the network).
 
-        length: tokens of each text, with bos and eos; drawn if None. trace: show the first text at each call.
+        length: tokens of each text, with bos and eos; drawn if None. trace: show the first text at each call. label: of a
+        model of labelled texts, begins all prompts.
         """
+        if label is not None:
+            if not label_ids(self.tokenizer):
+                raise ValueError("the model was not trained with --labelled: give a --classifier of the label")
+            prompts = [f"{label}\t{prompt}" for prompt in prompts]
         options = self.options(**options)
         templates = self.templates(prompts, seed, length, options)
         if max(map(len, templates)) > self.limit:
@@ -115,15 +122,19 @@ class Sampler:
 
     def encode(self, text, name):
         """Encode a whole text with bos and eos -> ids. name: what messages call it."""
-        ids = add_marks(self.tokenizer.encode(text), self.tokenizer)
+        label, text = split_label(text, self.tokenizer)
+        if label == [ANY_LABEL]:
+            raise ValueError(f"{name} has no label: write label<TAB>text")
+        ids = add_marks(label + self.tokenizer.encode(text), self.tokenizer)
         if len(ids) > self.limit:
             raise ValueError(f"{name} takes {len(ids)} tokens, the model was trained on at most {self.limit}: shorten it")
         return ids
 
     def templates(self, prompts, seed, length, options):
         """Choose a template for each prompt: the draft's length, or one that fits the prompt."""
-        if options.draft:  # only bos is given
-            return [[k if k == self.tokenizer.bos_id() else FREE for k in options.draft]] * len(prompts)
+        if options.draft:  # only bos and the label are given
+            given = {self.tokenizer.bos_id(), *label_ids(self.tokenizer).values()}
+            return [[k if k in given else FREE for k in options.draft]] * len(prompts)
         fit = partial(fit_lengths, self.model, self.tokenizer)
         choices = {p: fit(*candidates(p, self.tokenizer, self.run, length)) for p in set(prompts)}
         seeds = [mix_seed(seed, i) for i in range(len(prompts))]
@@ -171,7 +182,7 @@ def flags():
     add("--hint", action="append", default=[], help="odds of tokens at a position, such as 3:cat=0.7,dog=0.3; repeatable")
     add("--guidance", type=cli.non_negative, default=0.0, help="follow the prompt more closely: 1 or 2, at twice the calls (0)")
     add("--classifier", help="file of classify.py: steer towards --label")
-    add("--label", help="label of --classifier that texts should have")
+    add("--label", help="label that texts should have: of --classifier, or of a model of labelled texts")
     add("--scale", type=cli.non_negative, default=Options.scale, help="how strongly --classifier steers (1)")
     add("--draft", help="text to edit, treated as if observed at noise level t = --strength")
     add("--strength", type=cli.share, default=0.4, help="noise level t of --draft: a higher value keeps more of it (0.4)")
@@ -196,9 +207,9 @@ def check_output(args):
 
 
 def read_guide(args, model):
-    """Read the classifier of the flags -> a guide, or None. Raises ValueError for a flag without the other."""
-    if (args.classifier is None) != (args.label is None):
-        raise ValueError("--classifier=FILE and --label=LABEL go together: give both")
+    """Read the classifier of the flags -> a guide, or None. Raises ValueError if there is no label."""
+    if args.classifier and args.label is None:
+        raise ValueError("--classifier steers towards a label: give --label too")
     return args.classifier and guidance.load_classifier(args.classifier, model).guide(args.label)
 
 
@@ -226,9 +237,10 @@ def main():
     check_output(args)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
     options = {name: getattr(args, name) for name in OPTIONS} | dict(guide=read_guide(args, model))
-    samples = model.stream(prompts, args.seed, args.length, args.trace, **options)
+    label = None if args.classifier else args.label
+    samples = model.stream(prompts, args.seed, args.length, args.trace, label, **options)
     warn_unknown([*prompts, args.draft or ""], model.tokenizer)
-    print_samples(samples, prompts, args, separator=[] if model.run["args"]["example"] == "line" else [SEPARATOR])
+    print_samples(samples, prompts, args, separator=[] if model.run["args"]["example"] in ONE_LINE else [SEPARATOR])
 
 
 def print_samples(samples, prompts, args, separator):

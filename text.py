@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
 from unicodedata import category
@@ -27,6 +27,9 @@ PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, c
 SPACE = "\u2581"  # the character that SentencePiece writes for a space
 JOIN = "\u2040"  # in a word tokenizer: no space before this token
 BREAK = "\u2424"  # in a word tokenizer: a line break
+ONE_LINE = "line", "labelled"  # kinds of examples that have no line break
+LABEL = "label:"  # begins the name of a label's token
+MAX_LABELS = 1000
 FEW_EXAMPLES = 100  # a corpus of fewer examples is split for validation by bytes
 VAL_SHARE = {"examples": 0.02, "bytes": 0.05}
 TOKENIZER_BYTES = 20_000_000  # how much text a tokenizer is trained on
@@ -45,15 +48,16 @@ class Piece:
     n_bytes: int
     first: bool  # starts its example
     last: bool  # ends its example
+    label: str | None = None  # of the example, if it is labelled and this is its first piece
 
 
 def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None):
     """Yield the examples between two byte positions of a corpus as pieces, in bounded memory.
 
-    example: a "line", a "paragraph" (blank lines separate them), or the whole "file", that is a document. Line breaks inside
-    an example are one character, "\\n". Blank examples are left out. Examples of more than `max_bytes` (default PIECE_BYTES)
+    example: a "line", a "labelled" line (label<TAB>text), a "paragraph" (blank lines separate them), or the whole "file",
+    that is a document. Line breaks inside an example are one character, "\\n". Blank examples are left out. Examples of more than `max_bytes` (default PIECE_BYTES)
     are cut before a space, or between two characters if there is no space. Positions count the bytes of all documents.
-    Raises ValueError for bytes that are not UTF-8.
+    Raises ValueError for bytes that are not UTF-8, and for a labelled line without a label.
     """
     is_part = start > 0 or stop < math.inf
     for name, stream in Corpus.of(corpus).documents():
@@ -71,7 +75,12 @@ def _read_document(name, stream, example, start, stop, max_bytes):
         text = _decode(raw, name, stream, position).replace("\r\n", "\n")
         if position == 0:
             text = text.removeprefix("\ufeff")  # byte order mark
-        return [] if first and last and not text.strip() else [Piece(text, len(text.encode()), first, last)]
+        if first and last and not text.strip():
+            return []
+        label, tab, rest = text.partition("\t") if example == "labelled" and first else (None, True, text)
+        if not tab or label == "":
+            raise ValueError(f"{name}, line {_line_at(stream, position)} is not label<TAB>text")
+        return [Piece(rest, len(rest.encode()), first, last, label)]
 
     n_unread = stop - start
     stream.seek(start)
@@ -79,7 +88,7 @@ def _read_document(name, stream, example, start, stop, max_bytes):
         n_unread -= len(raw)
         ends_line = raw.endswith(b"\n")
         is_separator = example == "paragraph" and starts_line and ends_line and raw.isspace()
-        complete = is_separator or (example == "line" and ends_line)
+        complete = is_separator or (example in ONE_LINE and ends_line)
         starts_line = ends_line
         if not is_separator:
             held += raw
@@ -185,12 +194,12 @@ def train_tokenizer(corpus, kind, vocab_size, example="line"):
     not keep repeated spaces. A line break inside an example is a token. Raises ValueError if the corpus has no text or
     SentencePiece cannot build it.
     """
-    texts, characters = read_sample(corpus, example)
+    texts, characters, labels = read_sample(corpus, example)
     if not texts:
         raise ValueError(f"{corpus} has no text")
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
-        options = trainer_options(kind, vocab_size, texts, characters, Path(folder))
+        options = trainer_options(kind, vocab_size, texts, characters, labels, Path(folder))
         train = partial(sentencepiece.SentencePieceTrainer.train, sentence_iterator=iter(texts), model_writer=model, **options)
         try:
             show_seconds(train, f"training a {kind} tokenizer")
@@ -202,23 +211,30 @@ def train_tokenizer(corpus, kind, vocab_size, example="line"):
 
 
 def read_sample(corpus, example):
-    """Read about TOKENIZER_BYTES of a corpus, spread over all of it, and collect all of its characters -> list, set of str."""
-    corpus, texts, characters = Corpus.of(corpus), [], set()
+    """Read about TOKENIZER_BYTES of a corpus, spread over all of it -> texts, and the sets of all characters and labels.
+
+    Raises ValueError for more than MAX_LABELS labels.
+    """
+    corpus, texts, characters, labels = Corpus.of(corpus), [], set(), set()
     n = 1 + corpus.n_bytes // TOKENIZER_BYTES  # every n-th piece is kept
     with tqdm(desc=f"reading {Path(corpus.path).name}", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
         for i, piece in enumerate(read_pieces(corpus, example, max_bytes=1000)):
             texts += [piece.text] * (i % n == 0)
             characters.update(piece.text)
+            labels.update({piece.label} - {None})
             bar.update(piece.n_bytes)
-    return texts, characters
+    if len(labels) > MAX_LABELS:
+        raise ValueError(f"{corpus} has {len(labels)} labels, at most {MAX_LABELS} are possible: a line is label<TAB>text")
+    return texts, characters, labels
 
 
-def trainer_options(kind, vocab_size, texts, characters, folder):
+def trainer_options(kind, vocab_size, texts, characters, labels, folder):
     """Choose the options of SentencePiece's trainer -> dict. Files that they name are written into `folder`."""
     options = dict(
         model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.9999,
         normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
         num_threads=4,  # unigram's result depends on it
+        control_symbols=[LABEL + label for label in sorted(labels)],  # text never becomes these
     )  # fmt: skip
     if kind == "word":
         return options | dict(add_dummy_prefix=True, remove_extra_whitespaces=True) | write_rules(texts, folder)
@@ -228,7 +244,7 @@ def trainer_options(kind, vocab_size, texts, characters, folder):
     characters = characters - {"\0"}  # SentencePiece cannot have it: it stays unknown
     symbols = sorted(c for c in characters if c != " " and not c.isprintable())  # it would leave these out otherwise
     rest = sorted({SPACE if c == " " else c for c in characters} - set(symbols))
-    sizes = dict(vocab_size=len(symbols) + len(rest) + 1, character_coverage=1.0, bos_id=-1, eos_id=-1)
+    sizes = dict(vocab_size=len(symbols) + len(rest) + len(labels) + 1, character_coverage=1.0, bos_id=-1, eos_id=-1)
     return options | sizes | dict(user_defined_symbols=symbols, required_chars="".join(rest))
 
 
@@ -315,13 +331,24 @@ def add_marks(ids, tokenizer, begin=True, end=True):
     return ([bos] if begin and bos >= 0 else []) + ids + ([eos] if end and eos >= 0 else [])
 
 
+@lru_cache(maxsize=4)
+def label_ids(tokenizer):
+    """List the labels that have a token -> {label: id}, empty unless the tokenizer was trained on labelled lines."""
+    pieces = {k: tokenizer.id_to_piece(k) for k in range(len(tokenizer)) if tokenizer.is_control(k)}
+    return {piece.removeprefix(LABEL): k for k, piece in pieces.items() if piece.startswith(LABEL)}
+
+
 def decode(tokenizer, ids, unknown=()):
-    """Turn ids into text, up to the first eos. Unknown tokens read as `unknown`, in order, or as nothing."""
+    """Turn ids into text, up to the first eos, as label<TAB>text if it has a label.
+
+    Unknown tokens read as `unknown`, in order, or as nothing.
+    """
     if tokenizer.eos_id() in ids:
         ids = ids[: ids.index(tokenizer.eos_id())]
     rest, unk = iter(unknown), tokenizer.unk_id()
     pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != tokenizer.bos_id()]
-    return tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ")  # SPACE: of `unknown`
+    label = "".join(piece.removeprefix(LABEL) + "\t" for piece in pieces if piece.startswith(LABEL) and label_ids(tokenizer))
+    return label + tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ")  # SPACE: of `unknown`
 
 
 def one_line(text):

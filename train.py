@@ -28,7 +28,7 @@ import switches
 from checkpoint import State, check_identity, describe_run, load, lock, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
-from text import file_hash
+from text import file_hash, label_ids
 from times import Times
 
 PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()
@@ -40,8 +40,7 @@ PRESETS = {
     "toy":    ( 128,   4,     4,  1.5e-2,   100,  [0.998],       64,         1_024),
 }  # fmt: skip
 DEFAULT_PRESET = {"cpu": "laptop", "cuda": "base"}
-SHORTEST_ROW = 64
-TOY_STEPS = 1_500
+SHORTEST_ROW, TOY_STEPS = 64, 1_500
 
 # ---------------------------------------------------------------- flags
 
@@ -51,7 +50,8 @@ def flags():
     add, on_off = p.add_argument, ["auto", "on", "off"]
     add("-d", "--data_path", help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
-    add("--example", choices=["line", "paragraph", "file"], help="one example is a line, a paragraph or all text (line)")
+    add("--example", choices=["line", "labelled", "paragraph", "file"], help="what one example is, see README (line)")
+    add("--labelled", dest="example", action="store_const", const="labelled", help="lines are label<TAB>text")
     add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
     add("--val_path", help="text for validation, as for -d (a held-out part of the corpus)")
@@ -276,7 +276,8 @@ def main():
         tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     fit_rows(args, tokens)
     config = make_config(args, len(tokenizer))
-    loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
+    marks = tokenizer.bos_id(), label_ids(tokenizer).values()
+    loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, *marks)
     accumulation, before = args.accumulation_steps, saved["args"] if saved else {}
     if not args.minutes:
         args.max_steps = args.max_steps or loader.count_steps(args.epochs, accumulation)
@@ -288,8 +289,7 @@ def main():
     del saved  # it holds a second copy of everything
     if state.step >= (args.max_steps or math.inf):
         print(f"{run_dir} is finished at step {state.step}")
-        finish(state, tokenizer, val, run, args)
-        return
+        return finish(state, tokenizer, val, run, args)
     switches.set_switches(state.model, args, device, accumulate_gradients)
     seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients, state.optimizers)
     inputs = val, tokenizer.bos_id(), args.sequence_length, device

@@ -1,0 +1,174 @@
+"""Labelled texts: labels are tokens of their own, given or drawn, in training and in sampling."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import cache
+import cli
+import data
+import sample
+import toy
+import train
+from prompts import ANY_LABEL, allowed_tokens, split_label
+from text import decode, label_ids, load_tokenizer, read_pieces, train_tokenizer
+
+KINDS = ["bpe", "unigram", "word", "char"]
+
+
+def corpus_text(n=300):
+    """Sentences labelled by their first word."""
+    return "".join(f"{line.split()[0]}\t{line}\n" for line in toy.corpus(n).splitlines())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "labelled.tsv"
+    path.write_text(corpus_text())
+    return path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request, corpus, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tokenizer.model"
+    path.write_bytes(train_tokenizer(corpus, request.param, 300, "labelled"))
+    return path, load_tokenizer(path)
+
+
+def run_command(main, monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+    code = 0
+    try:
+        cli.run(main)
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    return output.out.splitlines(), output.err, code
+
+
+@pytest.fixture(scope="module")
+def run_dir(corpus, tmp_path_factory):
+    """A run of a few steps."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = f"-d={corpus} -mdir={folder / 'run'} --cache_dir={folder / 'cache'} --labelled --tokenizer=word".split()
+    flags += "-mdim=32 -nl=1 -nh=2 -bsz=4 -slen=32 --max_steps=3 -nex=2".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *flags])
+        train.main()
+    return folder / "run"
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_lines_are_split_at_their_first_tab(tmp_path):
+    (tmp_path / "c.tsv").write_text("a b\tone\ttwo\n\nc\tthree\n")
+    pieces = [(piece.label, piece.text) for piece in read_pieces(tmp_path / "c.tsv", "labelled")]
+    assert pieces == [("a b", "one\ttwo"), ("c", "three")]
+
+
+@pytest.mark.parametrize("content, line", [("a\tone\nno label\n", 2), ("\tone\n", 1)])
+def test_a_line_without_a_label_is_named(tmp_path, content, line):
+    (tmp_path / "c.tsv").write_text(content)
+    with pytest.raises(ValueError, match=rf"c.tsv, line {line} is not label<TAB>text"):
+        list(read_pieces(tmp_path / "c.tsv", "labelled"))
+
+
+def test_more_labels_than_a_vocabulary_should_have_are_refused(tmp_path):
+    (tmp_path / "c.tsv").write_text("".join(f"label {i}\ttext\n" for i in range(1001)))
+    with pytest.raises(ValueError, match="has 1001 labels, at most 1000"):
+        train_tokenizer(tmp_path / "c.tsv", "bpe", 300, "labelled")
+
+
+def test_each_label_is_one_token_that_no_text_becomes(tokenizer, corpus):
+    _, model = tokenizer
+    labels = {line.split("\t")[0] for line in corpus.read_text().splitlines()}
+    assert set(label_ids(model)) == labels
+    for label, k in label_ids(model).items():
+        assert k not in model.encode(f"label:{label} {label}")
+
+
+def test_documents_begin_with_bos_and_label_and_decode_to_their_line(tokenizer, corpus, tmp_path):
+    path, model = tokenizer
+    tokens = cache.load_corpus(corpus, path, tmp_path, example="labelled")
+    lines = corpus.read_text().splitlines()
+    for i in (0, 1, len(lines) - 1):
+        ids = tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist()
+        assert ids[: 1 + (model.bos_id() >= 0)][-1] == label_ids(model)[lines[i].split("\t")[0]]
+        assert decode(model, ids) == lines[i]
+
+
+def test_a_tokenizer_without_the_label_is_refused(corpus, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_tokenizer(corpus, "bpe", 300))
+    with pytest.raises(ValueError, match="no token for the label .*: leave -spm out"):
+        cache.load_corpus(corpus, path, tmp_path / "cache", example="labelled")
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_half_of_the_labels_are_given_besides_those_that_are_given_anyway(tokenizer, corpus, tmp_path):
+    path, model = tokenizer
+    tokens = cache.load_corpus(corpus, path, tmp_path, example="labelled")
+    labels = list(label_ids(model).values())
+    loader = data.Loader(tokens, 64, 64, 0, model.bos_id(), labels)
+    plain = data.Loader(tokens, 64, 64, 0, model.bos_id())
+    shares = []
+    for n in range(6):
+        (ids, segment_ids, given), (same_ids, _, before) = loader.batch(n), plain.batch(n)
+        is_label = torch.from_numpy(np.isin(ids, labels)) & (segment_ids > 0)
+        assert torch.equal(ids, same_ids) and torch.equal(given[~is_label], before[~is_label])
+        shares.append(given[is_label & ~before].float().mean().item())
+    assert sum(shares) / 6 == pytest.approx(0.5, abs=0.1)
+
+
+def test_only_the_label_of_a_text_is_drawn_as_a_label(tokenizer):
+    _, model = tokenizer
+    allowed, labels = allowed_tokens(model), sorted(label_ids(model).values())
+    assert allowed[-ANY_LABEL].nonzero().flatten().tolist() == labels
+    assert not allowed[1:5][:, labels].any()
+
+
+def test_the_label_of_a_prompt_may_be_named_or_not(tokenizer):
+    _, model = tokenizer
+    assert split_label("the\tking", model) == ([label_ids(model)["the"]], "king")
+    assert split_label("king", model) == ([ANY_LABEL], "king")
+    with pytest.raises(ValueError, match="the model knows no label 'x', only "):
+        split_label("x\tking", model)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_a_run_resumes_and_samples_with_and_without_a_label(run_dir, monkeypatch, capsys):
+    flags = [f"-mdir={run_dir}", "--num_samples=4", "--steps=3"]
+    lines, _, code = run_command(sample.main, monkeypatch, capsys, *flags, "--label=anna", "--prompt=anna ___")
+    assert code == 0 and all(line.startswith("anna\tanna ") for line in lines)
+    lines, _, code = run_command(sample.main, monkeypatch, capsys, *flags, "--guidance=1")
+    model = sample.Sampler.load(run_dir)
+    assert code == 0 and all(line.split("\t")[0] in label_ids(model.tokenizer) for line in lines)
+    assert model("anna\t", n=2, steps=3) == [text for text, *_ in model.stream([""] * 2, label="anna", steps=3)]
+    assert {line.count("\t") for line in open(run_dir / "samples.txt")} == {2}  # after the step and after the label
+
+
+def test_a_whole_text_needs_its_label(run_dir):
+    model = sample.Sampler.load(run_dir)
+    assert model.log_likelihood(["anna\tanna sleeps", "the\tanna sleeps"]).shape == (2,)
+    with pytest.raises(ValueError, match="the text has no label: write label<TAB>text"):
+        model.log_likelihood(["anna sleeps"])
+    assert model(n=1, draft="the\tthe king sleeps", strength=0.9, steps=3)[0].startswith("the\t")
+
+
+@pytest.mark.parametrize("label, message", [("nobody", "the model knows no label 'nobody'"), ("", "no label ''")])
+def test_unknown_labels_get_one_line(run_dir, monkeypatch, capsys, label, message):
+    _, error, code = run_command(sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--label", label or "")
+    assert code == 2 and error.count("\n") == 1 and (message in error or "empty" in error)
+
+
+def test_checking_a_text_leaves_its_label_out(run_dir, monkeypatch, capsys):
+    lines, _, _ = run_command(sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--check=the\tthe king", "--json")
+    assert [token["token"].strip() for token in json.loads(lines[0])] == ["the", "king"]
