@@ -1,22 +1,36 @@
-"""Measure on the built-in language, where grammar and probabilities are known, how well a model is steered and proof-reads.
+"""Measure on the built-in language, where grammar and labels are known, how well a model is steered and proof-reads.
 
     python experiments/steering.py proofread -mdir=runs/demo
+    python experiments/steering.py corpus --output=runs/labels.tsv        its sentences, each with its label
+    python train.py -d=runs/labels.tsv --labelled --tokenizer=word --preset=toy --max_steps=1500 -mdir=runs/labels
+    python classify.py -mdir=runs/demo -d=runs/labels.tsv --output=runs/labels.pt
+    python experiments/steering.py labels -mdir=runs/labels
+    python experiments/steering.py labels -mdir=runs/demo --classifier=runs/labels.pt
+
+The label is a function of the sentence: the number of the subject, "report", or the name that comes twice.
 """
 
+import json
 import random
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cli
+import guidance
+import plot
 import proofread
 import toy
+from noise import mix_seed
 from sample import Sampler
 
+WEIGHTS = 0.0, 0.5, 1.0, 2.0, 4.0  # of guidance by the label
+SCALES = 0.0, 0.5, 1.0, 2.0, 4.0, 8.0  # of a classifier
 KINDS = [  # words that stand in each other's place in a sentence, right or wrong
     [*toy.TRANSITIVE, *(word + "s" for word in toy.TRANSITIVE), *toy.INTRANSITIVE, *(word + "s" for word in toy.INTRANSITIVE)],
     [*toy.PEOPLE, *(word + "s" for word in toy.PEOPLE), *toy.THINGS],
@@ -64,20 +78,99 @@ def measure_proofreading(sampler, n, seed):
     return {name: sum(column) / n for name, column in zip(names, zip(*found, strict=True), strict=True)}
 
 
+def label_of(words):
+    """The label of a grammatical sentence, a list of words: "one", "many", "report" or a name."""
+    if "that" in words:
+        return "report"
+    if words[0] in toy.FEMALE + toy.MALE:
+        return words[0]
+    subject = next(word for word in words if word.removesuffix("s") in toy.PEOPLE)
+    return "many" if subject.endswith("s") else "one"
+
+
+LABELS = ["one", "many", "report", *toy.FEMALE, *toy.MALE]
+
+
+def labelled_corpus(n, seed):
+    """Draw sentences with their labels -> str of label<TAB>sentence lines."""
+    return "".join(f"{label_of(line.split())}\t{line}\n" for line in toy.corpus(n, seed).splitlines())
+
+
+def judge(samples, wanted):
+    """Judge (text, calls) samples, the wanted label of each -> {what: figure}."""
+    texts = [text.rpartition("\t")[2] for text, _ in samples]
+    good = [toy.is_grammatical(text) for text in texts]
+    hits = [ok and label_of(text.split()) == label for text, ok, label in zip(texts, good, wanted, strict=True)]
+    words = [tuple(text.split()[1:]) for text in texts]  # without the first word, which the label may say
+    figures = dict(right=sum(hits), grammatical=sum(good), distinct=len(set(words)), calls=sum(calls for _, calls in samples))
+    return {name: value / len(texts) for name, value in figures.items()}
+
+
+def measure_labels(sampler, classifier, n, seed):
+    """Sample n texts of each label at each strength -> list of figures.
+
+    Without a classifier the label begins the prompt, and the strength is the weight W of guidance. Rejection: free samples of
+    which those with the wanted label are kept.
+    """
+    rows, wanted = [], [label for label in LABELS for _ in range(n)]
+    free = [(text, calls) for text, _, calls in sampler.stream([""] * len(wanted), seed)]
+    texts = [text.rpartition("\t")[2] for text, _ in free]
+    found = [label_of(text.split()) for text in texts if toy.is_grammatical(text)]
+    figures = judge(free, wanted)
+    tries = sum(len(texts) / max(1, found.count(label)) for label in LABELS) / len(LABELS)  # until a text has its label
+    rows.append(figures | dict(method="rejection", strength=0.0, right=1.0, calls=figures["calls"] * tries))
+    for strength in tqdm(SCALES if classifier else WEIGHTS, unit="strength", disable=None):
+        samples = []
+        for label in LABELS:
+            steered = dict(guide=classifier.guide(label), scale=strength) if classifier else dict(label=label, guidance=strength)
+            drawn = sampler.stream([""] * n, mix_seed(seed, label), **steered)
+            samples += [(text, calls) for text, _, calls in drawn]
+        rows.append(dict(judge(samples, wanted), method="classifier" if classifier else "label", strength=strength))
+    return rows
+
+
+def label_table(rows):
+    """Lay out the figures of `measure_labels` -> lines of Markdown."""
+    lines = ["| method | strength | label right, % | grammatical, % | distinct, % | calls per text |", "|---|---|---|---|---|---|"]
+    return lines + [
+        f"| {r['method']} | {r['strength']:g} | {r['right']:.1%} | {r['grammatical']:.1%} | {r['distinct']:.1%} | {r['calls']:.1f} |"
+        for r in rows
+    ]
+
+
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("what", choices=["proofread"], help="what to measure")
+    add("what", choices=["proofread", "corpus", "labels"], help="what to do")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder of the built-in language (runs/demo)")
-    add("--n", type=cli.count, default=500, help="sentences (500)")
+    add("--classifier", help="labels: file of classify.py; without it, the model must be one of labelled texts")
+    add("--n", type=cli.count, help="sentences (500; corpus 60000; labels 40 of each label)")
     add("--seed", type=cli.natural, default=1, help="of the sentences (1)")
+    add("--output", help="corpus: file to write; labels: FILE.json, with a picture beside it")
     return p
 
 
 def main():
     args = flags().parse_args()
-    for name, share in measure_proofreading(Sampler.load(args.model_dir), args.n, args.seed).items():
-        print(f"{share:6.1%}  {name}")
+    if args.what == "corpus":
+        with cli.replacing(Path(args.output)) as path:
+            path.write_text(labelled_corpus(args.n or 60_000, args.seed))
+        return
+    sampler = Sampler.load(args.model_dir)
+    if args.what == "proofread":
+        for name, share in measure_proofreading(sampler, args.n or 500, args.seed).items():
+            print(f"{share:6.1%}  {name}")
+        return
+    torch.manual_seed(0)
+    classifier = guidance.load_classifier(args.classifier, sampler) if args.classifier else None
+    rows = measure_labels(sampler, classifier, args.n or 40, args.seed)
+    print(*label_table(rows), sep="\n")
+    if args.output:
+        Path(args.output).write_text(json.dumps(rows, indent=1))
+        x = [r["strength"] for r in rows[1:]]
+        series = {what: (x, [100 * r[what] for r in rows[1:]]) for what in ("right", "grammatical", "distinct")}
+        name = "scale" if classifier else "W"
+        plot.lines(Path(args.output).with_suffix(".png"), series, name, "% of samples", f"{args.model_dir}: steering by a label")
 
 
 if __name__ == "__main__":
