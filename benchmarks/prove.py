@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +43,7 @@ TRAINING_SHARE = 0.5  # of a run's time; the rest is for starting and compiling
 LEAST_SECONDS, GRACE_SECONDS = 60, 60  # that a command gets when the time is used up; that it gets to stop
 ONE_GPU = "Not measured: two processes need two GPUs, and there is one."
 FULL = dict(
-    forms=(*bench.FORMS[:2], bench.FORMS[3]), baselines=bench.BASELINES, vocabularies=(32_000, 8192, 27),
+    forms=("plain", "fused, compiled", "plain, compiled"), baselines=bench.BASELINES, vocabularies=(32_000, 8192, 27),
     n_sentences=50_000, rates=(1 / 3, 1, 3),  # times the preset's learning rate
 )  # fmt: skip
 SIZES = {
@@ -83,7 +84,7 @@ def call(command, seconds, **environment):
         try:
             output, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise ValueError(f"no result within {seconds:.0f} seconds") from None
+            raise ValueError(f"no result within {seconds:.0f} seconds: {shlex.join(command)}") from None
         finally:
             if process.poll() is None:  # too late, or interrupted
                 process.terminate()  # torchrun then stops its processes, which a kill would leave behind
@@ -91,7 +92,8 @@ def call(command, seconds, **environment):
                     process.communicate(timeout=GRACE_SECONDS)
                 process.kill()
     if process.returncode:
-        raise ValueError("\n".join([f"exit code {process.returncode}", *output.splitlines()[-15:], *errors.splitlines()[-30:]]))
+        last = output.splitlines()[-15:] + errors.splitlines()[-30:]
+        raise ValueError("\n".join([f"exit code {process.returncode}: {shlex.join(command)}", *last]))
     return output
 
 
@@ -119,8 +121,9 @@ def measure_all(jobs, args, seconds):
 
 def check(results):
     """Raise ValueError if a measurement has failed."""
-    if failed := [f"{r['case']}, {r['variant']}: {r['failed']}" for r in results if "failed" in r]:
-        raise ValueError("\n".join(failed))
+    reasons = Counter(r["failed"] for r in results if "failed" in r)
+    if reasons:
+        raise ValueError("\n".join(f"{n} of {len(results)} measurements: {reason}" for reason, n in reasons.items()))
 
 
 def train_once(args, seconds, *flags, n_processes=1):
@@ -151,20 +154,18 @@ def typical(metrics, name):
 
 def machine(args, _seconds):
     """Name device, versions and commit, and measure large matrix products."""
-    cpu, commit, on_gpu = platform.processor() or platform.machine(), "", args.device.type == "cuda"
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
     yield f"- CPU: {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {platform.platform()}"
-    for i in range(torch.cuda.device_count() if on_gpu else 0):
+    for i in range(torch.cuda.device_count() if args.device.type == "cuda" else 0):
         yield f"- GPU {i}: {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 1e9:.1f} GB"
     names = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().split("\n") if "==" in line]
     software = torch.version.cuda or torch.version.hip or "none"
     yield f"- Python {platform.python_version()}, CUDA {software}, {', '.join(f'{name} {version(name)}' for name in names)}"
-    with suppress(OSError):  # there may be no git
+    commit = ""
+    if shutil.which("git") and (ROOT / ".git").exists():
         words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-    yield f"- commit {commit if commit and (ROOT / '.git').exists() else 'unknown'}, {time.strftime('%Y-%m-%d %H:%M')}"
+    yield f"- commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d %H:%M')}"
     yield f"- matrix multiplication: {log.peak(args.device) / 1e9:,.0f} GFLOP/s on {args.device}"
 
 
@@ -190,10 +191,9 @@ def speed(args, seconds):
         jobs += [("operations", form, operations) for form in (*sizes["forms"], *baselines)]
         results, lines = measure_all(jobs, args, (until - time.monotonic()) / (len(sizes["vocabularies"]) - i))
         yield from (f"### K = {K:,}", "", *lines)
-        if i == 0:
-            plain, best = results[0], results[len(sizes["forms"]) - 1]
-            faster = best.get("tokens_per_s", math.nan) / plain.get("tokens_per_s", math.nan)
-            share = best.get("flops_per_s", math.nan) / log.peak(args.device)
+        plain, best = results[:2]
+        if i == 0 and "failed" not in plain | best:
+            faster, share = best["tokens_per_s"] / plain["tokens_per_s"], best["flops_per_s"] / log.peak(args.device)
             yield f"A step, {best['variant']}: {faster:.2f} times the tokens/s of plain (target on a GPU: 4),"
             yield f"{share:.0%} of the matrix-multiplication peak (target on a GPU: 45%).\n"
         measured += results
@@ -281,7 +281,7 @@ def open_report(folder):
 def prove(args, write):
     """Do all parts and write their lines -> names of those that failed."""
     failed, todo = [], dict(PARTS)
-    for part, share in PARTS.items():
+    for part, share in tqdm(PARTS.items(), unit="part", leave=False, disable=None):
         started = time.monotonic()
         seconds = (args.deadline - started) * share / sum(todo.values())
         write(f"\n## {part.__name__.capitalize().replace('_', ' ')}\n\n{part.__doc__}\n")
