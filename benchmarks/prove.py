@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -38,34 +39,27 @@ import toy
 import train
 
 TITLE = "# Proof of a machine"
-TARGETS = {"times as fast as plain": 4, "share of the matrix-multiplication peak": 0.45}  # on a GPU, largest vocabulary
-RATES = 1 / 3, 1, 3  # times the preset's learning rate
 TRAINING_SHARE = 0.5  # of a run's time; the rest is for starting and compiling
 LEAST_SECONDS, GRACE_SECONDS = 60, 60  # that a command gets when the time is used up; that it gets to stop
-FORMS, VOCABULARIES = (*bench.FORMS[:2], bench.FORMS[3]), (32_000, 8192, 27)
-FULL = dict(forms=FORMS, baselines=bench.BASELINES, vocabularies=VOCABULARIES, n_sentences=50_000)
+ONE_GPU = "Not measured: two processes need two GPUs, and there is one."
+FULL = dict(
+    forms=("plain", "fused, compiled", "plain, compiled"), baselines=bench.BASELINES, vocabularies=(32_000, 8192, 27),
+    n_sentences=50_000, rates=(1 / 3, 1, 3),  # times the preset's learning rate
+)  # fmt: skip
 SIZES = {
     "cuda": FULL | dict(
-        tests="test_cuda.py",
-        repetitions=5,
-        step=dict(n_tokens=65_536, width=1024, n_layers=8),
-        sampling=dict(K=32_000, rows=64, width=1024, n_layers=8),
-        train="--preset=base",
+        tests="test_cuda.py", repetitions=5, train="--preset=base",
+        step=dict(n_tokens=65_536, width=1024, n_layers=8), sampling=dict(K=32_000, rows=64, width=1024, n_layers=8),
     ),
     "cpu": FULL | dict(
-        tests="test_noise.py test_times.py test_optim.py test_model.py test_data.py",
-        repetitions=2,
-        step=dict(n_tokens=1024, width=256, n_layers=4),
-        sampling=dict(K=8192, rows=16, width=256, n_layers=4),
-        train="--preset=toy -lgi=5",
+        tests="test_noise.py test_times.py test_optim.py test_model.py", repetitions=2, train="--preset=toy -lgi=5",
+        step=dict(n_tokens=1024, width=256, n_layers=4), sampling=dict(K=8192, rows=16, width=256, n_layers=4),
     ),
     "quick": dict(
-        tests="test_noise.py",
-        forms=("plain", "fused"), baselines=bench.BASELINES[:1], vocabularies=(1000, 27), n_sentences=500,
-        repetitions=2,
-        step=dict(n_tokens=128, width=32, n_layers=1),
-        sampling=dict(K=100, rows=2, width=32, n_layers=1),
+        forms=("plain", "fused"), baselines=bench.BASELINES[:1], vocabularies=(1000, 27), n_sentences=500, rates=(1, 3),
+        tests="test_times.py", repetitions=2,
         train="--preset=toy -mdim=32 -nl=1 -nh=2 -bsz=4 -slen=64 -lgi=1 -vli=4 -nex=0 --max_steps=4",
+        step=dict(n_tokens=128, width=32, n_layers=1), sampling=dict(K=100, rows=2, width=32, n_layers=1),
     ),
 }  # fmt: skip
 
@@ -89,14 +83,17 @@ def call(command, seconds, **environment):
     with subprocess.Popen(command, env=os.environ | environment, **streams) as process:
         try:
             output, errors = process.communicate(timeout=seconds)
-        except BaseException as error:  # noqa: BLE001 - also an interruption
-            process.terminate()  # torchrun then stops its processes, which a kill would leave behind
-            with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=GRACE_SECONDS)
-            process.kill()
-            raise ValueError(f"no result within {seconds:.0f} s") if isinstance(error, subprocess.TimeoutExpired) else error
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"no result within {seconds:.0f} seconds: {shlex.join(command)}") from None
+        finally:
+            if process.poll() is None:  # too late, or interrupted
+                process.terminate()  # torchrun then stops its processes, which a kill would leave behind
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=GRACE_SECONDS)
+                process.kill()
     if process.returncode:
-        raise ValueError("\n".join([f"exit code {process.returncode}", *output.splitlines()[-15:], *errors.splitlines()[-30:]]))
+        last = output.splitlines()[-15:] + errors.splitlines()[-30:]
+        raise ValueError("\n".join([f"exit code {process.returncode}: {shlex.join(command)}", *last]))
     return output
 
 
@@ -124,8 +121,9 @@ def measure_all(jobs, args, seconds):
 
 def check(results):
     """Raise ValueError if a measurement has failed."""
-    if failed := [f"{r['case']}, {r['variant']}: {r['failed']}" for r in results if "failed" in r]:
-        raise ValueError("\n".join(failed))
+    reasons = Counter(r["failed"] for r in results if "failed" in r)
+    if reasons:
+        raise ValueError("\n".join(f"{n} of {len(results)} measurements: {reason}" for reason, n in reasons.items()))
 
 
 def train_once(args, seconds, *flags, n_processes=1):
@@ -154,22 +152,20 @@ def typical(metrics, name):
 # ---------------------------------------------------------------- parts: each yields the lines of its section
 
 
-def describe(args, _seconds):
+def machine(args, _seconds):
     """Name device, versions and commit, and measure large matrix products."""
-    cpu, commit, on_gpu = platform.processor() or platform.machine(), "", args.device.type == "cuda"
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
     yield f"- CPU: {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {platform.platform()}"
-    for i in range(torch.cuda.device_count() if on_gpu else 0):
+    for i in range(torch.cuda.device_count() if args.device.type == "cuda" else 0):
         yield f"- GPU {i}: {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 1e9:.1f} GB"
     names = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().split("\n") if "==" in line]
     software = torch.version.cuda or torch.version.hip or "none"
     yield f"- Python {platform.python_version()}, CUDA {software}, {', '.join(f'{name} {version(name)}' for name in names)}"
-    with suppress(OSError):  # there may be no git
+    commit = ""
+    if shutil.which("git") and (ROOT / ".git").exists():
         words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-    yield f"- commit {commit if commit and (ROOT / '.git').exists() else 'unknown'}, {time.strftime('%Y-%m-%d %H:%M')}"
+    yield f"- commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d %H:%M')}"
     yield f"- matrix multiplication: {log.peak(args.device) / 1e9:,.0f} GFLOP/s on {args.device}"
 
 
@@ -185,24 +181,23 @@ def tests(args, _seconds):
 
 
 def speed(args, seconds):
-    """Measure a step, and its input and loss next to torch's cross-entropy, for all vocabularies."""
-    sizes, known, measured = args.sizes, hasattr(torch.nn, "LinearCrossEntropyOptions"), []
-    for K in sizes["vocabularies"]:
-        step, n_forms = sizes["step"] | dict(K=K), len(sizes["forms"])
-        jobs = [("step", form, step) for form in sizes["forms"]]
+    """Measure a step, and its input and loss next to torch's cross-entropy, for each vocabulary."""
+    sizes, measured, until = args.sizes, [], time.monotonic() + seconds
+    baselines = sizes["baselines"] if hasattr(torch.nn, "LinearCrossEntropyOptions") else ()
+    for i, K in enumerate(sizes["vocabularies"]):
+        step = sizes["step"] | dict(K=K)
         operations = {name: size for name, size in step.items() if name != "n_layers"}
-        jobs += [("operations", form, operations) for form in (*sizes["forms"], *(sizes["baselines"] if known else ()))]
-        results, lines = measure_all(jobs, args, seconds / len(sizes["vocabularies"]))
+        jobs = [("step", form, step) for form in sizes["forms"]]
+        jobs += [("operations", form, operations) for form in (*sizes["forms"], *baselines)]
+        results, lines = measure_all(jobs, args, (until - time.monotonic()) / (len(sizes["vocabularies"]) - i))
         yield from (f"### K = {K:,}", "", *lines)
-        if not measured:
-            steps = [results[0].get("tokens_per_s", math.nan), results[n_forms - 1].get("tokens_per_s", math.nan)]
-            share = results[n_forms - 1].get("flops_per_s", math.nan) / log.peak(args.device)
-            yield from (f"| a step, {sizes['forms'][-1]} | target on a GPU | measured |", "|---|---|---|")
-            for (name, target), figure in zip(TARGETS.items(), (steps[1] / steps[0], share), strict=True):
-                yield f"| {name} | {target:g} | {figure:.2f} |"
-            yield ""
+        plain, best = results[:2]
+        if i == 0 and "failed" not in plain | best:
+            faster, share = best["tokens_per_s"] / plain["tokens_per_s"], best["flops_per_s"] / log.peak(args.device)
+            yield f"A step, {best['variant']}: {faster:.2f} times the tokens/s of plain (target on a GPU: 4),"
+            yield f"{share:.0%} of the matrix-multiplication peak (target on a GPU: 45%).\n"
         measured += results
-    if not known:
+    if not baselines:
         yield f"{' and '.join(sizes['baselines'])}: not in this torch\n"
     bench.draw_pictures(measured, args.folder)
     yield from (f"![{path.stem}]({path.name})" for path in sorted(args.folder.glob("operations_K_*.png")))
@@ -213,7 +208,7 @@ def processes(args, seconds):
     """Compare one process with many that share the micro-batches of a step."""
     n_gpus = torch.cuda.device_count() if args.device.type == "cuda" else 2
     if n_gpus < 2:
-        yield "Not measured: two processes need two GPUs, and there is one."
+        yield ONE_GPU
         return
     counts, speeds = sorted({1, 2, n_gpus}), {}
     for n in counts:
@@ -225,45 +220,42 @@ def processes(args, seconds):
     yield from (f"| {n} | {tokens_per_s:,.0f} | {tokens_per_s / speeds[1]:.2f} |" for n, tokens_per_s in speeds.items())
 
 
-def text(args, seconds):
-    """Measure tokenising and loading, on the built-in language."""
-    n = args.sizes["n_sentences"]
-    results, lines = measure_all([("text", form, dict(n_sentences=n)) for form in ("tokenise", "load")], args, seconds)
-    yield from lines
-    check(results)
-    lines_per_s = 4 * n / results[0]["seconds"]  # bench.text repeats the sentences four times
-    yield f"Tokenised per second: {lines_per_s:,.0f} lines, {lines_per_s * len(toy.corpus(1000)) / 1e9:.1f} MB."
-
-
-def sampling(args, seconds):
-    """Measure sampling texts of 64 tokens, from a network of random weights."""
-    jobs = [("sampling", sampler, args.sizes["sampling"]) for sampler in ("pace 10", "pace 32")]
+def text_and_samples(args, seconds):
+    """Measure tokenising and loading the built-in language, and sampling from a network of random weights."""
+    n, sizes = args.sizes["n_sentences"], args.sizes["sampling"]
+    jobs = [("text", form, dict(n_sentences=n)) for form in ("tokenise", "load")]
+    jobs += [("sampling", sampler, sizes) for sampler in ("pace 10", "pace 32")]
     results, lines = measure_all(jobs, args, seconds)
     yield from lines
     check(results)
-    yield from (f"- {r['variant']}: {r['sizes']['rows'] / r['seconds']:,.1f} samples per second" for r in results)
+    lines_per_s = 4 * n / results[0]["seconds"]  # bench.text repeats the sentences four times
+    yield f"- tokenised per second: {lines_per_s:,.0f} lines, {lines_per_s * len(toy.corpus(1000)) / 1e9:.1f} MB"
+    yield from (f"- {r['variant']} calls: {sizes['rows'] / r['seconds']:,.1f} samples per second" for r in results[2:])
 
 
 def training(args, seconds):
-    """Train at three learning rates, as many steps each."""
-    rate, n_steps, series, best = train.PRESETS[args.sizes["train"].split()[0].split("=")[1]][3], [], {}, (math.inf, "")
-    for learning_rate in (f"{rate * factor:.3g}" for factor in RATES):
-        command, output, metrics = train_once(args, seconds / len(RATES), f"-lr={learning_rate}", *n_steps)
+    """Train at several learning rates, as many steps each."""
+    preset, columns = args.sizes["train"].split()[0].split("=")[1], "learning rate, steps, minutes, tokens/s, share of matmul peak"
+    columns = f"{columns}, memory (GB), bound (nats per token), bits per character".split(", ")
+    n_steps, series, best = [], {}, (math.inf, "")
+    for factor in args.sizes["rates"]:
+        rate = f"{train.PRESETS[preset][3] * factor:.3g}"
+        command, output, metrics = train_once(args, seconds / len(args.sizes["rates"]), f"-lr={rate}", *n_steps)
         if not series:
-            yield from (command, "", "| learning rate | steps | minutes | tokens/s | share of matmul peak | memory, GB | bound, nats per token | bits per character |", "|---" * 8 + "|")
-        logged, validated = ([m for m in metrics if name in m] for name in ("loss", "val_bits_per_char"))
-        bound, bits = min((m["val_bound_nats_per_token"], m["val_bits_per_char"]) for m in validated)
-        n, last, best = logged[-1]["step"], logged[-1], min(best, (bound, output))
-        n_steps = [f"--max_steps={n}"]
-        figures = f"{n:,} | {last['minutes']:.2f} | {typical(logged, 'tokens_per_s'):,.0f} | {typical(logged, 'utilisation'):.0%}"
-        yield f"| {learning_rate} | {figures} | {last['peak_memory_gb']:.1f} | {bound:.3f} | {bits:.3f} |"
-        series[learning_rate] = [m["step"] for m in logged], [m["loss"] for m in logged]
-        drawn = plot.lines(args.folder / "loss.png", series, "step", "loss, nats per token", "learning rates")
-    yield from ("", "![loss](loss.png)" if drawn else "", "", "The run of the lowest bound printed:", "")
+            yield from (command, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
+        logged = [m for m in metrics if "loss" in m]
+        bound, bits = min((m["val_bound_nats_per_token"], m["val_bits_per_char"]) for m in metrics if "val_bits_per_char" in m)
+        last, best, n_steps = logged[-1], min(best, (bound, output)), [f"--max_steps={logged[-1]['step']}"]
+        cells = [rate, f"{last['step']:,}", f"{last['minutes']:.2f}", f"{typical(logged, 'tokens_per_s'):,.0f}"]
+        cells += [f"{typical(logged, 'utilisation'):.0%}", f"{last['peak_memory_gb']:.1f}", f"{bound:.3f}", f"{bits:.3f}"]
+        yield f"| {' | '.join(cells)} |"
+        series[rate] = [m["step"] for m in logged], [m["loss"] for m in logged]
+        has_picture = plot.lines(args.folder / "loss.png", series, "step", "loss, nats per token", "learning rates")
+    yield from ("", *["![loss](loss.png)\n"] * has_picture, "The run of the lowest bound printed:", "")
     yield from (f"    {line}" for line in best[1].splitlines())
 
 
-PARTS = {describe: 0.1, tests: 2, speed: 12, processes: 2, text: 1, sampling: 1, training: 4}  # and their share of the time
+PARTS = {machine: 0.1, tests: 2, speed: 12, processes: 2, text_and_samples: 2, training: 4}  # and their share of the time
 
 # ---------------------------------------------------------------- the command
 
@@ -289,10 +281,10 @@ def open_report(folder):
 def prove(args, write):
     """Do all parts and write their lines -> names of those that failed."""
     failed, todo = [], dict(PARTS)
-    for part, share in PARTS.items():
+    for part, share in tqdm(PARTS.items(), unit="part", leave=False, disable=None):
         started = time.monotonic()
         seconds = (args.deadline - started) * share / sum(todo.values())
-        write(f"\n## {part.__name__.capitalize()}\n\n{part.__doc__}\n")
+        write(f"\n## {part.__name__.capitalize().replace('_', ' ')}\n\n{part.__doc__}\n")
         try:
             if seconds <= 0:
                 raise ValueError("no time left: give more --minutes")
