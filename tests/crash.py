@@ -32,7 +32,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only on the CPU are results the same bit for bit
 
 import matplotlib.figure  # noqa: F401 - here once, and not again in each process
 import torch
@@ -373,6 +372,7 @@ def main():
     rng, rounds, failures, kept = random.Random(args.seed), Counter(), Counter(), 0
     todo, tqdm.monitor_interval = list(itertools.islice(cells(rng), args.rounds)), 0  # a thread would not survive a fork
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only on the CPU are results the same bit for bit
     work = Path(tempfile.mkdtemp(prefix="crash-"))
     work.chmod(0o755)  # for a process that is not root
     (work / "corpus.txt").write_text(toy.corpus(300))
