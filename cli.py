@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 MAY_BE_EMPTY = ("--prompt", "--flags")
+DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # no space left, quota exceeded, file too large
 COMMANDS = [Path(__file__).resolve().with_name(f"{name}.py") for name in ("train", "sample", "evaluate", "checkpoint")]
 
 # A command imports this file first. Ctrl-C while it imports the rest ends it without a traceback, until `run` takes over.
@@ -117,11 +119,11 @@ def device(name):
 
 @contextmanager
 def writing(path):
-    """Name the path in an error that does not name one, such as that of a full disk."""
+    """Name the path in the error of a full disk, which does not name one. Put it around the `with` that closes the file."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno:
+        if error.filename is None and error.errno in DISK_FULL:
             error.filename = str(path)
         raise
 
@@ -191,8 +193,8 @@ def run(main):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         with suppress(AttributeError):  # a notebook has another kind of standard output
             sys.stdout.reconfigure(errors="backslashreplace")
-        main()
-        with writing("standard output"):
+        with writing("standard output"):  # all other writing names its own path
+            main()
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -114,11 +114,12 @@ def drop_undone(path, step_of, step):
 
 
 def step_of_figures(line):
-    """Read the step of a line of metrics.jsonl -> int. Raises an error if the line is damaged."""
+    """Read the step of a line of metrics.jsonl -> int. Raises ValueError, KeyError, TypeError, ... for a damaged line."""
     figures = json.loads(line.decode())
+    step = figures["step"]
     if not all(isinstance(value, int | float) for value in figures.values()):
         raise ValueError("a figure is no number")
-    return figures["step"]
+    return step
 
 
 def open_metrics(run_dir, step):

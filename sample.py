@@ -248,14 +248,14 @@ def print_samples(samples, prompts, args, separator):
     hide_bar = True if args.trace or len(prompts) == 1 else None  # None: show it only in a terminal
     total_calls, path = 0, args.output or os.devnull
     unfinished = path if os.path.exists(path) and not os.path.isfile(path) else f"{path}.part"  # not of a pipe
-    with open(unfinished, "w", encoding="utf-8") as output:
+    with cli.writing(path), open(unfinished, "w", encoding="utf-8") as output:
         bar = tqdm(samples, total=len(prompts), unit="sample", disable=hide_bar)
         for prompt, (text, ids, calls) in zip(prompts, bar, strict=True):
             total_calls += calls
-            print(text, *separator, sep="\n", flush=True)
+            with cli.writing("standard output"):
+                print(text, *separator, sep="\n", flush=True)
             record = dict(prompt=prompt, text=text, ids=ids, calls=calls)
-            with cli.writing(path):
-                print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
+            print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
     if unfinished != path:
         os.replace(unfinished, path)
     if args.until:

@@ -32,9 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only on the CPU are results the same bit for bit
 
-import matplotlib.figure  # noqa: F401 - here once, and not again in each process
 import torch
 from tqdm import tqdm
 from untrained import equal
@@ -42,6 +40,7 @@ from untrained import equal
 import cli
 import evaluate
 import log
+import plot
 import switches
 import toy
 import train
@@ -80,7 +79,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 class Watch:
-    """Count calls and returns of functions in each phase, note what is saved, and act at the chosen moment.
+    """Count calls and returns of functions in a phase (all phases if None), and act at the chosen moment.
 
     notes: file descriptor to which a line is written for the moment and for each complete save.
     """
@@ -97,7 +96,7 @@ class Watch:
             if self.now:  # a part of another phase
                 return function(*args, **options)
             self.now = name
-            sys.setprofile(self.count)
+            sys.setprofile(self.count if self.phase in (name, None) else None)
             try:
                 result = function(*args, **options)
             finally:
@@ -111,7 +110,7 @@ class Watch:
 
     def count(self, _frame, _event, _argument):
         self.counts[self.now] += 1
-        if self.now == self.phase and self.counts[self.now] == self.moment:
+        if self.counts[self.now] == self.moment:
             self.note("reached")
             self.action()
 
@@ -156,6 +155,7 @@ def victim(folder, pipes, phase, moment, action, as_nobody):
     if as_nobody:
         os.seteuid(65534)
     log.VAL_TOKENS = log.LEAST_VAL_TOKENS  # and not a number that follows from the speed
+    plot._draw = lambda path, *_: path.write_bytes(b"a picture, without the seconds that matplotlib takes")
     watch = Watch(pipes["notes"][1], phase, moment, action)
     sys.argv = words(folder)
     cli.run(train.main)
@@ -165,7 +165,7 @@ def victim(folder, pipes, phase, moment, action, as_nobody):
 class Process:
     """A training in a folder, begun as a fork. action: what it does to itself at a moment of a phase."""
 
-    def __init__(self, folder, phase=None, moment=None, action=None, as_nobody=False):
+    def __init__(self, folder, phase="none", moment=None, action=None, as_nobody=False):
         self.pipes = {name: os.pipe() for name in ("err", "notes")}
         sys.stdout.flush()
         arguments = folder, self.pipes, phase, moment, action, as_nobody
@@ -373,11 +373,12 @@ def main():
     rng, rounds, failures, kept = random.Random(args.seed), Counter(), Counter(), 0
     todo, tqdm.monitor_interval = list(itertools.islice(cells(rng), args.rounds)), 0  # a thread would not survive a fork
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only on the CPU are results the same bit for bit
     work = Path(tempfile.mkdtemp(prefix="crash-"))
     work.chmod(0o755)  # for a process that is not root
     (work / "corpus.txt").write_text(toy.corpus(300))
     whole = work / "whole"
-    counts = Process(whole).end().counts
+    counts = Process(whole, phase=None).end().counts
     with tqdm(total=args.rounds, unit="round", disable=None) as bar:
         for number in itertools.count():
             if not todo:

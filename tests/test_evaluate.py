@@ -372,6 +372,12 @@ def command(monkeypatch, capsys, run_dir, *argv, both=False):
     return (out, errors) if both else out
 
 
+def test_a_window_that_no_document_fills_takes_no_more_memory(monkeypatch, capsys, run_dir):
+    line = command(monkeypatch, capsys, run_dir, "--window=1000000", "--draws=1").splitlines()[0]
+    longest = 2 + max(map(len, (run_dir / "new.txt").read_text().splitlines()))  # a character vocabulary, with bos and eos
+    assert int(line.split("windows of ")[1].split(",")[0]) in (longest, longest - 2)
+
+
 def test_the_command_prints_the_same_figures_for_the_same_seed(monkeypatch, capsys, run_dir, tmp_path):
     samples = ("--samples=4", "--steps=2", "--corrections=1", f"--corpus={run_dir / 'text.txt'}")
     quick = ("--se=5", f"--by_time={tmp_path / 'curve'}", *samples)

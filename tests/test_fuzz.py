@@ -131,16 +131,6 @@ def test_any_corpus_is_tokenised_without_loss_or_refused_in_one_line(tmp_path_fa
     shutil.rmtree(folder)
 
 
-def test_a_corpus_that_is_one_character_is_too_short_and_not_called_something_else(tmp_path):
-    """It has no place to be cut in two for validation, and it is UTF-8."""
-    path, model = tmp_path / "corpus.txt", tmp_path / "tokenizer.model"
-    for text in ("a", "é", "😀"):
-        path.write_text(text)
-        model.write_bytes(train_tokenizer(path, "char", 300))
-        with pytest.raises(ValueError, match="no text for the part 'train': it is too short"):
-            cache.load_corpus(path, model, tmp_path, "train")
-
-
 @examples(4)
 @given(corpora, st.sampled_from(KINDS), st.sampled_from(EXAMPLES), st.integers(0, 3))
 def test_any_corpus_can_be_trained_on_or_is_refused_in_one_line(tmp_path_factory, corpus, kind, of, seed):
@@ -181,19 +171,6 @@ def test_any_values_of_flags_are_accepted_or_refused_in_one_line(data, command):
     assume(not any(word.startswith(("-spm", "--init_from", "--spm_model")) for word in words))  # files, which are missing
     parse.__module__ = command.__name__
     ends_well(parse, *words)
-
-
-@pytest.mark.parametrize(
-    "command, words",
-    [
-        (train, ["-nl=1000000"]),
-        (sample, ["--num_samples=2147483647"]),
-    ],
-)
-def test_what_would_take_memory_without_an_end_is_refused_at_once(command, words, capsys):
-    with pytest.raises(SystemExit):
-        command.flags().parse_args(words)
-    assert "must be at most" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- sampling and measuring

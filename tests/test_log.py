@@ -17,8 +17,9 @@ def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
     path.write_bytes(f"{odd}\n5\nno step\n2\ttwo\n3\tundone\n".encode() + b"\xff")
     log.drop_undone(path, lambda line: int(line.split(b"\t")[0]), 2)
     assert path.read_bytes() == f"{odd}\n2\ttwo\n".encode()
-    path.write_text('5\n[]\n{"step": 1}\n{"step": 2')
-    log.drop_undone(path, lambda line: json.loads(line)["step"], 2)
+    nested = "[" * 100_000
+    path.write_text(f'5\n[]\n{nested}\n{{"step": 1, "minutes": []}}\n{{"step": 1}}\n{{"step": 2, "loss": 2.5}}')
+    log.drop_undone(path, log.step_of_figures, 2)
     assert path.read_text() == '{"step": 1}\n'
 
 

@@ -299,7 +299,7 @@ def test_a_prompt_that_does_not_fit_is_refused(loaded, prompt, length, message):
         make_template(prompt, tokenizer, run, 0, length)
 
 
-@pytest.mark.parametrize("prompt", ["a ___{-1}", "a ___{} b", "____", "___{3", "___{two}", "___{2-}", "___{3-1}"])
+@pytest.mark.parametrize("prompt", ["a ___{-1}", "a ___{} b", "____", "___{3", "___{two}", "___{2-}", "___{3-1}", "___{%s}" % ("9" * 5000)])
 def test_a_misspelled_gap_is_refused(loaded, prompt):
     _, tokenizer, run = loaded
     with pytest.raises(ValueError, match="a gap (is )?___"):

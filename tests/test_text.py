@@ -1,10 +1,13 @@
 """Reading text files, and tokenizers."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 
+import cache
 from text import add_marks, default_vocab_size, keeps_breaks, load_tokenizer, read_part, read_pieces, train_tokenizer
 
 UNICODE = [
@@ -192,6 +195,26 @@ def test_bos_and_eos_are_added_only_if_the_tokenizer_has_them_and_they_are_asked
     assert add_marks(ids, tokenizer, begin=False) == [5, 6] + after
     assert add_marks(ids, tokenizer, end=False) == before + [5, 6]
     assert add_marks([], tokenizer) == before + after and ids == [5, 6]
+
+
+@pytest.mark.parametrize("text", ["a", "\u00e9", "\U0001f600"])
+def test_a_corpus_of_one_character_is_too_short_for_two_parts_and_not_called_broken(tmp_path, text):
+    path = write(tmp_path / "text", text)
+    (tmp_path / "model").write_bytes(train_tokenizer(path, "char", 300))
+    with pytest.raises(ValueError, match="no text for the part 'train': it is too short"):
+        cache.load_corpus(path, tmp_path / "model", tmp_path, "train")
+
+
+def test_a_tokenizer_that_leaves_a_letter_out_can_be_used(tmp_path):
+    """Nothing is left of an a, and no command may rely on it."""
+    path, model = write(tmp_path / "text", "the king sleeps\nanna\n" * 60), io.BytesIO()
+    (tmp_path / "rules").write_text("61\t\n")
+    options = dict(model_type="bpe", vocab_size=40, hard_vocab_limit=False, normalization_rule_tsv=tmp_path / "rules", minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(input=path, model_writer=model, **options)
+    (tmp_path / "model").write_bytes(model.getvalue())
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert tokenizer.decode(tokenizer.encode("anna")) == "nn" and not keeps_breaks(tokenizer)
+    assert len(cache.load_corpus(path, tmp_path / "model", tmp_path).lengths) == 120
 
 
 @pytest.mark.parametrize("n_bytes, size", [(100, 512), (200_000, 1024), (2_000_000, 8192), (90_000_000, 8192)])
