@@ -12,7 +12,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -173,8 +173,9 @@ def suggest(corpus, example, args):
 # ---------------------------------------------------------------- a simpler form
 
 
-def in_words(text, language="en"):
-    """Write the numbers of a text in words: "12.5 km" -> "twelve point five km".
+@lru_cache(maxsize=1 << 16)
+def number_in_words(number, language):
+    """Write a number in words: "12.5" -> "twelve point five".
 
     Raises ValueError if num2words is missing or does not know the language.
     """
@@ -182,15 +183,20 @@ def in_words(text, language="en"):
         from num2words import num2words
     except ImportError:
         raise ValueError("--digits needs a package that is missing: pip install num2words") from None
+    try:
+        return num2words(number, lang=language)
+    except NotImplementedError:
+        raise ValueError(f"num2words has no numbers for the language {language!r}: give another one") from None
+
+
+def in_words(text, language="en"):
+    """Write the numbers of a text in words, apart from letters: "12.5km" -> "twelve point five km"."""
 
     def words(match):
         number = match[0].replace(",", "")
-        parts = number if len(number) > LONGEST_NUMBER else [number]
-        try:
-            name = " ".join(num2words(part, lang=language) for part in parts if part != ".")
-        except NotImplementedError:
-            raise ValueError(f"num2words has no numbers for the language {language!r}: give another one") from None
+        parts = [digit for digit in number if digit != "."] if len(number) > LONGEST_NUMBER else [number]
         before, after = text[max(0, match.start() - 1) : match.start()], text[match.end() : match.end() + 1]
+        name = " ".join(number_in_words(part, language) for part in parts)
         return " " * before.isalpha() + name + " " * after.isalpha()
 
     return NUMBER.sub(words, text)
