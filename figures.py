@@ -101,7 +101,7 @@ def lines(series, x_label, y_label, title, log="", top=None):
 
 TOKENS = "ABC"
 CORNERS = np.array([[0, 0], [1, 0], [0.5, math.sqrt(3) / 2]])  # of the triangle
-CLOUD_TIMES = 0.25, 0.5, 0.75, 1.0
+CLOUD_TIMES = 0.25, 0.5, 0.75, 1.0  # of the flow's density
 CLOUD_POINTS, N_PATHS, PATH_STEPS, CALLS = 1000, 3, 40, 16
 AGREE = 0.9  # probability that the two positions of the small joint distribution hold the same token
 
@@ -114,7 +114,8 @@ def to_triangle(theta):
 def flow_paths(ids, n_steps, s1, K, generator):
     """Follow theta from the uniform prior through n_steps Bayesian updates: ids (B, L) -> theta (n_steps + 1, B, L, K).
 
-    Step i brings evidence of accuracy a^2 = s1^2 (2i - 1) / n_steps^2, so that theta at step i is the flow at t = i / n_steps.
+    Step i brings evidence of accuracy a^2 = s1^2 (2i - 1) / n_steps^2, so theta is then the flow's at
+    t = i / n_steps.
     """
     states = [torch.zeros(*ids.shape, K)]
     for i in range(1, n_steps + 1):
@@ -157,8 +158,9 @@ def simplex(seed=0):
     s1, generator = math.sqrt(K * bfn.auto_beta1(K)), torch.Generator().manual_seed(seed)
     above, below = (figure := new_figure(5.6)).subfigures(2, 1, height_ratios=(1, 1.3))
     clouds, paths = above.subplots(1, len(CLOUD_TIMES)), below.subplots(1, 3)
+    pull = "Theta step by step from the square; the arrows lead to the network's answer, which pulls it"
     above.suptitle("The flow of token C: draws of theta (the dot is their mean)", fontsize=10)
-    below.suptitle("Theta step by step, from the square; the arrows lead to the network's answer, which pulls theta", fontsize=10)
+    below.suptitle(pull, fontsize=10)
     token = K - 1  # the corner at the top
     for axes, t in zip(clouds, CLOUD_TIMES, strict=True):
         ids = torch.full((1, CLOUD_POINTS), token)
@@ -270,7 +272,7 @@ def history(metrics, key, by="step"):
 
 
 def training(histories):
-    """Draw loss, bound, exact likelihood, learning rate, gradient norm and speed by step: {run: lines of its metrics.jsonl}."""
+    """Draw the PANELS of runs by step: {run: lines of its metrics.jsonl}."""
     figure = new_figure(5.2)
     for axes, (title, unit, key) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for name, metrics in histories.items():
@@ -400,8 +402,8 @@ def to_gif(images, comment):
     """Join images to an animation that repeats and holds the last one -> bytes."""
     milliseconds = [int(1000 * FRAME_SECONDS)] * (len(images) - 1) + [int(1000 * HOLD_SECONDS)]
     few = [image.quantize(16) for image in images]  # colours: shades of one ink
-    content = io.BytesIO()
-    few[0].save(content, "GIF", save_all=True, append_images=few[1:], duration=milliseconds, loop=0, comment=comment.encode())
+    content, options = io.BytesIO(), dict(save_all=True, duration=milliseconds, loop=0, comment=comment.encode())
+    few[0].save(content, "GIF", append_images=few[1:], **options)
     return content.getvalue()
 
 

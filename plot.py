@@ -314,9 +314,8 @@ def draw_quality(args):
         elif isinstance(content, dict) and "bound_nats_per_token" in content and (curve := exact_by_calls(content)):
             exact[Path(path).stem] = curve
         else:
-            raise ValueError(
-                f"{path}: give at most one results.json of experiments/samplers.py, and outputs of evaluate.py --json --calls=..."
-            )
+            known = "one results.json of experiments/samplers.py at most, and outputs of evaluate.py --json --calls=8,32"
+            raise ValueError(f"{path} is not one of the files to give: {known}")
     title = ", ".join(Path(path).name for path in args.files)
     save(args.output, partial(figures.quality, exact, results, title), args.dark)
 
@@ -393,7 +392,8 @@ def add_sampling_flags(add):
 
 
 def add_quality_flags(add):
-    add("files", nargs="+", metavar="FILE.json", help="results.json of experiments/samplers.py, outputs of evaluate.py --json")
+    sources = "results.json of experiments/samplers.py, outputs of evaluate.py --json --calls=8,32"
+    add("files", nargs="+", metavar="FILE.json", help=sources)
 
 
 def add_compare_flags(add):
