@@ -291,6 +291,22 @@ def save(state, run, run_dir, is_best=False):
 # ---------------------------------------------------------------- the run folder
 
 
+def read_metrics(run_dir):
+    """Read metrics.jsonl -> list of dicts, one per line, in the order of the steps. A last line that is not whole is left out.
+
+    Raises ValueError if there is none, or it is not of a run.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"no {path}: give the folder of a run that has begun to train")
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        [line["step"] for line in lines]  # raises
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not of a run: give a run folder") from None
+    return lines
+
+
 @parallel.first_only
 def lock(run_dir):
     """Create the run folder if it is missing, and hold it -> a file; closing it, or the end of the process, lets go.

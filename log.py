@@ -21,6 +21,7 @@ import cli
 import data
 import parallel
 import plot
+from checkpoint import read_metrics
 from evaluate import VAL_TOKENS
 from generation import example_texts, mark_breaks
 
@@ -193,12 +194,6 @@ class Meter:
         )
         self.restart()
         return figures
-
-
-def read_metrics(run_dir):
-    """Read metrics.jsonl -> list of dicts, one per line, in the order of the steps."""
-    with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 @parallel.first_only

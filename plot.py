@@ -1,26 +1,74 @@
-"""Pictures: lines over time or steps, in one style."""
+"""Pictures, as PNG or SVG, light or dark: of the flow, of a run, of packing, of sampling, of experiments.
 
+    python plot.py simplex                                  the flow on three tokens, and what a network adds
+    python plot.py beta --beta 0.005                        how often the evidence names the token, over t
+    python plot.py run RUN_DIR [MORE ...] --watch           losses, bound, likelihood, speed; again and again while it trains
+    python plot.py times RUN_DIR                            losses by time, and the density of learned times
+    python plot.py packing -d=CORPUS.txt -spm=TOKENIZER     rows before and after packing
+    python plot.py sampling RUN_DIR [--gif]                 certainty of each position over the network calls
+    python plot.py quality RESULTS.json [MORE ...]          exact likelihoods and figures of samples over the network calls
+    python plot.py compare RUN_DIR RUN_DIR ...              what differs between runs: flags, figures, curves
+
+What they look like is in figures.py. Other files draw lines with `lines`.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+import bfn
+import bounds
+import cache
 import cli
+import data
+import figures
+from checkpoint import load, read_checkpoint, read_metrics
+from lengths import fit_lengths
+from noise import mix_seed
+from prompts import candidates, read_breaks
+from sample import Options, sample_batch
+from text import SPACE, default_vocab_size, load_tokenizer, train_tokenizer
+from times import Times
 
-_reported = set()  # messages that `lines` has printed
+MARK = "made by plot.py"  # in each picture, so that only pictures are written over
+METADATA = {"png": {"Software": MARK}, "svg": {"Creator": MARK, "Date": None}}
+WATCH_SECONDS = 5
+DENSITY_BINS, DENSITY_DRAWS = 20, 8  # of losses by time
+PACKED_ROWS = 32  # that are drawn
+
+_reported = set()  # messages that `try_to_save` has printed
+
+# ---------------------------------------------------------------- for other files
 
 
 def lines(path, series, x_label, y_label, title, log="", top=None):
     """Draw {label: (x, y)} as lines into a picture file -> whether that worked. log: "x" or "xy", the logarithmic axes.
 
     top: a second axis above the picture, as increasing x, the values there, and its label.
+    """
+    return try_to_save(path, partial(figures.lines, series, x_label, y_label, title, log, top))
+
+
+def try_to_save(path, make_figure):
+    """Save the picture that make_figure() draws -> whether that worked.
+
     The file's ending decides its format. A picture never stops a run: if it cannot be drawn or written, one line on standard
     error says why, once for each path and reason.
     """
     try:
-        write(Path(path), lambda temporary, kind: _draw(temporary, kind, series, x_label, y_label, title, log, top))
+        save(Path(path), make_figure)
     except Exception as error:  # noqa: BLE001 - a broken matplotlib raises anything
         message = f"no picture at {path}: {_reason(error)}"
         if message not in _reported:
@@ -30,31 +78,14 @@ def lines(path, series, x_label, y_label, title, log="", top=None):
     return True
 
 
-def write(path, draw):
-    """Call draw(temporary path, format) and give the picture its name: it is written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with cli.replacing(path) as temporary:
-        draw(temporary, path.suffix[1:] or "png")
-
-
-def _draw(path, kind, series, x_label, y_label, title, log, top):
-    import matplotlib.figure  # takes a second to import; pyplot would need a display on some machines
-
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for label, (x, y) in series.items():
-        axes.plot(x, y, label=label, linewidth=1.8)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    for axis in log:
-        axes.set(**{f"{axis}scale": "log"})
-    if top:
-        x, values, label = top
-        x, values = [0, *x, 2 * x[-1]], [0, *values, 2 * values[-1]]  # the axes are a little longer than the lines
-        convert = partial(np.interp, xp=x, fp=values), partial(np.interp, xp=values, fp=x)
-        axes.secondary_xaxis("top", functions=convert).set_xlabel(label)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120, format=kind)
+def save(path, make_figure, dark=False):
+    """Save the picture that make_figure() draws, whole or not at all."""
+    kind = path.suffix[1:] or "png"
+    with figures.style(dark):
+        figure = make_figure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with cli.replacing(path) as temporary:
+            figure.savefig(temporary, dpi=figures.DPI, format=kind, metadata=METADATA.get(kind))
 
 
 def _reason(error):
@@ -67,3 +98,366 @@ def _reason(error):
     if isinstance(error, ValueError):  # of the data or the file's ending, which its text names
         return text
     return f"{type(error).__name__}: {text} (pip install --force-reinstall matplotlib)"
+
+
+# ---------------------------------------------------------------- run and compare
+
+
+def read_histories(run_dirs):
+    """Read metrics.jsonl of each run -> {name: lines}. Names are those of the folders if these differ, else their paths."""
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    names = names if len(set(names)) == len(names) else map(str, run_dirs)
+    return {name: read_metrics(run_dir) for name, run_dir in zip(names, run_dirs, strict=True)}
+
+
+def draw_run(args):
+    draw = partial(save, args.output, dark=args.dark)
+    draw(lambda: figures.training(read_histories(args.run_dirs)))
+    if args.watch:
+        print(f"{args.output}: drawn again every {WATCH_SECONDS} seconds; Ctrl-C ends this", flush=True)
+    with suppress(KeyboardInterrupt):
+        while args.watch:
+            time.sleep(WATCH_SECONDS)
+            draw(lambda: figures.training(read_histories(args.run_dirs)))
+
+
+def draw_compare(args):
+    run_dirs = list(dict.fromkeys(args.run_dirs))
+    if len(run_dirs) < 2:
+        raise ValueError("compare needs two or more run folders")
+    histories = read_histories(run_dirs)
+    checkpoints = [read_checkpoint(run_dir / "last.pt") for run_dir in run_dirs]
+    table = [["", *histories], *difference(checkpoints), *results(histories)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    save(args.output, partial(figures.comparison, histories, table), args.dark)
+
+
+def difference(checkpoints):
+    """List the flags that differ between runs, the folder left out, and K and beta(1) -> rows of cells, the flag first."""
+    facts = [{"K": c["config"]["K"], "beta(1)": c["config"]["beta1"], **c["args"]} for c in checkpoints]
+    names = [name for name in dict.fromkeys(name for f in facts for name in f) if name != "model_dir"]
+    rows = [[name, *(f.get(name) for f in facts)] for name in names]
+    return [[name, *map(to_cell, values)] for name, *values in rows if any(value != values[0] for value in values)]
+
+
+def results(histories):
+    """List what runs reached -> rows of cells, the figure's name first."""
+    rows = []
+    for name, key, choose in [
+        ("steps", "step", max),
+        ("minutes of training", "minutes", max),
+        ("training loss at the end", "loss", last),
+        ("best bound, bits per character", "val_bits_per_char", min),
+        ("bound at the end", "val_bits_per_char", last),
+        ("exact at the end", "val_exact_bits_per_char", last),
+        ("tokens per second, median", "tokens_per_s", np.median),
+        ("peak memory, GB", "peak_memory_gb", max),
+    ]:
+        values = [[line[key] for line in metrics if key in line] for metrics in histories.values()]
+        rows.append([name, *(to_cell(choose(v)) if v else "" for v in values)])
+    return rows
+
+
+def last(values):
+    """The last of some values."""
+    return values[-1]
+
+
+def to_cell(value):
+    """Write a value into a cell of a table."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
+# ---------------------------------------------------------------- times
+
+
+def draw_times(args):
+    """Only checkpoints record the fit of the times, so best.pt and last.pt are its whole history."""
+    device, found = cli.device(args.device), {}
+    for which in ("best", "last"):
+        if which == "last" or (args.run_dir / "best.pt").exists():
+            model, tokenizer, run = load(args.run_dir, which, device)
+            found[run["step"]] = which, model, tokenizer, run
+    if len(found) == 1:
+        print("best.pt and last.pt are of the same step, so there is no earlier fit to compare with")
+    measured = [measure_times(*found[step], args, device) for step in sorted(found)]
+    save(args.output, partial(figures.times, measured), args.dark)
+
+
+def measure_times(which, model, tokenizer, run, args, device):
+    """Measure loss and cross-entropy by time on the validation text -> figures.ByTime."""
+    flags = run["args"]
+    path = args.data_path or flags["val_path"] or flags["data_path"] or args.run_dir / "corpus.txt"
+    part = "all" if args.data_path or flags["val_path"] else "val"
+    if not os.path.isfile(path):
+        raise ValueError(f"the losses are measured on the validation text, which is not at {path}: give one with -d")
+    tokens = cache.load_corpus(path, args.run_dir / "tokenizer.model", args.cache_dir, part, flags["example"])
+    sizes = dict(n_draws=DENSITY_DRAWS, max_tokens=args.max_tokens, progress=True)
+    scores = bounds.score(model, tokens, flags["sequence_length"], tokenizer.bos_id(), device, **sizes)
+    _, loss, cross_entropy = scores.by_time(DENSITY_BINS)
+    fit = Times("learned", 0.0)
+    fit.curve = run["times"]
+    t = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
+    return figures.ByTime(f"{which}.pt, step {run['step']:,}", t, loss, cross_entropy, fit.density().numpy())
+
+
+# ---------------------------------------------------------------- packing
+
+
+def draw_packing(args):
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer_path = args.spm_model
+        if not tokenizer_path:
+            if not os.path.isfile(args.data_path):
+                raise ValueError(f"no text file at {args.data_path}")
+            tokenizer_path = Path(folder) / "tokenizer.model"
+            size = default_vocab_size(args.data_path, "bpe")
+            tokenizer_path.write_bytes(train_tokenizer(args.data_path, "bpe", size, args.example))
+        load_tokenizer(tokenizer_path)  # raises if it is none
+        tokens = cache.load_corpus(args.data_path, tokenizer_path, args.cache_dir, example=args.example)
+    plans = packing_plans(tokens, args.sequence_length)
+    title = f"{Path(args.data_path).name}: {len(tokens.lengths):,} examples in rows of {args.sequence_length} tokens"
+    save(args.output, partial(figures.packing, tokens, plans, args.sequence_length, PACKED_ROWS, title), args.dark)
+
+
+def packing_plans(tokens, row_length):
+    """Plan rows of one window each, and those of the first epoch of training -> {name: data.Plan}."""
+    plan = data.plan_validation(tokens, row_length)
+    order = np.argsort(plan.starts)  # as in the text
+    alone = data.Plan(plan.starts[order], plan.lengths[order], np.arange(len(order) + 1))
+    return {"one example a row": alone, "packed": data.plan_epoch(tokens, row_length, seed=0, epoch=0)}
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class Recorder:
+    """Keep what the network answers in each call for one batch: the likeliest tokens and how certain they are."""
+
+    def __init__(self):
+        self.ids, self.certainty = [], []
+
+    def __call__(self, t, p, given):
+        """See `watch` in bfn.Controls: p (B, L, K), given (B, L)."""
+        certainty, ids = p.max(-1)
+        self.ids.append(ids.cpu())
+        self.certainty.append(certainty.masked_fill(given, 1.0).cpu())
+
+    def of_text(self, row, ids, n_calls, tokenizer):
+        """Look up the course of one text -> its tokens at the end, at each call (n_calls lists), certainty (n_calls, L).
+
+        ids: the text, which counts as certain in the last call. bos is left out.
+        """
+        begin = int(ids[0] == tokenizer.bos_id())
+        at_calls = [k[row, begin : len(ids)].tolist() for k in self.ids[: n_calls - 1]] + [ids[begin:]]
+        certainty = torch.stack(self.certainty[:n_calls])[:, row, begin : len(ids)].numpy()
+        return to_pieces(ids[begin:], tokenizer), [to_pieces(k, tokenizer) for k in at_calls], certainty
+
+
+def to_pieces(ids, tokenizer):
+    """Write each token, with the space before it; eos as nothing -> list of str."""
+    return ["" if k == tokenizer.eos_id() else tokenizer.id_to_piece(k).replace(SPACE, " ") for k in ids]
+
+
+def draw_sampling(args):
+    model, tokenizer, run = load(args.run_dir, args.checkpoint, cli.device(args.device))
+    n, recorder = args.num_samples or (6 if args.gif else 1), Recorder()
+    prompts = [read_breaks(prompt, run) for prompt in args.prompt or [""] for _ in range(n)]
+    seeds = [mix_seed(args.seed, i) for i in range(len(prompts))]
+    templates = [choose_template(model, tokenizer, run, *pair, args.length) for pair in zip(prompts, seeds, strict=True)]
+    options = Options(args.sampler, args.steps, args.corrections, watch=recorder)
+    samples = sample_batch(model, tokenizer, templates, seeds, options)
+    texts = [recorder.of_text(row, ids, calls, tokenizer) for row, (ids, calls) in enumerate(samples)]
+    title = f"{args.sampler}, {args.run_dir}, step {run['step']:,}"
+    if args.gif:
+        save_animation(args.output, texts, title, args.dark)
+    else:
+        shown = [([piece or "(end)" for piece in pieces], certainty) for pieces, _, certainty in texts]
+        save(args.output, partial(figures.certainty, shown, title), args.dark)
+
+
+def choose_template(model, tokenizer, run, prompt, seed, length):
+    """Draw a length that fits a prompt, as sample.py does -> template."""
+    return random.Random(seed).choices(*fit_lengths(model, tokenizer, *candidates(prompt, tokenizer, run, length)))[0]
+
+
+def save_animation(path, texts, title, dark):
+    """Save the texts of `Recorder.of_text` as a GIF in which they emerge. A text that is done stays as it is."""
+    n_calls = max(len(at_calls) for _, at_calls, _ in texts)
+    frames = []
+    for i in range(n_calls):
+        frames.append([])
+        for pieces, at_calls, certainty in texts:
+            is_done = i >= len(at_calls) - 1  # the tokens of the last call are drawn
+            row = zip(pieces, [1.0] * len(pieces), strict=True) if is_done else zip(at_calls[i], certainty[i], strict=True)
+            frames[-1].append(list(row))
+    with figures.style(dark):
+        content = figures.to_gif(figures.emerging(frames, title), MARK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with cli.replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+# ---------------------------------------------------------------- quality
+
+
+def draw_quality(args):
+    exact, results = {}, []
+    for path in args.files:
+        content = read_json(path)
+        if is_comparison(content) and not results:
+            results = content
+        elif isinstance(content, dict) and "bound_nats_per_token" in content and (curve := exact_by_calls(content)):
+            exact[Path(path).stem] = curve
+        else:
+            known = "one results.json of experiments/samplers.py at most, and outputs of evaluate.py --json --calls=8,32"
+            raise ValueError(f"{path} is not one of the files to give: {known}")
+    title = ", ".join(Path(path).name for path in args.files)
+    save(args.output, partial(figures.quality, exact, results, title), args.dark)
+
+
+def read_json(path):
+    """Read a JSON file. Raises ValueError if it is missing or is none."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no file at {path}")
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError:
+        raise ValueError(f"{path} is not JSON") from None
+
+
+def is_comparison(content):
+    """Tell whether this is what experiments/samplers.py writes: a list of records, the first of held-out text."""
+    needed = {"sampler", "calls", "temperature", "top_p", "calls_per_text", "figures"}
+    is_list = isinstance(content, list) and len(content) > 1
+    return is_list and all(isinstance(record, dict) and needed <= record.keys() for record in content)
+
+
+def exact_by_calls(content):
+    """Find the exact likelihoods in the output of evaluate.py --json -> (calls, nats per token, errors, bound), or None."""
+    found = {int(m[1]): m[0] for name in content if (m := re.fullmatch(r"exact_(\d+)_calls?_nats_per_token", name))}
+    names = [found[calls] for calls in sorted(found)]
+    errors = [content[name.replace("nats", "text_error_nats")] or 0.0 for name in names]
+    return (sorted(found), [content[name] for name in names], errors, content["bound_nats_per_token"]) if found else None
+
+
+# ---------------------------------------------------------------- the command
+
+
+def draw_simplex(args):
+    save(args.output, partial(figures.simplex, args.seed), args.dark)
+
+
+def draw_beta(args):
+    save(args.output, partial(figures.beta, args.beta), args.dark)
+
+
+def add_run_flags(add):
+    add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders; several are drawn over each other")
+    add("--watch", action="store_true", help=f"draw again every {WATCH_SECONDS} seconds until Ctrl-C")
+
+
+def add_times_flags(add):
+    add("run_dir", type=Path, metavar="RUN_DIR", help="run folder")
+    add("-d", "--data_path", help="text to measure the losses on (the validation text of the training)")
+    add("--max_tokens", type=cli.count, default=16_384, help="tokens to measure them on, at most (16384)")
+    add_device(add)
+    add_cache(add)
+
+
+def add_packing_flags(add):
+    add("-d", "--data_path", required=True, help="text file")
+    add("-spm", "--spm_model", help="SentencePiece model (a bpe is trained on the text)")
+    add("--example", choices=["line", "paragraph", "file"], default="line", help="what is one example (line)")
+    add("-slen", "--sequence_length", type=cli.several, default=128, help="tokens of a row (128)")
+    add_cache(add)
+
+
+def add_sampling_flags(add):
+    add("run_dir", type=Path, metavar="RUN_DIR", help="run folder")
+    add("--checkpoint", choices=["best", "last"], default="best", help="the best by validation, or the last (best)")
+    add("--prompt", action="append", default=[], help="as in sample.py; repeatable")
+    add("--num_samples", type=cli.count, help="texts per prompt (1, with --gif 6)")
+    add("--length", type=cli.several, help="tokens per text, with bos and eos (drawn from the training lengths)")
+    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help="how to sample (%(default)s)")
+    add("--steps", type=cli.steps, default=Options.steps, help="as in sample.py (%(default)s)")
+    add("--corrections", type=cli.natural, default=Options.corrections, help="as in sample.py (%(default)s)")
+    add("--gif", action="store_true", help="an animation of the texts that emerge, pale where they are uncertain")
+    add_seed(add)
+    add_device(add)
+
+
+def add_quality_flags(add):
+    sources = "results.json of experiments/samplers.py, outputs of evaluate.py --json --calls=8,32"
+    add("files", nargs="+", metavar="FILE.json", help=sources)
+
+
+def add_compare_flags(add):
+    add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders, two or more")
+
+
+def add_beta_flags(add):
+    add("--beta", nargs="+", type=cli.positive, default=[], help="further values of beta(1) to draw")
+
+
+def add_seed(add):
+    add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
+
+
+def add_device(add):
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
+
+
+def add_cache(add):
+    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+
+
+PICTURES = {  # flags, and what draws the picture from them
+    "simplex": (add_seed, draw_simplex),
+    "beta": (add_beta_flags, draw_beta),
+    "run": (add_run_flags, draw_run),
+    "times": (add_times_flags, draw_times),
+    "packing": (add_packing_flags, draw_packing),
+    "sampling": (add_sampling_flags, draw_sampling),
+    "quality": (add_quality_flags, draw_quality),
+    "compare": (add_compare_flags, draw_compare),
+}
+
+
+def flags(picture):
+    """Make the parser of one picture."""
+    p = cli.Parser(next(line for line in __doc__.splitlines() if line.startswith(f"    python plot.py {picture} ")).strip())
+    p.prog = f"plot.py {picture}"
+    PICTURES[picture][0](p.add_argument)
+    p.add_argument("--output", type=Path, help=f"picture to write, .png or .svg ({picture}.png)")
+    p.add_argument("--dark", action="store_true", help="dark colours")
+    return p
+
+
+def check_output(path, endings):
+    """Raise ValueError for another ending, and for a file that is not a picture of plot.py: it would be lost."""
+    if path.suffix not in endings:
+        raise ValueError(f"--output={path} must end in {' or '.join(endings)}")
+    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        raise ValueError(f"{path} exists already and is not a picture of plot.py: give another --output")
+
+
+def main():
+    p = cli.Parser(__doc__)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("picture", choices=PICTURES, help="plot.py PICTURE --help lists its flags")
+    picture = p.parse_args(sys.argv[1:2]).picture
+    args = flags(picture).parse_args(sys.argv[2:])
+    ending = ".gif" if getattr(args, "gif", False) else ".png"
+    args.output = args.output or Path(picture + ending)
+    check_output(args.output, [".gif"] if ending == ".gif" else [".png", ".svg"])
+    PICTURES[picture][1](args)
+    print(f"{args.output}: {os.path.getsize(args.output) / 1000:.0f} KB")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -10,7 +10,7 @@ with the exact conditional distribution.
 
 "pace" is the default of sample.py, with a third of the calls, at most four, used for corrections; "uncorrected" is pace
 without corrections. These and "commit" make fewer calls than asked for if a text has fewer tokens. Temperatures and top-p
-other than 1 trade diversity for quality: a second picture shows quality over diversity.
+other than 1 trade diversity for quality: the last panel of the picture shows quality over diversity.
 """
 
 import json
@@ -19,6 +19,7 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ import bfn
 import cache
 import cli
 import evaluate
+import figures
 import plot
 import quality
 import toy
@@ -124,12 +126,12 @@ def share(hits):
 
 def measure(texts, reference, is_toy, judge, seed):
     """Compute the figures of texts, with a Judge its perplexity, for the built-in language the share of grammatical texts."""
-    figures = quality.figures(texts, reference, seed)
+    measured = quality.figures(texts, reference, seed)
     if judge:
-        figures["judge's perplexity"] = judge.perplexity(texts, seed)
+        measured["judge's perplexity"] = judge.perplexity(texts, seed)
     if is_toy:
-        figures = {"grammatical": share([toy.is_grammatical(text) for text in texts]), **figures}
-    return figures
+        measured = {"grammatical": share([toy.is_grammatical(text) for text in texts]), **measured}
+    return measured
 
 
 def sample_jobs(model, tokenizer, run, jobs, templates, reference, is_toy, judge, args):
@@ -140,8 +142,8 @@ def sample_jobs(model, tokenizer, run, jobs, templates, reference, is_toy, judge
         seconds = time.perf_counter() - begin
         texts = [decode(tokenizer, ids) for ids, _ in samples]
         calls_per_text = sum(calls for _, calls in samples) / len(samples)
-        figures = measure(texts, reference, is_toy, judge, args.seed)
-        yield dict(asdict(job), calls_per_text=calls_per_text, seconds=seconds, n_texts=len(texts), figures=figures)
+        measured = measure(texts, reference, is_toy, judge, args.seed)
+        yield dict(asdict(job), calls_per_text=calls_per_text, seconds=seconds, n_texts=len(texts), figures=measured)
 
 
 def table(results):
@@ -232,51 +234,6 @@ def infill_table(model, tokenizer, run, sentences, args):
     return lines
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def draw_pictures(results, is_toy, folder, title):
-    """Draw quality over network calls, and over diversity if there are several temperatures or top-p.
-
-    Quality is the share of grammatical texts for the built-in language, else n-gram perplexity. Diversity is the share of
-    distinct bigrams.
-    """
-    figure = "grammatical" if is_toy else "n-gram perplexity"
-    draw_by_calls(results, figure, folder / "results.png", title)
-    draw_by_diversity(results, figure, folder / "diversity.png", title)
-
-
-def draw_by_calls(results, figure, path, title):
-    """Draw a figure over network calls, one line for each sampler, at temperature and top-p 1."""
-    held_out, *sampled = results
-    points = {}
-    for r in sampled:
-        if r["temperature"] == r["top_p"] == 1:
-            points.setdefault(r["sampler"], []).append((r["calls_per_text"], r["figures"][figure][0]))
-    lines = {sampler: tuple(zip(*sorted(pairs), strict=True)) for sampler, pairs in points.items()}
-    calls = [r["calls_per_text"] for r in sampled]
-    lines[HELD_OUT] = ([min(calls), max(calls)], [held_out["figures"][figure][0]] * 2)
-    plot.lines(path, lines, "network calls", figure, title, log="xy")
-
-
-def draw_by_diversity(results, figure, path, title):
-    """Draw a figure over distinct bigrams, one line for each job's temperatures and one for its top-p. Needs two points."""
-    held_out, *sampled = results
-    points = {}
-    for r in sampled:
-        for control, other in (("temperature", "top_p"), ("top_p", "temperature")):
-            if r[other] == 1:
-                name = f"{r['sampler']}, {r['calls']} calls, by {control}"
-                diversity = r["figures"]["distinct bigrams"][0]
-                points.setdefault(name, []).append((r[control], diversity, r["figures"][figure][0]))
-    lines = {name: tuple(zip(*sorted(triples), strict=True))[1:] for name, triples in points.items() if len(triples) > 1}
-    if lines:
-        xs, ys = ([x for line in lines.values() for x in line[i]] for i in (0, 1))
-        lines["diversity of held-out text"] = ([held_out["figures"]["distinct bigrams"][0]] * 2, [min(ys), max(ys)])
-        lines["quality of held-out text"] = ([min(xs), max(xs)], [held_out["figures"][figure][0]] * 2)
-        plot.lines(path, lines, "distinct bigrams", figure, title)
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -332,8 +289,8 @@ def main():
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     judge = Judge(args.judge, cli.device(args.device)) if args.judge else None
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
-    figures = measure(real, reference, is_toy, judge, args.seed)
-    results = [dict(asdict(Job(HELD_OUT, 0)), calls_per_text=0, seconds=0, n_texts=len(real), figures=figures)]
+    measured = measure(real, reference, is_toy, judge, args.seed)
+    results = [dict(asdict(Job(HELD_OUT, 0)), calls_per_text=0, seconds=0, n_texts=len(real), figures=measured)]
     folder.mkdir(parents=True, exist_ok=True)
     for result in sample_jobs(model, tokenizer, run, plan(args), templates, reference, is_toy, judge, args):
         results.append(result)
@@ -344,7 +301,7 @@ def main():
         sentences = [piece.text for piece in read_part(corpus, "val")][: args.infill]
         lines += infill_table(model, tokenizer, run, sentences, args)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    draw_pictures(results, is_toy, folder, str(args.model_dir))
+    plot.try_to_save(folder / "results.png", partial(figures.quality, {}, results, str(args.model_dir)))
     print("\n".join(lines))
 
 

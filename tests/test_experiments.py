@@ -109,7 +109,7 @@ def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path)
     assert len(tokenizer) == network.config.K and run["step"] > 0 and len(run["loss_by_time"]) > 1
 
 
-def test_a_comparison_of_samplers_writes_a_table_and_pictures(tmp_path):
+def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path):
     """For a run of the built-in language that was trained for two steps."""
     run_dir, cache = tmp_path / "run", f"--cache_dir={tmp_path / 'cache'}"
     sizes = "-mdim=32 -nl=1 -nh=2 --max_steps=2 -nex=0".split()
@@ -125,7 +125,7 @@ def test_a_comparison_of_samplers_writes_a_table_and_pictures(tmp_path):
     entropies = [r["figures"]["word entropy (bits)"][0] for r in results]
     assert all(sharp < plain for plain, sharp in zip(entropies[::2], entropies[1::2], strict=True))
     assert held_out["figures"]["grammatical"][0] == 1
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("results.png", "diversity.png"))
+    assert (tmp_path / "results.png").stat().st_size > 5000
     assert done.stdout.count("| ode2 |") == 8  # four rows of samples, two at equal entropy, two of filled gaps
 
 

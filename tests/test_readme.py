@@ -3,7 +3,6 @@
 import inspect
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,13 @@ from untrained import make_run
 import bfn
 import evaluate
 import model as model_file
+import plot
 import sample
 import toy
 import train
 from model import BFNTransformer, Config
 
 ROOT = Path(train.__file__).parent
-sys.path.append(str(ROOT / "experiments"))
-
-import emerging
-
 README = (ROOT / "README.md").read_text()
 RECIPES = (ROOT / "docs" / "ideas.md").read_text()
 
@@ -35,12 +31,14 @@ def recipe(start, n_lines):
 
 
 def test_every_command_has_flags_that_exist():
-    commands = re.findall(r"python ((?:train|sample|evaluate|experiments/emerging)\.py[^\n`|&#)]*)", README)
+    commands = re.findall(r"python ((?:train|sample|evaluate|plot)\.py[^\n`|&#)]*)", README)
     assert len(commands) >= 10
-    modules = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "experiments/emerging.py": emerging}
+    modules = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}
     for line in commands:
         name, *flags = shlex.split(line)
-        if flags != ["--help"]:
+        if name == "plot.py":
+            plot.flags(flags[0]).parse_args(flags[1:])
+        elif flags != ["--help"]:
             modules[name].flags().parse_args(flags)
 
 

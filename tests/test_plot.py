@@ -1,0 +1,374 @@
+"""Pictures: each command writes one of the right format, what is drawn is right, and bad input is one line."""
+
+import json
+import math
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from exact import ExactNetwork
+from PIL import Image
+from untrained import make_run
+
+import bfn
+import bounds
+import cache
+import cli
+import data
+import evaluate
+import figures
+import likelihood
+import plot
+import toy
+from checkpoint import load, read_checkpoint, read_metrics, save_checkpoint
+from prompts import make_template
+from sample import Options, sample_batch
+from times import N_BINS, Times
+
+METRICS = [
+    dict(step=10, loss=9.0, grad_norm=3.0, learning_rate=0.1, tokens_per_s=100.0, peak_memory_gb=1.0, minutes=0.5),
+    dict(step=10, val_bits_per_char=2.5, val_exact_bits_per_char=2.25),
+    dict(step=20, loss=5.0, grad_norm=2.0, learning_rate=0.2, tokens_per_s=300.0, peak_memory_gb=1.5, minutes=1.0),
+    dict(step=20, val_bits_per_char=2.75, val_exact_bits_per_char=2.0),
+]
+
+
+def write_metrics(run_dir, lines):
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run folder with an untrained network, two checkpoints of different fits of the times, and metrics."""
+    run_dir = make_run(tmp_path_factory.mktemp("runs") / "run", "word", toy.corpus(300))
+    checkpoint = read_checkpoint(run_dir / "best.pt")
+    checkpoint["args"] |= dict(val_path=str(run_dir / "text.txt"), learning_rate=0.1)
+    for name, step in (("best", 10), ("last", 20)):
+        save_checkpoint(run_dir / f"{name}.pt", {**checkpoint, "step": step, "times": torch.linspace(1, step, N_BINS)})
+    write_metrics(run_dir, METRICS)
+    return run_dir
+
+
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """draw("beta", ...) runs the command in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, words)])
+        cli.run(plot.main)
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that commands make, which are not saved: that takes most of the time."""
+    made = []
+
+    def keep(path, make_figure, dark=False):
+        with figures.style(dark):
+            made.append(make_figure())
+        path.write_bytes(plot.MARK.encode())
+
+    monkeypatch.setattr(plot, "save", keep)
+    return made
+
+
+def fails(draw, capsys, *words):
+    """Run a command that fails -> its only line on standard error."""
+    with pytest.raises(SystemExit) as error:
+        draw(*words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and line.startswith("plot.py: error: ")
+    return line
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def exact_json(tmp_path):
+    """What the quickest of the pictures draws."""
+    content = dict(bound_nats_per_token=2.5, exact_1_call_nats_per_token=3.0, exact_1_call_text_error_nats_per_token=None)
+    (tmp_path / "exact.json").write_text(json.dumps(content))
+    return "exact.json"
+
+
+def test_pictures_are_png_or_svg_by_their_ending_and_light_or_dark(draw, exact_json, tmp_path):
+    draw("quality", exact_json)
+    draw("quality", exact_json, "--dark", "--output=pictures/dark.png")
+    draw("quality", exact_json, "--output=a.svg")
+    for name, least, most in (("quality.png", 250, 255), ("pictures/dark.png", 0, 40)):
+        with Image.open(tmp_path / name) as image:
+            assert image.format == "PNG" and image.width == round(5.5 * figures.DPI)
+            assert all(least <= channel <= most for channel in image.convert("RGB").getpixel((0, 0)))
+    assert b"<svg" in (tmp_path / "a.svg").read_bytes()[:1000]
+
+
+def test_only_pictures_of_plot_py_are_written_over(draw, capsys, exact_json, tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"a photograph")
+    line = fails(draw, capsys, "quality", exact_json, "--output=mine.png")
+    assert "mine.png exists already and is not a picture of plot.py" in line
+    assert (tmp_path / "mine.png").read_bytes() == b"a photograph"
+    for output in ("a.svg", "a.svg", "a.png", "a.png"):  # the second time over its own
+        draw("quality", exact_json, f"--output={output}")
+    assert "must end in .png or .svg" in fails(draw, capsys, "quality", exact_json, "--output=a.jpg")
+    assert "must end in .gif" in fails(draw, capsys, "sampling", "run", "--gif", "--output=a.png")
+
+
+def test_a_figure_of_several_panels_is_saved(draw, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "other")
+    draw("compare", run_dir, "other", "--dark")
+    with Image.open(tmp_path / "compare.png") as image:
+        assert image.format == "PNG" and image.width == round(figures.WIDTH * figures.DPI)
+
+
+@pytest.mark.parametrize("picture", plot.PICTURES)
+def test_the_help_of_the_command_names_every_picture(picture, capsys):
+    with pytest.raises(SystemExit) as end:
+        plot.flags(picture).parse_args(["--help"])
+    assert end.value.code == 0 and f"python plot.py {picture} " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- simplex and beta
+
+
+def test_paths_of_theta_begin_uniform_and_end_in_the_flow_at_time_one():
+    """The difference of two logits is normal, of mean s1^2 and variance 2 s1^2."""
+    s1, n = 2.0, 4000
+    paths = figures.flow_paths(torch.zeros(n, 1, dtype=torch.long), 7, s1, 3, torch.Generator().manual_seed(0))
+    assert paths.shape == (8, n, 1, 3) and torch.allclose(paths[0], torch.tensor(1 / 3))
+    difference = (paths[-1, :, 0, 0] / paths[-1, :, 0, 1]).log()
+    assert difference.mean().item() == pytest.approx(s1**2, abs=4 * math.sqrt(2 * s1**2 / n))
+    assert difference.var().item() == pytest.approx(2 * s1**2, rel=0.1)
+
+
+def test_the_network_of_two_positions_is_exact():
+    network = figures.AgreeingPair(3)
+    sequences = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    theta = torch.rand(5, 2, 3).softmax(-1)
+    expected = ExactNetwork(sequences, network.P.flatten())(theta, None)
+    assert network.P.sum().item() == pytest.approx(1) and torch.allclose(network(theta, None), expected, atol=1e-5)
+
+
+def test_the_clouds_rise_to_the_corner_and_the_sampled_paths_end_near_their_tokens():
+    with figures.style():
+        figure = figures.simplex(seed=6)
+    clouds, pair = figure.axes[: len(figures.CLOUD_TIMES)], figure.axes[-2:]
+    heights = [np.asarray(axes.collections[0].get_offsets())[:, 1].mean() for axes in clouds]
+    assert heights == sorted(heights) and heights[0] > math.sqrt(3) / 6 and heights[-1] > 0.8
+    for axes in pair:
+        token = figures.TOKENS.index(axes.get_title()[-1])
+        path = axes.lines[1].get_xydata()
+        assert len(path) == figures.CALLS and path[0] == pytest.approx([0.5, math.sqrt(3) / 6])
+        assert np.hypot(*(path[-1] - figures.CORNERS[token])) < 0.1
+
+
+def test_beta_draws_how_often_the_evidence_names_the_token(draw, drawn):
+    draw("beta", "--beta", "0.005")
+    by_time, by_beta = drawn[0].axes
+    for i, K in enumerate(figures.VOCABULARIES):
+        auto, other = by_time.lines[2 * i : 2 * i + 2]
+        assert auto.get_ydata()[[0, -1]] == pytest.approx([1 / K, 0.955], abs=1e-3)
+        assert other.get_ydata()[50] == pytest.approx(bfn.evidence_accuracy(math.sqrt(K * 0.005) / 2, K))
+    stars = {line.get_xdata()[0]: line.get_ydata()[0] for line in by_beta.lines if line.get_marker() == "*"}
+    assert stars[0.5625] == pytest.approx(0.955, abs=1e-3) and stars[3.0] == pytest.approx(0.958, abs=1e-3)
+    dots = [line for line in by_beta.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in dots] == [bfn.auto_beta1(K) for K in figures.VOCABULARIES]
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_is_drawn_as_it_was_measured_and_several_over_each_other(draw, drawn, run_dir, tmp_path):
+    write_metrics(tmp_path / "other", METRICS[:2])
+    draw("run", run_dir, "other")
+    loss, bound, exact, rate, norm, speed = drawn[0].axes
+    assert loss.lines[0].get_xydata().tolist() == [[10, 9], [20, 5]] and loss.lines[1].get_xydata().tolist() == [[10, 9]]
+    assert bound.lines[0].get_ydata().tolist() == [2.5, 2.75] and exact.lines[0].get_ydata().tolist() == [2.25, 2]
+    values = [axes.lines[0].get_ydata().tolist() for axes in (rate, norm, speed)]
+    assert values == [[0.1, 0.2], [3, 2], [100, 300]]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["run", "other"]
+
+
+def test_watching_draws_again_until_it_is_interrupted(draw, drawn, monkeypatch, tmp_path):
+    """A line that is not whole yet is left out."""
+    write_metrics(tmp_path / "run", METRICS[:1])
+    rest = [json.dumps(METRICS[2])[:20], json.dumps(METRICS[2])[20:] + "\n"]
+
+    def sleep(seconds):
+        if not rest:
+            raise KeyboardInterrupt
+        with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+            file.write(rest.pop(0))
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    draw("run", "run", "--watch")
+    assert [len(figure.axes[0].lines[0].get_xdata()) for figure in drawn] == [1, 1, 2]
+
+
+def test_a_comparison_shows_what_differs(draw, drawn, capsys, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "other")
+    checkpoint = read_checkpoint(run_dir / "last.pt")
+    args = checkpoint["args"] | dict(learning_rate=0.25, model_dir="elsewhere")
+    save_checkpoint(tmp_path / "other" / "last.pt", {**checkpoint, "args": args})
+    write_metrics(tmp_path / "other", METRICS[:2])
+    draw("compare", run_dir, "other")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[:3] == [["run", "other"], ["learning_rate", "0.1", "0.25"], ["steps", "20", "10"]]
+    printed = {" ".join(row[:-2]): row[-2:] for row in rows}
+    assert printed["best bound, bits per character"] == ["2.5", "2.5"] and printed["bound at the end"] == ["2.75", "2.5"]
+    assert printed["tokens per second, median"] == ["200", "100"] and printed["exact at the end"] == ["2", "2.25"]
+    texts = [text.get_text() for axes in drawn[0].axes for text in axes.texts]
+    assert {"learning_rate", "0.25", "bound at the end", "2.75"} <= set(texts)
+    by_minutes = drawn[0].axes[2].lines[0]
+    assert by_minutes.get_xydata().tolist() == [[0.5, 2.5], [1.0, 2.75]]
+
+
+def test_missing_and_foreign_runs_are_one_line(draw, capsys, run_dir, tmp_path):
+    write_metrics(tmp_path / "foreign", [{"epoch": 1}])
+    write_metrics(tmp_path / "begun", METRICS)
+    assert "no nowhere/metrics.jsonl" in fails(draw, capsys, "run", "nowhere")
+    assert "metrics.jsonl is not of a run" in fails(draw, capsys, "run", "foreign")
+    assert "two or more run folders" in fails(draw, capsys, "compare", run_dir, run_dir)
+    assert "no checkpoint at begun/last.pt" in fails(draw, capsys, "compare", run_dir, "begun")
+    assert "no checkpoint at nowhere/last.pt" in fails(draw, capsys, "times", "nowhere")
+    assert "no checkpoint at nowhere/best.pt" in fails(draw, capsys, "sampling", "nowhere")
+
+
+# ---------------------------------------------------------------- times and packing
+
+
+def test_times_draws_measured_losses_and_the_fit_of_both_checkpoints(draw, drawn, run_dir, tmp_path):
+    draw("times", run_dir, f"--cache_dir={tmp_path}", "--max_tokens=2000")
+    losses, density = drawn[0].axes
+    labels = [line.get_label() for line in losses.lines]
+    assert labels[::2] == ["loss, best.pt, step 10", "loss, last.pt, step 20"] and labels[1].startswith("cross-entropy")
+    assert losses.lines[0].get_alpha() < losses.lines[2].get_alpha() == 1
+    model, tokenizer, _ = load(run_dir)
+    tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
+    device, n_draws = torch.device("cpu"), plot.DENSITY_DRAWS
+    scores = bounds.score(model, tokens, 32, tokenizer.bos_id(), device, n_draws=n_draws, max_tokens=2000)
+    assert losses.lines[2].get_ydata() == pytest.approx(scores.by_time(plot.DENSITY_BINS)[1])
+    assert losses.lines[2].get_ydata().mean() == pytest.approx(scores.nats_per_token[0], rel=0.1)  # L_inf
+    fit = Times("learned", 0.0)
+    fit.curve = torch.linspace(1, 20, N_BINS)
+    assert density.patches[1].get_data().values == pytest.approx(fit.density().numpy())
+
+
+def test_times_without_its_text_say_where_it_was(draw, capsys, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "moved")
+    checkpoint = read_checkpoint(run_dir / "last.pt")
+    checkpoint["args"]["val_path"] = "gone.txt"
+    for name in ("best", "last"):
+        save_checkpoint(tmp_path / "moved" / f"{name}.pt", checkpoint)
+    assert "which is not at gone.txt: give one with -d" in fails(draw, capsys, "times", "moved")
+
+
+def test_packing_draws_the_segments_of_both_plans_with_their_fill(draw, drawn, run_dir, tmp_path):
+    words = f"-d={run_dir / 'text.txt'}", f"-spm={run_dir / 'tokenizer.model'}", "-slen=32", f"--cache_dir={tmp_path}"
+    draw("packing", *words)
+    alone, packed = drawn[0].axes
+    tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
+    n_tokens = int(tokens.lengths.sum())
+    assert f"{n_tokens / (32 * len(tokens.lengths)):.1%} filled" in alone.get_title()
+    assert f"{data.plan_epoch(tokens, 32, 0, 0).fill(32):.1%} filled" in packed.get_title()
+    bars = alone.images[0].get_array()
+    assert ((bars > 0).sum(1) == tokens.lengths[: len(bars)]).all() and bars.max() == 1
+    bars = packed.images[0].get_array()
+    assert (bars > 0).mean() > 0.9 and bars.shape == (plot.PACKED_ROWS, 32)
+
+
+def test_packing_trains_a_tokenizer_if_none_is_given(draw, drawn, capsys, run_dir, tmp_path):
+    draw("packing", f"-d={run_dir / 'text.txt'}", f"--cache_dir={tmp_path}")
+    assert "filled" in drawn[0].axes[1].get_title()
+    assert "no text file at gone.txt" in fails(draw, capsys, "packing", "-d=gone.txt")
+    words = f"-d={run_dir / 'text.txt'}", "-spm=packing.png"
+    assert "packing.png is not a SentencePiece model" in fails(draw, capsys, "packing", *words)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_sampling_draws_the_certainty_of_each_position_at_each_call(draw, drawn, run_dir):
+    draw("sampling", run_dir, "--prompt", "the king", "--length=6", "--steps=3", "--sampler=sde2", "--seed=5")
+    axes = drawn[0].axes[0]
+    shares = axes.images[0].get_array()
+    assert shares.shape == (4, 5)  # steps + 1 calls; all but bos
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels[:2] == [" the", " king"] and (shares[:, :2] == 1).all() and (shares[:-1, 2:] < 1).all()
+    model, tokenizer, run = load(run_dir)
+    seen = []
+    options = Options("sde2", 3, watch=lambda t, p, given: seen.append(p[0, 1:].amax(-1)))
+    template = make_template("the king", tokenizer, run, 0, 6)
+    ((ids, _),) = sample_batch(model, tokenizer, [template], [plot.mix_seed(5, 0)], options)
+    assert np.asarray(shares[:, 2:]) == pytest.approx(torch.stack(seen)[:, 2:].numpy())
+    assert [tokenizer.piece_to_id(label.replace(" ", plot.SPACE)) for label in labels if label != "(end)"] == [
+        k for k in ids[1:] if k != tokenizer.eos_id()
+    ]
+
+
+def test_an_animation_has_a_frame_per_call_and_holds_the_last(draw, run_dir, tmp_path):
+    draw("sampling", run_dir, "--gif", "--sampler=sde2", "--steps=3", "--length=6", "--num_samples=2")
+    with Image.open(tmp_path / "sampling.gif") as image:
+        assert image.format == "GIF" and image.n_frames == 4 and image.info["loop"] == 0
+        image.seek(3)
+        assert image.info["duration"] == 1000 * figures.HOLD_SECONDS
+    draw("sampling", run_dir, "--gif", "--sampler=sde2", "--steps=1", "--length=6")  # over its own picture
+
+
+def test_texts_in_an_animation_are_dark_where_they_are_certain():
+    with figures.style():
+        image = figures.emerging([[[("MMMM", 1.0)], [("MMMM", 0.1)]]], "title")[0]
+    pixels = np.asarray(image.convert("L"))[len(np.asarray(image)) // 3 :]
+    upper, lower = np.array_split(pixels, 2)
+    assert upper.min() < 80 and 170 < lower.min() < 250
+
+
+# ---------------------------------------------------------------- quality
+
+
+def record(sampler, calls, value, temperature=1.0):
+    names = ("distinct bigrams", "n-gram perplexity")
+    job = dict(sampler=sampler, calls=calls, temperature=temperature, top_p=1.0, calls_per_text=calls)
+    return dict(job, figures={name: (value, value - 1, value + 1) for name in names})
+
+
+def test_quality_draws_figures_over_calls_and_diversity_over_temperatures(draw, drawn, tmp_path):
+    results = [record("held-out text", 0, 3.0), record("pace", 8, 5.0), record("pace", 4, 7.0), record("pace", 4, 6.0, 0.5)]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    draw("quality", "results.json")
+    bigrams, perplexity, diversity = (axes for axes in drawn[0].axes)
+    for axes in (bigrams, perplexity):
+        assert axes.lines[0].get_xydata().tolist() == [[4, 7], [8, 5]]
+        assert axes.lines[1].get_ydata() == [3, 3] and axes.lines[1].get_label() == "held-out text"
+    assert diversity.lines[0].get_xydata().tolist() == [[6, 6], [7, 7]]
+
+
+def test_quality_draws_the_exact_likelihoods_that_evaluate_prints(draw, drawn, tmp_path):
+    names = [evaluate.to_key(name) for name in likelihood.figures_of([1, 16])]
+    values = {f"{name}_nats_per_token": 3.0 - i for i, name in enumerate(names)}
+    errors = {f"{name}_text_error_nats_per_token": error for name, error in zip(names, (0.25, None), strict=True)}
+    (tmp_path / "exact.json").write_text(json.dumps(dict(values, **errors, bound_nats_per_token=2.5)))
+    draw("quality", "exact.json")
+    curve, bound = drawn[0].axes[0].lines[0], drawn[0].axes[0].lines[-1]
+    assert curve.get_xydata().tolist() == [[1, 3], [16, 2]] and bound.get_ydata() == [2.5, 2.5]
+
+
+def test_other_files_are_refused_in_one_line(draw, capsys, tmp_path):
+    (tmp_path / "text.json").write_text("no JSON")
+    (tmp_path / "other.json").write_text('[{"sampler": 1}, {}]')
+    (tmp_path / "bound.json").write_text('{"bound_nats_per_token": 1}')
+    assert "no file at gone.json" in fails(draw, capsys, "quality", "gone.json")
+    assert "text.json is not JSON" in fails(draw, capsys, "quality", "text.json")
+    for name in ("other.json", "bound.json"):
+        assert f"{name} is not one of the files to give" in fails(draw, capsys, "quality", name)
+
+
+def test_metrics_are_read_as_they_were_written(run_dir):
+    assert read_metrics(run_dir) == METRICS
