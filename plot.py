@@ -35,10 +35,10 @@ import cli
 import data
 import figures
 from checkpoint import load, read_checkpoint, read_metrics
+from generation import Options, sample_batch
 from lengths import fit_lengths
 from noise import mix_seed
 from prompts import candidates, read_breaks
-from sample import Options, sample_batch
 from text import SPACE, default_vocab_size, load_tokenizer, train_tokenizer
 from times import Times
 
