@@ -205,4 +205,4 @@ def run(main):
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
         if os.environ.get("BFN_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        fail("out of memory: a smaller batch, length or model takes less" if out_of_memory else error)
+        fail("out of memory: in training, --recompute or a lower -bsz, -slen or -mdim takes less; else a shorter text or model" if out_of_memory else error)

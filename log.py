@@ -6,6 +6,7 @@ second that large matrix products reach on this device.
 
 import json
 import math
+import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -287,17 +288,30 @@ def share_in_training(tokens, training):
 # ---------------------------------------------------------------- lines for the terminal
 
 
-class Progress(tqdm):
-    """A bar with the latest figures. Where there is no terminal, a plain line every half minute instead."""
+def checkpoint_bytes(state):
+    """Estimate the size of a checkpoint from above: weights, averages, and at most two moments of each weight, in float32."""
+    return 4 * sum(p.numel() for p in state.model.parameters()) * (3 + len(state.emas))
 
-    def __init__(self, step, max_steps):
-        super().__init__(total=max_steps, initial=step, unit="step", smoothing=0.05, disable=None)
-        self.max_steps, self.printed_at = max_steps, time.monotonic()
+
+class Progress(tqdm):
+    """A bar with the latest figures. Where there is no terminal, a plain line every half minute instead.
+
+    It also warns, once, when the disk has no room left for two checkpoints of the state.
+    """
+
+    def __init__(self, state, args):
+        super().__init__(total=args.max_steps, initial=state.step, unit="step", smoothing=0.05, disable=None)
+        self.max_steps, self.printed_at, self.run_dir = args.max_steps, time.monotonic(), args.model_dir
+        self.bytes_needed = 2 * checkpoint_bytes(state)
 
     def show(self, step, figures, bound):
         """Show a step's figures (see `Meter.figures`) and the last validation bound, if there is one."""
         text = POSTFIX.format(**figures) + (f", bound {bound:.3f}" if bound is not None else "")
         self.set_postfix_str(text)
+        if (free := shutil.disk_usage(self.run_dir).free) < self.bytes_needed:
+            needed, self.bytes_needed = self.bytes_needed, 0
+            message = f"only {free / 1e9:.1f} GB are free for {self.run_dir}, two checkpoints take up to {needed / 1e9:.1f} GB"
+            self.write(f"{message}: make room, or a save will fail", file=sys.stderr)
         if self.disable and time.monotonic() - self.printed_at >= PLAIN_SECONDS:
             self.printed_at = time.monotonic()
             print(f"step {step} of {self.max_steps}, {figures['minutes']:.1f} minutes of training, {text}", flush=True)

@@ -302,7 +302,7 @@ def main():
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
     batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
-    bar = log.Progress(state.step, args.max_steps)
+    bar = log.Progress(state, args)
     if state.step and state.step % args.sample_interval == 0:  # it may have been stopped before the samples
         log.write_samples(state, tokenizer, val, run, args)
     while not (stop := parallel.total(len(caught))) and state.step < args.max_steps:

@@ -65,15 +65,28 @@ def test_text_that_the_tokenizer_or_the_training_knows_too_little_or_too_much_ge
     assert log.text_warnings(fine, cache.Tokens(np.array([3, 5, 4, 4]), offsets, 50, 100, 0, "")) == []
 
 
+def small_state():
+    return SimpleNamespace(step=0, model=torch.nn.Linear(10, 25, bias=False), emas=[None])  # 250 weights
+
+
 def test_without_a_terminal_a_line_is_printed_every_half_minute(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
-    bar = log.Progress(0, 50)
+    bar = log.Progress(small_state(), SimpleNamespace(max_steps=50, model_dir="."))
     figures = dict(loss=3.0, tokens_per_s=1000.0, utilisation=0.5, peak_memory_gb=1.0, minutes=0.4)
     for now[0] in (110.0, 131.0, 140.0, 162.0):
         bar.show(int(now[0]) - 100, figures, 2.5)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line.split(",")[0] for line in lines] == ["step 31 of 50", "step 62 of 50"] and "bound 2.500" in lines[0]
+
+
+@pytest.mark.parametrize("free, warned", [(7999, 1), (8000, 0)])
+def test_a_disk_without_room_for_two_checkpoints_gets_one_warning(capsys, monkeypatch, free, warned):
+    monkeypatch.setattr(log.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    bar = log.Progress(small_state(), SimpleNamespace(max_steps=50, model_dir="runs/x"))
+    for step in (1, 2):
+        bar.show(step, dict(loss=3.0, tokens_per_s=1000.0, utilisation=0.5, peak_memory_gb=1.0, minutes=0.4), None)
+    assert capsys.readouterr().err.count("are free for runs/x, two checkpoints take up to") == warned
 
 
 def test_minutes_of_training_add_up_and_leave_out_pauses(monkeypatch):
