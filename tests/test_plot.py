@@ -24,8 +24,8 @@ import likelihood
 import plot
 import toy
 from checkpoint import load, read_checkpoint, read_metrics, save_checkpoint
+from generation import Options, sample_batch
 from prompts import make_template
-from sample import Options, sample_batch
 from times import N_BINS, Times
 
 METRICS = [
