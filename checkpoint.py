@@ -299,7 +299,7 @@ def describe_run(args, config, tokenizer, tokens, val, run_dir):
         identity={name: facts[name] for name in IDENTITY},
         config=asdict(config),
         tokenizer_hash=tokenizer_hash,
-        lengths=np.bincount(np.minimum(tokens.lengths, args.sequence_length)).tolist(),
+        lengths=np.trim_zeros(tokens.count_lengths(args.sequence_length), "b").tolist(),
         word_lengths=count_word_lengths(tokenizer, tokens),
     )
 
