@@ -36,6 +36,7 @@ LARGE_BYTES = 1 << 26  # a corpus of so many bytes is not read at each start
 FRESH_SECONDS = 2  # a file that was just changed may change once more without a new time
 BLOCK_BYTES = 1 << 22
 N_BLOCKS = 32  # of each array that are checked at a start
+SHARD_DOCUMENTS, SHARD_TOKENS = 1 << 20, 1 << 28  # the most in a shard, except for a longer document
 
 
 def default_cache_dir():
@@ -58,6 +59,33 @@ class Tokens:
     def lengths(self):
         """Tokens in each document, bos and eos included: (n_documents,) int64."""
         return np.diff(self.offsets)
+
+    @property
+    def n_shards(self):
+        """Number of parts that are packed one after another: one, unless the corpus is large."""
+        n_documents = len(self.offsets) - 1
+        return min(n_documents, max(-(-n_documents // SHARD_DOCUMENTS), -(-int(self.offsets[-1]) // SHARD_TOKENS)))
+
+    def shard_documents(self, shard):
+        """List the documents of a shard, which come from all over the corpus -> (n,) int64."""
+        n_documents = len(self.offsets) - 1
+        size = max(1, n_documents // (256 * self.n_shards))  # neighbours that stay together, so that reading them is fast
+        index = (np.arange(shard * size, n_documents, self.n_shards * size)[:, None] + np.arange(size)).ravel()
+        return index[index < n_documents]
+
+    def read_shard(self, shard):
+        """Look up the documents of a shard -> their starts in ids and their lengths, (n,) int64."""
+        index = self.shard_documents(shard)
+        starts = np.asarray(self.offsets[index])
+        return starts, self.offsets[index + 1] - starts
+
+    def count_lengths(self, longest, chunk=1 << 20):
+        """Count the documents of 0, 1, ..., longest tokens, longer ones as `longest` -> (longest + 1,) int64."""
+        counts = np.zeros(longest + 1, np.int64)
+        for begin in range(0, len(self.offsets) - 1, chunk):  # all lengths of a large corpus would take much memory
+            lengths = np.minimum(np.diff(self.offsets[begin : begin + chunk + 1]), longest)
+            counts += np.bincount(lengths, minlength=longest + 1)
+        return counts
 
 
 def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):

@@ -409,7 +409,7 @@ def describe_run(args, config, tokenizer, tokens, val, run_dir):
         config=asdict(config),
         tokenizer_hash=tokenizer_hash,
         sizes={name: text_size(text) for name, text in (("training", tokens), ("validation", val))},
-        lengths=np.bincount(np.minimum(tokens.lengths, args.sequence_length)).tolist(),
+        lengths=np.trim_zeros(tokens.count_lengths(args.sequence_length), "b").tolist(),
         word_lengths=count_word_lengths(tokenizer, tokens),
     )
 

@@ -53,16 +53,23 @@ def pack(lengths, row_length, rng):
     n_left = np.bincount(lengths, minlength=row_length + 1)  # windows of each length without a row:
     ends = np.cumsum(n_left)  # they are order[ends[length] - n_left[length] : ends[length]]
     row_of, n_rows = np.empty(len(lengths), dtype=np.int64), 0
-    while n_left.any():
-        contents = _fill_row(n_left, row_length)
-        repeats = min(n_left[length] // n for length, n in contents)
+    for contents, repeats in _fill_rows(n_left, row_length):
         for length, n in contents:
             placed = order[ends[length] - n * repeats : ends[length]]
             row_of[placed] = n_rows + np.arange(n * repeats) // n
             ends[length] -= n * repeats
-            n_left[length] -= n * repeats
         n_rows += repeats
     return row_of, int(n_rows)
+
+
+def _fill_rows(n_left, row_length):
+    """Use up the windows of each length -> pairs of a row's contents (see `_fill_row`) and how often it is repeated."""
+    while n_left.any():
+        contents = _fill_row(n_left, row_length)
+        repeats = min(n_left[length] // n for length, n in contents)
+        for length, n in contents:
+            n_left[length] -= n * repeats
+        yield contents, repeats
 
 
 def _fill_row(n_left, row_length):
@@ -82,22 +89,33 @@ def _make_plan(starts, lengths, row_of, n_rows, rng):
     return Plan(starts[order], lengths[order], np.searchsorted(row_of[order], np.arange(n_rows + 1)))
 
 
-def plan_epoch(tokens, row_length, seed, epoch):
-    """Cover every token once: pack short documents whole, and cut long ones to fill the rest -> Plan.
+def count_rows(lengths, row_length):
+    """Count the rows of `plan_epoch` for documents of these lengths; they are the same in every epoch."""
+    short = lengths <= row_length
+    n_packed = int(sum(n for _, n in _fill_rows(np.bincount(lengths[short], minlength=row_length + 1), row_length)))
+    return n_packed + _count_more_rows(lengths[~short], n_packed * row_length - int(lengths[short].sum()), row_length)
+
+
+def _count_more_rows(lengths, n_free, row_length):
+    """Count the rows that long documents need besides n_free positions."""
+    n_needed = int(lengths.sum()) + row_length - 1 if len(lengths) else 0  # for the largest skip
+    return max(0, -(-(n_needed - n_free) // row_length))
+
+
+def plan_epoch(tokens, row_length, seed, epoch, shard=0):
+    """Cover every token of a shard of the corpus once: pack short documents whole, and cut long ones to fill the rest -> Plan.
 
     The windows of long documents differ from epoch to epoch: the order of these documents is random, and so is the number
     of positions, less than `row_length`, that stay empty before the first. The number of rows is always the same.
     """
-    rng = np.random.default_rng((seed, epoch))
-    offsets, lengths = np.asarray(tokens.offsets), tokens.lengths
+    rng = np.random.default_rng((seed, epoch, 0, shard))  # of shard 0, the same as (seed, epoch)
+    offsets, lengths = tokens.read_shard(shard)
     short = np.flatnonzero(lengths <= row_length)
     row_of_short, n_packed = pack(lengths[short], row_length, rng)
     free = row_length - np.bincount(row_of_short, weights=lengths[short], minlength=n_packed).astype(np.int64)
 
     long = rng.permutation(np.flatnonzero(lengths > row_length))
-    n_needed = lengths[long].sum() + row_length - 1 if len(long) else 0  # for the largest skip
-    n_more_rows = max(0, -(-(n_needed - free.sum()) // row_length))
-    free = np.append(free, np.full(n_more_rows, row_length))
+    free = np.append(free, np.full(_count_more_rows(lengths[long], int(free.sum()), row_length), row_length))
     document, starts, window_lengths, row_of_window = _pour(lengths[long], free, skip=rng.integers(row_length))
     return _make_plan(
         np.append(offsets[short], offsets[long][document] + starts),
@@ -228,14 +246,20 @@ def draw_cond_mask(segment_ids, rng, easy=0.0):
 class Loader:
     """Training batches of packed rows. `batch(n, progress)` depends only on (seed, n, progress).
 
-    The rows of epochs 0, 1, 2, ... form one sequence, and batch n is rows n B to (n + 1) B - 1 of it.
+    The rows of epochs 0, 1, 2, ... form one sequence, and batch n is rows n B to (n + 1) B - 1 of it. An epoch reads the
+    shards of the corpus one after another, in random order, so that memory does not grow with the corpus.
     """
 
     def __init__(self, tokens, row_length, batch_size, seed, bos_id=-1, label_ids=()):
         self.tokens, self.row_length, self.batch_size = tokens, row_length, batch_size
         self.seed, self.bos_id, self.label_ids = seed, bos_id, list(label_ids)
-        self.plan = lru_cache(maxsize=2)(partial(plan_epoch, tokens, row_length, seed))  # function of the epoch
-        self.rows_per_epoch = self.plan(0).n_rows
+        self.rows_of_shard = np.array([count_rows(tokens.read_shard(i)[1], row_length) for i in range(tokens.n_shards)])
+        self.rows_per_epoch = int(self.rows_of_shard.sum())
+        self.plan = lru_cache(maxsize=2)(partial(plan_epoch, tokens, row_length, seed))  # of epoch, shard
+
+    def fill(self):
+        """Compute the share of positions that hold a token."""
+        return len(self.tokens.ids) / (self.rows_per_epoch * self.row_length)
 
     def count_steps(self, epochs, accumulation=1):
         """Count the steps of `accumulation` batches that some epochs take."""
@@ -248,10 +272,7 @@ class Loader:
         """
         rows = n * self.batch_size + np.arange(self.batch_size)
         epochs = rows // self.rows_per_epoch
-        parts = [
-            gather_rows(self.tokens, self.plan(int(epoch)), rows[epochs == epoch] % self.rows_per_epoch, self.row_length)
-            for epoch in np.unique(epochs)
-        ]
+        parts = [part for epoch in np.unique(epochs) for part in self.read(int(epoch), rows[epochs == epoch])]
         ids, segment_ids = (np.concatenate(part) for part in zip(*parts, strict=True))
         rng = np.random.default_rng((self.seed, 0, n))
         cond_mask = draw_cond_mask(segment_ids, rng, easy_share(progress))
@@ -259,6 +280,17 @@ class Loader:
             cond_mask |= np.isin(ids, self.label_ids) & (segment_ids > 0) & (rng.random(ids.shape) < 0.5)
         cond_mask |= (ids == self.bos_id) & (segment_ids > 0)
         return tuple(map(torch.from_numpy, (ids, segment_ids, cond_mask)))
+
+    def read(self, epoch, rows):
+        """Read rows of an epoch, numbered through all epochs (n,) -> list of ids, segment_ids, see `gather_rows`."""
+        order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.rows_of_shard))
+        begins = np.append(0, self.rows_of_shard[order].cumsum())
+        row = rows - epoch * self.rows_per_epoch
+        index = np.searchsorted(begins, row, side="right") - 1  # in `order`
+        return [
+            gather_rows(self.tokens, self.plan(epoch, int(order[i])), row[index == i] - begins[i], self.row_length)
+            for i in np.unique(index)
+        ]
 
 
 def prefetch(function, items, depth=8, threads=1):

@@ -265,9 +265,9 @@ def decide_steps(args, before, step, seconds, val_seconds):
 
 def hash_documents(tokens, which, chunk=1 << 22):
     """Compute a number for each of the documents `which` (n,), the same for documents of the same tokens -> (n,) uint64."""
-    lengths, hashes = tokens.lengths[which], []
+    lengths, hashes = tokens.offsets[which + 1] - tokens.offsets[which], []
     for group in np.split(which, np.searchsorted(lengths.cumsum(), np.arange(chunk, lengths.sum(), chunk))):
-        sizes = tokens.lengths[group]
+        sizes = tokens.offsets[group + 1] - tokens.offsets[group]
         position = data.count_up(sizes)
         x = tokens.ids[np.repeat(tokens.offsets[group], sizes) + position].astype(np.uint64)
         x += position.astype(np.uint64) << np.uint64(32)
@@ -279,9 +279,10 @@ def hash_documents(tokens, which, chunk=1 << 22):
 
 
 def share_in_training(tokens, training):
-    """Compute the share of documents that the training text has too."""
-    same_length = np.flatnonzero(np.isin(training.lengths, tokens.lengths))
-    known = hash_documents(training, same_length)
+    """Compute the share of documents that the training text has too; of a large one, that its first shard has."""
+    which = training.shard_documents(0)
+    lengths = training.offsets[which + 1] - training.offsets[which]
+    known = hash_documents(training, which[np.isin(lengths, tokens.lengths)])
     return float(np.isin(hash_documents(tokens, np.arange(len(tokens.lengths))), known).mean())
 
 
@@ -330,7 +331,7 @@ def opening_lines(state, loader, val, config, seconds_per_step, args, device):
     opening = (
         f"preset {args.preset}: {sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
         f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens per epoch "
-        f"({loader.plan(0).fill(args.sequence_length):.1%} of positions), step {state.step} to {args.max_steps} "
+        f"({loader.fill():.1%} of positions), step {state.step} to {args.max_steps} "
         f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
     )
     return [opening, *warnings, meaning]

@@ -120,7 +120,8 @@ def complete(args, saved=None, preset="base"):
 def fit_rows(args, tokens):
     """Choose the length of a row, so that nine of ten examples fit, and the batch, for as many tokens as the preset says."""
     *_, longest, n_tokens = PRESETS[args.preset]
-    needed = 2 ** math.ceil(math.log2(np.quantile(tokens.lengths, 0.9, method="inverted_cdf")))
+    counts = tokens.count_lengths(longest).cumsum()
+    needed = 2 ** math.ceil(math.log2(np.searchsorted(counts, 0.9 * counts[-1])))
     args.sequence_length = args.sequence_length or min(max(needed, SHORTEST_ROW), longest)
     args.batch_size = args.batch_size or max(1, n_tokens // args.sequence_length)
 

@@ -322,6 +322,66 @@ def test_an_epoch_has_every_token_once_and_no_row_is_too_long(lengths):
     assert len({plan.n_rows for plan in plans[:4]}) == 1
 
 
+def test_a_corpus_of_one_shard_is_packed_as_ever():
+    """The sum was computed before there were shards: runs of before must resume with the same batches."""
+    lengths = np.random.default_rng(4).integers(1, 150, 3000)
+    ids, segment_ids, _ = data.Loader(fake_tokens(lengths), 64, 500, seed=5).batch(20)
+    weights = torch.arange(64) + 1
+    assert fake_tokens(lengths).n_shards == 1
+    assert (int((ids * weights).sum()), int((segment_ids * weights).sum())) == (30052305156, 1478374)
+
+
+@pytest.fixture
+def shards(monkeypatch):
+    """A corpus of 40 shards by its documents, and a loader of it."""
+    monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 100)
+    lengths = np.random.default_rng(4).integers(1, 90, 4000)
+    tokens = cache.Tokens(np.arange(lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "fake")
+    return tokens, data.Loader(tokens, 64, 7, seed=0)
+
+
+def test_shards_have_every_document_once_from_all_over_the_corpus(shards):
+    tokens, _ = shards
+    documents = [tokens.shard_documents(shard) for shard in range(tokens.n_shards)]
+    assert len(documents) == 40 and sorted(np.concatenate(documents).tolist()) == list(range(4000))
+    assert all(len(index) == 100 and abs(index.mean() - 2000) < 60 for index in documents)
+
+
+def test_an_epoch_of_many_shards_has_every_token_once_in_an_order_of_its_own(shards):
+    tokens, loader = shards
+    epochs = []
+    for epoch in range(2):
+        begin, end = epoch * loader.rows_per_epoch, (epoch + 1) * loader.rows_per_epoch
+        batches = [loader.batch(n)[:2] for n in range(begin // 7, -(-end // 7))]
+        ids, segment_ids = (torch.cat(x)[begin % 7 :][: loader.rows_per_epoch] for x in zip(*batches, strict=True))
+        seen = ids[segment_ids > 0]
+        assert torch.equal(seen.sort().values, torch.from_numpy(tokens.ids))
+        epochs.append(seen)
+    assert not torch.equal(*epochs)
+    assert loader.fill() == len(tokens.ids) / (64 * loader.rows_per_epoch) > 0.97
+    other = data.Loader(tokens, 64, 7, seed=0)
+    assert all(map(torch.equal, loader.batch(300), other.batch(300)))
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 3, 30, 64, 65, 200, 1, 2], [1000], [3], list(range(1, 150)), [64] * 9, [65] * 9])
+def test_rows_are_counted_as_they_are_planned(lengths):
+    for epoch in range(5):
+        assert data.count_rows(np.array(lengths), 64) == data.plan_epoch(fake_tokens(lengths), 64, 0, epoch).n_rows
+
+
+def test_a_corpus_of_long_documents_has_shards_too(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_TOKENS", 1000)
+    assert fake_tokens([600] * 5).n_shards == 3 and fake_tokens([9000]).n_shards == 1
+    assert data.Loader(fake_tokens([600] * 5), 64, 4, seed=0).rows_of_shard.tolist() == [20, 20, 11]
+
+
+def test_lengths_are_counted_in_parts():
+    lengths = np.random.default_rng(0).integers(1, 99, 1000)
+    for chunk in (1, 999, 1000, 5000):
+        counts = fake_tokens(lengths).count_lengths(40, chunk)
+        assert counts.tolist() == np.bincount(np.minimum(lengths, 40)).tolist()
+
+
 def test_a_document_that_fits_in_a_row_is_never_cut():
     lengths = np.random.default_rng(1).integers(1, 120, 500)
     plan = data.plan_epoch(fake_tokens(lengths), 64, 0, 0)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from functools import partialmethod
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ import model as model_file
 import switches
 import toy
 import train
+from cache import Tokens
 from checkpoint import read_checkpoint
 from text import file_hash, train_tokenizer
 from times import Times, draw_evenly
@@ -628,7 +628,7 @@ def test_the_preset_follows_the_device_and_a_resumed_run_keeps_its_sizes():
 )
 def test_rows_fit_nine_of_ten_examples_and_batches_have_equal_tokens(lengths, flags, expected):
     args = train.complete(train.flags().parse_args(["-d=none", *flags]), preset="laptop")
-    train.fit_rows(args, SimpleNamespace(lengths=np.array(lengths)))
+    train.fit_rows(args, Tokens(None, np.append(0, np.cumsum(lengths)), 1, 1, 0, ""))
     assert (args.sequence_length, args.batch_size) == expected
 
 
