@@ -74,7 +74,7 @@ def _read_cache(folder, key):
         offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
         whole = len(ids) == meta["n_tokens"] and meta["checksums"] == checksums(folder)
         tokens = Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return tokens if whole else None
 
