@@ -255,7 +255,7 @@ def clustered_error(excess, n_scored, document, noise_variance=0.0):
 def draws_needed(scores, error):
     """Estimate how many draws reach a Monte-Carlo error in nats per token: it falls with the root of their number."""
     n_draws, ratio = len(scores.loss), scores.monte_carlo_error() / error
-    return math.ceil(min(MAX_DRAWS, max(n_draws + 1, n_draws * ratio**2))) if ratio > 1 else n_draws
+    return math.ceil(min(MAX_DRAWS, max(n_draws + 1, n_draws * min(ratio, MAX_DRAWS) ** 2))) if ratio > 1 else n_draws
 
 
 def seconds_per_row(model, text, device, n_steps):

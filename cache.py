@@ -163,7 +163,7 @@ def _read_cache(folder, key):
         whole = len(ids) == meta["n_tokens"] and len(offsets) == meta["n_documents"] + 1
         whole = whole and all(check(folder / name, meta["checksums"][name]) for name in ("ids.bin", "offsets.bin"))
         tokens = Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return tokens if whole else None
 

@@ -43,6 +43,8 @@ class Parser(argparse.ArgumentParser):
         for flag, value in [*(word.split("=", 1) for word in words if "=" in word), *pairwise(words)]:
             if value == "" and flag in known and flag not in MAY_BE_EMPTY:  # an unset shell variable
                 self.error(f"{flag} is empty: give a value or leave the flag out")
+            if value == "--" and flag in known:  # argparse would make it an empty list
+                self.error(f"{flag} cannot be --: give another value")
         return super().parse_args(words, namespace)
 
     def error(self, message):

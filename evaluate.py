@@ -119,8 +119,8 @@ def table(figures, n_steps, exact_names=()):
     """Lay out the figures of `likelihood_figures`, and those of `exact_figures` that are named -> lines of text."""
     units = {"nats/token": 1.0, "bits/token": 1 / math.log(2)}
     if "bits_per_char" in figures:
-        units["bits/char"] = figures["bits_per_char"] / figures["bound_nats_per_token"]
-        units["bits/byte"] = figures["bits_per_byte"] / figures["bound_nats_per_token"]
+        bound = figures["bound_nats_per_token"] or math.nan
+        units["bits/char"], units["bits/byte"] = figures["bits_per_char"] / bound, figures["bits_per_byte"] / bound
     L = f"L_{n_steps or 'inf'}"
     entries = [(L, L), ("L_rec", "L_rec"), *[("unknown text", "unknown")] * (figures["unknown_nats_per_token"] > 0)]
     entries += [("bound", "bound"), ("  +- noise, times", "monte_carlo_error"), ("  +- choice of text", "text_error")]

@@ -189,10 +189,10 @@ def default_vocab_size(corpus, kind):
 def train_tokenizer(corpus, kind, vocab_size, example="line"):
     """Train a SentencePiece model of `kind` bpe, unigram, char or word on a corpus -> the model as bytes.
 
-    Text encoded with bpe, unigram or char decodes to exactly the same text. char has one token per character and one for
-    unknown characters, and nothing else. word has one token per word and per punctuation mark (`spacing_rules`), and does
-    not keep repeated spaces. A line break inside an example is a token. Raises ValueError if the corpus has no text or
-    SentencePiece cannot build it.
+    Text encoded with bpe, unigram or char decodes to exactly the same text, but for SPACE, which becomes a space. char has
+    one token per character and one for unknown characters, and nothing else. word has one token per word and per
+    punctuation mark (`spacing_rules`), and does not keep repeated spaces. A line break inside an example is a token. Raises
+    ValueError if the corpus has no text or SentencePiece cannot build it.
     """
     texts, characters, labels = read_sample(corpus, example)
     if not texts:

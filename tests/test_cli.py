@@ -19,6 +19,12 @@ def test_what_would_take_memory_without_an_end_is_refused_at_once(command, flag,
     assert "must be at most 1000" in capsys.readouterr().err
 
 
+def test_two_dashes_are_no_value(capsys):
+    with pytest.raises(SystemExit):
+        sample.flags().parse_args(["--hint=--"])
+    assert "cannot be --" in capsys.readouterr().err
+
+
 def full(_text):
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -135,6 +135,12 @@ def test_the_cache_is_reused_until_the_corpus_or_the_tokenizer_changes(
     assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key != longer.key and len(written) == 2
 
 
+def test_a_cache_whose_description_is_not_one_is_made_again(corpus, tokenizer_path, tmp_path):
+    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    (tmp_path / "cache" / tokens.key / "meta.json").write_text("[" * 100_000)
+    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").n_bytes == tokens.n_bytes
+
+
 @pytest.mark.parametrize("name, size", [("ids.bin", 100), ("ids.bin", 0), ("offsets.bin", 16), ("meta.json", 5)])
 def test_a_damaged_cache_is_rebuilt(corpus, tokenizer_path, tmp_path, name, size):
     tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")

