@@ -130,8 +130,8 @@ def _file_hashes(files, memory):
     if n_bytes < LARGE_BYTES:
         return list(map(file_hash, files))
     try:
-        known = dict(json.loads(memory.read_text()))
-    except (OSError, ValueError, TypeError):
+        known = {path: [size, time, value] for path, (size, time, value) in json.loads(memory.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         known = {}
     hashes, is_new = [], False
     with tqdm(desc="reading", total=n_bytes, unit="B", unit_scale=True, delay=1, disable=None) as bar:
@@ -160,12 +160,18 @@ def _read_cache(folder, key):
         meta = json.loads((folder / "meta.json").read_text())
         ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
         offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
-        whole = len(ids) == meta["n_tokens"] and len(offsets) == meta["n_documents"] + 1
+        whole = meta.pop("checksum", None) in (None, checksum(meta))  # None: a cache of before there was one
+        whole = whole and len(ids) == meta["n_tokens"] and len(offsets) == meta["n_documents"] + 1
         whole = whole and all(check(folder / name, meta["checksums"][name]) for name in ("ids.bin", "offsets.bin"))
         tokens = Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return tokens if whole else None
+
+
+def checksum(meta):
+    """Compute the CRC-32 of the content of meta.json -> int."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def checksums(path, block_bytes, blocks=None):
@@ -212,7 +218,7 @@ def _write_cache(corpus, part, example, tokenizer, folder):
         with cli.writing(folder):
             meta = _tokenize(corpus, part, example, tokenizer, temporary)
             meta["checksums"] = {name: checksums(temporary / name, BLOCK_BYTES) for name in ("ids.bin", "offsets.bin")}
-            (temporary / "meta.json").write_text(json.dumps(meta))
+            (temporary / "meta.json").write_text(json.dumps({**meta, "checksum": checksum(meta)}))
         for name in ("ids.bin", "offsets.bin", "meta.json"):
             with open(temporary / name, "r+b") as file:
                 os.fsync(file.fileno())

@@ -1,6 +1,6 @@
 """Random corpora, flags, prompts and damaged files: a command ends with a result or with one line, and never hangs.
 
-    FUZZ=100 python -m pytest tests/test_fuzz.py        a hundred times as many examples, others each time: about half an hour
+    FUZZ=10 python -m pytest tests/test_fuzz.py        ten times as many examples, others each time: about five minutes
 """
 
 import io
