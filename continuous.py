@@ -14,6 +14,7 @@ A network is any callable `network(mu, t) -> eps`, its prediction of the flow's 
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -190,8 +191,8 @@ def bound(network, x):
     return L_inf.mean().item(), reconstruction_loss(network, x, network.sigma1).mean().item()
 
 
-def draw(path, kind, panels, means):
-    """Draw the points of {title: (n, 2)} and, in a last panel, the paths of means (n_steps + 1, n, 2)."""
+def draw(panels, means):
+    """Draw the points of {title: (n, 2)} and, in a last panel, the paths of means (n_steps + 1, n, 2) -> figure."""
     from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(3 * len(panels) + 3, 2.5), layout="constrained")
@@ -202,21 +203,20 @@ def draw(path, kind, panels, means):
     last.plot(*means.unbind(-1), linewidth=0.8, alpha=0.8)
     last.scatter(*means[-1].T, s=12, color="black", zorder=3)
     last.set(title=f"{means.shape[1]} paths of the mean", aspect="equal")
-    figure.savefig(path, dpi=100, format=kind)
+    return figure
 
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("--max_steps", type=cli.count, default=3000, help="training steps (3000)")
     p.add_argument("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
-    p.add_argument("--output", default="runs/continuous.png", help="picture to write, a .png (runs/continuous.png)")
+    p.add_argument("--output", type=Path, default=Path("runs/continuous.png"), help="picture to write (runs/continuous.png)")
     return p
 
 
 def main():
     args = flags().parse_args()
-    if not args.output.endswith(".png"):
-        raise ValueError(f"--output={args.output} must end in .png")
+    plot.check_output(args.output, [".png", ".svg"])
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     network = Network(2, SIGMA1)
@@ -228,7 +228,7 @@ def main():
     panels = {"data": x[:2000]}
     for n_steps in (5, 100):
         panels[f"samples, {n_steps} steps"], means = sample(network, 2000, 2, n_steps, SIGMA1)
-    plot.write(Path(args.output), lambda path, kind: draw(path, kind, panels, means[:, :8]))
+    plot.save(args.output, partial(draw, panels, means[:, :8]))
     print(args.output)
 
 

@@ -1,0 +1,157 @@
+"""The pages in docs/ do what they show: their blocks run, their commands and links exist, the notebook is the page."""
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+COMMAND = re.compile(r"\bpython ((?:\w+/)?\w+\.py[^\n`]*)")
+SMALLER = {"continuous.py": ["--max_steps=2"]}  # of commands that train
+TESTED_ELSEWHERE = "experiments/compare.py"  # it trains in further processes: tests/test_experiments.py
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+PICTURE_BYTES = 120_000
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+
+
+def load(path):
+    """Import a file of the repository by its path."""
+    if "/" not in path:
+        return importlib.import_module(Path(path).stem)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_notebook = load("docs/make_notebook.py")
+
+
+def parts_of(page):
+    return make_notebook.split(page.read_text())
+
+
+def parse(command):
+    """Parse the flags of a command as its file does -> the file's name, module and words."""
+    name, *words = shlex.split(command)
+    module = load(name)
+    if name == "plot.py":
+        module.flags(words[0]).parse_args(words[1:])
+    elif hasattr(module, "flags"):
+        module.flags().parse_args(words)
+    else:
+        assert not words, f"{name} has no flags"
+    return name, module, words
+
+
+def is_same(printed, shown):
+    """Whether the words are the same, and the numbers up to one unit in the last digit shown: processors round differently."""
+    if NUMBER.sub("0", printed).split() != NUMBER.sub("0", shown).split():
+        return False
+    pairs = zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True)
+    return all(abs(float(a) - float(b)) < 1.01 * 10.0 ** -len(b.partition(".")[2]) for a, b in pairs)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A temporary current folder that looks like the repository's to a page."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    return tmp_path
+
+
+def test_outputs_are_compared_by_words_and_by_digits():
+    assert is_same("a 1.234, 12 of 100\n", "a  1.233, 13 of 100")
+    assert not is_same("a 1.234", "a 1.232")
+    assert not is_same("a 1.2", "b 1.2")
+    assert not is_same("a 1.2 3", "a 1.2")
+
+
+@each_page
+def test_every_fence_is_of_a_kind_that_is_tested(page):
+    """`python edit` is a change to a file: tests/test_readme.py makes it."""
+    assert {kind for kind, _ in parts_of(page)} <= {"", "python", "python edit", "text", "sh"}
+
+
+@each_page
+def test_the_blocks_run_in_order_and_print_what_the_page_shows(page, folder, capsys):
+    namespace = {}
+    for kind, text, output in make_notebook.with_outputs(parts_of(page)):
+        if kind == "python":
+            exec(compile(text, f"{page.name}: {text.splitlines()[0]} ...", "exec"), namespace)  # noqa: S102
+            printed = capsys.readouterr().out
+            assert not output or is_same(printed, output), f"{page.name} shows\n{output}and this was printed:\n{printed}"
+
+
+@each_page
+def test_every_command_has_flags_and_files_that_exist(page):
+    text = page.read_text()
+    for command in COMMAND.findall(text):
+        *_, words = parse(command)
+        assert all((ROOT / word).exists() for word in words if "/" in word and "=" not in word), command
+    for words in re.findall(r"python -m pytest ([^\n`]*)", text):
+        assert all((ROOT / word).exists() for word in words.split() if word.endswith(".py")), words
+
+
+@each_page
+def test_the_quick_commands_run(page, folder, monkeypatch):
+    for text in [text for kind, text in parts_of(page) if kind == "sh"]:
+        for command in COMMAND.findall(text):
+            name, module, words = parse(command)
+            if name == TESTED_ELSEWHERE:
+                continue
+            monkeypatch.setattr(sys, "argv", [name, *words, *SMALLER.get(name, [])])
+            module.main()
+            for path in re.findall(r"--output=(\S+)", command):
+                assert (folder / path).stat().st_size > 0
+
+
+@each_page
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, section = target.partition("#")
+        path = page.parent / path
+        assert path.exists(), target
+        assert path.suffix != ".png" or path.stat().st_size < PICTURE_BYTES, f"{target} is too large"
+        titles = [line.lstrip("# ").lower() for line in path.read_text().splitlines() if line[:1] == "#"] if section else []
+        assert not section or section in [re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles], target
+
+
+def test_the_notebook_is_the_page():
+    """So its cells run from top to bottom in plain Python: they are the page's blocks, which run above, after SETUP."""
+    page, path = make_notebook.PAGE, make_notebook.PAGE.with_suffix(".ipynb")
+    assert path.read_text() == make_notebook.notebook(page.read_text()), "run: python docs/make_notebook.py"
+    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells == [make_notebook.SETUP, *(text for kind, text in parts_of(page) if kind == "python")]
+
+
+def test_the_notebook_finds_the_repository_from_its_own_folder(monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setattr(sys, "path", [])
+    exec(make_notebook.SETUP, {})  # noqa: S102
+    assert Path.cwd() == ROOT and sys.path == [str(ROOT)]
+
+
+def test_the_notebook_runs_in_jupyter():
+    """With the outputs that it shows."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    path = make_notebook.PAGE.with_suffix(".ipynb")
+    notebook = nbformat.read(path, as_version=4)
+    shown = [[output.text for output in cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}).execute()
+    printed = [
+        "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    assert all(is_same(a, "".join(b)) for a, b in zip(printed, shown, strict=True) if b)
