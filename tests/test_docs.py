@@ -1,7 +1,8 @@
 """The pages in docs/ do what they show: their blocks run, their commands and links exist, the notebook is the page."""
 
-import importlib.util
+import importlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -11,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-COMMAND = re.compile(r"\bpython ((?:\w+/)?\w+\.py[^\n`]*)")
-SMALLER = {"continuous.py": ["--max_steps=2"]}  # of commands that train
-TESTED_ELSEWHERE = "experiments/compare.py"  # it trains in further processes: tests/test_experiments.py
+COMMAND = re.compile(r"\bpython ((?:\w+/)?\w+\.py[^\n`&|;#]*)")
+QUICK = {"plot.py": [], "sample.py": ["--num_samples=1"], "continuous.py": ["--max_steps=2"]}  # with flags that make it so
+INPUTS = "model_dir", "run_dir", "run_dirs", "data_path", "files"  # flags of what a command reads
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 PICTURE_BYTES = 120_000
 
@@ -21,13 +22,11 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PA
 
 
 def load(path):
-    """Import a file of the repository by its path."""
-    if "/" not in path:
-        return importlib.import_module(Path(path).stem)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import a file of the repository, with the files next to it on the path as when Python runs it."""
+    folder = str((ROOT / path).parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(Path(path).stem)
 
 
 make_notebook = load("docs/make_notebook.py")
@@ -37,17 +36,20 @@ def parts_of(page):
     return make_notebook.split(page.read_text())
 
 
+def commands(text):
+    return COMMAND.findall(text.replace("\\\n", " "))
+
+
 def parse(command):
-    """Parse the flags of a command as its file does -> the file's name, module and words."""
+    """Parse the flags of a command as its file does -> the file's module, its words, what it reads."""
     name, *words = shlex.split(command)
     module = load(name)
-    if name == "plot.py":
-        module.flags(words[0]).parse_args(words[1:])
-    elif hasattr(module, "flags"):
-        module.flags().parse_args(words)
-    else:
+    if not hasattr(module, "flags"):
         assert not words, f"{name} has no flags"
-    return name, module, words
+        return module, words, []
+    args = vars(module.flags(words[0]).parse_args(words[1:]) if name == "plot.py" else module.flags().parse_args(words))
+    inputs = [args[flag] for flag in INPUTS if args.get(flag)]
+    return module, words, [path for paths in inputs for path in (paths if isinstance(paths, list) else [paths])]
 
 
 def is_same(printed, shown):
@@ -93,21 +95,21 @@ def test_the_blocks_run_in_order_and_print_what_the_page_shows(page, folder, cap
 @each_page
 def test_every_command_has_flags_and_files_that_exist(page):
     text = page.read_text()
-    for command in COMMAND.findall(text):
-        *_, words = parse(command)
-        assert all((ROOT / word).exists() for word in words if "/" in word and "=" not in word), command
+    for command in commands(text):
+        for path in map(str, parse(command)[2]):
+            assert path.startswith("runs/") or path.split(".")[0].isupper() or (ROOT / path).exists(), command
     for words in re.findall(r"python -m pytest ([^\n`]*)", text):
         assert all((ROOT / word).exists() for word in words.split() if word.endswith(".py")), words
 
 
 @each_page
 def test_the_quick_commands_run(page, folder, monkeypatch):
-    for text in [text for kind, text in parts_of(page) if kind == "sh"]:
-        for command in COMMAND.findall(text):
-            name, module, words = parse(command)
-            if name == TESTED_ELSEWHERE:
-                continue
-            monkeypatch.setattr(sys, "argv", [name, *words, *SMALLER.get(name, [])])
+    """The others train: tests/test_train.py and tests/test_experiments.py run them."""
+    for command in [command for kind, text in parts_of(page) if kind == "sh" for command in commands(text)]:
+        module, words, inputs = parse(command)
+        name = Path(module.__file__).name
+        if name in QUICK and all(map(os.path.exists, inputs)):
+            monkeypatch.setattr(sys, "argv", [name, *words, *QUICK[name]])
             module.main()
             for path in re.findall(r"--output=(\S+)", command):
                 assert (folder / path).stat().st_size > 0
