@@ -10,15 +10,18 @@ from pathlib import Path
 
 PAGE = Path(__file__).with_name("flow.md")
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SETUP = '''\
-# A notebook starts in its own folder. This goes to the folder of bfn.py, above it.
+SETUP = """\
+# A notebook starts in its own folder. This goes up to the folder of bfn.py.
 import os
 import sys
+from pathlib import Path
 
-while not os.path.exists("bfn.py"):
-    os.chdir("..")
+folders = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "bfn.py").exists()]
+if not folders:
+    raise FileNotFoundError("no bfn.py in this folder or above: open the notebook where it is in the repository")
+os.chdir(folders[0])
 sys.path.insert(0, os.getcwd())
-'''
+"""
 
 
 def split(page):
@@ -56,7 +59,8 @@ def to_cells(page):
 def code_cell(source, output):
     """Make a code cell and its output."""
     outputs = [dict(output_type="stream", name="stdout", text=output.splitlines(keepends=True))] if output else []
-    return dict(cell_type="code", execution_count=None, metadata={}, outputs=outputs, source=source.splitlines(keepends=True))
+    source = source.splitlines(keepends=True)
+    return dict(cell_type="code", execution_count=None, metadata={}, outputs=outputs, source=source)
 
 
 def notebook(page):

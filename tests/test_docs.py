@@ -136,11 +136,14 @@ def test_the_notebook_is_the_page():
     assert cells == [make_notebook.SETUP, *(text for kind, text in parts_of(page) if kind == "python")]
 
 
-def test_the_notebook_finds_the_repository_from_its_own_folder(monkeypatch):
-    monkeypatch.chdir(ROOT / "docs")
+def test_the_notebook_finds_the_repository_from_its_own_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [])
+    monkeypatch.chdir(ROOT / "docs")
     exec(make_notebook.SETUP, {})  # noqa: S102
     assert Path.cwd() == ROOT and sys.path == [str(ROOT)]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="open the notebook where it is"):
+        exec(make_notebook.SETUP, {})  # noqa: S102
 
 
 def test_the_notebook_runs_in_jupyter():
