@@ -18,6 +18,7 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import card
@@ -28,7 +29,7 @@ from generation import Options, sample_batch
 from noise import mix_seed
 from text import BREAK, JOIN, LABEL, SPACE
 
-N_TEXTS, N_ALTERNATIVES = 5, 6
+N_TEXTS, MOST_TOKENS, N_ALTERNATIVES = 5, 512, 6  # at each network call; fewer texts where rows are long
 LEAST = 5  # per mille: less likely alternatives are left out
 MOST_POINTS, MOST_STEPS = 400, 40  # of a curve, and of the samples; more are thinned out
 
@@ -83,27 +84,24 @@ class Recorder:
     def __call__(self, t, p, given):
         """See `watch` in bfn.Controls: p (B, L, K)."""
         share, ids = p.topk(min(N_ALTERNATIVES, p.shape[-1]))
-        self.calls.append((ids.cpu().numpy(), (1000 * share).round().int().cpu().numpy()))
+        self.calls.append(torch.stack([ids, (1000 * share).round().long()], -1).cpu().numpy())  # (B, L, n, 2)
         self.bar.update()
 
     def of_text(self, row, begin, ids, n_calls):
         """Look up the course of one text from position `begin` on -> dict of ids and calls, see above."""
-        calls = [
-            [self.alternatives(*pair) for pair in zip(k[row, begin : len(ids)], share[row, begin : len(ids)], strict=True)]
-            for k, share in self.calls[:n_calls]
-        ]
+        calls = [[likely(pairs) for pairs in call[row, begin : len(ids)]] for call in self.calls[:n_calls]]
         return dict(ids=ids[begin:], calls=calls)
 
-    @staticmethod
-    def alternatives(ids, shares):
-        """Join the tokens of one position, the first of them and those that are likely enough -> [id, per mille, id, ...]."""
-        kept = zip(ids.tolist(), shares.tolist(), strict=True)
-        return [value for i, pair in enumerate(kept) if i == 0 or pair[1] >= LEAST for value in pair]
+
+def likely(pairs):
+    """Keep the first token and those that are likely enough: (n, 2) of id and falling per mille -> [id, per mille, id, ...]."""
+    return pairs[: max(1, (pairs[:, 1] >= LEAST).sum())].flatten().tolist()
 
 
 def sample_texts(model, tokenizer, run):
     """Sample the texts that sample.py prints first -> dict: texts as of `Recorder.of_text`, pieces of all their ids."""
-    seeds, options = [mix_seed(0, i) for i in range(N_TEXTS)], Options()
+    n_texts = min(N_TEXTS, max(1, MOST_TOKENS // run["args"]["sequence_length"]))
+    seeds, options = [mix_seed(0, i) for i in range(n_texts)], Options()
     templates = [plot.choose_template(model, tokenizer, run, "", seed, None) for seed in seeds]
     with tqdm(total=options.steps + options.corrections, desc="sampling", unit="call", disable=None) as bar:
         recorder = Recorder(bar)
@@ -291,6 +289,7 @@ EMERGING = Template("""
 <div class="controls"><button id="play" type="button">Play</button>
 <input id="call" type="range" min="1" value="1" aria-label="network call"><output id="count" for="call"></output></div>
 <div id="texts"></div>
+<noscript><p class="note">The texts are shown by JavaScript, which is switched off.</p></noscript>
 <p class="note"><span class="scale" aria-hidden="true"></span> The more colour a token has, the more certain the network is of it.
 Point at a token, or reach it with Tab and the arrow keys, to see what else it may become.</p>
 <div id="alternatives" role="tooltip" hidden></div>
@@ -317,12 +316,13 @@ th, td { padding: 0.2rem 1.2rem 0.2rem 0; vertical-align: top; border-bottom: 1p
 summary { cursor: pointer; margin: 0.6rem 0; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; }
-.samples { max-height: 26rem; overflow-y: auto; margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
+.samples { max-height: 26rem; overflow-y: auto; margin: 0; padding: 0.6rem; border: 1px solid var(--pale); border-radius: 0.3rem;
+  display: grid; grid-template-columns: max-content 1fr; gap: 0 0.8rem; }
 .samples dt { grid-column: 1; font-variant-numeric: tabular-nums; text-align: right; }
 .samples dt:not(:first-child), .samples dt:not(:first-child) + dd { margin-top: 0.6rem; }
 .samples dd { grid-column: 2; margin: 0; white-space: pre-wrap; }
 .controls { display: flex; align-items: center; gap: 0.8rem; flex-wrap: wrap; }
-.controls input { flex: 1 1 10rem; min-width: 0; accent-color: var(--c0); }
+.controls input { flex: 1 1 6rem; min-width: 0; accent-color: var(--c0); }
 .controls output { font-variant-numeric: tabular-nums; }
 button { font: inherit; color: inherit; background: none; border: 1px solid var(--pale); border-radius: 0.3rem; padding: 0.15rem 0;
   width: 4.2rem; cursor: pointer; }
