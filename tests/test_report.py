@@ -65,7 +65,7 @@ def run_dir(tmp_path_factory):
     lines = "".join(f"{HOSTILE}\tthe baker sees the {thing}\nplain\tthe king sleeps\n" for thing in ("boat", "ring", "king") * 40)
     run_dir = make_run(tmp_path_factory.mktemp("runs") / FOLDER, "word", lines, "labelled")
     checkpoint = read_checkpoint(run_dir / "best.pt")
-    checkpoint["args"] |= dict(data_path=f"/home/me/{FOLDER}", text_field=HOSTILE, max_steps=20)
+    checkpoint["args"] |= dict(data_path=f"/home/me/{FOLDER}", text_field=HOSTILE + LONG, max_steps=20)
     save_checkpoint(run_dir / "best.pt", {**checkpoint, "step": 10})
     write_metrics(run_dir, [*METRICS, dict(step=10, **FIGURES)])
     (run_dir / "samples.txt").write_text(f"10\t{HOSTILE}\n10\t{LONG}\n10\tone\\ntwo\n20\t{HOSTILE}\nnot of a run\n20\tunfinished {LONG}")
@@ -171,7 +171,7 @@ def open_in_browser(url, profile):
     """Open a page without a window -> its elements after the script has run, and what it wrote to the console."""
     flags = "--headless --no-sandbox --disable-gpu --virtual-time-budget=2000 --dump-dom --enable-logging=stderr".split()
     command = [CHROMIUM, *flags, "--window-size=360,700", f"--user-data-dir={profile}", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
