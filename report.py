@@ -364,7 +364,8 @@ function show(call) {
       token.shown = done ? ids[i] : now[i][0];
       token.alternatives = now[i];
       const piece = data.pieces[token.shown], rest = piece.replace(/^ /, "");
-      token.previousSibling.data = i && rest !== piece ? " " : "";
+      const starts_line = !i || tokens[i - 1].textContent.endsWith("\\n");
+      token.previousSibling.data = rest !== piece && !starts_line ? " " : "";
       token.textContent = mark(rest);
       token.style.setProperty("--certainty", done ? 1 : now[i][1] / 1000);
     });
