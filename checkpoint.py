@@ -38,7 +38,7 @@ from text import ONE_LINE, default_vocab_size, file_hash, keeps_breaks, load_tok
 from times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
-RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png lock".split()
+RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png report.html lock".split()
 EXPORTED_FILES = "model.safetensors config.json tokenizer.model README.md".split()
 TOY_SENTENCES = 60_000
 
@@ -343,7 +343,7 @@ def open_run_folder(run_dir):
     if (run_dir / "best.pt").exists():
         raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to resume, or give another -mdir")
     if not (run_dir / "tokenizer.model").exists():  # which a run writes first
-        for name in ("metrics.jsonl", "samples.txt", "curves.png"):
+        for name in ("metrics.jsonl", "samples.txt", "curves.png", "report.html"):
             if (run_dir / name).is_file():
                 raise ValueError(f"{run_dir} has a {name} that is of no run: give another -mdir")
     return None

@@ -284,6 +284,16 @@ def training(histories):
     return figure
 
 
+def panel(x, y, title, unit, x_label):
+    """Draw one line as a small figure, for a page of several."""
+    figure = new_figure(2.7, width=4.2)
+    axes = figure.subplots()
+    axes.plot(x, y, marker="." if len(x) < 20 else None, linewidth=1.5)
+    axes.set(title=title, xlabel=x_label, ylabel=unit, ylim=(0, None))
+    axes.grid()
+    return figure
+
+
 def name_lines(figure, axes, place="outside upper center"):
     """Put one legend of the lines of `axes` above or below all panels of a figure."""
     handles, labels = axes.get_legend_handles_labels()

@@ -379,4 +379,5 @@ def closing_lines(args):
     if args.max_steps < FEW_STEPS and args.data_path is not None:
         return few_steps(args)
     contents = "best.pt (weights of the lowest bound), last.pt (to resume), samples.txt, curves.png, metrics.jsonl"
-    return f"in {args.model_dir}: {contents}\nnext: python sample.py -mdir={args.model_dir}\n      {again}"
+    report = f"python plot.py report {args.model_dir}"
+    return f"in {args.model_dir}: {contents}\nnext: python sample.py -mdir={args.model_dir}\n      {report}\n      {again}"

@@ -1,4 +1,4 @@
-"""Pictures, as PNG or SVG, light or dark: of the flow, of a run, of packing, of sampling, of experiments.
+"""Pictures, as PNG or SVG, light or dark: of the flow, of a run, of packing, of sampling, of experiments; and a page of a run.
 
     python plot.py simplex                                  the flow on three tokens, and what a network adds
     python plot.py beta --beta 0.005                        how often the evidence names the token, over t
@@ -8,6 +8,7 @@
     python plot.py sampling RUN_DIR [--gif]                 certainty of each position over the network calls
     python plot.py quality RESULTS.json [MORE ...]          exact likelihoods and figures of samples over the network calls
     python plot.py compare RUN_DIR RUN_DIR ...              what differs between runs: flags, figures, curves
+    python plot.py report RUN_DIR                           a page, HTML in one file: data, figures, curves, samples, texts
 
 What they look like is in figures.py. Other files draw lines with `lines`.
 """
@@ -345,6 +346,18 @@ def exact_by_calls(content):
     return (sorted(found), [content[name] for name in names], errors, content["bound_nats_per_token"]) if found else None
 
 
+# ---------------------------------------------------------------- report
+
+
+def draw_report(args):
+    import report  # it imports this file
+
+    content = report.page(args.run_dir, cli.device(args.device))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with cli.replacing(args.output) as temporary:
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # of file names that are not UTF-8
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -400,6 +413,11 @@ def add_compare_flags(add):
     add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders, two or more")
 
 
+def add_report_flags(add):
+    add("run_dir", type=Path, metavar="RUN_DIR", help="run folder, also of a run that still trains, or exported folder")
+    add_device(add)
+
+
 def add_beta_flags(add):
     add("--beta", nargs="+", type=cli.positive, default=[], help="further values of beta(1) to draw")
 
@@ -425,6 +443,7 @@ PICTURES = {  # flags, and what draws the picture from them
     "sampling": (add_sampling_flags, draw_sampling),
     "quality": (add_quality_flags, draw_quality),
     "compare": (add_compare_flags, draw_compare),
+    "report": (add_report_flags, draw_report),
 }
 
 
@@ -433,9 +452,19 @@ def flags(picture):
     p = cli.Parser(next(line for line in __doc__.splitlines() if line.startswith(f"    python plot.py {picture} ")).strip())
     p.prog = f"plot.py {picture}"
     PICTURES[picture][0](p.add_argument)
+    if picture == "report":  # its colours follow the reader's settings
+        p.add_argument("--output", type=Path, help="page to write, .html (RUN_DIR/report.html)")
+        return p
     p.add_argument("--output", type=Path, help=f"picture to write, .png or .svg ({picture}.png)")
     p.add_argument("--dark", action="store_true", help="dark colours")
     return p
+
+
+def endings(picture, args):
+    """List the endings that --output may have, the default first."""
+    if picture == "report":
+        return [".html"]
+    return [".gif"] if getattr(args, "gif", False) else [".png", ".svg"]
 
 
 def check_output(path, endings):
@@ -452,9 +481,9 @@ def main():
     p.add_argument("picture", choices=PICTURES, help="plot.py PICTURE --help lists its flags")
     picture = p.parse_args(sys.argv[1:2]).picture
     args = flags(picture).parse_args(sys.argv[2:])
-    ending = ".gif" if getattr(args, "gif", False) else ".png"
-    args.output = args.output or Path(picture + ending)
-    check_output(args.output, [".gif"] if ending == ".gif" else [".png", ".svg"])
+    allowed = endings(picture, args)
+    args.output = args.output or (args.run_dir if picture == "report" else Path()) / (picture + allowed[0])
+    check_output(args.output, allowed)
     PICTURES[picture][1](args)
     print(f"{args.output}: {os.path.getsize(args.output) / 1000:.0f} KB")
 

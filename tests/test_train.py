@@ -665,7 +665,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(run, tmp_path):
     run(tmp_path / "run", "--max_steps=1")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "curves.png"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "curves.png", "report.html"])
 def test_a_folder_with_files_of_these_names_is_left_alone(run, tmp_path, name):
     (tmp_path / name).write_text("the user's own\n")
     with pytest.raises(ValueError, match=f"has a {name} that is of no run"):
