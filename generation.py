@@ -37,6 +37,7 @@ class Options(bfn.Controls):
     guidance: float = 0.0  # how much more a text should follow its prompt, see guidance.by_prompt
     guide: object = None  # a function (z, t) -> log p of what the text should be, see guidance.by_function
     scale: float = 1.0  # of the guide's slope
+    guide_is_exact: bool = False  # the guide is the true log p, not a learned one
 
 
 def generate(model, tokenizer, templates, seed, options=Options(), numbers=None):
@@ -83,7 +84,7 @@ def sample_batch(model, tokenizer, templates, seeds, options):
         prompt_mask = given & (segment_ids > 0) & (padded != tokenizer.bos_id())
         network = guidance.by_prompt(model, segment_ids, prompt_mask, options.guidance)
     if options.guide is not None:
-        network = guidance.by_function(network, options.guide, options.scale)
+        network = guidance.by_function(network, options.guide, options.scale, options.guide_is_exact)
     ids, calls = bfn.sample(network, padded.clamp(min=0), given, config.s1, config.K, controls, draws)
     calls *= 2 if options.guidance else 1
     return [(row[:n], c) for row, n, c in zip(ids.tolist(), lengths, calls.tolist(), strict=True)]

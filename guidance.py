@@ -5,6 +5,8 @@
     z      (B, L, K)  float32  log theta: the state of the flow, up to a constant per position
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +16,7 @@ import cli
 CLASSIFIER = 1  # format of the file of a classifier
 WIDTH, N_POOLS = 128, 4  # of its head
 SMALLEST = 1e-37  # a probability whose logarithm is finite
+LARGEST = 50.0  # nats by which a guide may lower a token
 
 
 def by_prompt(model, segment_ids, prompt_mask, weight):
@@ -35,24 +38,48 @@ def by_prompt(model, segment_ids, prompt_mask, weight):
     return network
 
 
-def by_function(network, guide, scale):
+def by_function(network, guide, scale, is_exact=False):
     """Steer towards states for which guide(z, t) -> log p(label | z), (B,), is large -> network(theta, t).
 
-        p(x | z, label) = p(x | z) + d log p(label | z) / dz
+    By default for a guide that was learned, to first order in each token:
 
-    For scale 1 and an exact guide this is exact: z is e_x with Gaussian noise, so the slope of log p(z) tells the mean of
-    e_x (Tweedie's formula), with and without the label. The slope is multiplied by `scale`, and negative p become 0. The
-    guide may be any differentiable function, such as a reward.
+        p(x | z, label)  is proportional to  p(x | z) exp(scale (d log p(label | z) / dz_x) / theta_x)
+
+    The exponent is how log p(label | z) changes if theta becomes the one-hot of x [as in Nisonoff et al. 2024, arXiv
+    2406.01572, for other noise]. It is kept below -scale log p(label | z), which no token can gain. is_exact:
+
+        p(x | z, label)  =  p(x | z) + scale d log p(label | z) / dz_x
+
+    For scale 1 and the true log p(label | z) this is exact: z is e_x with Gaussian noise, so the slope of log p(z) tells
+    the mean of e_x (Tweedie's formula), with and without the label. A learned guide has slopes at tokens that p rules out,
+    and would bring these in. In both forms any differentiable function will do, such as a reward minus its maximum.
     """
 
     def guided(theta, t):
-        p = network(theta, t).float().softmax(-1)
+        log_p = network(theta, t).float().log_softmax(-1)
         with torch.enable_grad():
             z = theta.clamp(min=SMALLEST).log().requires_grad_()
-            (slope,) = torch.autograd.grad(guide(z, t).sum(), z)
-        return (p + scale * slope).clamp(min=SMALLEST).log()
+            log_label = guide(z, t)
+            (slope,) = torch.autograd.grad(log_label.sum(), z)
+        if is_exact:
+            return (log_p.exp() + scale * slope).clamp(min=SMALLEST).log()
+        most = (-scale * log_label.detach()).clamp(min=0)[:, None, None]
+        return log_p + (scale * slope / theta.clamp(min=SMALLEST)).clamp(min=-LARGEST).minimum(most)
 
     return guided
+
+
+@torch.no_grad()
+def fit_lengths(options, model, templates, weights):
+    """Multiply the weights of templates by p(label | length)^scale: the guide's answer when no token is known -> the same.
+
+    So by Bayes' rule a text gets a length that texts of this label have.
+    """
+    device, log_p = next(model.parameters()).device, []
+    for template in templates:
+        z = torch.zeros(1, len(template), model.config.K, device=device)
+        log_p.append(options.scale * options.guide(z, z[..., 0]).item())
+    return templates, [w * math.exp(x - max(log_p)) for w, x in zip(weights, log_p, strict=True)]
 
 
 # ---------------------------------------------------------------- a classifier

@@ -137,6 +137,8 @@ class Sampler:
             return [[k if k in given else FREE for k in options.draft]] * len(prompts)
         fit = partial(fit_lengths, self.model, self.tokenizer)
         choices = {p: fit(*candidates(p, self.tokenizer, self.run, length)) for p in set(prompts)}
+        if options.guide is not None:
+            choices = {p: guidance.fit_lengths(options, self.model, *choice) for p, choice in choices.items()}
         seeds = [mix_seed(seed, i) for i in range(len(prompts))]
         return [random.Random(seed).choices(*choices[p])[0] for p, seed in zip(prompts, seeds, strict=True)]
 

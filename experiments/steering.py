@@ -30,7 +30,7 @@ from noise import mix_seed
 from sample import Sampler
 
 WEIGHTS = 0.0, 0.5, 1.0, 2.0, 4.0  # of guidance by the label
-SCALES = 0.0, 0.5, 1.0, 2.0, 4.0, 8.0  # of a classifier
+SCALES = 0.0, 1.0, 2.0, 4.0, 8.0  # of a classifier
 KINDS = [  # words that stand in each other's place in a sentence, right or wrong
     [*toy.TRANSITIVE, *(word + "s" for word in toy.TRANSITIVE), *toy.INTRANSITIVE, *(word + "s" for word in toy.INTRANSITIVE)],
     [*toy.PEOPLE, *(word + "s" for word in toy.PEOPLE), *toy.THINGS],

@@ -46,7 +46,7 @@ def test_with_an_exact_guide_of_scale_1_samples_follow_the_exact_conditional(joi
     has_label = sequences.sum(1) >= 4  # about a quarter
     target = torch.where(has_label, P, 0) / P[has_label].sum()
     exact = ExactNetwork(sequences, P)
-    network = guidance.by_function(exact, label_guide(sequences, P, has_label), scale=1.0)
+    network = guidance.by_function(exact, label_guide(sequences, P, has_label), scale=1.0, is_exact=True)
     floor = sum(distance(torch.multinomial(target, N, True).bincount(minlength=K**L) / N, target) for _ in range(5)) / 5
     guided = frequencies(sample(network, sampler, steps))
     assert distance(frequencies(sample(exact, sampler, steps)), target) > 0.4
@@ -58,9 +58,28 @@ def test_the_answer_with_an_exact_guide_is_the_exact_conditional(joint):
     sequences, P = joint
     has_label = sequences[:, 0] == sequences[:, 2]
     z = torch.randn(5, L, K, generator=torch.Generator().manual_seed(0))
-    network = guidance.by_function(ExactNetwork(sequences, P), label_guide(sequences, P, has_label), scale=1.0)
+    network = guidance.by_function(ExactNetwork(sequences, P), label_guide(sequences, P, has_label), scale=1.0, is_exact=True)
     expected = ExactNetwork(sequences, torch.where(has_label, P, 1e-30))(z.softmax(-1), None).exp()
     torch.testing.assert_close(network(z.softmax(-1), torch.zeros(5, L)).exp(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler, steps", [("commit", 3), ("ancestral", 100)])
+def test_to_first_order_samples_have_the_label_more_often_the_larger_the_scale(joint, sampler, steps):
+    sequences, P = joint
+    has_label = sequences.sum(1) >= 4
+    guide, exact = label_guide(sequences, P, has_label), ExactNetwork(sequences, P)
+    shares = [
+        frequencies(sample(guidance.by_function(exact, guide, scale), sampler, steps, n=1000))[has_label].sum().item()
+        for scale in (0.0, 1.0, 3.0)
+    ]
+    assert shares[0] == pytest.approx(P[has_label].sum().item(), abs=0.05)
+    assert shares[0] + 0.2 < shares[1] < shares[2]
+
+
+def test_a_guide_brings_in_no_token_that_the_network_rules_out():
+    p = torch.tensor([[[0.5, 0.5, 1e-9]]])
+    network = guidance.by_function(lambda theta, t: p.log(), lambda z, t: z.softmax(-1)[:, 0, 2].log(), scale=1.0)
+    assert network(torch.full((1, 1, 3), 1 / 3), torch.zeros(1, 1)).softmax(-1)[0, 0, 2] < 1e-8
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
