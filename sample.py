@@ -66,11 +66,11 @@ class Sampler:
         self.limit, self.device = run["args"]["sequence_length"], next(model.parameters()).device
 
     @classmethod
-    def load(cls, run_dir, checkpoint="best", device="auto"):
+    def load(cls, run_dir: str, checkpoint: str = "best", device: str = "auto") -> "Sampler":
         """Load a run folder or an exported model."""
         return cls(*load(run_dir, checkpoint, cli.device(device)))
 
-    def __call__(self, prompt="", n=1, seed=0, **options):
+    def __call__(self, prompt: str = "", n: int = 1, seed: int = 0, **options) -> list[str]:
         """Sample n texts that continue a prompt or fill its gaps -> list of str."""
         return [text for text, *_ in self.stream([prompt] * n, seed, **options)]
 
@@ -142,7 +142,7 @@ class Sampler:
         seeds = [mix_seed(seed, i) for i in range(len(prompts))]
         return [random.Random(seed).choices(*choices[p])[0] for p, seed in zip(prompts, seeds, strict=True)]
 
-    def log_likelihood(self, texts, calls=None):
+    def log_likelihood(self, texts: list[str], calls: int | None = None) -> np.ndarray:
         """Compute log P(text | its length), exact under `commit` with so many calls, or one per token -> (n,) nats."""
         windows = [np.array(self.encode(text, "the text")) for text in texts]
         functions = {"exact": partial(likelihood.exact, calls=calls)}
@@ -150,7 +150,7 @@ class Sampler:
         scores = likelihood.score(self.model, windows, bos_id, lambda s: s == 0, functions, self.device)
         return -scores.nats["exact"]
 
-    def fill(self, ids, given, seed=0, **options):
+    def fill(self, ids, given, seed: int = 0, **options) -> torch.Tensor:
         """Draw the tokens that are not given: ids, given (B, L) -> ids (B, L) int64. Only the last may become eos."""
         ids, given = torch.as_tensor(ids), torch.as_tensor(given, dtype=torch.bool)
         kinds = torch.full_like(ids, GAP).index_fill(1, torch.tensor([ids.shape[1] - 1]), FREE)
