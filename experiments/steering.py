@@ -170,7 +170,7 @@ def main():
         x = [r["strength"] for r in rows[1:]]
         series = {what: (x, [100 * r[what] for r in rows[1:]]) for what in ("right", "grammatical", "distinct")}
         name = "scale" if classifier else "W"
-        plot.lines(Path(args.output).with_suffix(".png"), series, name, "% of samples", f"{args.model_dir}: steering by a label")
+        plot.lines(Path(args.output).with_suffix(".png"), series, name, "% of samples", "steering by a classifier" if classifier else "steering by a label that is given")
 
 
 if __name__ == "__main__":
