@@ -171,14 +171,14 @@ def suggest(corpus, example, args):
         log.decide_steps(options, {}, 0, seconds, val_seconds)
     steps = loader.count_steps(options.epochs, options.accumulation_steps)
     minutes = steps * seconds / (1 - log.VAL_SHARE) / 60
-    per_epoch = loader.count_steps(1, options.accumulation_steps)
+    epochs = options.max_steps * options.accumulation_steps * options.batch_size / loader.rows_per_epoch
     suggested = min(max(minutes, MINUTES), MOST_MINUTES)
     length = f"--epochs={options.epochs}" if suggested == minutes else f"--minutes={suggested}"
     reading = [f"--text_field={corpus.text_field}"] * (corpus.text_field != "text")
     reading += [f"--example={example}"] * (example != "line")
     n_parameters = sum(p.numel() for p in state.model.parameters())
     size = f"{options.batch_size} per batch, preset {options.preset}: {n_parameters:,} parameters"
-    by_minutes = f"{MINUTES} minutes: about {options.max_steps:,} steps, {options.max_steps / per_epoch:,.2f} epochs"
+    by_minutes = f"{MINUTES} minutes: about {options.max_steps:,} steps, {epochs:,.2f} epochs"
     vocabulary = f"{kind} with {len(tokenizer):,} tokens ({found})"
     return [
         f"tokenizer: {vocabulary}; {len(tokens.ids):,} tokens, {tokens.n_chars / len(tokens.ids):.2f} characters each",
