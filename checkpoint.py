@@ -432,13 +432,17 @@ def check_identity(saved, now, run_dir):
 # ---------------------------------------------------------------- the command
 
 
-def main():
+def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("command", choices=["export"], help="write the averaged weights, what sampling needs, and a model card")
     p.add_argument("run_dir", type=Path, help="run folder")
     p.add_argument("out_dir", type=Path, help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (float32)")
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = flags().parse_args()
     export(args.run_dir, args.out_dir, getattr(torch, args.dtype))
     size = (args.out_dir / "model.safetensors").stat().st_size
     print(f"{args.out_dir}: {', '.join(EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)")

@@ -32,7 +32,9 @@ from evaluate import validation_seconds
 from text import VOCAB_SIZES, is_punctuation, read_pieces, read_sample
 
 MOST_HASHES = 1 << 21  # of examples, kept to find duplicates
-MINUTES = 10  # a shorter training is not suggested
+MINUTES, MOST_MINUTES = 10, 60  # neither a shorter nor a longer training is suggested
+FEW_WORDS, NEW_IN_FEW = VOCAB_SIZES[0], 0.02  # so few different words make a word tokenizer worth more unknown ones
+HEAD_BYTES = 1 << 20  # of a text, in which blank lines are counted
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # 1,234 or 1234 or 12.5
 LONGEST_NUMBER = 15  # digits; a longer one is read digit by digit
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -125,14 +127,29 @@ def suggest_tokenizer(corpus, example):
     """Suggest words if the largest vocabulary holds all of them and new text will have hardly any others, else bpe.
 
     The probability that the next word is a new one is the share of words that occurred once [Good 1953, "The population
-    frequencies of species and the estimation of population parameters"]. -> kind, reason
+    frequencies of species and the estimation of population parameters"]. Where a text has few different words, more new ones
+    are worth it: on greetings that training had not seen, the bound was 1.16 bits per character with words, of which some
+    were unknown, and 1.42 with bpe (docs/own_text.md). -> kind, reason
     """
     texts, characters, _ = read_sample(corpus, example)
     apart = {ord(c): " " for c in characters if is_punctuation(c)}
     words = Counter(word for text in texts for word in text.translate(apart).split())
     new = sum(n == 1 for n in words.values()) / max(1, words.total())
     found = f"{len(words):,} different words, {new:.1%} of all words occur once"
-    return ("word" if len(words) <= VOCAB_SIZES[1] and new <= log.WORTH_SAYING else "bpe"), found
+    most = NEW_IN_FEW if len(words) <= FEW_WORDS else log.WORTH_SAYING
+    return ("word" if len(words) <= VOCAB_SIZES[1] and new <= most else "bpe"), found
+
+
+def suggest_example(corpus, example):
+    """Suggest paragraphs if the text was read by lines, and blank lines separate several of these -> lines to print."""
+    if example != "line":
+        return []
+    kinds = "line", "paragraph"
+    n_lines, n_paragraphs = (sum(piece.last for piece in read_pieces(corpus, kind, stop=HEAD_BYTES)) for kind in kinds)
+    if not n_lines / 50 < n_paragraphs < 0.9 * n_lines:  # hardly any blank lines, or one after each line
+        return []
+    found = f"blank lines: the first {n_lines:,} lines are {n_paragraphs:,} paragraphs"
+    return [f"{found}; if these are your examples, --example=paragraph"]
 
 
 def suggest(corpus, example, args):
@@ -154,19 +171,20 @@ def suggest(corpus, example, args):
         log.decide_steps(options, {}, 0, seconds, val_seconds)
     steps = loader.count_steps(options.epochs, options.accumulation_steps)
     minutes = steps * seconds / (1 - log.VAL_SHARE) / 60
-    per_epoch = loader.count_steps(1, options.accumulation_steps)
-    length = f"--minutes={MINUTES}" if minutes < MINUTES else f"--epochs={options.epochs}"
-    flags = [f"--text_field={corpus.text_field}"] * (corpus.text_field != "text")
-    flags += [f"--example={example}"] * (example != "line")
+    epochs = options.max_steps * options.accumulation_steps * options.batch_size / loader.rows_per_epoch
+    suggested = min(max(minutes, MINUTES), MOST_MINUTES)
+    length = f"--epochs={options.epochs}" if suggested == minutes else f"--minutes={suggested}"
+    reading = [f"--text_field={corpus.text_field}"] * (corpus.text_field != "text")
+    reading += [f"--example={example}"] * (example != "line")
     n_parameters = sum(p.numel() for p in state.model.parameters())
     size = f"{options.batch_size} per batch, preset {options.preset}: {n_parameters:,} parameters"
-    by_minutes = f"{MINUTES} minutes: about {options.max_steps:,} steps, {options.max_steps / per_epoch:.2g} epochs"
+    by_minutes = f"{MINUTES} minutes: about {options.max_steps:,} steps, {epochs:,.2f} epochs"
     vocabulary = f"{kind} with {len(tokenizer):,} tokens ({found})"
     return [
         f"tokenizer: {vocabulary}; {len(tokens.ids):,} tokens, {tokens.n_chars / len(tokens.ids):.2f} characters each",
         f"rows of {options.sequence_length} tokens, {size}, {seconds:.2f} s per step on {device}",
         f"{options.epochs} epochs: {steps:,} steps, about {minutes:,.0f} minutes here; {by_minutes}",
-        "suggested: " + shlex.join(["python", "train.py", f"-d={corpus}", *flags, f"--tokenizer={kind}", length, "-mdir=RUN_DIR"]),
+        "suggested: " + shlex.join(["python", "train.py", f"-d={corpus}", *reading, f"--tokenizer={kind}", length, "-mdir=RUN_DIR"]),
     ]
 
 
@@ -249,14 +267,15 @@ def normalize(corpus, out, changes):
 # ---------------------------------------------------------------- the command
 
 
-def main():
+def flags():
     p = cli.Parser("what is in a text and how to train on it, or a simpler form of it")
     add = p.add_argument
     add("command", choices=["stats", "normalize"], help="describe a text, or write it in a simpler form")
     add("text", help="text file, folder, 'pattern*.txt', or several with commas")
     add("out", nargs="?", type=Path, help="new file, for normalize")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
-    add("--example", choices=["line", "paragraph", "file"], default="line", help="stats: what one example is (line)")
+    examples = ["line", "labelled", "paragraph", "file"]
+    add("--example", choices=examples, default="line", help="stats: what one example is (line)")
     add("--device", default="auto", help="stats: where to train: cpu, cuda, ... (cuda if there is one)")
     add("--cache_dir", default=cache.default_cache_dir(), help="stats: folder for tokenised corpora (%(default)s)")
     add("--lower", action="store_true", help="normalize: lower case")
@@ -264,7 +283,11 @@ def main():
     add("--language", default="en", help="normalize: of the numbers in words (en)")
     add("--strip", choices=STRIPPED, help="normalize: a space for each symbol, or for punctuation too")
     add("--text8", action="store_true", help="normalize: a to z and spaces only, digits as words, as in text8")
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = flags().parse_args()
     corpus = Corpus(args.text, args.text_field)
     changes = [str.lower] * args.lower + [partial(in_words, language=args.language)] * args.digits
     changes += [partial(strip, kind=args.strip)] * bool(args.strip) + [text8] * args.text8
@@ -277,4 +300,4 @@ def main():
         raise ValueError("stats takes a text only, and writes no file")
     torch.set_float32_matmul_precision("high")
     print(*describe(corpus, args.example, *survey(corpus, args.example)), sep="\n", flush=True)
-    print(*suggest(corpus, args.example, args), sep="\n")
+    print(*suggest_example(corpus, args.example), *suggest(corpus, args.example, args), sep="\n")

@@ -65,6 +65,44 @@ def test_words_are_suggested_if_new_text_has_hardly_any_others(tmp_path):
     assert corpus.suggest_tokenizer(write(tmp_path / "c.txt", chinese), "line")[0] == "bpe"
 
 
+def test_words_are_suggested_for_few_words_even_if_new_text_has_some_others(tmp_path):
+    """15 of 1,515 words occur once, as in greetings. With more than 512 different words, that is too many."""
+    rare = "".join(f"{chr(ord('a') + n)}x\n" for n in range(15))
+    few, many = (" ".join(f"w{n}" for n in range(N)) for N in (150, 750))
+    assert corpus.suggest_tokenizer(write(tmp_path / "a.txt", f"{few}\n" * 10 + rare), "line")[0] == "word"
+    assert corpus.suggest_tokenizer(write(tmp_path / "b.txt", f"{many}\n" * 2 + rare), "line")[0] == "bpe"
+
+
+@pytest.mark.parametrize(
+    "text, is_said",
+    [
+        ("ANNA:\nYes.\nNo.\n\n" * 100, True),
+        ("Yes.\n\nNo.\n\n" * 100, False),
+        ("Yes.\nNo.\n" * 100, False),
+        ("Yes.\n" * 100 + "\n" + "No.\n" * 100, False),
+    ],
+    ids=["plays", "a blank line after each line", "no blank lines", "one blank line"],
+)
+def test_paragraphs_are_suggested_if_blank_lines_separate_them(tmp_path, text, is_said):
+    said = corpus.suggest_example(Corpus(str(write(tmp_path / "a.txt", text))), "line")
+    assert said == ["blank lines: the first 300 lines are 100 paragraphs; if these are your examples, --example=paragraph"] * is_said
+    assert corpus.suggest_example(Corpus(str(tmp_path / "a.txt")), "paragraph") == []
+
+
+@pytest.mark.parametrize("seconds, length", [(0.001, "--minutes=10"), (1, "--epochs=10"), (100, "--minutes=60")])
+def test_no_training_of_more_than_an_hour_is_suggested(command, tmp_path, monkeypatch, seconds, length):
+    path = write(tmp_path / "a.txt", toy.corpus(6000))
+    monkeypatch.setattr(corpus.switches, "warm_up", lambda *_: seconds)
+    monkeypatch.setattr(corpus, "validation_seconds", lambda *_: 1e-3)
+    assert f" {length} " in command("stats", path, f"--cache_dir={tmp_path / 'cache'}")
+
+
+def test_labels_are_not_part_of_the_text(command, tmp_path):
+    path = write(tmp_path / "a.tsv", "".join(f"kind {n % 2}\t{line}\n" for n, line in enumerate(toy.corpus(300).splitlines())))
+    said = command("stats", path, "--example=labelled", f"--cache_dir={tmp_path / 'cache'}")
+    assert "--example=labelled --tokenizer=word" in said and "digits" not in said
+
+
 def test_the_suggested_command_trains_as_was_said(command, tmp_path, monkeypatch, capsys):
     """With the vocabulary, the rows, the batch and the steps that were said."""
     path = write(tmp_path / "a.jsonl", "".join(json.dumps({"body": line}) + "\n" for line in toy.corpus(400).splitlines()))

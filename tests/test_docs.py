@@ -15,6 +15,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 COMMAND = re.compile(r"\bpython ((?:\w+/)?\w+\.py[^\n`&|;#]*)")
 QUICK = {"plot.py": [], "sample.py": ["--num_samples=1"], "continuous.py": ["--max_steps=2"]}  # with flags that make it so
 INPUTS = "model_dir", "run_dir", "run_dirs", "data_path", "files"  # flags of what a command reads
+HOME = {"data.py": "corpus.py"}  # where the command of a file is, if elsewhere
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 PICTURE_BYTES = 120_000
 
@@ -43,7 +44,7 @@ def commands(text):
 def parse(command):
     """Parse the flags of a command as its file does -> the file's module, its words, what it reads."""
     name, *words = shlex.split(command)
-    module = load(name)
+    module = load(HOME.get(name, name))
     if not hasattr(module, "flags"):
         assert not words, f"{name} has no flags"
         return module, words, []
