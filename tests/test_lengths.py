@@ -120,6 +120,7 @@ def test_a_gap_with_a_range_has_a_template_for_each_size_and_the_lightest_are_le
     run = dict(args=dict(sequence_length=9), lengths=[0, 0, 0, 5, 0, 2, 1], word_lengths=[0, 1])
     monkeypatch.setattr(prompts, "space_style", lambda tokenizer: (False, True))
     monkeypatch.setattr(prompts, "adds_prefix", lambda tokenizer: False)
+    monkeypatch.setattr(prompts, "label_ids", lambda tokenizer: {})
     templates, weights = prompts.candidates("a___{1-4}b", Letters(), run)
     assert templates == [[0, GAP, 1], [0, GAP, GAP, GAP, 1], [0, *[GAP] * 4, 1]] and weights == [5, 2, 1]  # no text has 4 tokens
     monkeypatch.setattr(prompts, "MAX_CANDIDATES", 3)
