@@ -307,12 +307,13 @@ def read_metrics(run_dir):
     return lines
 
 
-@parallel.first_only
 def lock(run_dir):
     """Create the run folder if it is missing, and hold it -> a file; closing it, or the end of the process, lets go.
 
     Raises ValueError if it is not a folder, or if another process trains there. Without locks (Windows) nothing is held.
     """
+    if parallel.rank() > 0:  # the first process holds it
+        return None
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file: give another -mdir")
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -25,10 +25,10 @@ import cli
 
 STEP_TIMEOUT = timedelta(minutes=1)  # within a step, all do equal work: one that answers later hangs
 LONG_TIMEOUT = timedelta(days=1)  # for what the first process does alone, such as tokenising
-_patient = None  # a group of all processes that waits for LONG_TIMEOUT
+_patient_group = None  # a group of all processes that waits for LONG_TIMEOUT
 
 
-class Plain(io.TextIOWrapper):
+class WithoutBars(io.TextIOWrapper):
     """Standard error of a process that is not the first: errors, but no progress bars."""
 
     def isatty(self):
@@ -37,21 +37,24 @@ class Plain(io.TextIOWrapper):
 
 def join(name):
     """Find the device by its name, as `cli.device` does, and meet the other processes of torchrun -> torch.device."""
-    global _patient
+    global _patient_group
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = cli.device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if device.type == "cuda":
+        if device.index is None and local >= torch.cuda.device_count():
+            n = torch.cuda.device_count()
+            raise ValueError(f"process {local + 1} of this machine has no GPU, there are {n}: lower --nproc_per_node")
         device = cli.device(f"cuda:{local}") if device.index is None else device
         torch.cuda.set_device(device)
-    with _talking():
+    with _report_lost_process():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
-        _patient = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        _patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-        sys.stderr = Plain(open(2, "wb", closefd=False), line_buffering=True)
+        sys.stderr = WithoutBars(open(2, "wb", closefd=False), line_buffering=True)
     return device
 
 
@@ -83,17 +86,19 @@ def micro_batches(count=None):
 
 
 def first_only(function):
-    """Make a function that only the first process runs. In the others it returns None."""
+    """Make a function that only the first process runs. The others wait until it has, and get None."""
 
     @wraps(function)
     def run(*args, **options):
-        return function(*args, **options) if rank() == 0 else None
+        result = function(*args, **options) if rank() == 0 else None
+        wait()
+        return result
 
     return run
 
 
 @contextmanager
-def _talking():
+def _report_lost_process():
     """Say in one line that another process is gone. Raises ConnectionError."""
     try:
         yield
@@ -115,8 +120,8 @@ def first_alone():
 def wait():
     """Wait until all processes are here."""
     if size() > 1:
-        with _talking():
-            dist.barrier(group=_patient)
+        with _report_lost_process():
+            dist.barrier(group=_patient_group)
 
 
 def from_first(value):
@@ -124,8 +129,8 @@ def from_first(value):
     if size() == 1:
         return value
     box = [value]
-    with _talking():
-        dist.broadcast_object_list(box, group=_patient)
+    with _report_lost_process():
+        dist.broadcast_object_list(box, group=_patient_group)
     return box[0]
 
 
@@ -134,7 +139,7 @@ def total(count):
     if size() == 1:
         return count
     box = torch.tensor([count])
-    with _talking():
+    with _report_lost_process():
         dist.all_reduce(box)
     return int(box)
 
@@ -147,7 +152,7 @@ def add_up(tensors, patient=False):
     if size() == 1:
         return
     flat = torch.cat([x.flatten() for x in tensors])
-    with _talking():
-        dist.all_reduce(flat, group=_patient if patient else None)
+    with _report_lost_process():
+        dist.all_reduce(flat, group=_patient_group if patient else None)
     parts = flat.split([x.numel() for x in tensors])
     torch._foreach_copy_(list(tensors), [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])

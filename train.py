@@ -255,7 +255,6 @@ def build(config, args, device, saved=None):
 def finish(state, tokenizer, val, run, args):
     """Write the last samples, if the run was stopped before them; judge the built-in language; say what to do next."""
     log.write_samples(state, tokenizer, val, run, args)
-    parallel.wait()  # until all files are written
     if args.data_path is None:
         bound, corpus = log.bounds(Path(args.model_dir))[-1][0], Path(args.model_dir) / "corpus.txt"
         print(*evaluate.check_toy(state.emas[-1], tokenizer, run, val, bound, args.seed, corpus), sep="\n")

@@ -207,6 +207,9 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_tokens_tell_their_alter
       const [first, second] = document.querySelectorAll(".text span"), found = [];
       const note = () => found.push(element("alternatives").hidden ? "" : element("alternatives").innerText);
       document.querySelector("details").open = true;
+      HTMLElement.prototype.focus = function () {  // without a window, focus may come late
+        this.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
+      };
       first.focus(), note();
       first.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true})), note();
       second.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true})), note();
