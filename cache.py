@@ -124,7 +124,7 @@ def content_hash(corpus, cache_dir):
 
 
 def _file_hashes(files, memory):
-    """Compute the sha256 of each file, or look it up in the file `memory` if all of them are large -> list of str."""
+    """Compute the sha256 of each file, or look it up in the file `memory` if they are large together -> list of str."""
     stats = [os.stat(path) for path in files]
     n_bytes = sum(stat.st_size for stat in stats)
     if n_bytes < LARGE_BYTES:
@@ -204,9 +204,10 @@ def check(path, sums):
 def _remove_stale(folder):
     """Remove what runs that were killed have begun to write for the same cache."""
     for old in folder.parent.glob(f"{folder.name}.*.tmp"):
-        newest = max((file.stat().st_mtime for file in [old, *old.iterdir()]), default=0)
-        if time.time() - newest > STALE_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # another process may finish just now
+            newest = max((file.stat().st_mtime for file in [old, *old.iterdir()]), default=0)
+            if time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_cache(corpus, part, example, tokenizer, folder):
@@ -273,7 +274,7 @@ def _encode(pieces, tokenizer):
     parts, example_ends, n_tokens = [], [], 0
     for piece, ids in zip(pieces, encoded, strict=True):
         if piece.label not in labels:
-            raise ValueError(f"the tokenizer has no token for the label {piece.label!r}: leave -spm out, so that one is trained")
+            raise ValueError(f"no token for the label {piece.label!r}: a tokenizer knows the labels of the text that it was trained on")
         marked = [bos if piece.first else nothing, labels[piece.label], ids, eos if piece.last else nothing]
         parts += marked
         n_tokens += sum(map(len, marked))

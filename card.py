@@ -5,8 +5,8 @@ import shlex
 
 import cli
 import sample
-from checkpoint import load
-from log import read_metrics
+from checkpoint import load, read_metrics
+from text import ONE_LINE
 
 N_SAMPLES = 2
 CARD = """\
@@ -77,7 +77,7 @@ def indent(texts):
 
 def draw_samples(model, tokenizer, run):
     """Sample as sample.py does without a prompt -> lines as it prints them."""
-    separator = [] if run["args"]["example"] == "line" else [sample.SEPARATOR]
+    separator = [] if run["args"]["example"] in ONE_LINE else [sample.SEPARATOR]
     return [line for text in sample.Sampler(model, tokenizer, run)(n=N_SAMPLES) for line in (text, *separator)]
 
 

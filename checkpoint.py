@@ -34,7 +34,16 @@ import toy
 from documents import Corpus
 from model import BFNTransformer, Config
 from prompts import count_word_lengths
-from text import ONE_LINE, default_vocab_size, file_hash, keeps_breaks, load_tokenizer, read_pieces, train_tokenizer
+from text import (
+    ONE_LINE,
+    default_vocab_size,
+    file_hash,
+    keeps_breaks,
+    label_ids,
+    load_tokenizer,
+    read_pieces,
+    train_tokenizer,
+)
 from times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
@@ -184,6 +193,7 @@ def read_exported(folder):
     try:
         run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         check_kinds(run, EXPORTED)
+        run["args"].setdefault("text_field", "text")  # exports of before --text_field
         check_kinds(run["args"], EXPORTED_ARGS)
         check_kinds(run["config"], {field.name: field.type for field in fields(Config)})
         if run["format"] != FORMAT:
@@ -210,6 +220,12 @@ def check_kinds(values, kinds):
             raise ValueError(f"{name} is missing or of another type")
 
 
+def without_folders(args):
+    """Reduce the paths among the flags to names of files -> dict: what is shown to others has no folders of this machine."""
+    names = {name: ",".join(Path(path).name for path in str(args[name]).split(",")) for name in PATH_FLAGS if args.get(name)}
+    return args | names
+
+
 def export(run_dir, out_dir, dtype=torch.float32):
     """Write what is needed to sample, evaluate and fine-tune into a new folder, with a model card. Weights become `dtype`.
 
@@ -227,8 +243,7 @@ def export(run_dir, out_dir, dtype=torch.float32):
         weights = {name: weight.clone().contiguous() for name, weight in weights.items()}  # no two share memory
         (out_dir / "model.safetensors").write_bytes(library.save(weights))
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
-        names = {name: Path(run["args"][name]).name for name in PATH_FLAGS if run["args"].get(name)}
-        run |= dict(args=run["args"] | names, weights_hash=file_hash(out_dir / "model.safetensors"))
+        run |= dict(args=without_folders(run["args"]), weights_hash=file_hash(out_dir / "model.safetensors"))
         run["figures"] = card.read_figures(run_dir, run["step"]) or run.get("figures", {})
         kept = {name: value for name, value in run.items() if name != "times"}
         (out_dir / "config.json").write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
@@ -392,6 +407,8 @@ def make_tokenizer(args, corpus):
     """Read the tokenizer of the flags, or train one on the corpus -> the model as bytes."""
     if args.spm_model:
         tokenizer = load_tokenizer(args.spm_model)
+        if label_ids(tokenizer) and args.example != "labelled":
+            raise ValueError(f"{args.spm_model} has tokens for labels: give --labelled, or another tokenizer")
         if args.example not in ONE_LINE and not keeps_breaks(tokenizer):
             raise ValueError(f"{args.spm_model} does not keep line breaks: leave -spm or --init_from out, or use --example=line")
         return Path(args.spm_model).read_bytes()

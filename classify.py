@@ -11,6 +11,7 @@ same noisy inputs and times as in training: it must recognise a text before the 
 
 import collections
 import random
+import shlex
 from itertools import count, islice
 from pathlib import Path
 
@@ -25,11 +26,12 @@ import data
 from guidance import Classifier, load_classifier, save_classifier
 from prompts import check_unicode, pad
 from sample import Sampler
+from text import label_ids
 from times import Times
 
 BATCH = 32  # texts
-VAL_SHARE = 0.1
-TIMES = 0.0, 0.2, 0.4, 0.6, 0.8, 1.0  # at which the accuracy is measured
+HELD_OUT_SHARE = 0.1
+ACCURACY_TIMES = 0.0, 0.2, 0.4, 0.6, 0.8, 1.0  # at which the accuracy is measured
 
 # ---------------------------------------------------------------- training
 
@@ -64,7 +66,7 @@ def split(examples, seed):
     train, held_out = [], []
     for label in sorted({label for label, _ in examples}):
         own = [example for example in shuffled if example[0] == label]
-        n = max(1, round(VAL_SHARE * len(own)))
+        n = max(1, round(HELD_OUT_SHARE * len(own)))
         held_out, train = held_out + own[:n], train + own[n:]
     return train, held_out
 
@@ -148,16 +150,19 @@ def main():
     sampler = Sampler.load(args.model_dir, device=args.device)
     if Path(args.output).exists():
         load_classifier(args.output, sampler)  # anything else is not overwritten
+    if label_ids(sampler.tokenizer):
+        raise ValueError(f"{args.model_dir} was trained with --labelled: sample.py --label steers it without a classifier")
     examples = read_labelled(args.data_path, sampler)
     train_examples, held_out = split(examples, args.seed)
     labels = collections.Counter(label for label, _ in examples)
     print(f"{len(train_examples)} texts to train on, {len(held_out)} held out; {len(labels)} labels: {', '.join(sorted(labels))}")
     classifier = train(sampler, train_examples, sorted(labels), args.steps, args.seed)
     print(f"accuracy on held-out texts by time (the most frequent label: {max(labels.values()) / len(examples):.1%})")
-    for t in TIMES:
+    for t in ACCURACY_TIMES:
         print(f"  t = {t:.1f}   {accuracy(classifier, held_out, sampler, t, args.seed):6.1%}")
     save_classifier(Path(args.output), classifier, sampler.run["tokenizer_hash"])
-    print(f"wrote {args.output}: sample.py -mdir={args.model_dir} --classifier={args.output} --label={min(labels)}")
+    words = [f"-mdir={args.model_dir}", f"--classifier={args.output}", f"--label={min(labels)}"]
+    print(f"next: {shlex.join(['python', 'sample.py', *words])}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,9 @@ def suggest_example(corpus, example):
     """Suggest paragraphs if the text was read by lines, and blank lines separate several of these -> lines to print."""
     if example != "line":
         return []
+    head = [piece.text for piece in islice(read_pieces(corpus, "line", stop=HEAD_BYTES), 1000)]
+    if head and all("\t" in text for text in head):
+        return ["each line has a tab: if it is label<TAB>text, --labelled in training and --example=labelled here"]
     kinds = "line", "paragraph"
     n_lines, n_paragraphs = (sum(piece.last for piece in read_pieces(corpus, kind, stop=HEAD_BYTES)) for kind in kinds)
     if not n_lines / 50 < n_paragraphs < 0.9 * n_lines:  # hardly any blank lines, or one after each line

@@ -266,7 +266,7 @@ class Loader:
         return math.ceil(epochs * self.rows_per_epoch / self.batch_size / accumulation)
 
     def batch(self, n, progress=1.0):
-        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L). bos is always given, and so is every other label.
+        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L). bos is always given, a label in half of the texts or more.
 
         progress: the share of the training that is done, in [0, 1].
         """

@@ -30,6 +30,16 @@ class Corpus:
         """Take a Corpus, or the path of one -> Corpus."""
         return corpus if isinstance(corpus, cls) else cls(os.fspath(corpus))
 
+    @classmethod
+    def find(cls, path, text_field, message):
+        """Find a text that an earlier command named -> Corpus. Raises ValueError with `message`, in which {} is the path."""
+        corpus = cls(os.fspath(path), text_field)
+        try:
+            corpus.files  # noqa: B018 - looks for them
+        except ValueError:
+            raise ValueError(message.format(path)) from None
+        return corpus
+
     def __str__(self):
         return self.path
 
@@ -80,7 +90,7 @@ def _read_objects(path, stream, text_field):
     for number, line in enumerate(stream, 1):
         if line.isspace():
             continue
-        name = f"{path}, line {number},"
+        name = f"{path}, line {number}"
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:

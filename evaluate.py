@@ -304,12 +304,8 @@ def excess_nats_per_token(model, tokenizer, val, n=400):
 def find_corpus(args, run):
     """Find the text that the model was trained on -> Corpus, which part of it was used. Raises ValueError if it is gone."""
     path = args.corpus or run["args"]["data_path"] or str(Path(args.model_dir) / "corpus.txt")
-    corpus = Corpus(path, run["args"]["text_field"])
-    try:
-        corpus.files  # noqa: B018 - looks for them
-    except ValueError:
-        message = f"samples are compared with the training text, which is not at {path}: give it with --corpus"
-        raise ValueError(message) from None
+    message = "samples are compared with the training text, which is not at {}: give it with --corpus"
+    corpus = Corpus.find(path, run["args"]["text_field"], message)
     return corpus, "all" if run["args"]["val_path"] else "train"
 
 

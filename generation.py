@@ -39,6 +39,25 @@ class Options(bfn.Controls):
     scale: float = 1.0  # of the guide's slope
     guide_is_exact: bool = False  # the guide is the true log p, not a learned one
 
+    def __post_init__(self):
+        wrong = [
+            name
+            for name, is_right in dict(
+                sampler=self.sampler in bfn.SAMPLERS,
+                steps=isinstance(self.steps, int) and self.steps >= 1,
+                corrections=isinstance(self.corrections, int) and self.corrections >= 0,
+                temperature=self.temperature > 0,
+                top_p=0 < self.top_p <= 1,
+                until=self.until >= 0,
+                strength=0 <= self.strength < 1,
+                guidance=self.guidance >= 0,
+                scale=self.scale >= 0,
+            ).items()
+            if not is_right
+        ]
+        if wrong:
+            raise ValueError("; ".join(f"{name}={getattr(self, name)!r} is out of range" for name in wrong))
+
 
 def generate(model, tokenizer, templates, seed, options=Options(), numbers=None):
     """Yield the ids and the number of network calls for each template, in order.

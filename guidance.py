@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bfn
 import cli
 
-CLASSIFIER = 1  # format of the file of a classifier
+CLASSIFIER_FORMAT = 1  # format of the file of a classifier
 WIDTH, N_POOLS = 128, 4  # of its head
 SMALLEST = 1e-37  # a probability whose logarithm is finite
 LARGEST = 50.0  # nats by which a guide may lower a token
@@ -71,14 +72,16 @@ def by_function(network, guide, scale, is_exact=False):
 
 @torch.no_grad()
 def fit_lengths(options, model, templates, weights):
-    """Multiply the weights of templates by p(label | length)^scale: the guide's answer when no token is known -> the same.
+    """Multiply the weights of templates by p(label | length, given tokens)^scale, the guide's answer -> the same.
 
     So by Bayes' rule a text gets a length that texts of this label have.
     """
-    device, log_p = next(model.parameters()).device, []
+    K, device, log_p = model.config.K, next(model.parameters()).device, []
     for template in templates:
-        z = torch.zeros(1, len(template), model.config.K, device=device)
-        log_p.append(options.scale * options.guide(z, z[..., 0]).item())
+        ids = torch.tensor([template], device=device)
+        theta, t = torch.full((*ids.shape, K), 1 / K, device=device), torch.zeros(ids.shape, device=device)
+        theta, t = bfn.clamp_given(theta, t, ids.clamp(min=0), ids >= 0)
+        log_p.append(options.scale * options.guide(theta.clamp(min=SMALLEST).log(), t).item())
     return templates, [w * math.exp(x - max(log_p)) for w, x in zip(weights, log_p, strict=True)]
 
 
@@ -116,7 +119,7 @@ class Classifier(nn.Module):
 def save_classifier(path, classifier, tokenizer_hash):
     """Write the head and its labels whole or not at all."""
     (model,) = classifier.model
-    state = dict(classifier=CLASSIFIER, labels=classifier.labels, tokenizer_hash=tokenizer_hash, config=vars(model.config).copy())
+    state = dict(classifier=CLASSIFIER_FORMAT, labels=classifier.labels, tokenizer_hash=tokenizer_hash, config=vars(model.config).copy())
     with cli.replacing(path) as temporary:
         torch.save(dict(**state, head=classifier.state_dict()), temporary)
 
@@ -124,9 +127,11 @@ def save_classifier(path, classifier, tokenizer_hash):
 def load_classifier(path, sampler):
     """Read a classifier for a Sampler -> Classifier. Raises ValueError for another file, or one of another model."""
     try:
-        saved = torch.load(path, weights_only=True)
-        same = saved["classifier"] == CLASSIFIER
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        same = saved["classifier"] == CLASSIFIER_FORMAT
         config, labels, head = saved["config"], saved["labels"], saved["head"]
+    except PermissionError:
+        raise
     except FileNotFoundError:
         raise ValueError(f"no classifier at {path}: train one with classify.py") from None
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything

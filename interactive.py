@@ -8,17 +8,20 @@
 
 import sys
 
+from prompts import read_breaks, warn_unknown
+
 SETTINGS = "num_samples length seed".split()  # and the options of sample.py
 HELP = """A prompt is continued; ___ is a gap of one word. Each prompt draws from the next seed.
   :set NAME VALUE   change a setting       :settings   show them
   :help             this text              Ctrl-D      leave"""
 
 
-def run(model, args, options, parse):
+def run(model, args, options, parse, separator=(), **more):
     """Read lines until their end, and print texts -> how many lines were refused.
 
     args: the flags of sample.py, which `:set` changes. options: the names of those that `Sampler.stream` takes. parse: turns
-    words into flags; it raises SystemExit after printing what is wrong.
+    words into flags; it raises SystemExit after printing what is wrong. separator: lines to print after each text. more: what
+    else `Sampler.stream` gets.
     """
     is_terminal, n_refused = sys.stdin.isatty(), 0
     if is_terminal:
@@ -30,9 +33,10 @@ def run(model, args, options, parse):
             if line.startswith(":"):
                 command(line[1:].split(maxsplit=2), args, [*SETTINGS, *options], parse)
             elif line.strip() or is_terminal:
-                chosen = {name: getattr(args, name) for name in options}
-                for text, *_ in model.stream([line] * args.num_samples, args.seed, args.length, **chosen):
-                    print(text, flush=True)
+                prompt, chosen = read_breaks(line, model.run), {name: getattr(args, name) for name in options}
+                for text, *_ in model.stream([prompt] * args.num_samples, args.seed, args.length, **chosen, **more):
+                    print(text, *separator, sep="\n", flush=True)
+                warn_unknown([prompt], model.tokenizer)
                 args.seed += 1
         except ValueError as error:
             n_refused += 1
@@ -59,6 +63,11 @@ def command(words, args, names, parse):
         name, value = words[1:]
         if name not in names:
             raise ValueError(f"no setting {name}; there are {', '.join(names)}")
+        if isinstance(getattr(args, name), bool):
+            if value not in ("on", "off"):
+                raise ValueError(f"write :set {name} on, or :set {name} off")
+            setattr(args, name, value == "on")
+            return
         try:
             setattr(args, name, getattr(parse([f"--{name}={value}"]), name))
         except SystemExit:

@@ -194,9 +194,8 @@ def measure_times(which, model, tokenizer, run, args, device):
     flags = run["args"]
     path = args.data_path or flags["val_path"] or flags["data_path"] or args.run_dir / "corpus.txt"
     part = "all" if args.data_path or flags["val_path"] else "val"
-    if not os.path.isfile(path):
-        raise ValueError(f"the losses are measured on the validation text, which is not at {path}: give one with -d")
-    tokens = cache.load_corpus(path, args.run_dir / "tokenizer.model", args.cache_dir, part, flags["example"])
+    corpus = cache.Corpus.find(path, flags["text_field"], "the losses are measured on the validation text, which is not at {}: give -d")
+    tokens = cache.load_corpus(corpus, args.run_dir / "tokenizer.model", args.cache_dir, part, flags["example"])
     sizes = dict(n_draws=DENSITY_DRAWS, max_tokens=args.max_tokens, progress=True)
     scores = bounds.score(model, tokens, flags["sequence_length"], tokenizer.bos_id(), device, **sizes)
     _, loss, cross_entropy = scores.by_time(DENSITY_BINS)
@@ -210,11 +209,10 @@ def measure_times(which, model, tokenizer, run, args, device):
 
 
 def draw_packing(args):
+    """Draw rows before and after packing."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_path = args.spm_model
         if not tokenizer_path:
-            if not os.path.isfile(args.data_path):
-                raise ValueError(f"no text file at {args.data_path}")
             tokenizer_path = Path(folder) / "tokenizer.model"
             size = default_vocab_size(args.data_path, "bpe")
             tokenizer_path.write_bytes(train_tokenizer(args.data_path, "bpe", size, args.example))
@@ -385,7 +383,7 @@ def add_times_flags(add):
 def add_packing_flags(add):
     add("-d", "--data_path", required=True, help="text file")
     add("-spm", "--spm_model", help="SentencePiece model (a bpe is trained on the text)")
-    add("--example", choices=["line", "paragraph", "file"], default="line", help="what is one example (line)")
+    add("--example", choices=["line", "labelled", "paragraph", "file"], default="line", help="what is one example (line)")
     add("-slen", "--sequence_length", type=cli.several, default=128, help="tokens of a row (128)")
     add_cache(add)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import bfn
 from model import rows_at_once
-from prompts import GAP, allowed_tokens, check_unicode, read_breaks, read_lines, warn_unknown
+from prompts import GAP, allowed_tokens, check_unicode, read_breaks, read_lines, unknown_pieces, warn_unknown
 from text import decode, one_line
 
 N_SHOWN = 3  # surprising tokens of a text, and suggestions for each
@@ -33,8 +33,8 @@ class Surprise:
 
 
 @torch.no_grad()
-def log_p_given_others(model, ids):
-    """Ask the network for each token of a text (L,), with all others given -> log_p (L, K)."""
+def leave_one_out_log_p(model, ids):
+    """Ask the network for each token of a text (L,), with all others given -> log_p (L, K) [Salazar et al. 2020, arXiv 1910.14659]."""
     device, L, K = next(model.parameters()).device, len(ids), model.config.K
     ids, others, rows = torch.tensor(ids, device=device), ~torch.eye(L, dtype=torch.bool, device=device), []
     size = rows_at_once(L, model.config, device)
@@ -49,16 +49,17 @@ def log_p_given_others(model, ids):
 def surprises(sampler, text):
     """Read a text -> a Surprise for each token that is not bos or eos. Raises ValueError if it is too long."""
     ids, tokenizer = sampler.encode(text, "the text"), sampler.tokenizer
-    if not ids:
-        raise ValueError("the text to check is empty")
-    log_p = log_p_given_others(sampler.model, ids)
-    may_stand = allowed_tokens(tokenizer)[-GAP]
-    found, before = [], ""
     words = [d for d, k in enumerate(ids) if not tokenizer.is_control(k)]  # no bos, eos or label
+    if not words:
+        raise ValueError("the text to check is empty")
+    log_p = leave_one_out_log_p(sampler.model, ids)
+    may_stand = allowed_tokens(tokenizer)[-GAP]
+    found, before, unknown = [], "", unknown_pieces(text, tokenizer)
     for i, d in enumerate(words):
         p, best = log_p[d].exp().masked_fill(~may_stand, 0).topk(min(N_SHOWN, int(may_stand.sum())))
         suggestions = [(decode(tokenizer, [j]), share) for j, share in zip(best.tolist(), p.tolist(), strict=True)]
-        text_so_far = one_line(decode(tokenizer, [ids[j] for j in words[: i + 1]]))  # what a token reads as depends on those before it
+        so_far = [ids[j] for j in words[: i + 1]]  # what a token reads as depends on those before it
+        text_so_far = one_line(decode(tokenizer, so_far, unknown))
         found.append(Surprise(text_so_far[len(before) :], -log_p[d, ids[d]].item() / math.log(2), suggestions))
         before = text_so_far
     return found

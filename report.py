@@ -14,7 +14,6 @@ import math
 from collections import defaultdict
 from contextlib import suppress
 from html import escape
-from pathlib import Path
 from string import Template
 
 import numpy as np
@@ -24,7 +23,7 @@ from tqdm import tqdm
 import card
 import figures
 import plot
-from checkpoint import PATH_FLAGS, load, read_metrics
+from checkpoint import load, read_metrics, without_folders
 from generation import Options, sample_batch
 from noise import mix_seed
 from text import BREAK, JOIN, LABEL, SPACE
@@ -64,12 +63,6 @@ def read_samples(run_dir):
 def thin(values, most):
     """Choose at most `most` of some values, evenly spaced, with the first and the last -> list."""
     return [values[i] for i in np.linspace(0, len(values) - 1, min(len(values), most)).round().astype(int)]
-
-
-def without_folders(args):
-    """Reduce the paths among the flags to names of files -> dict: a page is for showing to others."""
-    names = {name: ", ".join(Path(path).name for path in str(args[name]).split(",")) for name in PATH_FLAGS if args.get(name)}
-    return args | names
 
 
 # ---------------------------------------------------------------- texts at each network call

@@ -80,13 +80,19 @@ class Sampler:
         length: tokens of each text, with bos and eos; drawn if None. trace: show the first text at each call. label: of a
         model of labelled texts, begins all prompts.
         """
+        if isinstance(prompts, str):
+            raise ValueError("give a list of prompts")  # noqa: TRY004 - as all else that does not fit
+        if options.get("draft") is not None and (label is not None or any(prompts)):
+            raise ValueError("a draft is the whole text: give no prompt and no label besides")
         if label is not None:
             if not label_ids(self.tokenizer):
                 raise ValueError("the model was not trained with --labelled: give a --classifier of the label")
+            if any("\t" in prompt for prompt in prompts):
+                raise ValueError("a prompt names a label already: leave --label out")
             prompts = [f"{label}\t{prompt}" for prompt in prompts]
         options = self.options(**options)
         templates = self.templates(prompts, seed, length, options)
-        if max(map(len, templates)) > self.limit:
+        if max(map(len, templates), default=0) > self.limit:
             if options.hints or trace:
                 message = f"--hint and --trace need texts of at most {self.limit} tokens, the trained length: lower --length"
                 raise ValueError(message)
@@ -103,6 +109,8 @@ class Sampler:
 
     def options(self, *, ban=(), hint=(), draft=None, time_grid="uniform", strength=0.4, **controls):
         """Turn what a user says into Options."""
+        if time_grid not in ("uniform", "learned"):
+            raise ValueError(f"time_grid={time_grid!r} is neither uniform nor learned")
         if time_grid == "learned" and not self.run["loss_by_time"]:
             raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
         return Options(
@@ -122,6 +130,7 @@ class Sampler:
 
     def encode(self, text, name):
         """Encode a whole text with bos and eos -> ids. name: what messages call it."""
+        check_unicode(text)
         label, text = split_label(text, self.tokenizer)
         if label == [ANY_LABEL]:
             raise ValueError(f"{name} has no label: write label<TAB>text")
@@ -144,6 +153,10 @@ class Sampler:
 
     def log_likelihood(self, texts: list[str], calls: int | None = None) -> np.ndarray:
         """Compute log P(text | its length), exact under `commit` with so many calls, or one per token -> (n,) nats."""
+        if isinstance(texts, str) or (calls is not None and calls < 1):
+            raise ValueError("give a list of texts, and at least one call")
+        if not len(texts):
+            return np.zeros(0)
         windows = [np.array(self.encode(text, "the text")) for text in texts]
         functions = {"exact": partial(likelihood.exact, calls=calls)}
         bos_id = self.tokenizer.bos_id()
@@ -153,6 +166,10 @@ class Sampler:
     def fill(self, ids, given, seed: int = 0, **options) -> torch.Tensor:
         """Draw the tokens that are not given: ids, given (B, L) -> ids (B, L) int64. Only the last may become eos."""
         ids, given = torch.as_tensor(ids), torch.as_tensor(given, dtype=torch.bool)
+        if ids.dim() != 2 or ids.shape != given.shape or ids.is_floating_point():
+            raise ValueError("ids and given must have the same shape (B, L), and ids whole numbers")
+        if ((ids < 0) | (ids >= self.model.config.K))[given].any():
+            raise ValueError(f"given ids must lie between 0 and {self.model.config.K - 1}")
         kinds = torch.full_like(ids, GAP).index_fill(1, torch.tensor([ids.shape[1] - 1]), FREE)
         templates = torch.where(given, ids, kinds).tolist()
         samples = generate(self.model, self.tokenizer, templates, seed, self.options(**options))
@@ -215,10 +232,17 @@ def read_guide(args, model):
     return args.classifier and guidance.load_classifier(args.classifier, model).guide(args.label)
 
 
+def check_interactive(args):
+    """Raise ValueError if --interactive stands next to flags that it does not read."""
+    unread = "prompt prompt_file output check check_file draft trace".split()
+    if given := [f"--{name}" for name in unread if getattr(args, name)]:
+        raise ValueError(f"--interactive reads prompts from standard input: leave {', '.join(given)} out")
+
+
 def check_draft(args):
     """Raise ValueError if --draft stands next to flags that say what the text is."""
-    if args.draft is not None and (args.prompt or args.prompt_file or args.length):
-        raise ValueError("--draft is the whole text: use it without --prompt, --prompt_file and --length")
+    if args.draft is not None and (args.prompt or args.prompt_file or args.length or (args.label and not args.classifier)):
+        raise ValueError("--draft is the whole text: use it without --prompt, --prompt_file, --length and --label")
 
 
 def main():
@@ -229,8 +253,12 @@ def main():
     for text in [*args.ban, *args.hint, args.draft or ""]:
         check_unicode(text)
     check_draft(args)
+    separator = [] if model.run["args"]["example"] in ONE_LINE else [SEPARATOR]
+    steering = dict(guide=read_guide(args, model), label=None if args.classifier else args.label)
     if args.interactive:
-        sys.exit(2 if interactive.run(model, args, OPTIONS, flags().parse_args) else 0)
+        check_interactive(args)
+        options = [name for name in OPTIONS if name != "draft"]
+        sys.exit(2 if interactive.run(model, args, options, flags().parse_args, separator, **steering) else 0)
     if args.check or args.check_file is not None:
         proofread.run(model, args)
         return
@@ -238,11 +266,10 @@ def main():
     prompts = args.prompt + (read_prompts(args.prompt_file, model.tokenizer, model.run, args.length) if is_read else [])
     check_output(args)
     prompts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
-    options = {name: getattr(args, name) for name in OPTIONS} | dict(guide=read_guide(args, model))
-    label = None if args.classifier else args.label
-    samples = model.stream(prompts, args.seed, args.length, args.trace, label, **options)
+    options = {name: getattr(args, name) for name in OPTIONS} | steering
+    samples = model.stream(prompts, args.seed, args.length, args.trace, **options)
     warn_unknown([*prompts, args.draft or ""], model.tokenizer)
-    print_samples(samples, prompts, args, separator=[] if model.run["args"]["example"] in ONE_LINE else [SEPARATOR])
+    print_samples(samples, prompts, args, separator)
 
 
 def print_samples(samples, prompts, args, separator):

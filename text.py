@@ -78,8 +78,9 @@ def _read_document(name, stream, example, start, stop, max_bytes):
         if first and last and not text.strip():
             return []
         label, tab, rest = text.partition("\t") if example == "labelled" and first else (None, True, text)
+        label = label and label.strip()
         if not tab or label == "":
-            raise ValueError(f"{name}, line {_line_at(stream, position)} is not label<TAB>text")
+            raise ValueError(f"{name}: line {_line_at(stream, position)} is not label<TAB>text")
         return [Piece(rest, len(rest.encode()), first, last, label)]
 
     n_unread = stop - start
@@ -148,7 +149,7 @@ def split_position(corpus, example="line"):
         if begin <= size:  # it begins in this document
             stream.seek(max(0, begin - PIECE_BYTES))
             raw = stream.read(min(begin, PIECE_BYTES))
-            space = max(raw.rfind(b" "), raw.rfind(b"\n"))
+            space = raw.rfind(b"\n") if example == "labelled" else max(raw.rfind(b" "), raw.rfind(b"\n"))
             return position - len(raw) + (space + 1 if space > 0 else _find_cut(raw))
         begin -= size
     return position
@@ -347,7 +348,8 @@ def decode(tokenizer, ids, unknown=()):
         ids = ids[: ids.index(tokenizer.eos_id())]
     rest, unk = iter(unknown), tokenizer.unk_id()
     pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != tokenizer.bos_id()]
-    label = "".join(piece.removeprefix(LABEL) + "\t" for piece in pieces if piece.startswith(LABEL) and label_ids(tokenizer))
+    labels = {k: label for label, k in label_ids(tokenizer).items()}
+    label = "".join(f"{labels[k]}\t" for k in ids if k in labels)
     return label + tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ")  # SPACE: of `unknown`
 
 

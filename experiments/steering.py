@@ -152,6 +152,8 @@ def flags():
 
 def main():
     args = flags().parse_args()
+    if args.what == "corpus" and not args.output:
+        raise ValueError("corpus writes a file: give --output=FILE.tsv")
     if args.what == "corpus":
         with cli.replacing(Path(args.output)) as path:
             path.write_text(labelled_corpus(args.n or 60_000, args.seed))

@@ -391,10 +391,13 @@ def test_weights_that_share_memory_are_exported(trained, tmp_path, monkeypatch):
     assert torch.equal(logits_of(load(tmp_path / "out")[0]), logits_of(load(trained)[0]))
 
 
-def test_the_model_in_the_repository_speaks_its_language(monkeypatch, capsys):
+def test_the_model_in_the_repository_speaks_its_language(monkeypatch, capsys, tmp_path):
     assert sum(path.stat().st_size for path in TOY.iterdir()) < 2e6
     texts = run_command(monkeypatch, capsys, sample, f"-mdir={TOY}", "--num_samples=16")[1].splitlines()
     assert len(texts) == 16 and sum(map(toy.is_grammatical, texts)) >= 12
+    (tmp_path / "new.txt").write_text(toy.corpus(20, seed=5))
+    flags = f"-mdir={TOY}", f"-d={tmp_path / 'new.txt'}", "--max_tokens=100", "--draws=1", f"--cache_dir={tmp_path}"
+    assert "bound" in run_command(monkeypatch, capsys, evaluate, *flags)[1]
 
 
 def test_the_command_runs_as_a_program(trained, tmp_path):

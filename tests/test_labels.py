@@ -14,7 +14,7 @@ import sample
 import toy
 import train
 from prompts import ANY_LABEL, allowed_tokens, split_label
-from text import decode, label_ids, load_tokenizer, read_pieces, train_tokenizer
+from text import decode, label_ids, load_tokenizer, read_part, read_pieces, train_tokenizer
 
 KINDS = ["bpe", "unigram", "word", "char"]
 
@@ -73,7 +73,7 @@ def test_lines_are_split_at_their_first_tab(tmp_path):
 @pytest.mark.parametrize("content, line", [("a\tone\nno label\n", 2), ("\tone\n", 1)])
 def test_a_line_without_a_label_is_named(tmp_path, content, line):
     (tmp_path / "c.tsv").write_text(content)
-    with pytest.raises(ValueError, match=rf"c.tsv, line {line} is not label<TAB>text"):
+    with pytest.raises(ValueError, match=rf"c.tsv: line {line} is not label<TAB>text"):
         list(read_pieces(tmp_path / "c.tsv", "labelled"))
 
 
@@ -104,7 +104,7 @@ def test_documents_begin_with_bos_and_label_and_decode_to_their_line(tokenizer, 
 def test_a_tokenizer_without_the_label_is_refused(corpus, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train_tokenizer(corpus, "bpe", 300))
-    with pytest.raises(ValueError, match="no token for the label .*: leave -spm out"):
+    with pytest.raises(ValueError, match="no token for the label .*: a tokenizer knows the labels of"):
         cache.load_corpus(corpus, path, tmp_path / "cache", example="labelled")
 
 
@@ -172,3 +172,21 @@ def test_unknown_labels_get_one_line(run_dir, monkeypatch, capsys, label, messag
 def test_checking_a_text_leaves_its_label_out(run_dir, monkeypatch, capsys):
     lines, _, _ = run_command(sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--check=the\tthe king", "--json")
     assert [token["token"].strip() for token in json.loads(lines[0])] == ["the", "king"]
+
+
+def test_a_prompt_with_a_label_and_another_label_are_refused(run_dir):
+    with pytest.raises(ValueError, match="a prompt names a label already"):
+        sample.Sampler.load(run_dir)("the\tanna", label="anna")
+
+
+def test_a_corpus_of_few_labelled_lines_is_split_between_lines(tmp_path):
+    (tmp_path / "c.tsv").write_text(corpus_text(50))
+    train_part, val_part = (list(read_part(tmp_path / "c.tsv", part, "labelled")) for part in ("train", "val"))
+    assert len(train_part) + len(val_part) == 50 and len(val_part) >= 2 and all(piece.label for piece in val_part)
+
+
+def test_a_tokenizer_with_labels_needs_labelled_text(run_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "c.txt").write_text(toy.corpus(50))
+    flags = [f"-d={tmp_path / 'c.txt'}", f"--init_from={run_dir}", "--example=line", f"-mdir={tmp_path / 'new'}"]
+    _, error, code = run_command(train.main, monkeypatch, capsys, *flags)
+    assert code == 2 and "has tokens for labels: give --labelled" in error

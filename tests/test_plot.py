@@ -267,7 +267,7 @@ def test_times_without_its_text_say_where_it_was(draw, capsys, run_dir, tmp_path
     checkpoint["args"]["val_path"] = "gone.txt"
     for name in ("best", "last"):
         save_checkpoint(tmp_path / "moved" / f"{name}.pt", checkpoint)
-    assert "which is not at gone.txt: give one with -d" in fails(draw, capsys, "times", "moved")
+    assert "which is not at gone.txt: give -d" in fails(draw, capsys, "times", "moved")
 
 
 def test_packing_draws_the_segments_of_both_plans_with_their_fill(draw, drawn, run_dir, tmp_path):

@@ -49,7 +49,7 @@ def run_command(monkeypatch, capsys, *argv, stdin=""):
 
 def test_each_token_is_read_with_all_others_given(model):
     ids = model.encode("the king sees anna", "it")
-    log_p = proofread.log_p_given_others(model.model, ids)
+    log_p = proofread.leave_one_out_log_p(model.model, ids)
     for d in range(len(ids)):
         given = torch.arange(len(ids)) != d
         theta, t = torch.full((1, len(ids), model.model.config.K), 1 / model.model.config.K), torch.zeros(1, len(ids))
@@ -60,9 +60,9 @@ def test_each_token_is_read_with_all_others_given(model):
 
 def test_a_text_can_be_read_in_several_batches(model, monkeypatch):
     ids = model.encode("the king sees anna", "it")
-    whole = proofread.log_p_given_others(model.model, ids)
+    whole = proofread.leave_one_out_log_p(model.model, ids)
     monkeypatch.setattr(proofread, "rows_at_once", lambda *_: 2)
-    torch.testing.assert_close(proofread.log_p_given_others(model.model, ids), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(proofread.leave_one_out_log_p(model.model, ids), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_the_tokens_join_to_the_text_and_no_mark_is_suggested(model):
@@ -119,6 +119,29 @@ def test_lines_from_a_pipe_are_a_batch_with_the_texts_of_the_command(run_dir, mo
     assert code == 0 and not error
     model = sample.Sampler.load(run_dir, device="cpu")
     assert lines == model("the ___ sleeps", n=2, steps=3) + model("anna", n=2, seed=7, steps=3)
+
+
+def test_switches_are_set_on_and_off_and_a_label_steers_typed_prompts(run_dir, monkeypatch, capsys):
+    lines = [":set argmax on", ":set argmax yes", ":settings"]
+    output, error, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin="\n".join(lines))
+    assert code == 2 and "  argmax True" in output and "write :set argmax on, or :set argmax off" in error
+    _, error, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", "--label=x", stdin="anna\n")
+    assert code == 2 and "was not trained with --labelled" in error
+    _, error, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", "--prompt=anna", "--trace")
+    assert code == 2 and "leave --prompt, --trace out" in error
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_named(monkeypatch, tmp_path):
+    model = sample.Sampler.load(make_run(tmp_path / "run", "word", toy.corpus(300)), device="cpu")
+    assert [s.token for s in proofread.surprises(model, "the zyzzy sleeps")] == ["the", " zyzzy", " sleeps"]
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_text_is_refused(model, text):
+    if model.tokenizer.encode(text):  # a space is a token of some tokenizers
+        return
+    with pytest.raises(ValueError, match="the text to check is empty"):
+        proofread.surprises(model, text)
 
 
 def test_lines_that_are_refused_change_nothing_and_are_counted(run_dir, monkeypatch, capsys):
