@@ -147,6 +147,8 @@ def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     `model.config` is the Config; run is the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
     Raises ValueError for a missing or damaged checkpoint, or a tokenizer that the model was not trained with.
     """
+    if which not in ("best", "last"):
+        raise ValueError(f"there is no checkpoint {which!r}: best or last")
     run = read_run(run_dir, which)
     path = Path(run_dir) / "tokenizer.model"
     if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:

@@ -13,7 +13,7 @@ from prompts import read_breaks, warn_unknown
 SETTINGS = "num_samples length seed".split()  # and the options of sample.py
 HELP = """A prompt is continued; ___ is a gap of one word. Each prompt draws from the next seed.
   :set NAME VALUE   change a setting       :settings   show them
-  :help             this text              Ctrl-D      leave"""
+  :help             this text              :quit       leave, as Ctrl-D does"""
 
 
 def run(model, args, options, parse, separator=(), **more):
@@ -30,6 +30,8 @@ def run(model, args, options, parse, separator=(), **more):
         print(HELP)
     while (line := next_line(is_terminal)) is not None:
         try:
+            if line.strip() == ":quit":
+                break
             if line.startswith(":"):
                 command(line[1:].split(maxsplit=2), args, [*SETTINGS, *options], parse)
             elif line.strip() or is_terminal:

@@ -152,6 +152,11 @@ def test_lines_that_are_refused_change_nothing_and_are_counted(run_dir, monkeypa
     assert "  steps 32" in output and "  seed 0" in output
 
 
+def test_quit_leaves_the_rest_unread(run_dir, monkeypatch, capsys):
+    lines, _, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin=":settings\n:quit\n:sing\n")
+    assert code == 0 and lines
+
+
 def test_ctrl_d_leaves_and_ctrl_c_leaves_the_line(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
