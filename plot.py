@@ -40,7 +40,7 @@ from generation import Options, sample_batch
 from lengths import fit_lengths
 from noise import mix_seed
 from prompts import candidates, read_breaks
-from text import SPACE, default_vocab_size, load_tokenizer, train_tokenizer
+from text import default_vocab_size, load_tokenizer, piece_text, train_tokenizer
 from times import Times
 
 MARK = "made by plot.py"  # in each picture, so that only pictures are written over
@@ -259,7 +259,7 @@ class Recorder:
 
 def to_pieces(ids, tokenizer):
     """Write each token, with the space before it; eos as nothing -> list of str."""
-    return ["" if k == tokenizer.eos_id() else tokenizer.id_to_piece(k).replace(SPACE, " ") for k in ids]
+    return ["" if k == tokenizer.eos_id() else piece_text(k, tokenizer).replace("\n", "\u21b5") for k in ids]
 
 
 def draw_sampling(args):

@@ -26,7 +26,7 @@ import plot
 from checkpoint import load, read_metrics, without_folders
 from generation import Options, sample_batch
 from noise import mix_seed
-from text import BREAK, JOIN, LABEL, SPACE
+from text import piece_text
 
 N_TEXTS, MOST_TOKENS, N_ALTERNATIVES = 5, 512, 6  # at each network call; fewer texts where rows are long
 LEAST = 5  # per mille: less likely alternatives are left out
@@ -110,9 +110,7 @@ def to_text(k, tokenizer):
     """Write a token as it reads within a text -> str."""
     if k == tokenizer.eos_id():
         return " (end)"
-    piece = tokenizer.id_to_piece(k)
-    piece = piece.removeprefix(LABEL) + "\t" if tokenizer.is_control(k) and piece.startswith(LABEL) else piece
-    return piece.replace(SPACE + JOIN, "").replace(SPACE + BREAK, "\n").replace(SPACE, " ")
+    return piece_text(k, tokenizer)
 
 
 # ---------------------------------------------------------------- parts of the page

@@ -339,6 +339,13 @@ def label_ids(tokenizer):
     return {piece.removeprefix(LABEL): k for k, piece in pieces.items() if piece.startswith(LABEL)}
 
 
+def piece_text(k, tokenizer):
+    """Write one token as it reads within a text: its space before it, a label with its tab -> str."""
+    piece = tokenizer.id_to_piece(k)
+    piece = piece.removeprefix(LABEL) + "\t" if k in label_ids(tokenizer).values() else piece
+    return piece.replace(SPACE + JOIN, "").replace(SPACE + BREAK, "\n").replace(SPACE, " ")
+
+
 def decode(tokenizer, ids, unknown=()):
     """Turn ids into text, up to the first eos, as label<TAB>text if it has a label.
 

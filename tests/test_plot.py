@@ -26,6 +26,7 @@ import toy
 from checkpoint import load, read_checkpoint, read_metrics, save_checkpoint
 from generation import Options, sample_batch
 from prompts import make_template
+from text import SPACE
 from times import N_BINS, Times
 
 METRICS = [
@@ -308,7 +309,7 @@ def test_sampling_draws_the_certainty_of_each_position_at_each_call(draw, drawn,
     template = make_template("the king", tokenizer, run, 0, 6)
     ((ids, _),) = sample_batch(model, tokenizer, [template], [plot.mix_seed(5, 0)], options)
     assert np.asarray(shares[:, 2:]) == pytest.approx(torch.stack(seen)[:, 2:].numpy())
-    assert [tokenizer.piece_to_id(label.replace(" ", plot.SPACE)) for label in labels if label != "(end)"] == [
+    assert [tokenizer.piece_to_id(label.replace(" ", SPACE)) for label in labels if label != "(end)"] == [
         k for k in ids[1:] if k != tokenizer.eos_id()
     ]
 
