@@ -6,7 +6,7 @@ A checkpoint is one file of plain types and tensors, the description of the run 
 its state:
 
     args, identity, config, tokenizer_hash, sizes, lengths, word_lengths             `describe_run`
-    step, best, model, emas, optimizers, times, loss_by_time                         `State`
+    step, best, model, emas, optimizers, times, times_history, loss_by_time          `State`
 
 An exported folder holds the last of the emas as model.safetensors. Its config.json has what is left of the checkpoint
 without model, optimizers and times, and the figures of the validation.
@@ -247,7 +247,7 @@ def export(run_dir, out_dir, dtype=torch.float32):
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
         run |= dict(args=without_folders(run["args"]), weights_hash=file_hash(out_dir / "model.safetensors"))
         run["figures"] = card.read_figures(run_dir, run["step"]) or run.get("figures", {})
-        kept = {name: value for name, value in run.items() if name != "times"}
+        kept = {name: value for name, value in run.items() if name not in ("times", "times_history")}
         (out_dir / "config.json").write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
         (out_dir / "README.md").write_text(card.model_card(out_dir, dtype), encoding="utf-8")
     except BaseException:
@@ -282,6 +282,7 @@ def restore(state, saved):
         ema.load_state_dict(weights)
     state.step, state.best, state.loss_by_time = saved["step"], saved["best"], saved["loss_by_time"]
     state.times.curve.copy_(saved["times"])
+    state.times.history = list(saved.get("times_history", []))
 
 
 @parallel.first_only
@@ -295,7 +296,8 @@ def save(state, run, run_dir, is_best=False):
     if not all(bool(w.isfinite().all()) for weights in (networks["model"], *networks["emas"]) for w in weights.values()):
         raise ValueError("the weights are not finite: nothing is saved. Run again, with a lower -lr, to resume from last.pt")
     optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
-    progress = dict(step=state.step, best=state.best, times=state.times.curve, loss_by_time=state.loss_by_time)
+    progress = dict(step=state.step, best=state.best, loss_by_time=state.loss_by_time)
+    progress |= dict(times=state.times.curve, times_history=state.times.history)
     save_checkpoint(path, {**run, **networks, **progress, "optimizers": optimizers})
     if is_best:
         with cli.replacing(last) as temporary:

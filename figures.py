@@ -314,11 +314,18 @@ class ByTime:
     density: np.ndarray  # (n_bins,) of the learned training times, mean 1
 
 
-def times(checkpoints):
-    """Draw loss, cross-entropy and fitted density by time of ByTime checkpoints, the oldest first and palest."""
+def times(checkpoints, history=()):
+    """Draw loss, cross-entropy and fitted density by time of ByTime checkpoints, the oldest first and palest.
+
+    history: (step, density) of earlier fits, as thin lines.
+    """
     figure = new_figure(4.2)
     losses, density = figure.subplots(1, 2)
     density.axhline(1, color=ink(0.6), linestyle="--", linewidth=1, label="before training")
+    for i, (_, earlier) in enumerate(history, 1):
+        edges, alpha = np.linspace(0, 1, len(earlier) + 1), 0.1 + 0.5 * i / len(history)
+        label = f"at {len(history)} validations" if i == len(history) else None
+        density.stairs(earlier, edges, baseline=None, color=ink(0.4), linewidth=0.8, alpha=alpha, label=label)
     for i, c in enumerate(checkpoints, 1):
         strength = dict(alpha=i / len(checkpoints) if len(checkpoints) > 1 else 1.0, linewidth=1.8)
         losses.plot(c.t, c.loss, color="C0", label=plain(f"loss, {c.label}"), **strength)

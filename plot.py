@@ -177,16 +177,15 @@ def to_cell(value):
 
 
 def draw_times(args):
-    """Only checkpoints record the fit of the times, so best.pt and last.pt are its whole history."""
+    """Draw the losses of best.pt and last.pt by time, and the densities that were fitted to them at each validation."""
     device, found = cli.device(args.device), {}
     for which in ("best", "last"):
         if which == "last" or (args.run_dir / "best.pt").exists():
             model, tokenizer, run = load(args.run_dir, which, device)
             found[run["step"]] = which, model, tokenizer, run
-    if len(found) == 1:
-        print("best.pt and last.pt are of the same step, so there is no earlier fit to compare with")
+    history = [(step, density_of(torch.tensor(curve))) for step, curve in found[max(found)][3].get("times_history", [])]
     measured = [measure_times(*found[step], args, device) for step in sorted(found)]
-    save(args.output, partial(figures.times, measured), args.dark)
+    save(args.output, partial(figures.times, measured, history), args.dark)
 
 
 def measure_times(which, model, tokenizer, run, args, device):
@@ -199,10 +198,15 @@ def measure_times(which, model, tokenizer, run, args, device):
     sizes = dict(n_draws=DENSITY_DRAWS, max_tokens=args.max_tokens, progress=True)
     scores = bounds.score(model, tokens, flags["sequence_length"], tokenizer.bos_id(), device, **sizes)
     _, loss, cross_entropy = scores.by_time(DENSITY_BINS)
-    fit = Times("learned", 0.0)
-    fit.curve = run["times"]
     t = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
-    return figures.ByTime(f"{which}.pt, step {run['step']:,}", t, loss, cross_entropy, fit.density().numpy())
+    return figures.ByTime(f"{which}.pt, step {run['step']:,}", t, loss, cross_entropy, density_of(run["times"]))
+
+
+def density_of(curve):
+    """Compute the density of learned times that belongs to a curve of `Times` -> (N_BINS,) array."""
+    fit = Times("learned", 0.0)
+    fit.curve = curve
+    return fit.density().numpy()
 
 
 # ---------------------------------------------------------------- packing

@@ -57,6 +57,7 @@ class Times:
     def __init__(self, kind, position_share, device="cpu"):
         self.kind, self.position_share = kind, position_share
         self.curve = torch.ones(N_BINS, device=device)
+        self.history = []  # (step, curve as a list) at each validation, to be looked at
         self.sums = torch.zeros(2, N_BINS, device=device)  # of squared losses and of draws in this step
 
     def density(self):
@@ -84,6 +85,10 @@ class Times:
         of_batch[0].scatter_add_(0, i, (loss.square() * mask).flatten())
         of_batch[1].scatter_add_(0, i, mask.float().flatten())
         self.sums += of_batch
+
+    def remember(self, step):
+        """Keep the curve of a step."""
+        self.history.append((step, self.curve.tolist()))
 
     def fold(self):
         """Move the curve towards this step's mean square losses, in bins that have any and where they are finite."""

@@ -314,7 +314,6 @@ def main():
         meter.add(loss, norm, micro_batches)
         state.step += 1
         bar.update()
-
         step, is_last = state.step, state.step == args.max_steps
         if step % args.log_interval == 0 or is_last:
             recent = meter.figures(step, optim.learning_rate(step - 1, args), config, args, device)
@@ -325,6 +324,7 @@ def main():
             if step % args.val_interval == 0 or is_last:
                 figures, state.loss_by_time = evaluate.validate(state.emas[-1], *inputs, args.val_tokens)
                 write(step, **{f"val_{name}": value for name, value in figures.items()})
+                state.times.remember(step)
                 news.append(f"step {step}: {log.validation_line(figures)}")
                 news += [line for line in [log.overfitting_line(run_dir)] if line]
                 log.draw_curves(run_dir)

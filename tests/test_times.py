@@ -101,3 +101,13 @@ def test_a_loss_that_is_not_finite_does_not_change_the_curve():
     times.learn(torch.tensor([[0.5]]), torch.tensor([[float("nan")]]), torch.tensor([[True]]))
     times.fold()
     assert torch.equal(times.curve, before)
+
+
+def test_the_curve_of_each_validation_is_kept_as_it_was_then():
+    times = Times("learned", 0.0)
+    times.remember(1)
+    times.learn(torch.full((1, 4), 0.5), torch.full((1, 4), 3.0), torch.ones(1, 4))
+    times.fold()
+    times.remember(2)
+    (first, before), (second, after) = times.history
+    assert (first, second) == (1, 2) and set(before) == {1.0} and max(after) > 1

@@ -696,7 +696,7 @@ def test_a_run_on_a_folder_of_files_resumes_and_notices_a_change(run, corpus, tm
     (folder / "c.txt").write_text("a further line\n")
     with pytest.raises(ValueError, match="trained with another corpus text"):
         run(tmp_path / "run", f"-d={folder}", "--text_field=body")
-    with pytest.raises(ValueError, match="line 1, has no text in a field 'text'"):
+    with pytest.raises(ValueError, match="line 1 has no text in a field 'text'"):
         run(tmp_path / "run", f"-d={folder}")
     with pytest.raises(ValueError, match="run is the run folder, where training writes"):
         run(tmp_path / "run", f"-d={tmp_path / 'run'}")
