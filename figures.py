@@ -93,7 +93,8 @@ def lines(series, x_label, y_label, title, log="", top=None):
         convert = partial(np.interp, xp=x, fp=values), partial(np.interp, xp=values, fp=x)
         axes.secondary_xaxis("top", functions=convert).set_xlabel(label)
     axes.grid()
-    axes.legend()
+    if series:
+        axes.legend()
     return figure
 
 
