@@ -94,8 +94,7 @@ def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
     corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, or text that is not UTF-8.
     """
     corpus = Corpus.of(corpus)
-    key = f"{content_hash(corpus, cache_dir)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}"
-    key = hashlib.sha256((key + f" {example}" * (example != "line")).encode()).hexdigest()[:32]
+    key = text_key(corpus, tokenizer_path, cache_dir, part, example)
     folder = Path(cache_dir) / key
     if (tokens := _read_cache(folder, key)) is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -107,6 +106,12 @@ def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
 
 
 # ---------------------------------------------------------------- the content of a corpus
+
+
+def text_key(corpus, tokenizer_path, cache_dir, part="all", example="line"):
+    """Compute what identifies the Tokens of a part of a Corpus -> str."""
+    key = f"{content_hash(corpus, cache_dir)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}"
+    return hashlib.sha256((key + f" {example}" * (example != "line")).encode()).hexdigest()[:32]
 
 
 def content_hash(corpus, cache_dir):

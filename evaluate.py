@@ -305,8 +305,11 @@ def find_corpus(args, run):
     """Find the text that the model was trained on -> Corpus, which part of it was used. Raises ValueError if it is gone."""
     path = args.corpus or run["args"]["data_path"] or str(Path(args.model_dir) / "corpus.txt")
     message = "samples are compared with the training text, which is not at {}: give it with --corpus"
-    corpus = Corpus.find(path, run["args"]["text_field"], message)
-    return corpus, "all" if run["args"]["val_path"] else "train"
+    corpus, part = Corpus.find(path, run["args"]["text_field"], message), "all" if run["args"]["val_path"] else "train"
+    tokenizer, trained_on = Path(args.model_dir) / "tokenizer.model", run.get("identity", {}).get("corpus")
+    if trained_on not in (None, cache.text_key(corpus, tokenizer, args.cache_dir, part, run["args"]["example"])):
+        print(f"{path} is not the text that the model was trained on: samples are compared with another one", file=sys.stderr)
+    return corpus, part
 
 
 def choose_texts(tokens, tokenizer, window, n, seed):

@@ -24,6 +24,7 @@ import evaluate
 import plot
 import quality
 import toy
+from checkpoint import load
 from text import load_tokenizer, train_tokenizer
 
 SEQUENCES, P = random_joint()
@@ -591,3 +592,17 @@ def test_a_picture_that_fails_keeps_the_one_that_was_there(picture, tmp_path, mo
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.write_text("half") / 0)
     assert not picture("a.png")
     assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_training_text_that_was_replaced_is_named_before_samples_are_compared_with_it(tmp_path, capsys):
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(300))
+    run = load(run_dir)[2]
+    args = SimpleNamespace(corpus=str(run_dir / "text.txt"), model_dir=run_dir, cache_dir=tmp_path / "cache")
+    part = "all" if run["args"]["val_path"] else "train"
+    tokens = cache.load_corpus(args.corpus, run_dir / "tokenizer.model", args.cache_dir, part)
+    run["identity"] = dict(run.get("identity", {}), corpus=tokens.key)
+    evaluate.find_corpus(args, run)
+    assert not capsys.readouterr().err
+    (run_dir / "text.txt").write_text(toy.corpus(300, seed=1))
+    evaluate.find_corpus(args, run)
+    assert "text.txt is not the text that the model was trained on" in capsys.readouterr().err
