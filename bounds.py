@@ -266,6 +266,12 @@ def seconds_per_row(model, text, device, n_steps):
     return (time.perf_counter() - start) / text.plan.n_rows
 
 
+def rows_in_time(model, sample, n_rows, device, n_steps, seconds):
+    """Choose how many of n_rows rows all processes score within some seconds, by the speed at a `sample`, a Text -> int."""
+    speed = seconds_per_row(model, sample, device, n_steps)
+    return parallel.from_first(int(min(n_rows, max(1, seconds // speed * parallel.size()))))
+
+
 def score(
     model, tokens, window, bos_id, device, *, error=None, n_draws=2, n_steps=None, given=nothing_given, seed=0,
     max_tokens=None, batch_size=None, progress=False, seconds=None, interrupts=(),
@@ -281,13 +287,12 @@ def score(
     text = Text(tokens, plan, window, bos_id, given)
     batch_size = batch_size or rows_at_once(window, model.config, device)
     if seconds:
-        speed = seconds_per_row(model, text.first_rows(min(batch_size, n_rows)), device, n_steps)
-        n_rows = parallel.from_first(int(min(n_rows, max(1, seconds / 2 // speed * parallel.size()))))
+        n_rows = rows_in_time(model, text.first_rows(min(batch_size, n_rows)), n_rows, device, n_steps, seconds / 2)
     text, batch_size = text.first_rows(n_rows), math.ceil(min(batch_size, n_rows) / parallel.size())
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
     draws, n_draws, start, seconds = [], 2 if error else n_draws, time.perf_counter(), seconds or math.inf
-    stop = False
-    with BoundBar(total=n_draws * len(parallel.share(batches)), unit="batch", desc="evaluating", disable=None if progress else True) as bar:
+    stop, total = False, n_draws * len(parallel.share(batches))
+    with BoundBar(total=total, unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         bar.unknown = unknown_nats_per_token(tokens, bos_id)
         while len(draws) < n_draws and not stop:
             draw_seed = mix_seed(seed, "evaluate", len(draws))

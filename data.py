@@ -97,7 +97,7 @@ def count_rows(lengths, row_length):
 
 
 def _count_more_rows(lengths, n_free, row_length):
-    """Count the rows that long documents need besides n_free positions."""
+    """Count the rows that long documents need in addition to n_free positions."""
     n_needed = int(lengths.sum()) + row_length - 1 if len(lengths) else 0  # for the largest skip
     return max(0, -(-(n_needed - n_free) // row_length))
 

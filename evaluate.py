@@ -462,6 +462,30 @@ def measure_exact(model, text, bos_id, functions, args, device, interrupts):
     return exact_figures(text, scores, bos_id)
 
 
+def scoring_options(args):
+    """Turn flags into the options of `bounds.score` -> dict. Without a flag that says how much, a minute has to do."""
+    quick = not (args.all or args.max_tokens or args.se or args.draws)
+    return dict(
+        error=None if args.draws else args.se or ERROR,
+        n_draws=args.draws,
+        seconds=SECONDS if quick else None,
+        max_tokens=args.max_tokens,
+        n_steps=args.n_steps,
+        given=args.given,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        progress=True,
+    )
+
+
+def write_tables(args, scores, figures, title):
+    """Write what --by_time and --by_calls ask for. figures: of the exact likelihood, {} if it was not computed."""
+    if args.by_time:
+        write_by_time(scores, args.by_time, title)
+    if args.by_calls and figures:
+        write_by_calls(figures, args.calls, args.by_calls, title)
+
+
 def main():
     args = flags().parse_args()
     check_tables(args)
@@ -477,11 +501,7 @@ def main():
     warn_of_changes(text, tokenizer, example)
     longest = args.window and min(args.window, int(tokens.lengths.max()))  # no document fills a longer window
     window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
-    title = f"{args.model_dir}, step {run['step']}"
-    quick = not (args.all or args.max_tokens or args.se or args.draws)
-    error = None if args.draws else args.se or ERROR
-    options = dict(error=error, n_draws=args.draws, seconds=SECONDS if quick else None, max_tokens=args.max_tokens)
-    options |= dict(n_steps=args.n_steps, given=args.given, seed=args.seed, batch_size=args.batch_size, progress=True)
+    options = scoring_options(args)
     with collect_interrupts() as interrupts:
         scores = score(model, tokens, window, bos_id, device, **options, interrupts=interrupts)
         figures = likelihood_figures(scores, tokens, bos_id, conditional=args.given is not nothing_given)
@@ -490,10 +510,7 @@ def main():
             figures |= measure_exact(model, scores.text, bos_id, functions, args, device, interrupts)
         stopped = parallel.total(len(interrupts)) > 0
     scores.partial |= stopped and bool(functions)
-    if args.by_time:
-        write_by_time(scores, args.by_time, title)
-    if args.by_calls and functions:
-        write_by_calls(figures, args.calls, args.by_calls, title)
+    write_tables(args, scores, figures if functions else {}, f"{args.model_dir}, step {run['step']}")
     if not args.json:
         print(describe(args.data_path, tokens, window, figures), *table(figures, args.n_steps, functions), sep="\n", flush=True)
     samples = {}
@@ -505,7 +522,7 @@ def main():
         print(to_json(figures, scores, samples))
     elif samples:
         print("\n".join(quality.table(samples)))
-    for line in notes(scores, error, quick) if parallel.rank() == 0 else ():
+    for line in notes(scores, options["error"], options["seconds"] is not None) if parallel.rank() == 0 else ():
         print(line, file=sys.stderr)
     if scores.partial:
         sys.exit(128 + signal.SIGINT)

@@ -22,6 +22,7 @@ from watch import Trace
 DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
 
+
 @dataclass(frozen=True, eq=False)  # it may hold tensors
 class Options(bfn.Controls):
     """How to sample, and what the user knows about the text. The defaults are the best we measured (RESULTS.md).
@@ -40,23 +41,19 @@ class Options(bfn.Controls):
     guide_is_exact: bool = False  # the guide is the true log p, not a learned one
 
     def __post_init__(self):
-        wrong = [
-            name
-            for name, is_right in dict(
-                sampler=self.sampler in bfn.SAMPLERS,
-                steps=isinstance(self.steps, int) and self.steps >= 1,
-                corrections=isinstance(self.corrections, int) and self.corrections >= 0,
-                temperature=self.temperature > 0,
-                top_p=0 < self.top_p <= 1,
-                until=self.until >= 0,
-                strength=0 <= self.strength < 1,
-                guidance=self.guidance >= 0,
-                scale=self.scale >= 0,
-            ).items()
-            if not is_right
-        ]
-        if wrong:
-            raise ValueError("; ".join(f"{name}={getattr(self, name)!r} is out of range" for name in wrong))
+        in_range = dict(
+            sampler=self.sampler in bfn.SAMPLERS,
+            steps=isinstance(self.steps, int) and self.steps >= 1,
+            corrections=isinstance(self.corrections, int) and self.corrections >= 0,
+            temperature=self.temperature > 0,
+            top_p=0 < self.top_p <= 1,
+            until=self.until >= 0,
+            strength=0 <= self.strength < 1,
+            guidance=self.guidance >= 0,
+            scale=self.scale >= 0,
+        )
+        if wrong := [f"{name}={getattr(self, name)!r} is out of range" for name, is_right in in_range.items() if not is_right]:
+            raise ValueError("; ".join(wrong))
 
 
 def generate(model, tokenizer, templates, seed, options=Options(), numbers=None):

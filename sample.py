@@ -83,7 +83,7 @@ class Sampler:
         if isinstance(prompts, str):
             raise ValueError("give a list of prompts")  # noqa: TRY004 - as all else that does not fit
         if options.get("draft") is not None and (label is not None or any(prompts)):
-            raise ValueError("a draft is the whole text: give no prompt and no label besides")
+            raise ValueError("a draft is the whole text: give neither a prompt nor a label")
         if label is not None:
             if not label_ids(self.tokenizer):
                 raise ValueError("the model was not trained with --labelled: give a --classifier of the label")

@@ -146,7 +146,7 @@ def flags():
     add("--classifier", help="labels: file of classify.py; without it, the model must be one of labelled texts")
     add("--n", type=cli.count, help="sentences (500; corpus 60000; labels 40 of each label)")
     add("--seed", type=cli.natural, default=1, help="of the sentences (1)")
-    add("--output", help="corpus: file to write; labels: FILE.json, with a picture beside it")
+    add("--output", help="corpus: file to write; labels: FILE.json, with a picture next to it")
     return p
 
 

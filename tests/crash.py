@@ -341,7 +341,7 @@ def one_folder(folder, whole, counts, todo, rng):
     folder.chmod(0o755)
     found = []
     for _ in range(rng.randint(1, 3)):
-        if not todo or (found and todo[-1][1] is None):  # a fault is for a folder of its own
+        if not todo or (found and todo[-1][1] is None):  # each fault needs its own folder
             break
         phase, action = cell = todo.pop()
         if action is None:

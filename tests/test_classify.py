@@ -1,13 +1,11 @@
 """Classifiers of noisy texts: training, files, and steering by them."""
 
-import sys
 
 import pytest
 import torch
-from untrained import make_run
+from untrained import make_run, run_command
 
 import classify
-import cli
 import guidance
 import sample
 import toy
@@ -25,17 +23,6 @@ def texts(tmp_path_factory):
     lines = [line for line in toy.corpus(900).splitlines() if line.split()[0] in ("anna", "david")]
     path.write_text("".join(f"{line.split()[0]}\t{line}\n" for line in lines))
     return path
-
-
-def run_command(main, monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
-    code = 0
-    try:
-        cli.run(main)
-    except SystemExit as stop:
-        code = stop.code
-    output = capsys.readouterr()
-    return output.out.splitlines(), output.err, code
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Labelled texts: labels are tokens of their own, given or drawn, in training and in sampling."""
+"""Labelled texts: each label is a token, given or drawn, in training and in sampling."""
 
 import json
 import sys
@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from untrained import run_command
 
 import cache
-import cli
 import data
 import sample
 import toy
@@ -36,17 +36,6 @@ def tokenizer(request, corpus, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tokenizer.model"
     path.write_bytes(train_tokenizer(corpus, request.param, 300, "labelled"))
     return path, load_tokenizer(path)
-
-
-def run_command(main, monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
-    code = 0
-    try:
-        cli.run(main)
-    except SystemExit as stop:
-        code = stop.code
-    output = capsys.readouterr()
-    return output.out.splitlines(), output.err, code
 
 
 @pytest.fixture(scope="module")

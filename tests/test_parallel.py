@@ -31,6 +31,20 @@ import cli
 cli.run(train.main)
 """
 
+SLOW_SAVES = """
+import time
+from datetime import timedelta
+import checkpoint, cli, parallel, train
+real, parallel.STEP_TIMEOUT = checkpoint.save_checkpoint, timedelta(seconds=4)
+
+def save_checkpoint(*inputs):
+    time.sleep(8)
+    real(*inputs)
+
+checkpoint.save_checkpoint = save_checkpoint
+cli.run(train.main)
+"""
+
 EVALUATE = """
 import signal
 import bounds, cli, evaluate, parallel
@@ -88,6 +102,15 @@ def test_if_one_process_is_killed_the_others_end_in_one_line_and_the_run_can_be_
     assert "Run the same command again to resume" in killed.stderr
     assert launch(tmp_path / "parts", 2).returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_save_that_takes_longer_than_a_step_may_loses_no_process(tmp_path):
+    (tmp_path / "corpus.txt").write_text(toy.corpus(300))
+    (tmp_path / "slow.py").write_text(SLOW_SAVES)
+    flags = [f"-d={tmp_path / 'corpus.txt'}", f"-mdir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'cache'}", "--tokenizer=word"]
+    done = start(tmp_path / "slow.py", 2, *flags, *TINY, "-svi=2", "-vli=100", "--max_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
 
 def test_micro_batches_that_cannot_be_shared_evenly_are_refused(launch, tmp_path):

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from untrained import make_run
+from untrained import make_run, run_command
 
 import bfn
-import cli
 import interactive
 import proofread
 import sample
@@ -32,16 +31,9 @@ def model(run_dir):
     return model
 
 
-def run_command(monkeypatch, capsys, *argv, stdin=""):
-    monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
+def run_sample(monkeypatch, capsys, *argv, stdin=""):
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-    code = 0
-    try:
-        cli.run(sample.main)
-    except SystemExit as stop:
-        code = stop.code
-    output = capsys.readouterr()
-    return output.out.splitlines(), output.err, code
+    return run_command(sample.main, monkeypatch, capsys, *argv)
 
 
 # ---------------------------------------------------------------- proof-reading
@@ -92,7 +84,7 @@ def test_other_files_get_columns_or_json():
 def test_the_command_reads_texts_and_files(run_dir, monkeypatch, capsys, tmp_path):
     (tmp_path / "texts.txt").write_text("anna sleeps\n\nthe king sees anna\n")
     flags = [f"-mdir={run_dir}", "--check=the lamp", f"--check_file={tmp_path / 'texts.txt'}", "--json"]
-    lines, _, code = run_command(monkeypatch, capsys, *flags)
+    lines, _, code = run_sample(monkeypatch, capsys, *flags)
     texts = ["".join(s["token"] for s in json.loads(line)) for line in lines]
     assert texts == ["the lamp", "anna sleeps", "the king sees anna"] and code == 0
 
@@ -106,7 +98,7 @@ def test_the_command_reads_texts_and_files(run_dir, monkeypatch, capsys, tmp_pat
     ],
 )
 def test_texts_that_cannot_be_read_get_one_line(run_dir, monkeypatch, capsys, flag, message):
-    lines, error, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", flag)
+    lines, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", flag)
     assert code == 2 and message in error and error.count("\n") == 1 and not lines
 
 
@@ -115,7 +107,7 @@ def test_texts_that_cannot_be_read_get_one_line(run_dir, monkeypatch, capsys, fl
 
 def test_lines_from_a_pipe_are_a_batch_with_the_texts_of_the_command(run_dir, monkeypatch, capsys):
     flags = [f"-mdir={run_dir}", "--num_samples=2", "--interactive"]
-    lines, error, code = run_command(monkeypatch, capsys, *flags, stdin=":set steps 3\nthe ___ sleeps\n:set seed 7\nanna\n")
+    lines, error, code = run_sample(monkeypatch, capsys, *flags, stdin=":set steps 3\nthe ___ sleeps\n:set seed 7\nanna\n")
     assert code == 0 and not error
     model = sample.Sampler.load(run_dir, device="cpu")
     assert lines == model("the ___ sleeps", n=2, steps=3) + model("anna", n=2, seed=7, steps=3)
@@ -123,11 +115,11 @@ def test_lines_from_a_pipe_are_a_batch_with_the_texts_of_the_command(run_dir, mo
 
 def test_switches_are_set_on_and_off_and_a_label_steers_typed_prompts(run_dir, monkeypatch, capsys):
     lines = [":set argmax on", ":set argmax yes", ":settings"]
-    output, error, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin="\n".join(lines))
+    output, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin="\n".join(lines))
     assert code == 2 and "  argmax True" in output and "write :set argmax on, or :set argmax off" in error
-    _, error, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", "--label=x", stdin="anna\n")
+    _, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", "--label=x", stdin="anna\n")
     assert code == 2 and "was not trained with --labelled" in error
-    _, error, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", "--prompt=anna", "--trace")
+    _, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", "--prompt=anna", "--trace")
     assert code == 2 and "leave --prompt, --trace out" in error
 
 
@@ -146,14 +138,14 @@ def test_an_empty_text_is_refused(model, text):
 
 def test_lines_that_are_refused_change_nothing_and_are_counted(run_dir, monkeypatch, capsys):
     lines = [":set steps many", ":set colour blue", ":set", ":sing", "anna ___{99}", ":settings"]
-    output, error, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin="\n".join(lines))
+    output, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin="\n".join(lines))
     assert code == 2 and error.count("\nerror: ") + error.startswith("error: ") == 5
     assert "no setting colour" in error and "write :set NAME VALUE" in error and "the model was trained on 32" in error
     assert "  steps 32" in output and "  seed 0" in output
 
 
 def test_quit_leaves_the_rest_unread(run_dir, monkeypatch, capsys):
-    lines, _, code = run_command(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin=":settings\n:quit\n:sing\n")
+    lines, _, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin=":settings\n:quit\n:sing\n")
     assert code == 0 and lines
 
 

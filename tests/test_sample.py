@@ -819,3 +819,14 @@ def test_the_object_takes_empty_lists_and_no_texts_in_place_of_lists(loaded):
     for ids, given in (([1, 2], [True, False]), ([[1, 2]], [[True]]), ([[1, 10**6]], [[True, True]]), ([[-7, 2]], [[True, True]])):
         with pytest.raises(ValueError, match="ids"):
             model.fill(ids, given)
+
+
+def test_a_guide_chooses_lengths_that_its_label_has(mixing):
+    model = sample.Sampler(*mixing)
+    lengths = sorted({len(ids) for _, ids, _ in model.stream([""] * 40, steps=1, corrections=0)})
+
+    def guide(z, t):
+        return 0 * z.sum((1, 2)) - 30.0 * (z.shape[1] != lengths[0])
+
+    assert len(lengths) > 1
+    assert {len(ids) for _, ids, _ in model.stream([""] * 40, steps=1, corrections=0, guide=guide)} == {lengths[0]}

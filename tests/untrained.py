@@ -1,7 +1,10 @@
-"""Untrained networks, run folders for the commands that read them, and a comparison of checkpoints."""
+"""Untrained networks, run folders for the commands that read them, a comparison of checkpoints, and a command in a test."""
+
+import sys
 
 import torch
 
+import cli
 from checkpoint import save_checkpoint
 from model import BFNTransformer, Config
 from text import file_hash, load_tokenizer, train_tokenizer
@@ -56,3 +59,15 @@ def equal(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+def run_command(main, monkeypatch, capsys, *argv):
+    """Run the main function of a command -> the lines of its standard output, its standard error, its exit code."""
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+    code = 0
+    try:
+        cli.run(main)
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    return output.out.splitlines(), output.err, code
