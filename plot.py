@@ -112,6 +112,7 @@ def read_histories(run_dirs):
 
 
 def draw_run(args):
+    """Draw the curves of runs, with --watch again and again."""
     draw = partial(save, args.output, dark=args.dark)
     draw(lambda: figures.training(read_histories(args.run_dirs)))
     if args.watch:
@@ -123,6 +124,7 @@ def draw_run(args):
 
 
 def draw_compare(args):
+    """Print and draw what differs between runs."""
     run_dirs = list(dict.fromkeys(args.run_dirs))
     if len(run_dirs) < 2:
         raise ValueError("compare needs two or more run folders")
@@ -267,6 +269,7 @@ def to_pieces(ids, tokenizer):
 
 
 def draw_sampling(args):
+    """Draw how certain each position is at each network call, or the texts as they emerge."""
     model, tokenizer, run = load(args.run_dir, args.checkpoint, cli.device(args.device))
     n, recorder = args.num_samples or (6 if args.gif else 1), Recorder()
     prompts = [read_breaks(prompt, run) for prompt in args.prompt or [""] for _ in range(n)]
@@ -309,6 +312,7 @@ def save_animation(path, texts, title, dark):
 
 
 def draw_quality(args):
+    """Draw likelihoods and figures of samples over the network calls."""
     exact, results = {}, []
     for path in args.files:
         content = read_json(path)
@@ -352,6 +356,7 @@ def exact_by_calls(content):
 
 
 def draw_report(args):
+    """Write the page of a run."""
     import report  # it imports this file
 
     content = report.page(args.run_dir, cli.device(args.device))
@@ -364,10 +369,12 @@ def draw_report(args):
 
 
 def draw_simplex(args):
+    """Draw the flow on three tokens."""
     save(args.output, partial(figures.simplex, args.seed), args.dark)
 
 
 def draw_beta(args):
+    """Draw how often the evidence names the token."""
     save(args.output, partial(figures.beta, args.beta), args.dark)
 
 
