@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import continuous as c
+import moons
 
 
 class Mixture:
@@ -181,8 +182,8 @@ def test_an_untrained_network_predicts_the_mean_and_its_bound_is_the_entropy_of_
     """x_hat = mu is exact for x ~ N(0, 1): L_inf = log(1 / sigma1) and L_inf + L_rec = log(2 pi e) / 2, up to E[x^2] sigma1^2 / 2."""
     torch.manual_seed(2)
     mu, t = torch.randn(100, 2), torch.rand(100, 1)
-    torch.testing.assert_close(c.predict(c.Network(2, sigma1), mu, t, sigma1), mu, rtol=1e-4, atol=1e-4)
-    network = c.Network(1, sigma1).double()
+    torch.testing.assert_close(c.predict(moons.Network(2, sigma1), mu, t, sigma1), mu, rtol=1e-4, atol=1e-4)
+    network = moons.Network(1, sigma1).double()
     x, eps, q = Mixture([1.0], [[0.0]], [1.0], sigma1).grid(n=41)
     with torch.no_grad():
         L_inf = (q * continuous_time_loss(network, x, eps, n_times=3)).sum().item()
@@ -292,33 +293,33 @@ def test_one_step_samples_from_a_normal_have_the_variance_of_its_algebra():
 def test_the_half_circles_face_each_other():
     angle, moon = np.array([0, np.pi / 2, np.pi] * 2), np.repeat([0, 1], 3)
     upper, lower = [[1, 0], [0, 1], [-1, 0]], [[0, 0.5], [1, -0.5], [2, 0.5]]
-    np.testing.assert_allclose(c.half_circles(angle, moon), upper + lower, atol=1e-12)
+    np.testing.assert_allclose(moons.half_circles(angle, moon), upper + lower, atol=1e-12)
 
 
 def test_the_density_of_two_moons_sums_to_1_and_fits_the_points():
     g = torch.linspace(-2, 3, 201, dtype=torch.float64)
-    log_p = c.two_moons_log_density(torch.cartesian_prod(g, g))
+    log_p = moons.two_moons_log_density(torch.cartesian_prod(g, g))
     p = log_p.exp() * (g[1] - g[0]) ** 2
     assert p.sum().item() == pytest.approx(1, abs=1e-4)
-    x = c.two_moons(20_000, np.random.default_rng(0))
-    assert -c.two_moons_log_density(x).mean().item() == pytest.approx(-(p * log_p).sum().item(), abs=0.03)
+    x = moons.two_moons(20_000, np.random.default_rng(0))
+    assert -moons.two_moons_log_density(x).mean().item() == pytest.approx(-(p * log_p).sum().item(), abs=0.03)
 
 
 def test_training_lowers_the_bound():
     torch.manual_seed(5)
     rng = np.random.default_rng(5)
-    network, x = c.Network(2, c.SIGMA1), c.two_moons(20_000, rng)
-    before = sum(c.bound(network, x))
-    c.train(network, x, 150)
-    assert sum(c.bound(network, x)) < before - 0.3
+    network, x = moons.Network(2, moons.SIGMA1), moons.two_moons(20_000, rng)
+    before = sum(moons.bound(network, x))
+    moons.train(network, x, 150)
+    assert sum(moons.bound(network, x)) < before - 0.3
 
 
 def test_the_command_draws_a_picture_and_refuses_other_endings(tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "picture.png"
-    monkeypatch.setattr(sys, "argv", ["continuous.py", "--max_steps=2", f"--output={output}"])
-    c.main()
+    monkeypatch.setattr(sys, "argv", ["moons.py", "--max_steps=2", f"--output={output}"])
+    moons.main()
     assert capsys.readouterr().out.startswith("bound ")
     assert output.read_bytes()[1:4] == b"PNG" and list(tmp_path.rglob("*")) == [output.parent, output]
-    monkeypatch.setattr(sys, "argv", ["continuous.py", f"--output={tmp_path / 'picture.txt'}"])
+    monkeypatch.setattr(sys, "argv", ["moons.py", f"--output={tmp_path / 'picture.txt'}"])
     with pytest.raises(ValueError, match=r"\.png"):
-        c.main()
+        moons.main()

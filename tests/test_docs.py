@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 COMMAND = re.compile(r"\bpython ((?:\w+/)?\w+\.py[^\n`&|;#]*)")
-QUICK = {"plot.py": [], "sample.py": ["--num_samples=1"], "continuous.py": ["--max_steps=2"]}  # with flags that make it so
+QUICK = {"plot.py": [], "sample.py": ["--num_samples=1"], "moons.py": ["--max_steps=2"]}  # with flags that make it so
 INPUTS = "model_dir", "run_dir", "run_dirs", "data_path", "files"  # flags of what a command reads
 HOME = {"data.py": "corpus.py"}  # where the command of a file is, if elsewhere
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
