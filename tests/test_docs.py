@@ -1,23 +1,35 @@
 """The pages in docs/ do what they show: their blocks run, their commands and links exist, the notebook is the page."""
 
+import gzip
 import importlib
 import json
-import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import toy
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 COMMAND = re.compile(r"\bpython ((?:\w+/)?\w+\.py[^\n`&|;#]*)")
-QUICK = {"plot.py": [], "sample.py": ["--num_samples=1"], "moons.py": ["--max_steps=2"]}  # with flags that make it so
+QUICK = {  # flags that make a command quick; other commands are only parsed
+    "checkpoint.py": [],
+    "classify.py": ["--steps=2"],
+    "data.py": [],
+    "moons.py": ["--max_steps=2"],
+    "plot.py": [],
+    "sample.py": ["--num_samples=1", "--steps=2"],
+    "train.py": ["--max_steps=2", "--vocab_size=300", "-mdim=16", "-nl=1", "--compile=off", "--fused=off"],
+}
 INPUTS = "model_dir", "run_dir", "run_dirs", "data_path", "files"  # flags of what a command reads
 HOME = {"data.py": "corpus.py"}  # where the command of a file is, if elsewhere
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 PICTURE_BYTES = 120_000
+SENTENCES = toy.corpus(100).splitlines()
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
@@ -63,8 +75,13 @@ def is_same(printed, shown):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A temporary current folder that looks like the repository's to a page."""
+    """A temporary current folder that looks to a page like the repository's, with the texts that a reader brings."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "TEXTS").mkdir()
+    with gzip.open(tmp_path / "TEXTS" / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"body": sentence}) + "\n" for sentence in SENTENCES)
+    (tmp_path / "MORE.txt").write_text("\n".join(SENTENCES) + "\n")
+    (tmp_path / "LABELLED.tsv").write_text("".join(f"{'LABEL' if i % 2 else 'other'}\t{s}\n" for i, s in enumerate(SENTENCES)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
     return tmp_path
@@ -84,13 +101,30 @@ def test_every_fence_is_of_a_kind_that_is_tested(page):
 
 
 @each_page
-def test_the_blocks_run_in_order_and_print_what_the_page_shows(page, folder, capsys):
+def test_the_page_runs_from_top_to_bottom_and_prints_what_it_shows(page, folder, capsys, monkeypatch):
+    """As a reader would: in one folder, its Python blocks in one session, its commands with flags that make them quick."""
     namespace = {}
     for kind, text, output in make_notebook.with_outputs(parts_of(page)):
         if kind == "python":
             exec(compile(text, f"{page.name}: {text.splitlines()[0]} ...", "exec"), namespace)  # noqa: S102
             printed = capsys.readouterr().out
             assert not output or is_same(printed, output), f"{page.name} shows\n{output}and this was printed:\n{printed}"
+        if kind == "sh":
+            for command in commands(text):
+                run_quickly(command, monkeypatch)
+            capsys.readouterr()
+
+
+def run_quickly(command, monkeypatch):
+    module, words, _ = parse(command)
+    name = shlex.split(command)[0]
+    if name in QUICK:
+        words = [word for word in words if not word.startswith("--minutes")]
+        monkeypatch.setattr(sys, "argv", [name, *words, *QUICK[name]])
+        with torch.random.fork_rng():  # a command is a process of its own
+            module.main()
+        for path in re.findall(r"--output=(\S+)", command):
+            assert Path(path).stat().st_size > 0
 
 
 @each_page
@@ -101,19 +135,6 @@ def test_every_command_has_flags_and_files_that_exist(page):
             assert path.startswith("runs/") or path.split(".")[0].isupper() or (ROOT / path).exists(), command
     for words in re.findall(r"python -m pytest ([^\n`]*)", text):
         assert all((ROOT / word).exists() for word in words.split() if word.endswith(".py")), words
-
-
-@each_page
-def test_the_quick_commands_run(page, folder, monkeypatch):
-    """The others train: tests/test_train.py and tests/test_experiments.py run them."""
-    for command in [command for kind, text in parts_of(page) if kind == "sh" for command in commands(text)]:
-        module, words, inputs = parse(command)
-        name = Path(module.__file__).name
-        if name in QUICK and all(map(os.path.exists, inputs)):
-            monkeypatch.setattr(sys, "argv", [name, *words, *QUICK[name]])
-            module.main()
-            for path in re.findall(r"--output=(\S+)", command):
-                assert (folder / path).stat().st_size > 0
 
 
 @each_page
