@@ -16,7 +16,6 @@ What they look like is in figures.py. Other files draw lines with `lines`.
 import argparse
 import json
 import os
-import random
 import re
 import sys
 import tempfile
@@ -37,9 +36,9 @@ import data
 import figures
 from checkpoint import load, read_checkpoint, read_metrics
 from generation import Options, sample_batch
-from lengths import fit_lengths
 from noise import mix_seed
-from prompts import candidates, read_breaks
+from prompts import read_breaks
+from sample import Sampler
 from text import default_vocab_size, load_tokenizer, piece_text, train_tokenizer
 from times import Times
 
@@ -270,25 +269,20 @@ def to_pieces(ids, tokenizer):
 
 def draw_sampling(args):
     """Draw how certain each position is at each network call, or the texts as they emerge."""
-    model, tokenizer, run = load(args.run_dir, args.checkpoint, cli.device(args.device))
+    sampler = Sampler.load(args.run_dir, args.checkpoint, args.device)
     n, recorder = args.num_samples or (6 if args.gif else 1), Recorder()
-    prompts = [read_breaks(prompt, run) for prompt in args.prompt or [""] for _ in range(n)]
-    seeds = [mix_seed(args.seed, i) for i in range(len(prompts))]
-    templates = [choose_template(model, tokenizer, run, *pair, args.length) for pair in zip(prompts, seeds, strict=True)]
+    prompts = [read_breaks(prompt, sampler.run) for prompt in args.prompt or [""] for _ in range(n)]
     options = Options(args.sampler, args.steps, args.corrections, watch=recorder)
-    samples = sample_batch(model, tokenizer, templates, seeds, options)
-    texts = [recorder.of_text(row, ids, calls, tokenizer) for row, (ids, calls) in enumerate(samples)]
-    title = f"{args.sampler}, {args.run_dir}, step {run['step']:,}"
+    templates = sampler.templates(prompts, args.seed, args.length, options)
+    seeds = [mix_seed(args.seed, i) for i in range(len(prompts))]
+    samples = sample_batch(sampler.model, sampler.tokenizer, templates, seeds, options)
+    texts = [recorder.of_text(row, ids, calls, sampler.tokenizer) for row, (ids, calls) in enumerate(samples)]
+    title = f"{args.sampler}, {args.run_dir}, step {sampler.run['step']:,}"
     if args.gif:
         save_animation(args.output, texts, title, args.dark)
     else:
         shown = [([piece or "(end)" for piece in pieces], certainty) for pieces, _, certainty in texts]
         save(args.output, partial(figures.certainty, shown, title), args.dark)
-
-
-def choose_template(model, tokenizer, run, prompt, seed, length):
-    """Draw a length that fits a prompt, as sample.py does -> template."""
-    return random.Random(seed).choices(*fit_lengths(model, tokenizer, *candidates(prompt, tokenizer, run, length)))[0]
 
 
 def save_animation(path, texts, title, dark):

@@ -26,6 +26,7 @@ import plot
 from checkpoint import load, read_metrics, without_folders
 from generation import Options, sample_batch
 from noise import mix_seed
+from sample import Sampler
 from text import piece_text
 
 N_TEXTS, MOST_TOKENS, N_ALTERNATIVES = 5, 512, 6  # at each network call; fewer texts where rows are long
@@ -68,7 +69,7 @@ def thin(values, most):
 # ---------------------------------------------------------------- texts at each network call
 
 
-class Recorder:
+class Alternatives:
     """Keep the likeliest tokens of one batch in each network call. bar: shows the calls."""
 
     def __init__(self, bar):
@@ -92,15 +93,15 @@ def likely(pairs):
 
 
 def sample_texts(model, tokenizer, run):
-    """Sample the texts that sample.py prints first -> dict: texts as of `Recorder.of_text`, pieces of all their ids."""
+    """Sample the texts that sample.py prints first -> dict: texts as of `Alternatives.of_text`, pieces of all their ids."""
     n_texts = min(N_TEXTS, max(1, MOST_TOKENS // run["args"]["sequence_length"]))
     seeds, options = [mix_seed(0, i) for i in range(n_texts)], Options()
-    templates = [plot.choose_template(model, tokenizer, run, "", seed, None) for seed in seeds]
+    templates = Sampler(model, tokenizer, run).templates([""] * n_texts, 0, None, options)
     with tqdm(total=options.steps + options.corrections, desc="sampling", unit="call", disable=None) as bar:
-        recorder = Recorder(bar)
-        samples = sample_batch(model, tokenizer, templates, seeds, Options(watch=recorder))
+        alternatives = Alternatives(bar)
+        samples = sample_batch(model, tokenizer, templates, seeds, Options(watch=alternatives))
     begin = int(tokenizer.bos_id() >= 0)
-    texts = [recorder.of_text(row, begin, ids, calls) for row, (ids, calls) in enumerate(samples)]
+    texts = [alternatives.of_text(row, begin, ids, calls) for row, (ids, calls) in enumerate(samples)]
     used = {k for text in texts for call in text["calls"] for position in call for k in position[::2]}
     used = used.union(*(text["ids"] for text in texts))
     return dict(texts=texts, pieces={k: to_text(k, tokenizer) for k in sorted(used)})
