@@ -3,12 +3,10 @@
 import bisect
 import hashlib
 import io
-import json
 import os
 import shutil
 import threading
 import time
-import zlib
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ import torch
 
 import cache
 import data
-import log
 from text import load_tokenizer, read_pieces, train_tokenizer
 
 
@@ -69,15 +66,15 @@ def test_documents_are_the_examples(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
 def test_documents_have_equal_hashes_only_if_they_are_equal(tokens, monkeypatch, chunk):
     documents = [ids.tobytes() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
-    hashes = log.hash_documents(tokens, np.arange(len(tokens.lengths)), chunk)
+    hashes = cache.hash_documents(tokens, np.arange(len(tokens.lengths)), chunk)
     assert len(set(documents)) == len(set(hashes.tolist())) == len(set(zip(documents, hashes.tolist(), strict=True)))
 
 
 def test_a_reordered_or_repeated_document_has_another_hash():
     ids = np.array([1, 2, 3, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3], np.uint16)
     tokens = cache.Tokens(ids, np.array([0, 3, 6, 8, 10, 13]), 0, 0, 0, "")
-    hashes = log.hash_documents(tokens, np.arange(5)).tolist()
-    assert log.hash_documents(tokens, np.array([2, 0])).tolist() == [hashes[2], hashes[0]]
+    hashes = cache.hash_documents(tokens, np.arange(5)).tolist()
+    assert cache.hash_documents(tokens, np.array([2, 0])).tolist() == [hashes[2], hashes[0]]
     assert hashes[0] == hashes[4] and len(set(hashes)) == 4
 
 
@@ -86,7 +83,7 @@ def test_the_share_of_documents_that_the_training_text_has_too(tmp_path, corpus,
     lines = corpus.read_text().splitlines()
     val = write(tmp_path / "val", "\n".join([lines[3], lines[3], lines[8] + " wa", "wb wb wb"]))
     training, val = (cache.load_corpus(path, tokenizer_path, tmp_path / "cache") for path in (corpus, val))
-    assert log.share_in_training(val, training) == 0.5 and log.share_in_training(training, training) == 1
+    assert cache.share_in_training(val, training) == 0.5 and cache.share_in_training(training, training) == 1
 
 
 def test_a_document_is_bos_tokens_eos_and_decodes_to_its_line(tokens, corpus, tokenizer_path):
@@ -196,22 +193,6 @@ def test_only_some_blocks_of_a_large_file_are_read(tmp_path, small_blocks, monke
     sums = cache.checksums(path, cache.BLOCK_BYTES)
     monkeypatch.setattr(cache.zlib, "crc32", lambda block, value: read.append(block) or crc32(block, value))
     assert cache.check(path, sums) and len(read) == 4 and sum(map(len, read)) <= 256
-
-
-def test_a_cache_from_before_there_were_blocks_is_used_and_checked_as_a_whole(corpus, tokenizer_path, tmp_path, monkeypatch):
-    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
-    ids, folder = tokens.ids.tolist(), tmp_path / "cache" / tokens.key
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["checksum"]
-    meta["checksums"] = {name: zlib.crc32((folder / name).read_bytes()) for name in meta["checksums"]}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "_write_cache", None)
-        assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
-    content = bytearray((folder / "ids.bin").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "ids.bin").write_bytes(content)
-    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
 
 
 def test_a_large_corpus_is_read_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
@@ -374,7 +355,7 @@ def test_an_epoch_of_many_shards_has_every_token_once_in_an_order_of_its_own(sha
 @pytest.mark.parametrize("lengths", [[5, 9, 3, 30, 64, 65, 200, 1, 2], [1000], [3], list(range(1, 150)), [64] * 9, [65] * 9])
 def test_rows_are_counted_as_they_are_planned(lengths):
     for epoch in range(5):
-        assert data.count_rows(np.array(lengths), 64) == data.plan_epoch(fake_tokens(lengths), 64, 0, epoch).n_rows
+        assert data.count_rows(*fake_tokens(lengths).shard_counts(0), 64) == data.plan_epoch(fake_tokens(lengths), 64, 0, epoch).n_rows
 
 
 def test_a_corpus_of_long_documents_has_shards_too(monkeypatch):
@@ -383,11 +364,10 @@ def test_a_corpus_of_long_documents_has_shards_too(monkeypatch):
     assert data.Loader(fake_tokens([600] * 5), 64, 4, seed=0).rows_of_shard.tolist() == [20, 20, 11]
 
 
-def test_lengths_are_counted_in_parts():
+def test_lengths_are_counted_shard_by_shard(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 64)
     lengths = np.random.default_rng(0).integers(1, 99, 1000)
-    for chunk in (1, 999, 1000, 5000):
-        counts = fake_tokens(lengths).count_lengths(40, chunk)
-        assert counts.tolist() == np.bincount(np.minimum(lengths, 40)).tolist()
+    assert fake_tokens(lengths).count_lengths(40).tolist() == np.bincount(np.minimum(lengths, 40)).tolist()
 
 
 def test_a_document_that_fits_in_a_row_is_never_cut():
