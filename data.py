@@ -74,11 +74,11 @@ def _fill_rows(n_left, row_length):
 
 def _fill_row(n_left, row_length):
     """Fill a row with as many windows as fit, long ones first -> list of (length, number of windows)."""
-    contents, free = [], row_length
-    for length in np.flatnonzero(n_left)[::-1]:
-        if n := min(free // length, n_left[length]):
-            contents.append((length, n))
-            free -= n * length
+    contents, free, lengths = [], row_length, np.flatnonzero(n_left)
+    while len(lengths := lengths[: np.searchsorted(lengths, free, side="right")]):
+        length, lengths = lengths[-1], lengths[:-1]
+        contents.append((length, n := min(free // length, n_left[length])))
+        free -= n * length
     return contents
 
 
@@ -158,16 +158,16 @@ def plan_validation(tokens, row_length, n_rows=math.inf):
 
     n_rows: as many are enough, so the Plan covers only the first shards, which come from all over the text.
     """
-    plans, shard = [], 0
-    while shard < tokens.n_shards and sum(plan.n_rows for plan in plans) < n_rows:
-        begins, sizes = tokens.read_shard(shard)
+    plans = []
+    while len(plans) < tokens.n_shards and sum(plan.n_rows for plan in plans) < n_rows:
+        begins, sizes = tokens.read_shard(len(plans))
         n_windows = -(-sizes // row_length)  # of each document
         position = row_length * count_up(n_windows)
         lengths = np.minimum(row_length, np.repeat(sizes, n_windows) - position)
-        rng = np.random.default_rng((0, shard))
+        rng = np.random.default_rng((0, len(plans)))
         plans.append(_make_plan(np.repeat(begins, n_windows) + position, lengths, *pack(lengths, row_length, rng), rng))
-        shard += 1
-    starts, lengths, n_windows = (np.concatenate(x) for x in zip(*((p.starts, p.lengths, np.diff(p.row_starts)) for p in plans), strict=True))
+    n_windows = np.concatenate([np.diff(plan.row_starts) for plan in plans])
+    starts, lengths = (np.concatenate([getattr(plan, name) for plan in plans]) for name in ("starts", "lengths"))
     return Plan(starts, lengths, np.append(0, n_windows.cumsum()))
 
 
