@@ -302,18 +302,26 @@ def _hold(folder):
             except BlockingIOError:
                 print("another process tokenises the same text: waiting for it", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                continue  # who held it has removed it
+            if not _is_at(path, file):  # who held it has removed it
+                continue
             try:
                 yield folder.with_name(f"{folder.name}.tmp")
             finally:
-                path.unlink()
+                path.unlink(missing_ok=True)
             return
+
+
+def _is_at(path, file):
+    """Tell whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _remove_stale(cache_dir):
     """Remove what runs that were killed have begun to write, and no later run has continued."""
-    for old in cache_dir.glob("*.tmp"):
+    for old in cache_dir.glob("[0-9a-f]" * 32 + "*.tmp"):  # and nothing else that may be there
         with suppress(OSError):  # another process may finish just now
             newest = max((file.stat().st_mtime for file in [old, *old.iterdir()]), default=0)
             if time.time() - newest > STALE_SECONDS:
@@ -339,7 +347,8 @@ def _write_cache(corpus, part, example, tokenizer, folder, temporary):
                     os.fsync(file.fileno())
             sums = {name: checksums(temporary / name, BLOCK_BYTES) for name in ARRAYS}
             _write_json(temporary / "meta.json", {**meta, "checksums": sums})
-        os.rename(temporary, folder)
+        with suppress(FileExistsError):  # on Windows, where nothing is held, another process may have been faster
+            os.rename(temporary, folder)
         (folder / "done.json").unlink(missing_ok=True)
     except BaseException as error:
         if isinstance(error, ValueError) or not (temporary / "done.json").exists():  # ValueError: of the text

@@ -261,7 +261,8 @@ def test_the_identity_of_a_text_is_its_content(tmp_path):
 
 def test_what_a_killed_run_has_begun_is_removed_when_nobody_went_on_with_it(corpus, tokenizer_path, tmp_path):
     (tmp_path / "cache").mkdir()
-    for name, age in (("old", 2 * cache.STALE_SECONDS), ("new", 0)):
+    old = 2 * cache.STALE_SECONDS
+    for name, age in (("0" * 32, old), ("1" * 32, 0), ("mine", old)):
         folder, lock = tmp_path / "cache" / f"{name}.tmp", tmp_path / "cache" / f"{name}.lock"
         folder.mkdir()
         lock.touch()
@@ -269,7 +270,7 @@ def test_what_a_killed_run_has_begun_is_removed_when_nobody_went_on_with_it(corp
         for path in (folder / "ids.bin", folder, lock):
             os.utime(path, (time.time() - age,) * 2)
     key = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {key, "new.tmp", "new.lock"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {key, "1" * 32 + ".tmp", "1" * 32 + ".lock", "mine.tmp", "mine.lock"}
 
 
 def files_of(folder):
