@@ -294,11 +294,10 @@ def score(
     if seconds:
         n_rows = rows_in_time(model, text_of(min(batch_size, n_rows)), n_rows, device, n_steps, seconds / 2)
     text = text_of(n_rows)
-    n_rows = text.plan.n_rows
-    batch_size = math.ceil(min(batch_size, n_rows) / parallel.size())
+    n_rows, batch_size = text.plan.n_rows, math.ceil(min(batch_size, text.plan.n_rows) / parallel.size())
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
-    draws, n_draws, start, seconds = [], 2 if error else n_draws, time.perf_counter(), seconds or math.inf
-    stop, total = False, n_draws * len(parallel.share(batches))
+    draws, stop, n_draws, start, seconds = [], False, 2 if error else n_draws, time.perf_counter(), seconds or math.inf
+    total = n_draws * len(parallel.share(batches))
     with BoundBar(total=total, unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         bar.unknown = unknown_nats_per_token(tokens, bos_id)
         while len(draws) < n_draws and not stop:

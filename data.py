@@ -159,7 +159,7 @@ def plan_validation(tokens, row_length, n_rows=math.inf):
     n_rows: as many are enough, so the Plan covers only the first shards, which come from all over the text.
     """
     plans = []
-    while len(plans) < tokens.n_shards and sum(plan.n_rows for plan in plans) < n_rows:
+    while not plans or len(plans) < tokens.n_shards and sum(plan.n_rows for plan in plans) < n_rows:
         begins, sizes = tokens.read_shard(len(plans))
         n_windows = -(-sizes // row_length)  # of each document
         position = row_length * count_up(n_windows)

@@ -70,10 +70,7 @@ def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None, 
 
 
 def _read_document(name, stream, example, start, stop, max_bytes, number, begin):
-    """Yield the pieces between two byte positions of a document, see `read_pieces` -> number of the next example.
-
-    begin: position of the document in the corpus.
-    """
+    """Yield the pieces of a document, which is at byte `begin` of the corpus, see `read_pieces` -> number of the next example."""
     position, held, first, starts_line = start, bytearray(), True, True  # held: what is read but not yielded, at `position`
 
     def piece(raw, last, end):
