@@ -47,6 +47,12 @@ class Text:
     bos_id: int  # -1 if the tokenizer has none
     given: object  # function: segment_ids (B, L) -> what is given, (B, L) bool
 
+    @classmethod
+    def planned(cls, tokens, row_length, bos_id, given=nothing_given, n_rows=math.inf):
+        """Plan a text, or its first n_rows rows if it has more. Only as much of it is planned."""
+        plan = data.plan_validation(tokens, row_length, n_rows)
+        return cls(tokens, plan, row_length, bos_id, given).first_rows(min(plan.n_rows, n_rows))
+
     def first_rows(self, n_rows):
         """Cut a text to its first rows, whose windows come from all over the text."""
         starts, lengths, row_starts = self.plan.starts, self.plan.lengths, self.plan.row_starts
@@ -79,7 +85,7 @@ class Text:
 
 def n_scorable(tokens, bos_id):
     """Count the tokens of a whole text that are scored if nothing is given: all but bos."""
-    return max(1, int(tokens.offsets[-1]) - (bos_id >= 0) * len(tokens.lengths))
+    return max(1, int(tokens.offsets[-1]) - (bos_id >= 0) * tokens.n_documents)
 
 
 def unknown_nats_per_token(tokens, bos_id):
@@ -282,16 +288,16 @@ def score(
     of at most `window` tokens; with max_tokens, or if `seconds` are too few, only those of some rows are scored.
     batch_size (`rows_at_once` if None) changes nothing but rounding. Raises ValueError if no token is left to score.
     """
-    plan = data.plan_validation(tokens, window)
-    n_rows = min(plan.n_rows, -(-max_tokens // window)) if max_tokens else plan.n_rows
-    text = Text(tokens, plan, window, bos_id, given)
+    text_of = partial(Text.planned, tokens, window, bos_id, given)
+    n_rows = -(-max_tokens // window) if max_tokens else math.inf
     batch_size = batch_size or rows_at_once(window, model.config, device)
     if seconds:
-        n_rows = rows_in_time(model, text.first_rows(min(batch_size, n_rows)), n_rows, device, n_steps, seconds / 2)
-    text, batch_size = text.first_rows(n_rows), math.ceil(min(batch_size, n_rows) / parallel.size())
+        n_rows = rows_in_time(model, text_of(min(batch_size, n_rows)), n_rows, device, n_steps, seconds / 2)
+    text = text_of(n_rows)
+    n_rows, batch_size = text.plan.n_rows, math.ceil(min(batch_size, text.plan.n_rows) / parallel.size())
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
-    draws, n_draws, start, seconds = [], 2 if error else n_draws, time.perf_counter(), seconds or math.inf
-    stop, total = False, n_draws * len(parallel.share(batches))
+    draws, stop, n_draws, start, seconds = [], False, 2 if error else n_draws, time.perf_counter(), seconds or math.inf
+    total = n_draws * len(parallel.share(batches))
     with BoundBar(total=total, unit="batch", desc="evaluating", disable=None if progress else True) as bar:
         bar.unknown = unknown_nats_per_token(tokens, bos_id)
         while len(draws) < n_draws and not stop:

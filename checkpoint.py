@@ -438,7 +438,7 @@ def describe_run(args, config, tokenizer, tokens, val, run_dir):
 
 def text_size(tokens):
     """Count what is in Tokens -> dict."""
-    return dict(examples=len(tokens.lengths), tokens=len(tokens.ids), characters=tokens.n_chars, bytes=tokens.n_bytes)
+    return dict(examples=tokens.n_documents, tokens=len(tokens.ids), characters=tokens.n_chars, bytes=tokens.n_bytes)
 
 
 def check_identity(saved, now, run_dir):

@@ -74,11 +74,11 @@ def _fill_rows(n_left, row_length):
 
 def _fill_row(n_left, row_length):
     """Fill a row with as many windows as fit, long ones first -> list of (length, number of windows)."""
-    contents, free = [], row_length
-    for length in np.flatnonzero(n_left)[::-1]:
-        if n := min(free // length, n_left[length]):
-            contents.append((length, n))
-            free -= n * length
+    contents, free, lengths = [], row_length, np.flatnonzero(n_left)
+    while len(lengths := lengths[: np.searchsorted(lengths, free, side="right")]):
+        length, lengths = lengths[-1], lengths[:-1]
+        contents.append((length, n := min(free // length, n_left[length])))
+        free -= n * length
     return contents
 
 
@@ -89,16 +89,18 @@ def _make_plan(starts, lengths, row_of, n_rows, rng):
     return Plan(starts[order], lengths[order], np.searchsorted(row_of[order], np.arange(n_rows + 1)))
 
 
-def count_rows(lengths, row_length):
-    """Count the rows of `plan_epoch` for documents of these lengths; they are the same in every epoch."""
-    short = lengths <= row_length
-    n_packed = int(sum(n for _, n in _fill_rows(np.bincount(lengths[short], minlength=row_length + 1), row_length)))
-    return n_packed + _count_more_rows(lengths[~short], n_packed * row_length - int(lengths[short].sum()), row_length)
+def count_rows(lengths, n, row_length):
+    """Count the rows of `plan_epoch` for n[i] documents of lengths[i] tokens; they are the same in every epoch."""
+    short, n_left = lengths <= row_length, np.zeros(row_length + 1, np.int64)
+    n_left[lengths[short]] = n[short]
+    n_free = -int(lengths[short] @ n[short])
+    n_packed = int(sum(n for _, n in _fill_rows(n_left, row_length)))
+    return n_packed + _count_more_rows(int(lengths[~short] @ n[~short]), n_free + n_packed * row_length, row_length)
 
 
-def _count_more_rows(lengths, n_free, row_length):
-    """Count the rows that long documents need in addition to n_free positions."""
-    n_needed = int(lengths.sum()) + row_length - 1 if len(lengths) else 0  # for the largest skip
+def _count_more_rows(n_tokens, n_free, row_length):
+    """Count the rows that the tokens of long documents need in addition to n_free positions."""
+    n_needed = n_tokens + row_length - 1 if n_tokens else 0  # for the largest skip
     return max(0, -(-(n_needed - n_free) // row_length))
 
 
@@ -115,7 +117,7 @@ def plan_epoch(tokens, row_length, seed, epoch, shard=0):
     free = row_length - np.bincount(row_of_short, weights=lengths[short], minlength=n_packed).astype(np.int64)
 
     long = rng.permutation(np.flatnonzero(lengths > row_length))
-    free = np.append(free, np.full(_count_more_rows(lengths[long], int(free.sum()), row_length), row_length))
+    free = np.append(free, np.full(_count_more_rows(int(lengths[long].sum()), int(free.sum()), row_length), row_length))
     document, starts, window_lengths, row_of_window = _pour(lengths[long], free, skip=rng.integers(row_length))
     return _make_plan(
         np.append(offsets[short], offsets[long][document] + starts),
@@ -151,15 +153,22 @@ def _pour(lengths, free, skip):
     return document, starts, ends - begins, np.searchsorted(row_ends, begins, side="right")
 
 
-def plan_validation(tokens, row_length):
-    """Cover every token once, each document cut at multiples of `row_length` from its start, always the same -> Plan."""
-    n_windows = -(-tokens.lengths // row_length)  # of each document
-    document = np.repeat(np.arange(len(n_windows)), n_windows)
-    starts = tokens.offsets[document] + row_length * count_up(n_windows)
-    lengths = np.minimum(row_length, tokens.offsets[document + 1] - starts)
-    rng = np.random.default_rng(0)
-    row_of, n_rows = pack(lengths, row_length, rng)
-    return _make_plan(starts, lengths, row_of, n_rows, rng)
+def plan_validation(tokens, row_length, n_rows=math.inf):
+    """Cover every token once, each document cut at multiples of `row_length` from its start, always the same -> Plan.
+
+    n_rows: as many are enough, so the Plan covers only the first shards, which come from all over the text.
+    """
+    plans = []
+    while not plans or len(plans) < tokens.n_shards and sum(plan.n_rows for plan in plans) < n_rows:
+        begins, sizes = tokens.read_shard(len(plans))
+        n_windows = -(-sizes // row_length)  # of each document
+        position = row_length * count_up(n_windows)
+        lengths = np.minimum(row_length, np.repeat(sizes, n_windows) - position)
+        rng = np.random.default_rng((0, len(plans)))
+        plans.append(_make_plan(np.repeat(begins, n_windows) + position, lengths, *pack(lengths, row_length, rng), rng))
+    n_windows = np.concatenate([np.diff(plan.row_starts) for plan in plans])
+    starts, lengths = (np.concatenate([getattr(plan, name) for plan in plans]) for name in ("starts", "lengths"))
+    return Plan(starts, lengths, np.append(0, n_windows.cumsum()))
 
 
 def count_up(sizes):
@@ -253,7 +262,7 @@ class Loader:
     def __init__(self, tokens, row_length, batch_size, seed, bos_id=-1, label_ids=()):
         self.tokens, self.row_length, self.batch_size = tokens, row_length, batch_size
         self.seed, self.bos_id, self.label_ids = seed, bos_id, list(label_ids)
-        self.rows_of_shard = np.array([count_rows(tokens.read_shard(i)[1], row_length) for i in range(tokens.n_shards)])
+        self.rows_of_shard = np.array([count_rows(*tokens.shard_counts(i), row_length) for i in range(tokens.n_shards)])
         self.rows_per_epoch = int(self.rows_of_shard.sum())
         self.plan = lru_cache(maxsize=2)(partial(plan_epoch, tokens, row_length, seed))  # of epoch, shard
 

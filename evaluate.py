@@ -102,7 +102,7 @@ def exact_figures(text, scores, bos_id):
 def describe(path, tokens, window, figures):
     """Say in one line how large a text is, and how much of it was scored."""
     return (
-        f"{path}: {len(tokens.lengths):,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
+        f"{path}: {tokens.n_documents:,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
         f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
         + (f"; exact likelihoods of {figures['exact_n_tokens_scored']:,} of these" if "exact_n_tokens_scored" in figures else "")
     )
@@ -242,17 +242,14 @@ def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
 
 def validation_seconds(model, tokens, bos_id, row_length, device):
     """Estimate from a few rows how long `validate` takes on VAL_TOKENS -> seconds, with those of the samples after it."""
-    plan = data.plan_validation(tokens, row_length)
-    text = Text(tokens, plan, row_length, bos_id, nothing_given)
-    n_rows = min(plan.n_rows, -(-VAL_TOKENS // row_length))
-    few = text.first_rows(min(n_rows, 16, rows_at_once(row_length, model.config, device)))
-    return 1.4 * 2 * n_rows * seconds_per_row(model, few, device, None)  # two draws, exact likelihood and samples
+    text = Text.planned(tokens, row_length, bos_id, n_rows=-(-VAL_TOKENS // row_length))
+    few = text.first_rows(min(text.plan.n_rows, 16, rows_at_once(row_length, model.config, device)))
+    return 1.4 * 2 * text.plan.n_rows * seconds_per_row(model, few, device, None)  # two draws, exact likelihood and samples
 
 
 def exact_likelihood(model, tokens, row_length, bos_id, device, max_tokens):
     """Measure the exact likelihood under commit on about max_tokens of a text, always the same -> figures."""
-    plan = data.plan_validation(tokens, row_length)
-    text = Text(tokens, plan, row_length, bos_id, nothing_given).first_rows(min(plan.n_rows, -(-max_tokens // row_length)))
+    text = Text.planned(tokens, row_length, bos_id, n_rows=-(-max_tokens // row_length))
     scores = likelihood.score(model, text.windows(), bos_id, nothing_given, COMMIT, device)
     figures = exact_figures(text, scores, bos_id)
     bits_per_token = figures["exact_nats_per_token"] / math.log(2)
@@ -314,7 +311,7 @@ def find_corpus(args, run):
 
 def choose_texts(tokens, tokenizer, window, n, seed):
     """Choose random windows of a text -> up to n texts, their lengths in tokens. Raises ValueError if all are too short."""
-    plan = data.plan_validation(tokens, window)
+    plan = data.plan_validation(tokens, window, n)
     long_enough = np.flatnonzero(plan.lengths > 1)
     if not len(long_enough):
         raise ValueError("every window of this text is a single token, too short to compare with samples: give another text")
@@ -499,7 +496,7 @@ def main():
     with parallel.first_alone():
         tokens = cache.load_corpus(text, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
     warn_of_changes(text, tokenizer, example)
-    longest = args.window and min(args.window, int(tokens.lengths.max()))  # no document fills a longer window
+    longest = args.window and min(args.window, int(tokens.shard_lengths[:, 1].max()))  # no document fills a longer window
     window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
     options = scoring_options(args)
     with collect_interrupts() as interrupts:

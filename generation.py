@@ -163,7 +163,7 @@ def example_texts(model, tokenizer, tokens, run, n, seed):
 
     Half are free. The others continue the first third, in brackets, of a window of the validation text `tokens`.
     """
-    plan = data.plan_validation(tokens, run["args"]["sequence_length"])
+    plan = data.plan_validation(tokens, run["args"]["sequence_length"], n)
     free = [make_template("", tokenizer, run, mix_seed(seed, i)) for i in range(n // 2)]
     texts = [decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, free, seed)]
     for i in range(n // 2, n):

@@ -14,14 +14,13 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import cli
-import data
 import parallel
 import plot
+from cache import share_in_training
 from checkpoint import read_metrics
 from evaluate import VAL_TOKENS
 from generation import example_texts, mark_breaks
@@ -258,32 +257,6 @@ def decide_steps(args, before, step, seconds, val_seconds):
     often = max(often, math.ceil(val_seconds / (VAL_SHARE * seconds)))
     for name in ("val_interval", "sample_interval", "save_interval"):
         setattr(args, name, getattr(args, name) or before.get(name) or often)
-
-
-# ---------------------------------------------------------------- texts that were trained on
-
-
-def hash_documents(tokens, which, chunk=1 << 22):
-    """Compute a number for each of the documents `which` (n,), the same for documents of the same tokens -> (n,) uint64."""
-    lengths, hashes = tokens.offsets[which + 1] - tokens.offsets[which], []
-    for group in np.split(which, np.searchsorted(lengths.cumsum(), np.arange(chunk, lengths.sum(), chunk))):
-        sizes = tokens.offsets[group + 1] - tokens.offsets[group]
-        position = data.count_up(sizes)
-        x = tokens.ids[np.repeat(tokens.offsets[group], sizes) + position].astype(np.uint64)
-        x += position.astype(np.uint64) << np.uint64(32)
-        for shift, odd in ((32, 0xD6E8FEB86659FD93), (29, 0xBF58476D1CE4E5B9)):  # mixes token and position
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(odd)
-        starts = np.cumsum(sizes) - sizes
-        hashes.append(np.add.reduceat(x, starts) if len(group) else x)
-    return np.concatenate(hashes)
-
-
-def share_in_training(tokens, training):
-    """Compute the share of documents that the training text has too; of a large one, that its first shard has."""
-    which = training.shard_documents(0)
-    lengths = training.offsets[which + 1] - training.offsets[which]
-    known = hash_documents(training, which[np.isin(lengths, tokens.lengths)])
-    return float(np.isin(hash_documents(tokens, np.arange(len(tokens.lengths))), known).mean())
 
 
 # ---------------------------------------------------------------- lines for the terminal

@@ -224,13 +224,13 @@ def draw_packing(args):
         load_tokenizer(tokenizer_path)  # raises if it is none
         tokens = cache.load_corpus(args.data_path, tokenizer_path, args.cache_dir, example=args.example)
     plans = packing_plans(tokens, args.sequence_length)
-    title = f"{Path(args.data_path).name}: {len(tokens.lengths):,} examples in rows of {args.sequence_length} tokens"
+    title = f"{Path(args.data_path).name}: {tokens.n_documents:,} examples in rows of {args.sequence_length} tokens"
     save(args.output, partial(figures.packing, tokens, plans, args.sequence_length, PACKED_ROWS, title), args.dark)
 
 
 def packing_plans(tokens, row_length):
     """Plan rows of one window each, and those of the first epoch of training -> {name: data.Plan}."""
-    plan = data.plan_validation(tokens, row_length)
+    plan = data.plan_validation(tokens, row_length, PACKED_ROWS)
     order = np.argsort(plan.starts)  # as in the text
     alone = data.Plan(plan.starts[order], plan.lengths[order], np.arange(len(order) + 1))
     return {"one example a row": alone, "packed": data.plan_epoch(tokens, row_length, seed=0, epoch=0)}

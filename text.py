@@ -10,10 +10,10 @@ import os
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 from unicodedata import category
 
 import sentencepiece
@@ -40,38 +40,41 @@ MAX_PUNCTUATION = 100  # marks that a word tokenizer takes from words, and chara
 # ---------------------------------------------------------------- reading text
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """An example of the corpus, or a part of a very long one."""
 
     text: str
     n_bytes: int
     first: bool  # starts its example
     last: bool  # ends its example
-    label: str | None = None  # of the example, if it is labelled and this is its first piece
+    label: str | None  # of the example, if it is labelled and this is its first piece
+    number: int  # of its example in the corpus: 0, 1, ...
+    end: int  # bytes of the corpus up to its end; from the last piece of an example, reading can go on there
 
 
-def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None):
+def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None, number=0):
     """Yield the examples between two byte positions of a corpus as pieces, in bounded memory.
 
     example: a "line", a "labelled" line (label<TAB>text), a "paragraph" (blank lines separate them), or the whole "file",
     that is a document. Line breaks inside an example are one character, "\\n". Blank examples are left out. Examples of more than `max_bytes` (default PIECE_BYTES)
     are cut before a space, or between two characters if there is no space. Positions count the bytes of all documents.
-    Raises ValueError for bytes that are not UTF-8, and for a labelled line without a label.
+    number: of the first example. Raises ValueError for bytes that are not UTF-8, and for a labelled line without a label.
     """
-    is_part = start > 0 or stop < math.inf
+    begin = 0  # of the document in the corpus
     for name, stream in Corpus.of(corpus).documents():
-        size = stream.seek(0, os.SEEK_END) if is_part else 0
-        if not is_part or (stop > 0 and start < size):
-            yield from _read_document(name, stream, example, max(0, start), stop, max_bytes or PIECE_BYTES)
-        start, stop = start - size, stop - size
+        size = stream.seek(0, os.SEEK_END) if start > begin or stop < math.inf else None
+        if size is None or (stop > begin and start < begin + size):
+            bounds = max(0, start - begin), stop - begin
+            number = yield from _read_document(name, stream, example, *bounds, max_bytes or PIECE_BYTES, number, begin)
+        begin += stream.tell() if size is None else size
 
 
-def _read_document(name, stream, example, start, stop, max_bytes):
-    """Yield the pieces between two byte positions of a document, see `read_pieces`."""
+def _read_document(name, stream, example, start, stop, max_bytes, number, begin):
+    """Yield the pieces of a document, which is at byte `begin` of the corpus, see `read_pieces` -> number of the next example."""
     position, held, first, starts_line = start, bytearray(), True, True  # held: what is read but not yielded, at `position`
 
-    def piece(raw, last):
+    def piece(raw, last, end):
+        nonlocal number
         text = _decode(raw, name, stream, position).replace("\r\n", "\n")
         if position == 0:
             text = text.removeprefix("\ufeff")  # byte order mark
@@ -81,7 +84,8 @@ def _read_document(name, stream, example, start, stop, max_bytes):
         label = label and label.strip()
         if not tab or label == "":
             raise ValueError(f"{name}: line {_line_at(stream, position)} is not label<TAB>text")
-        return [Piece(rest, len(rest.encode()), first, last, label)]
+        number += last
+        return [Piece(rest, len(rest.encode()), first, last, label, number - last, begin + end)]
 
     n_unread = stop - start
     stream.seek(start)
@@ -95,13 +99,15 @@ def _read_document(name, stream, example, start, stop, max_bytes):
             held += raw
         while len(held) > max_bytes or (len(held) == max_bytes and not complete):
             cut = _find_cut(held[:max_bytes]) or max_bytes  # 0 only of bytes that are not UTF-8
-            yield from piece(held[:cut], last=False)
+            yield from piece(held[:cut], False, position + cut)
             position, held, first = position + cut, held[cut:], False
         if complete:
-            yield from piece(held.rstrip(b"\r\n"), last=True)
-            position, held, first = position + len(held) + is_separator * len(raw), bytearray(), True
+            end = position + len(held) + is_separator * len(raw)
+            yield from piece(held.rstrip(b"\r\n"), True, end)
+            position, held, first = end, bytearray(), True
     if held or not first:
-        yield from piece(held.rstrip(b"\r\n"), last=True)
+        yield from piece(held.rstrip(b"\r\n"), True, position + len(held))
+    return number
 
 
 def _find_cut(raw):
@@ -155,23 +161,21 @@ def split_position(corpus, example="line"):
     return position
 
 
-def read_part(corpus, part, example="line"):
+def read_part(corpus, part, example="line", start=0, number=0):
     """Yield the pieces of one part of a corpus: "all", "train" or "val". The last two do not overlap.
 
-    Example i is in "val" if frac(i * golden ratio) < 2 %: these are spread evenly over the corpus, whatever period its
+    start, number: bytes and examples of the corpus that were read before, see `Piece.end`. Example i is in "val" if frac(i * golden ratio) < 2 %: these are spread evenly over the corpus, whatever period its
     examples may have. A corpus of few examples is cut in two instead (`split_position`).
     """
     if part == "all":
-        yield from read_pieces(corpus, example)
+        yield from read_pieces(corpus, example, start, number=number)
     elif (position := split_position(corpus, example)) is not None:
-        bounds = dict(stop=position) if part == "train" else dict(start=position)
-        yield from read_pieces(corpus, example, **bounds)
+        bounds = (start, position) if part == "train" else (max(start, position),)
+        yield from read_pieces(corpus, example, *bounds, number=number)
     else:
-        n = 0
-        for piece in read_pieces(corpus, example):
-            if (part == "val") == (n * GOLDEN % 1 < VAL_SHARE["examples"]):
+        for piece in read_pieces(corpus, example, start, number=number):
+            if (part == "val") == (piece.number * GOLDEN % 1 < VAL_SHARE["examples"]):
                 yield piece
-            n += piece.last
 
 
 # ---------------------------------------------------------------- tokenizers

@@ -1,14 +1,17 @@
 """Caching, packing, segments, masks and batches."""
 
 import bisect
+import errno
+import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
-import shutil
+import signal
 import threading
 import time
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,8 +20,7 @@ import torch
 
 import cache
 import data
-import log
-from text import load_tokenizer, read_pieces, train_tokenizer
+from text import load_tokenizer, read_part, read_pieces, train_tokenizer
 
 
 def write(path, text):
@@ -69,15 +71,15 @@ def test_documents_are_the_examples(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
 def test_documents_have_equal_hashes_only_if_they_are_equal(tokens, monkeypatch, chunk):
     documents = [ids.tobytes() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
-    hashes = log.hash_documents(tokens, np.arange(len(tokens.lengths)), chunk)
+    hashes = cache.hash_documents(tokens, np.arange(len(tokens.lengths)), chunk)
     assert len(set(documents)) == len(set(hashes.tolist())) == len(set(zip(documents, hashes.tolist(), strict=True)))
 
 
 def test_a_reordered_or_repeated_document_has_another_hash():
     ids = np.array([1, 2, 3, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3], np.uint16)
     tokens = cache.Tokens(ids, np.array([0, 3, 6, 8, 10, 13]), 0, 0, 0, "")
-    hashes = log.hash_documents(tokens, np.arange(5)).tolist()
-    assert log.hash_documents(tokens, np.array([2, 0])).tolist() == [hashes[2], hashes[0]]
+    hashes = cache.hash_documents(tokens, np.arange(5)).tolist()
+    assert cache.hash_documents(tokens, np.array([2, 0])).tolist() == [hashes[2], hashes[0]]
     assert hashes[0] == hashes[4] and len(set(hashes)) == 4
 
 
@@ -86,7 +88,25 @@ def test_the_share_of_documents_that_the_training_text_has_too(tmp_path, corpus,
     lines = corpus.read_text().splitlines()
     val = write(tmp_path / "val", "\n".join([lines[3], lines[3], lines[8] + " wa", "wb wb wb"]))
     training, val = (cache.load_corpus(path, tokenizer_path, tmp_path / "cache") for path in (corpus, val))
-    assert log.share_in_training(val, training) == 0.5 and log.share_in_training(training, training) == 1
+    assert cache.share_in_training(val, training) == 0.5 and cache.share_in_training(training, training) == 1
+
+
+def test_of_large_texts_the_share_in_training_is_estimated_from_a_sample(monkeypatch):
+    """Of 20,000 documents, 3 of 10 are in the training text, each at another place; some documents are there twice."""
+    monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 3000)
+    rng = np.random.default_rng(0)
+    training = rng.integers(0, 60_000, (40_000, 4))
+    val = np.concatenate([rng.permutation(training)[:6000], rng.integers(0, 60_000, (14_000, 4))])
+    training[20_000:30_000] = training[:10_000]
+    val[:6000] = training[rng.permutation(20_000)[:6000]]
+
+    def share():
+        tokens = (cache.Tokens(ids.ravel(), np.arange(len(ids) + 1) * 4, 1, 1, 0, "") for ids in (val, training))
+        return cache.share_in_training(*tokens)
+
+    assert share() == 0.3
+    monkeypatch.setattr(cache, "N_HASHES", 3000)
+    assert share() == pytest.approx(0.3, abs=0.05)
 
 
 def test_a_document_is_bos_tokens_eos_and_decodes_to_its_line(tokens, corpus, tokenizer_path):
@@ -198,22 +218,6 @@ def test_only_some_blocks_of_a_large_file_are_read(tmp_path, small_blocks, monke
     assert cache.check(path, sums) and len(read) == 4 and sum(map(len, read)) <= 256
 
 
-def test_a_cache_from_before_there_were_blocks_is_used_and_checked_as_a_whole(corpus, tokenizer_path, tmp_path, monkeypatch):
-    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
-    ids, folder = tokens.ids.tolist(), tmp_path / "cache" / tokens.key
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["checksum"]
-    meta["checksums"] = {name: zlib.crc32((folder / name).read_bytes()) for name in meta["checksums"]}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "_write_cache", None)
-        assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
-    content = bytearray((folder / "ids.bin").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "ids.bin").write_bytes(content)
-    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
-
-
 def test_a_large_corpus_is_read_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "LARGE_BYTES", 10)
     files, read, real = [tmp_path / "a.txt", tmp_path / "b.txt"], [], cache.file_hash
@@ -255,17 +259,155 @@ def test_the_identity_of_a_text_is_its_content(tmp_path):
     assert identity(f"{a},{tmp_path / 'd.txt'}") == both
 
 
-def test_what_a_killed_run_has_begun_is_removed_after_an_hour(corpus, tokenizer_path, tmp_path):
-    key = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key
-    shutil.rmtree(tmp_path / "cache" / key)
-    for name, age in (("1", 2 * cache.STALE_SECONDS), ("2", 0)):
-        folder = tmp_path / "cache" / f"{key}.{name}.tmp"
+def test_what_a_killed_run_has_begun_is_removed_when_nobody_went_on_with_it(corpus, tokenizer_path, tmp_path):
+    (tmp_path / "cache").mkdir()
+    old = 2 * cache.STALE_SECONDS
+    for name, age in (("0" * 32, old), ("1" * 32, 0), ("mine", old)):
+        folder, lock = tmp_path / "cache" / f"{name}.tmp", tmp_path / "cache" / f"{name}.lock"
         folder.mkdir()
+        lock.touch()
         (folder / "ids.bin").write_bytes(b"begun")
-        for path in (folder / "ids.bin", folder):
+        for path in (folder / "ids.bin", folder, lock):
             os.utime(path, (time.time() - age,) * 2)
-    cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {key, f"{key}.2.tmp"}
+    key = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {key, "1" * 32 + ".tmp", "1" * 32 + ".lock", "mine.tmp", "mine.lock"}
+
+
+def files_of(folder):
+    """Read all files of a folder -> {name: content}."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """A cache is complete so far after each 30 lines, or nearly."""
+    monkeypatch.setattr(cache, "BATCH", 10)
+    monkeypatch.setattr(cache, "PART_BYTES", 2000)
+
+
+def interrupt(monkeypatch, inputs, cause, after):
+    """Tokenise until the batch number `after`, in which `cause` is called; kill -9 needs a process of its own."""
+    calls, real = [], cache._count
+
+    def count(*args):
+        calls.append(args)
+        if len(calls) == after:
+            cause()
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_count", count)
+        if cause is kill:
+            process = multiprocessing.get_context("fork").Process(target=cache.load_corpus, args=inputs)
+            process.start()
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL
+        else:
+            with pytest.raises((KeyboardInterrupt, OSError)):
+                cache.load_corpus(*inputs)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def press_ctrl_c():
+    raise KeyboardInterrupt
+
+
+def fill_disk():
+    raise OSError(errno.ENOSPC, "no space left")
+
+
+@pytest.mark.parametrize("cause", [kill, press_ctrl_c, fill_disk])
+@pytest.mark.parametrize("part", ["all", "train"])
+def test_tokenising_goes_on_after_an_interruption_and_ends_with_the_same_bytes(
+    corpus, tokenizer_path, tmp_path, monkeypatch, small_parts, capsys, cause, part
+):
+    inputs = corpus, tokenizer_path, tmp_path / "cache", part
+    whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "whole", part)
+    for after in (15, 10):
+        interrupt(monkeypatch, inputs, cause, after)
+    monkeypatch.setattr(cache, "_encode", lambda pieces, tokenizer, real=cache._encode: encoded.append(pieces) or real(pieces, tokenizer))
+    encoded = []
+    capsys.readouterr()
+    tokens = cache.load_corpus(*inputs)
+    assert 10 < len(encoded) < 25 and encoded[0][0].number > 150
+    assert "tokenising goes on after" in capsys.readouterr().err
+    assert files_of(tmp_path / "cache" / tokens.key) == files_of(tmp_path / "whole" / whole.key)
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / tokens.key]
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "done.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_tokenising_begins_anew_after_an_incomplete_or_damaged_part(
+    corpus, tokenizer_path, tmp_path, monkeypatch, small_parts, name, damage
+):
+    inputs = corpus, tokenizer_path, tmp_path / "cache"
+    whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "whole")
+    interrupt(monkeypatch, inputs, press_ctrl_c, 20)
+    path = tmp_path / "cache" / f"{whole.key}.tmp" / name
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content if damage == "flip" else content[:30])
+    assert files_of(tmp_path / "cache" / cache.load_corpus(*inputs).key) == files_of(tmp_path / "whole" / whole.key)
+
+
+def test_parts_of_another_text_are_not_used(corpus, tokenizer_path, tmp_path, monkeypatch, small_parts):
+    inputs = corpus, tokenizer_path, tmp_path / "cache"
+    interrupt(monkeypatch, inputs, press_ctrl_c, 20)
+    corpus.write_text(corpus.read_text()[::-1].strip())
+    whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "whole")
+    assert files_of(tmp_path / "cache" / cache.load_corpus(*inputs).key) == files_of(tmp_path / "whole" / whole.key)
+
+
+def test_processes_that_need_the_same_text_tokenise_it_once(corpus, tokenizer_path, tmp_path, monkeypatch, capsys):
+    """Locks hold between threads as between processes, because each opens the file."""
+    written, real = [], cache._write_cache
+    monkeypatch.setattr(cache, "_write_cache", lambda *args: (written.append(args), time.sleep(0.3), real(*args)))
+    with ThreadPoolExecutor(3) as pool:
+        caches = list(pool.map(lambda _: cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache"), range(3)))
+    assert len(written) == 1 and len({tokens.ids.tobytes() for tokens in caches}) == 1
+    assert "another process tokenises the same text" in capsys.readouterr().err
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / caches[0].key]
+
+
+@pytest.mark.parametrize("example, part", [("line", "all"), ("line", "train"), ("line", "val"), ("paragraph", "all"), ("file", "train")])
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+def test_reading_can_go_on_at_the_end_of_every_example(tmp_path, monkeypatch, example, part, kind):
+    """Also of few examples, which are split by bytes, and of examples in several pieces."""
+    monkeypatch.setattr("text.PIECE_BYTES", 30)
+    text = "\ufeffone two\r\n\n\nthree ä four\n" + "five six " * 9 + "\n \nseven\n"
+    for i in range(40 if part != "all" else 2):
+        raw = (json.dumps(dict(text=text)) if kind == "jsonl" else text).encode()
+        (tmp_path / f"{i:02}.{kind}").write_bytes(gzip.compress(raw) if kind == "txt.gz" else raw)
+    pieces = list(read_part(tmp_path, part, example))
+    assert len(pieces) > 2
+    for i, piece in enumerate(pieces):
+        if piece.last and i % max(1, len(pieces) // 20) == 0:
+            assert list(read_part(tmp_path, part, example, piece.end, piece.number + 1)) == pieces[i + 1 :]
+
+
+def test_the_start_of_a_cached_corpus_does_not_look_at_its_documents(corpus, tokenizer_path, tmp_path, monkeypatch):
+    """So that it takes no longer for a corpus of more documents."""
+    monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 64)
+    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    rows, lengths = data.Loader(tokens, 64, 8, seed=0).rows_of_shard, tokens.lengths
+    for name in ("read_shard", "shard_documents", "lengths"):
+        monkeypatch.setattr(cache.Tokens, name, None)
+    opened = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    assert data.Loader(opened, 64, 8, seed=0).rows_of_shard.tolist() == rows.tolist() and len(rows) == 7
+    assert opened.count_lengths(40).tolist() == np.bincount(np.minimum(lengths, 40)).tolist()
+    assert cache.share_in_training(opened, opened) == 1
+
+
+def test_a_cache_without_counts_is_made_again(corpus, tokenizer_path, tmp_path):
+    """As they were written before."""
+    whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    files, folder = files_of(tmp_path / "cache" / whole.key), tmp_path / "cache" / whole.key
+    for name in ("shard_lengths.bin", "hash_counts.bin"):
+        (folder / name).unlink()
+    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key == whole.key and files_of(folder) == files
 
 
 @pytest.mark.parametrize("meta", ["[]", "5", pytest.param("[" * 100_000, id="nested"), '{"dtype": "no"}', '{"dtype": 5}', "{}", "null"])
@@ -339,6 +481,26 @@ def test_a_corpus_of_one_shard_is_packed_as_ever():
     assert (int((ids * weights).sum()), int((segment_ids * weights).sum())) == (30052305156, 1478374)
 
 
+def test_the_validation_of_a_text_of_one_shard_is_planned_as_ever():
+    """The sums were computed before there were shards: bounds of before can be compared with those of now."""
+    plan = data.plan_validation(fake_tokens(np.random.default_rng(4).integers(1, 150, 3000)), 64)
+    sums = [int((x * (np.arange(len(x)) + first)).sum()) for x, first in ((plan.starts, 1), (plan.lengths, 1), (plan.row_starts, 0))]
+    assert sums == [1518817138918, 584619409, 21662645630]
+
+
+def test_no_more_shards_are_planned_for_validation_than_its_rows_take(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 100)
+    tokens, read, real = fake_tokens(np.random.default_rng(4).integers(1, 150, 950)), [], cache.Tokens.read_shard
+    monkeypatch.setattr(cache.Tokens, "read_shard", lambda self, shard: read.append(shard) or real(self, shard))
+    whole = data.plan_validation(tokens, 64)
+    assert read == list(range(10)) and (coverage(whole, len(tokens.ids)) == 1).all()
+    read.clear()
+    few = data.plan_validation(tokens, 64, 150)
+    n = len(few.starts)
+    assert read == [0, 1] and few.n_rows >= 150 and few.row_starts.tolist() == whole.row_starts[: few.n_rows + 1].tolist()
+    assert (few.starts.tolist(), few.lengths.tolist()) == (whole.starts[:n].tolist(), whole.lengths[:n].tolist())
+
+
 @pytest.fixture
 def shards(monkeypatch):
     """A corpus of 40 shards by its documents, and a loader of it."""
@@ -374,7 +536,7 @@ def test_an_epoch_of_many_shards_has_every_token_once_in_an_order_of_its_own(sha
 @pytest.mark.parametrize("lengths", [[5, 9, 3, 30, 64, 65, 200, 1, 2], [1000], [3], list(range(1, 150)), [64] * 9, [65] * 9])
 def test_rows_are_counted_as_they_are_planned(lengths):
     for epoch in range(5):
-        assert data.count_rows(np.array(lengths), 64) == data.plan_epoch(fake_tokens(lengths), 64, 0, epoch).n_rows
+        assert data.count_rows(*fake_tokens(lengths).shard_counts(0), 64) == data.plan_epoch(fake_tokens(lengths), 64, 0, epoch).n_rows
 
 
 def test_a_corpus_of_long_documents_has_shards_too(monkeypatch):
@@ -383,11 +545,10 @@ def test_a_corpus_of_long_documents_has_shards_too(monkeypatch):
     assert data.Loader(fake_tokens([600] * 5), 64, 4, seed=0).rows_of_shard.tolist() == [20, 20, 11]
 
 
-def test_lengths_are_counted_in_parts():
+def test_lengths_are_counted_shard_by_shard(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 64)
     lengths = np.random.default_rng(0).integers(1, 99, 1000)
-    for chunk in (1, 999, 1000, 5000):
-        counts = fake_tokens(lengths).count_lengths(40, chunk)
-        assert counts.tolist() == np.bincount(np.minimum(lengths, 40)).tolist()
+    assert fake_tokens(lengths).count_lengths(40).tolist() == np.bincount(np.minimum(lengths, 40)).tolist()
 
 
 def test_a_document_that_fits_in_a_row_is_never_cut():
