@@ -99,7 +99,7 @@ def test_if_one_process_is_killed_the_others_end_in_one_line_and_the_run_can_be_
     killed = launch(tmp_path / "parts", 2, stop=(signal.SIGKILL, 6))
     assert killed.returncode != 0 and time.perf_counter() - start < 60
     assert "process 0: another process of this run has stopped" in killed.stderr
-    assert "Run the same command again to resume" in killed.stderr
+    assert "Run the same command again; training resumes" in killed.stderr
     assert launch(tmp_path / "parts", 2).returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
