@@ -24,7 +24,7 @@ import torch.distributed as dist
 import cli
 
 START_TIMEOUT = timedelta(minutes=1)  # until all processes have started; also between GPUs
-STEP_TIMEOUT = timedelta(seconds=20)  # in training, see `limit_steps`: torchrun takes 30 s more to end what hangs
+STEP_TIMEOUT = timedelta(seconds=15)  # in training, see `limit_steps`: torchrun takes 30 s more to end what hangs
 LONG_TIMEOUT = timedelta(days=1)  # for what the first process does alone, such as tokenising
 _step_group = _patient_group = None  # groups of all processes, between CPUs, that wait for so long
 
