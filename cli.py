@@ -170,7 +170,9 @@ def catch_signals():
 
 
 def fail(message):
-    """Print one line to standard error and leave with exit code 2."""
+    """Print one line to standard error and leave with exit code 2. Many processes that fail together print it once."""
+    if os.environ.get("RANK", "0") != "0" or isinstance(message, ConnectionError):
+        time.sleep(2)  # torchrun ends this process meanwhile if the first one, or the one that was lost, has said why
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 

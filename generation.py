@@ -13,6 +13,7 @@ import torch
 import bfn
 import data
 import guidance
+import parallel
 from model import rows_at_once
 from noise import Draws, mix_seed
 from prompts import FREE, allowed_at, make_hint, make_template, pad
@@ -137,12 +138,12 @@ def generate_long(model, tokenizer, template, limit, seed, options):
     return ids, calls
 
 
-def generate_any_length(model, tokenizer, templates, limit, seed, options):
+def generate_any_length(model, tokenizer, templates, limit, seed, options, numbers):
     """Yield as `generate` does, for templates of which some are longer than `limit`, the trained length."""
-    short = [i for i, template in enumerate(templates) if len(template) <= limit]
-    short_samples = generate(model, tokenizer, [templates[i] for i in short], seed, options, numbers=short)
-    for i, template in enumerate(templates):
-        if len(template) <= limit:
+    short = {i: template for i, template in zip(numbers, templates, strict=True) if len(template) <= limit}
+    short_samples = generate(model, tokenizer, list(short.values()), seed, options, short)
+    for i, template in zip(numbers, templates, strict=True):
+        if i in short:
             yield next(short_samples)
         else:
             yield generate_long(model, tokenizer, template, limit, mix_seed(seed, i), options)
@@ -176,10 +177,19 @@ def example_texts(model, tokenizer, tokens, run, n, seed):
     return [lay_out(text, run) for text in texts]
 
 
-def generate_traced(model, tokenizer, templates, seed, options, unknown=()):
-    """Yield as `generate` does, and show the first text at each of its network calls, and as it is printed."""
-    trace = Trace(tokenizer, unknown=unknown)
-    (first,) = generate(model, tokenizer, templates[:1], seed, replace(options, watch=trace))
-    trace.close(first[0])
-    yield first
-    yield from generate(model, tokenizer, templates[1:], seed, options, numbers=range(1, len(templates)))
+def generate_traced(model, tokenizer, templates, seed, options, numbers, unknown=()):
+    """Yield as `generate` does, and show text number 0 at each of its network calls, and as it is printed."""
+    if 0 in numbers:
+        trace = Trace(tokenizer, unknown=unknown)
+        (first,) = generate(model, tokenizer, templates[:1], seed, replace(options, watch=trace))
+        trace.close(first[0])
+        yield first
+        templates, numbers = templates[1:], numbers[1:]
+    yield from generate(model, tokenizer, templates, seed, options, numbers)
+
+
+def generate_in_shares(draw, model, tokenizer, templates, seed, options):
+    """Yield as `draw` does, which is one of the functions above. Each process of torchrun does its share, and gets all."""
+    mine = parallel.share(range(len(templates)))
+    samples = draw(model, tokenizer, parallel.share(templates), seed=seed, options=options, numbers=mine)
+    return parallel.in_order(samples, len(templates))

@@ -126,7 +126,8 @@ def step_of_figures(line):
 def open_metrics(run_dir, step):
     """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures), minutes of training so far."""
     if parallel.rank() > 0:
-        return (lambda step, **figures: None), 0.0
+        parallel.wait()
+        return (lambda step, **figures: parallel.wait()), 0.0
     drop_undone(run_dir / "metrics.jsonl", step_of_figures, step)
     drop_undone(run_dir / "samples.txt", lambda line: int(line.split(b"\t")[0]), step)
     file = open(run_dir / "metrics.jsonl", "a", buffering=1)
@@ -141,7 +142,9 @@ def open_metrics(run_dir, step):
             file.write(json.dumps(dict(step=step, **figures)) + "\n")
         for name, value in figures.items() if board else ():
             board.add_scalar(name, value, step)
+        parallel.wait()  # the disk may be slow
 
+    parallel.wait()
     return write, max((line.get("minutes", 0.0) for line in read_metrics(run_dir)), default=0.0)
 
 

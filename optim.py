@@ -6,6 +6,8 @@ which is slow on CPUs without bfloat16 units. Here it is float32 (TF32 where all
 
 import torch
 
+import parallel
+
 # Coefficients of a x + b x^3 + c x^5. Applied one after the other, these polynomials map singular values in [0.003, 1] to
 # [0.8, 1.2]: each one minimises the largest distance from 1 on the range that the one before leaves [after Amsel et al.
 # 2025, arXiv 2505.16932]. Three polynomials for [0.01, 1] are cheaper but trained worse (experiments/RECORD.md).
@@ -59,23 +61,62 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                self._step_shape(params, group)
+            directions = (self._move_momentum(params, group) for params in by_shape.values())
+            for params, update in zip(by_shape.values(), orthogonalise_in_shares(directions), strict=True):
+                self._move_weights(params, update, group)
 
-    def _step_shape(self, params, group):
-        """Update all parameters of one shape together."""
-        keep = 1.0 if self.found_inf is None else 1 - self.found_inf
+    def _keep(self):
+        """1, or 0 where the step is left out."""
+        return 1.0 if self.found_inf is None else 1 - self.found_inf
+
+    def _move_momentum(self, params, group):
+        """Move the momentum of n parameters of one shape towards their gradients -> what to orthogonalise, (n, *shape)."""
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         momentum = torch.stack([self.state[p]["momentum"] for p in params])
         gradient = torch.stack([p.grad for p in params]).nan_to_num(0, 0, 0)
-        momentum += keep * (1 - group["momentum"]) * (gradient - momentum)
-        update = orthogonalise(gradient.lerp(momentum, group["momentum"]))  # Nesterov momentum
-        rate = keep * group["lr"]
-        for p, m, u in zip(params, momentum, update, strict=True):
+        momentum += self._keep() * (1 - group["momentum"]) * (gradient - momentum)
+        for p, m in zip(params, momentum, strict=True):
             self.state[p]["momentum"].copy_(m)
+        return gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
+
+    def _move_weights(self, params, update, group):
+        """Subtract the orthogonalised update (n, *shape) from n parameters of one shape, and let them decay."""
+        rate = self._keep() * group["lr"]
+        for p, u in zip(params, update, strict=True):
             p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * max(p.shape) ** 0.5 * u)
+
+
+def orthogonalise_in_shares(stacks):
+    """Orthogonalise stacks of matrices, each (n, height, width) -> iterator over the results. Each process does its share.
+
+    All processes get the same results.
+    """
+    if parallel.size() == 1:
+        yield from map(orthogonalise, stacks)
+        return
+    stacks = list(stacks)
+    owners = share_by_cost([X.shape for X in stacks], parallel.size())
+    for X, ranks in zip(stacks, owners, strict=True):
+        if mine := [i for i, rank in enumerate(ranks) if rank == parallel.rank()]:
+            X[mine] = orthogonalise(X[mine])
+    parallel.exchange([matrix for X in stacks for matrix in X], [rank for ranks in owners for rank in ranks])
+    yield from stacks
+
+
+def share_by_cost(shapes, size):
+    """Share stacks of matrices of some shapes (n, height, width) out over processes -> the rank for each matrix of each stack.
+
+    The costliest matrices come first. Each one goes to the process that has the least to do so far.
+    """
+    costs = [height * width * min(height, width) for _, height, width in shapes]
+    load, owners = [0] * size, [[] for _ in shapes]
+    for cost, (n, *_), ranks in sorted(zip(costs, shapes, owners, strict=True), key=lambda stack: -stack[0]):
+        for _ in range(n):
+            ranks.append(load.index(min(load)))
+            load[ranks[-1]] += cost
+    return owners
 
 
 def orthogonalise(X):

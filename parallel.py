@@ -4,8 +4,8 @@
 
 A step consists of numbered micro-batches. Process r takes micro-batches r, r + size, ...; what is in them follows from the
 seed and their numbers alone. So the result does not depend on the number of processes, except for the order in which
-gradients are added up. Each process holds all weights, moments and averages. A process that was not started by torchrun
-is alone, and every function here then returns what it was given.
+gradients are added up. Each process holds all weights, moments and averages. Samples are numbered and shared in the same
+way. A process that was not started by torchrun is alone, and every function here then returns what it was given.
 
 Small counts are sent between CPUs (gloo), so that nothing waits for a GPU; gradients go by NCCL between GPUs.
 """
@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 import cli
 
-STEP_TIMEOUT = timedelta(minutes=1)  # within a step, all do equal work: one that answers later hangs
+START_TIMEOUT = timedelta(minutes=1)  # until all processes have started; also between GPUs
+STEP_TIMEOUT = timedelta(seconds=15)  # in training, see `limit_steps`: torchrun takes 30 s more to end what hangs
 LONG_TIMEOUT = timedelta(days=1)  # for what the first process does alone, such as tokenising
-_patient_group = None  # a group of all processes that waits for LONG_TIMEOUT
+_step_group = _patient_group = None  # groups of all processes, between CPUs, that wait for so long
 
 
 class WithoutBars(io.TextIOWrapper):
@@ -37,7 +38,7 @@ class WithoutBars(io.TextIOWrapper):
 
 def join(name):
     """Find the device by its name, as `cli.device` does, and meet the other processes of torchrun -> torch.device."""
-    global _patient_group
+    global _step_group, _patient_group
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = cli.device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -49,13 +50,24 @@ def join(name):
         device = cli.device(f"cuda:{local}") if device.index is None else device
         torch.cuda.set_device(device)
     with _report_lost_process():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
-        _patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)
+        _step_group = _patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
         sys.stderr = WithoutBars(open(2, "wb", closefd=False), line_buffering=True)
     return device
+
+
+def limit_steps(seconds):
+    """From now on, end with an error if another process answers late within a step, in which all do equal work.
+
+    seconds: time that a step takes. Late is after STEP_TIMEOUT, or after four steps if they take longer.
+    """
+    global _step_group
+    if size() > 1:
+        with _report_lost_process():
+            _step_group = dist.new_group(backend="gloo", timeout=max(STEP_TIMEOUT, 4 * timedelta(seconds=seconds)))
 
 
 def size():
@@ -104,7 +116,7 @@ def _report_lost_process():
         yield
     except RuntimeError as error:
         message = f"process {os.environ.get('RANK')}: another process of this run has stopped, or does not answer"
-        raise ConnectionError(f"{message} ({str(error).splitlines()[0]:.200}). Run the same command again to resume") from error
+        raise ConnectionError(f"{message} ({str(error).splitlines()[0]:.200}). Run the same command again; training resumes") from error
 
 
 @contextmanager
@@ -140,7 +152,7 @@ def total(count):
         return count
     box = torch.tensor([count])
     with _report_lost_process():
-        dist.all_reduce(box)
+        dist.all_reduce(box, group=_step_group)
     return int(box)
 
 
@@ -153,6 +165,43 @@ def add_up(tensors, patient=False):
         return
     flat = torch.cat([x.flatten() for x in tensors])
     with _report_lost_process():
-        dist.all_reduce(flat, group=_patient_group if patient else None)
+        dist.all_reduce(flat, group=_patient_group if patient else _group_of(flat))
+    _unflatten(flat, tensors)
+
+
+def exchange(tensors, owners):
+    """Send each tensor from the process that owns it to all, in place. All are of one dtype and device.
+
+    owners: a rank for each tensor.
+    """
+    parts = [[x for x, owner in zip(tensors, owners, strict=True) if owner == r] for r in range(size())]
+    flats = [torch.cat([x.flatten() for x in part] or [tensors[0].new_empty(0)]) for part in parts]
+    with _report_lost_process():
+        messages = [dist.broadcast(flat, r, group=_group_of(flat), async_op=True) for r, flat in enumerate(flats)]
+        for message in messages:
+            message.wait()
+    for flat, part in zip(flats, parts, strict=True):
+        _unflatten(flat, part)
+
+
+def _group_of(x):
+    """The group that exchanges a tensor within a step."""
+    return None if x.is_cuda else _step_group
+
+
+def _unflatten(flat, tensors):
+    """Copy one long tensor into those that it was joined from."""
     parts = flat.split([x.numel() for x in tensors])
     torch._foreach_copy_(list(tensors), [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])
+
+
+def in_order(items, n):
+    """Merge what each process makes of its `share` of n things, an iterator over plain types -> iterator over all n."""
+    if size() == 1:
+        yield from items
+        return
+    for i in range(0, n, size()):
+        item, box = next(items, None), [None] * size()
+        with _report_lost_process():
+            dist.all_gather_object(box, item, group=_patient_group)
+        yield from box[: n - i]

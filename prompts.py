@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import parallel
 from text import BREAK, JOIN, ONE_LINE, SPACE, add_marks, adds_prefix, label_ids
 
 FREE = -1  # any text, or its end
@@ -176,6 +177,7 @@ def nearest_words(word, tokenizer):
     return [known[close] for close in ([lower] if lower in known else difflib.get_close_matches(lower, known, n=2))]
 
 
+@parallel.first_only
 def warn_unknown(prompts, tokenizer):
     """Warn on standard error of words or characters that the tokenizer does not know: one line per prompt."""
     _, continues_words = space_style(tokenizer)

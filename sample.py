@@ -25,9 +25,10 @@ import bfn
 import guidance
 import interactive
 import likelihood
+import parallel
 import proofread
 from checkpoint import EXPORTED_FILES, RUN_FILES, load
-from generation import Options, generate, generate_any_length, generate_traced, lay_out
+from generation import Options, generate, generate_any_length, generate_in_shares, generate_traced, lay_out
 from lengths import fit_lengths
 from noise import mix_seed
 from prompts import (
@@ -100,7 +101,7 @@ class Sampler:
         else:
             check_hints(options.hints, templates, self.tokenizer.bos_id() >= 0)
             draw = partial(generate_traced, unknown=unknown_pieces(prompts[0], self.tokenizer)) if trace else generate
-        samples = draw(self.model, self.tokenizer, templates, seed=seed, options=options)
+        samples = generate_in_shares(draw, self.model, self.tokenizer, templates, seed, options)
         return ((self.decode(ids, prompt), ids, calls) for prompt, (ids, calls) in zip(prompts, samples, strict=True))
 
     def decode(self, ids, prompt=""):
@@ -233,7 +234,9 @@ def read_guide(args, model):
 
 
 def check_interactive(args):
-    """Raise ValueError if --interactive stands next to flags that it does not read."""
+    """Raise ValueError if --interactive stands next to flags that it does not read, or in many processes."""
+    if parallel.size() > 1:
+        raise ValueError("--interactive reads one keyboard: start it without torchrun")
     unread = "prompt prompt_file output check check_file draft trace".split()
     if given := [f"--{name}" for name in unread if getattr(args, name)]:
         raise ValueError(f"--interactive reads prompts from standard input: leave {', '.join(given)} out")
@@ -247,7 +250,7 @@ def check_draft(args):
 
 def main():
     args = flags().parse_args()
-    model = Sampler.load(args.model_dir, args.checkpoint, args.device)
+    model = Sampler.load(args.model_dir, args.checkpoint, parallel.join(args.device))
     args.prompt = [read_breaks(text, model.run) for text in args.prompt]
     args.draft = args.draft and read_breaks(args.draft, model.run)
     for text in [*args.ban, *args.hint, args.draft or ""]:
@@ -275,7 +278,7 @@ def main():
 def print_samples(samples, prompts, args, separator):
     """Print texts as they come, and write --output."""
     hide_bar = True if args.trace or len(prompts) == 1 else None  # None: show it only in a terminal
-    total_calls, path = 0, args.output or os.devnull
+    total_calls, path = 0, (parallel.rank() == 0 and args.output) or os.devnull
     unfinished = path if os.path.exists(path) and not os.path.isfile(path) else f"{path}.part"  # not of a pipe
     with cli.writing(path), open(unfinished, "w", encoding="utf-8") as output:
         bar = tqdm(samples, total=len(prompts), unit="sample", disable=hide_bar)
@@ -287,7 +290,7 @@ def print_samples(samples, prompts, args, separator):
             print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
     if unfinished != path:
         os.replace(unfinished, path)
-    if args.until:
+    if args.until and parallel.rank() == 0:
         print(f"{total_calls / len(prompts):.1f} network calls per text", file=sys.stderr)
 
 

@@ -75,7 +75,10 @@ def seconds_per_step(model, loader, args, device, accumulate, optimizers):
 
     for _ in range(2):  # the first call compiles
         micro_batch()
-    seconds = args.accumulation_steps // parallel.size() * mean_seconds(micro_batch) + mean_seconds(update)
+    seconds = args.accumulation_steps // parallel.size() * mean_seconds(micro_batch)
+    parallel.wait()  # they may have compiled for different times
+    seconds += mean_seconds(update, 5, 5)  # as often in all processes, which exchange their updates
+    parallel.limit_steps(seconds)
     model.zero_grad(set_to_none=True)
     return seconds
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import optim
+import parallel
 from model import BFNTransformer, Config
 from optim import Muon, orthogonalise_by_gram, orthogonalise_directly
 
@@ -63,6 +64,30 @@ def test_a_muon_update_is_an_orthogonal_matrix_of_adamws_size(shape):
     assert 0.75 < values.min() and values.max() < 1.25
     U, _, Vh = torch.linalg.svd(p.grad, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(p.detach().flatten(), -(U @ Vh).flatten(), dim=0) > 0.98
+
+
+def test_processes_share_the_matrices_by_their_cost():
+    shapes = [(3, 64, 64), (4, 64, 256), (4, 192, 64), (1, 8, 8)]
+    owners = optim.share_by_cost(list(map(torch.Size, shapes)), 4)
+    assert [len(ranks) for ranks in owners] == [3, 4, 4, 1] and sorted(owners[1]) == sorted(owners[2]) == [0, 1, 2, 3]
+    assert len({*owners[0], *owners[3]}) == 4  # the process without a square matrix gets the smallest one
+
+
+def test_each_process_orthogonalises_its_share_and_the_shares_make_up_the_whole(monkeypatch):
+    torch.manual_seed(0)
+    stacks = [torch.randn(3, 8, 8), torch.randn(2, 16, 4), torch.randn(1, 4, 16)]
+    whole = list(optim.orthogonalise_in_shares(stacks))
+    monkeypatch.setattr(parallel, "size", lambda: 4)
+    monkeypatch.setattr(parallel, "exchange", lambda matrices, owners: None)
+    n_done = 0
+    for rank in range(4):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        share = optim.orthogonalise_in_shares([X.clone() for X in stacks])
+        for before, after, wanted in zip(stacks, share, whole, strict=True):
+            is_done = (after != before).any(-1).any(-1)
+            torch.testing.assert_close(after[is_done], wanted[is_done])
+            n_done += int(is_done.sum())
+    assert n_done == 6  # each matrix once
 
 
 def test_averages_start_fast_and_then_follow_their_rate():

@@ -9,9 +9,11 @@ import time
 
 import pytest
 from test_train import TINY, assert_same_run
-from untrained import make_run
+from untrained import make_run, run_command
 
 import evaluate
+import parallel
+import sample
 import toy
 import train
 from checkpoint import read_checkpoint
@@ -31,8 +33,8 @@ import cli
 cli.run(train.main)
 """
 
-SLOW_SAVES = """
-import time
+SLOW_SAVES_AND_A_HUNG_PROCESS = """
+import signal, time
 from datetime import timedelta
 import checkpoint, cli, parallel, train
 real, parallel.STEP_TIMEOUT = checkpoint.save_checkpoint, timedelta(seconds=4)
@@ -42,6 +44,15 @@ def save_checkpoint(*inputs):
     real(*inputs)
 
 checkpoint.save_checkpoint = save_checkpoint
+update = train.update_weights
+
+def update_weights(state, args):
+    if (state.step, parallel.rank()) == (2, 1):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun waits 30 seconds before it kills this process
+        time.sleep(1000)
+    return update(state, args)
+
+train.update_weights = update_weights
 cli.run(train.main)
 """
 
@@ -58,6 +69,21 @@ def losses_at(*inputs):
 
 bounds.losses_at = losses_at
 cli.run(evaluate.main)
+"""
+
+SAMPLE = """
+import signal
+import bfn, cli, generation, model, parallel, sample
+generation.SORTED_BATCHES, model.BATCH_ELEMENTS["cpu"], real, calls = 1, 1, bfn.sample, []  # batches of one text
+
+def sample_batch(*inputs):
+    calls.append(0)
+    if (len(calls), parallel.rank()) == (STOP, 1):
+        signal.raise_signal(signal.SIGINT)
+    return real(*inputs)
+
+bfn.sample = sample_batch
+cli.run(sample.main)
 """
 
 
@@ -99,18 +125,20 @@ def test_if_one_process_is_killed_the_others_end_in_one_line_and_the_run_can_be_
     killed = launch(tmp_path / "parts", 2, stop=(signal.SIGKILL, 6))
     assert killed.returncode != 0 and time.perf_counter() - start < 60
     assert "process 0: another process of this run has stopped" in killed.stderr
-    assert "Run the same command again to resume" in killed.stderr
+    assert "Run the same command again; training resumes" in killed.stderr
     assert launch(tmp_path / "parts", 2).returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_save_that_takes_longer_than_a_step_may_loses_no_process(tmp_path):
+def test_a_save_that_takes_longer_than_a_step_may_loses_no_process_but_one_that_hangs_ends_the_run(tmp_path):
     (tmp_path / "corpus.txt").write_text(toy.corpus(300))
-    (tmp_path / "slow.py").write_text(SLOW_SAVES)
+    (tmp_path / "slow.py").write_text(SLOW_SAVES_AND_A_HUNG_PROCESS)
     flags = [f"-d={tmp_path / 'corpus.txt'}", f"-mdir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'cache'}", "--tokenizer=word"]
-    done = start(tmp_path / "slow.py", 2, *flags, *TINY, "-svi=2", "-vli=100", "--max_steps=3")
-    assert done.returncode == 0, done.stderr
-    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+    done = start(tmp_path / "slow.py", 2, *flags, *TINY, "-svi=2", "-vli=100", "--max_steps=9")
+    assert done.returncode != 0 and "process 0: another process of this run has stopped, or does not answer" in done.stderr
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+    torchrun_kills_after = 30
+    assert parallel.STEP_TIMEOUT.total_seconds() + torchrun_kills_after < 50  # a minute, with what it takes to notice and leave
 
 
 def test_micro_batches_that_cannot_be_shared_evenly_are_refused(launch, tmp_path):
@@ -159,3 +187,31 @@ def test_after_an_interrupt_of_one_process_only_rows_that_all_have_read_are_coun
     whole = judge(1, f"--max_tokens={5 * row_length}", "--draws=1")
     for name in ("n_tokens_scored", "bound_nats_per_token"):
         assert stopped[name] == pytest.approx(whole[name], rel=1e-5)
+
+
+# ---------------------------------------------------------------- sample.py
+
+
+def test_two_processes_print_and_write_the_texts_of_one(tmp_path, monkeypatch, capsys):
+    """The last two texts are long, written in blocks. An interrupt comes in the second process's second text: one of each is there."""
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
+    (tmp_path / "prompts.txt").write_text("___ zork the ___\nthe boat ___\nthe king\n")
+    flags = [f"-mdir={run_dir}", f"--prompt_file={tmp_path / 'prompts.txt'}", "--num_samples=2", "--length=40", "--steps=3"]
+    one, warning, _ = run_command(sample.main, monkeypatch, capsys, *flags, f"--output={tmp_path / 'one'}")
+    script = tmp_path / "draw.py"
+    for stop in (0, 2):
+        script.write_text(SAMPLE.replace("STOP", str(stop)))
+        done = start(script, 2, *flags, f"--output={tmp_path / f'two{stop}'}")
+        n = 2 if stop else len(one)
+        assert done.stdout.splitlines() == one[:n] and (done.returncode != 0) == bool(stop), done.stderr
+        written = tmp_path / (f"two{stop}.part" if stop else f"two{stop}")
+        assert written.read_text().splitlines() == (tmp_path / "one").read_text().splitlines()[:n]
+        assert done.stderr.count(warning) == 1 and "sample/s" not in done.stderr
+    assert not (tmp_path / "two2").exists()
+
+
+def test_many_processes_do_not_share_a_keyboard(tmp_path, monkeypatch, capsys):
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    _, error, code = run_command(sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--interactive")
+    assert code == 2 and "start it without torchrun" in error and error.count("\n") == 1

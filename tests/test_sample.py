@@ -523,7 +523,7 @@ def test_each_block_of_a_long_text_begins_with_the_end_of_the_text_so_far(loaded
 def test_a_long_text_changes_none_of_the_short_ones(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("the king", tokenizer, run, i, n) for i, n in enumerate((10, 40, 12))]
-    mixed = list(generation.generate_any_length(model, tokenizer, templates, 16, 3, QUICK))
+    mixed = list(generation.generate_any_length(model, tokenizer, templates, 16, 3, QUICK, range(len(templates))))
     assert mixed[::2] == list(generate(model, tokenizer, templates[::2], 3, QUICK, numbers=[0, 2]))
     assert mixed[1] == generation.generate_long(model, tokenizer, templates[1], 16, mix_seed(3, 1), QUICK)
 
@@ -560,7 +560,7 @@ def test_the_trace_has_control_codes_only_in_a_terminal(loaded, monkeypatch, is_
 def test_tracing_shows_only_the_first_text_and_changes_none(loaded, capsys):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate((14, 9, 20))]
-    traced = list(generation.generate_traced(model, tokenizer, templates, 0, QUICK))
+    traced = list(generation.generate_traced(model, tokenizer, templates, 0, QUICK, range(3)))
     shown = capsys.readouterr().err.splitlines()
     assert traced == list(generate(model, tokenizer, templates, 0, QUICK))
     assert [line.split("  ")[0] for line in shown] == ["call 1", "call 2", "call 3", "sample"]
