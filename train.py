@@ -82,6 +82,7 @@ def flags():
     add("-lgi", "--log_interval", type=cli.count, default=20, help="steps between log lines (20)")
     ten_times = "(ten times a run, or every 5 minutes)"
     add("-svi", "--save_interval", type=cli.count, help=f"steps between checkpoints {ten_times}")
+    add("--keep", type=cli.natural, default=2, help="older checkpoints to keep, besides last.pt and best.pt (2)")
     add("-vli", "--val_interval", type=cli.count, help=f"steps between validations {ten_times}")
     add("-smi", "--sample_interval", type=cli.count, help=f"steps between samples {ten_times}")
     add("-nex", "--num_examples", type=cli.natural, default=4, help="samples each time, half of them from prompts (4)")
@@ -298,7 +299,7 @@ def main():
     print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
 
     write, minutes = log.open_metrics(run_dir, state.step)
-    meter, caught, saved_at, bound = log.Meter(minutes), cli.catch_signals(), None, None
+    meter, caught, bound = log.Meter(minutes), cli.catch_signals(), None
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
     batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
@@ -332,15 +333,13 @@ def main():
                 is_best, state.best = bound < state.best, min(state.best, bound)
             if step % args.save_interval == 0 or is_best or is_last:
                 save(state, run, run_dir, is_best)
-                saved_at = step
             if step % args.sample_interval == 0 or is_last:
                 news += log.write_samples(state, tokenizer, val, run, args) or []
             for line in news:  # printed after the save, which a broken terminal must not prevent
                 bar.write(line)
     bar.close()
     if stop:
-        if saved_at != state.step:
-            save(state, run, run_dir)
+        save(state, run, run_dir)
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # another process may have caught it
     finish(state, tokenizer, val, run, args)
