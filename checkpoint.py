@@ -408,7 +408,8 @@ def lock(run_dir):
 def open_run_folder(run_dir):
     """Read the last checkpoint of a run folder -> dict, or None for a new run.
 
-    Raises ValueError if last.pt is damaged, or missing where there are other checkpoints, or for files of the names that a run writes but nothing else of a run.
+    Raises ValueError if last.pt is damaged, or missing where there are other checkpoints, and for files of the names that a
+    run writes but nothing else of a run.
     """
     if (run_dir / "last.pt").exists():
         return read_checkpoint(run_dir / "last.pt")

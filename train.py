@@ -22,6 +22,7 @@ import data
 import evaluate
 import fused
 import log
+import memory
 import optim
 import parallel
 import switches
@@ -273,10 +274,10 @@ def main():
         args = complete(args, saved, preset=DEFAULT_PRESET[device.type])
         if saved:
             check_identity(saved["identity"], vars(args), run_dir)
-        make_config(args, 2)  # sizes that do not go together are refused before a tokenizer is trained
+        memory.check(make_config(args, 2), args, device)  # wrong sizes are refused before a tokenizer is trained
         tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     fit_rows(args, tokens)
-    config = make_config(args, len(tokenizer))
+    config = memory.check(make_config(args, len(tokenizer)), args, device)
     marks = tokenizer.bos_id(), label_ids(tokenizer).values()
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, *marks)
     accumulation, before = args.accumulation_steps, saved["args"] if saved else {}
