@@ -8,6 +8,8 @@ its state:
     args, identity, config, tokenizer_hash, sizes, lengths, word_lengths             `describe_run`
     step, best, model, emas, optimizers, times, times_history, loss_by_time          `State`
 
+last.pt is the newest, best.pt the one of the lowest validation bound, and older/ holds those that last.pt was before.
+
 An exported folder holds the last of the emas as model.safetensors. Its config.json has what is left of the checkpoint
 without model, optimizers and times, and the figures of the validation.
 """
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import sys
 import zipfile
@@ -100,12 +103,11 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile(part)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = int(checkpoint["format"])
-        [checkpoint[name] for name in ("emas", "config", "tokenizer_hash")]  # raises KeyError
+        [checkpoint[name] for name in ("step", "emas", "config", "tokenizer_hash")]  # raises KeyError
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
-        best = Path(path).with_name("best.pt")
-        hint = f"rename {best}, if that is whole, to last.pt" if best.is_file() and best != Path(path) else "use another"
+        hint = way_back(Path(path).parent) if Path(path).name == "last.pt" else "use another"
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}") from None
     if version == 4:
         checkpoint, version = upgrade(checkpoint), FORMAT
@@ -117,6 +119,28 @@ def read_checkpoint(path):
         checkpoint.get(part, {}).setdefault("example", "line")  # runs of before --example
     checkpoint.get("args", {}).setdefault("text_field", "text")
     return checkpoint
+
+
+def older_checkpoints(run_dir):
+    """List the checkpoints that last.pt was before, the newest first -> paths."""
+    return sorted((Path(run_dir) / "older").glob("step-*.pt"), reverse=True)
+
+
+def older_path(run_dir, step):
+    """Name the file that keeps the checkpoint of a step. The names sort as the steps do."""
+    return Path(run_dir) / "older" / f"step-{step:010}.pt"
+
+
+def way_back(run_dir):
+    """Find the latest checkpoint of a run that can be read, except for last.pt -> what the user can do."""
+    found = []
+    for path in [run_dir / "best.pt", *older_checkpoints(run_dir)]:
+        with suppress(ValueError, OSError):
+            found.append((read_checkpoint(path)["step"], path))
+    if not found:
+        return "there is no other that can be read, give another run folder"
+    step, path = max(found)
+    return f"to go on from step {step}, type: {shlex.join(['cp', str(path), str(run_dir / 'last.pt')])}"
 
 
 def upgrade(checkpoint):
@@ -269,6 +293,7 @@ class State:
     step: int = 0
     best: float = math.inf  # lowest validation bound so far, nats per token
     loss_by_time: list | None = None  # of the last validation, in even bins
+    saved_step: int | None = None  # of last.pt
 
 
 def restore(state, saved):
@@ -281,16 +306,20 @@ def restore(state, saved):
     for ema, weights in zip(state.emas, saved["emas"], strict=True):
         ema.load_state_dict(weights)
     state.step, state.best, state.loss_by_time = saved["step"], saved["best"], saved["loss_by_time"]
+    state.saved_step = state.step
     state.times.curve.copy_(saved["times"])
     state.times.history = list(saved.get("times_history", []))
 
 
 @parallel.first_only
 def save(state, run, run_dir, is_best=False):
-    """Write last.pt. If it is the best so far, write best.pt first and make last.pt the same file.
+    """Write last.pt, if it is not of this step yet. If it is the best so far, write best.pt first and link last.pt to it.
 
-    A crash between the two leaves the older last.pt: the run repeats its last steps and writes best.pt again.
+    The last.pt from before stays in older/, as one of --keep. A crash at any moment leaves the old last.pt or the new one:
+    with the old one, the run repeats its last steps and writes best.pt again.
     """
+    if state.saved_step == state.step:
+        return
     path, last = run_dir / ("best.pt" if is_best else "last.pt"), run_dir / "last.pt"
     networks = dict(model=state.model.state_dict(), emas=[ema.state_dict() for ema in state.emas])
     if not all(bool(w.isfinite().all()) for weights in (networks["model"], *networks["emas"]) for w in weights.values()):
@@ -298,13 +327,38 @@ def save(state, run, run_dir, is_best=False):
     optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
     progress = dict(step=state.step, best=state.best, loss_by_time=state.loss_by_time)
     progress |= dict(times=state.times.curve, times_history=state.times.history)
+    keep = run["args"]["keep"]
+    if keep and state.saved_step is not None and last.exists():
+        older_path(run_dir, state.saved_step).parent.mkdir(exist_ok=True)
+        link(last, older_path(run_dir, state.saved_step))
     save_checkpoint(path, {**run, **networks, **progress, "optimizers": optimizers})
     if is_best:
-        with cli.replacing(last) as temporary:
-            try:
-                os.link(path, temporary)  # checkpoints are only ever replaced, never changed
-            except OSError:  # a file system without links
-                shutil.copyfile(path, temporary)
+        link(path, last)
+    state.saved_step = state.step
+    delete_older(run_dir, state.step, keep)
+
+
+def link(source, target):
+    """Make the file `target` the same as `source`, without writing it again; a copy where the file system has no links."""
+    with cli.replacing(target) as temporary:
+        try:
+            os.link(source, temporary)  # checkpoints are only ever replaced, never changed
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def delete_older(run_dir, step, keep):
+    """Delete the checkpoints in older/, except for the `keep` newest from before a step: a run that went back repeats the rest."""
+    paths = older_checkpoints(run_dir)
+    kept = [path for path in paths if path < older_path(run_dir, step)][:keep]
+    for path in set(paths).difference(kept):
+        path.unlink(missing_ok=True)
+
+
+def count_checkpoints(run_dir):
+    """Count the checkpoints of a run folder. Links to one file count once."""
+    paths = run_dir / "last.pt", run_dir / "best.pt", *older_checkpoints(run_dir)
+    return len({path.stat().st_ino for path in paths if path.exists()})
 
 
 # ---------------------------------------------------------------- the run folder
@@ -354,16 +408,17 @@ def lock(run_dir):
 def open_run_folder(run_dir):
     """Read the last checkpoint of a run folder -> dict, or None for a new run.
 
-    Raises ValueError if it has only best.pt, or files of the names that a run writes but nothing else of a run.
+    Raises ValueError if last.pt is damaged, or missing where there are other checkpoints, and for files of the names that a
+    run writes but nothing else of a run.
     """
     if (run_dir / "last.pt").exists():
         return read_checkpoint(run_dir / "last.pt")
     if (run_dir / "model.safetensors").exists():
         raise ValueError(f"{run_dir} was exported and cannot be resumed: give another -mdir and --init_from={run_dir}")
-    if (run_dir / "best.pt").exists():
-        raise ValueError(f"{run_dir} has best.pt but no last.pt: rename it to last.pt to resume, or give another -mdir")
+    if (run_dir / "best.pt").exists() or older_checkpoints(run_dir):
+        raise ValueError(f"{run_dir} has checkpoints but no last.pt: {way_back(run_dir)}")
     if not (run_dir / "tokenizer.model").exists():  # which a run writes first
-        for name in ("metrics.jsonl", "samples.txt", "curves.png", "report.html"):
+        for name in ("metrics.jsonl", "samples.txt", "curves.png", "report.html", "older"):
             if (run_dir / name).is_file():
                 raise ValueError(f"{run_dir} has a {name} that is of no run: give another -mdir")
     return None

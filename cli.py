@@ -5,6 +5,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 MAY_BE_EMPTY = ("--prompt", "--flags")
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # no space left, quota exceeded, file too large
 COMMANDS = [Path(__file__).resolve().with_name(f"{name}.py") for name in ("train", "sample", "evaluate", "checkpoint")]
+
+memory_advice = "a shorter text or a smaller model takes less"  # training says more: memory.py
 
 # A command imports this file first. Ctrl-C while it imports the rest ends it without a traceback, until `run` takes over.
 _is_command = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve() in COMMANDS
@@ -206,7 +209,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+        out_of_memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
         if os.environ.get("BFN_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        fail("out of memory: in training, --recompute or a lower -bsz, -slen or -mdim takes less; else a shorter text or model" if out_of_memory else error)
+        fail(f"out of memory: {memory_advice}" if out_of_memory else error)

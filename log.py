@@ -21,7 +21,7 @@ import cli
 import parallel
 import plot
 from cache import share_in_training
-from checkpoint import read_metrics
+from checkpoint import count_checkpoints, read_metrics
 from evaluate import VAL_TOKENS
 from generation import example_texts, mark_breaks
 
@@ -179,7 +179,7 @@ class Meter:
         if not math.isfinite(loss + norm):
             raise ValueError(
                 f"loss {loss}, gradient norm {norm}: not finite near step {step}: run again with a lower -lr; "
-                "if that does not help, start from best.pt, if there is one, renamed to last.pt"
+                "if that does not help, copy best.pt or a checkpoint in older/ to last.pt first"
             )
         seconds = time.perf_counter() - self.start
         n_tokens, self.minutes = parallel.total(self.n_tokens), self.minutes + seconds / 60
@@ -273,25 +273,34 @@ def checkpoint_bytes(state):
 class Progress(tqdm):
     """A bar with the latest figures. Where there is no terminal, a plain line every half minute instead.
 
-    It also warns, once, when the disk has no room left for two checkpoints of the state.
+    It also warns, once, when the disk has no room for the checkpoints to come: those of --keep, last.pt and best.pt that are
+    not there yet, and the new one, which is written before an old one is deleted.
     """
 
     def __init__(self, state, args):
         super().__init__(total=args.max_steps, initial=state.step, unit="step", smoothing=0.05, disable=None)
-        self.max_steps, self.printed_at, self.run_dir = args.max_steps, time.monotonic(), args.model_dir
-        self.bytes_needed = 2 * checkpoint_bytes(state)
+        self.max_steps, self.printed_at, self.run_dir = args.max_steps, time.monotonic(), Path(args.model_dir)
+        self.most_checkpoints, self.bytes_each, self.warned = 3 + args.keep, checkpoint_bytes(state), False
 
     def show(self, step, figures, bound):
         """Show a step's figures (see `Meter.figures`) and the last validation bound, if there is one."""
         text = POSTFIX.format(**figures) + (f", bound {bound:.3f}" if bound is not None else "")
         self.set_postfix_str(text)
-        if (free := shutil.disk_usage(self.run_dir).free) < self.bytes_needed:
-            needed, self.bytes_needed = self.bytes_needed, 0
-            message = f"only {free / 1e9:.1f} GB are free for {self.run_dir}, two checkpoints take up to {needed / 1e9:.1f} GB"
-            self.write(f"{message}: make room, or a save will fail", file=sys.stderr)
+        if not self.warned:
+            self.warn_of_full_disk()
         if self.disable and time.monotonic() - self.printed_at >= PLAIN_SECONDS:
             self.printed_at = time.monotonic()
             print(f"step {step} of {self.max_steps}, {figures['minutes']:.1f} minutes of training, {text}", flush=True)
+
+
+    def warn_of_full_disk(self):
+        """Compare the free space with what the checkpoints to come may take."""
+        n = max(1, self.most_checkpoints - count_checkpoints(self.run_dir))
+        free, needed = shutil.disk_usage(self.run_dir).free, n * self.bytes_each
+        if free < needed:
+            message = f"only {free / 1e9:.1f} GB are free for {self.run_dir}, {n} checkpoints to come take up to {needed / 1e9:.1f} GB"
+            self.write(f"{message}: make room, or stop and go on with a lower --keep, or a save will fail", file=sys.stderr)
+            self.warned = True
 
 
 def opening_lines(state, loader, val, config, seconds_per_step, args, device):

@@ -24,13 +24,22 @@ def set_switches(model, args, device, accumulate):
     Raises ValueError for --fused=on if the fused form cannot be used.
     """
     model.bf16, model.recompute, model.fused = log.fast_bf16(device), args.recompute, can_fuse(model, args, accumulate)
-    auto = device.type == "cuda" or args.model_dim >= COMPILED_FROM
-    model.compiled = args.compile == "on" or (args.compile == "auto" and auto)
+    model.compiled = wants_compiled(args, device)
     if model.compiled:
         wide_heads = args.model_dim // args.num_heads >= 16  # flex attention takes no narrower ones
         model.flex = device.type == "cuda" and args.sequence_length >= FLEX_FROM and wide_heads
         for part in (model.convolution, *model.blocks):
             part.compile()  # one program for all blocks: much faster to compile than the whole model
+
+
+def wants_compiled(args, device):
+    """Whether the blocks are to be compiled, by the flags, the device and the width."""
+    return args.compile == "on" or (args.compile == "auto" and (device.type == "cuda" or args.model_dim >= COMPILED_FROM))
+
+
+def wants_fused(args, K):
+    """Whether to train by fused.py if it can be used, by the flags and the size of the vocabulary."""
+    return args.fused == "on" or (args.fused == "auto" and K >= FUSED_FROM)
 
 
 class CheckTimes(Times):
@@ -46,7 +55,7 @@ def can_fuse(model, args, accumulate):
 
     Raises ValueError for --fused=on if it does not; --fused=auto then says so and trains in the plain form.
     """
-    if args.fused == "off" or (args.fused == "auto" and model.config.K < FUSED_FROM):
+    if not wants_fused(args, model.config.K):
         return False
     cpu = torch.device("cpu")
     try:

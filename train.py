@@ -22,6 +22,7 @@ import data
 import evaluate
 import fused
 import log
+import memory
 import optim
 import parallel
 import switches
@@ -82,6 +83,7 @@ def flags():
     add("-lgi", "--log_interval", type=cli.count, default=20, help="steps between log lines (20)")
     ten_times = "(ten times a run, or every 5 minutes)"
     add("-svi", "--save_interval", type=cli.count, help=f"steps between checkpoints {ten_times}")
+    add("--keep", type=cli.natural, default=2, help="older checkpoints to keep, besides last.pt and best.pt (2)")
     add("-vli", "--val_interval", type=cli.count, help=f"steps between validations {ten_times}")
     add("-smi", "--sample_interval", type=cli.count, help=f"steps between samples {ten_times}")
     add("-nex", "--num_examples", type=cli.natural, default=4, help="samples each time, half of them from prompts (4)")
@@ -272,10 +274,10 @@ def main():
         args = complete(args, saved, preset=DEFAULT_PRESET[device.type])
         if saved:
             check_identity(saved["identity"], vars(args), run_dir)
-        make_config(args, 2)  # sizes that do not go together are refused before a tokenizer is trained
+        memory.check(make_config(args, 2), args, device)  # wrong sizes are refused before a tokenizer is trained
         tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     fit_rows(args, tokens)
-    config = make_config(args, len(tokenizer))
+    config = memory.check(make_config(args, len(tokenizer)), args, device)
     marks = tokenizer.bos_id(), label_ids(tokenizer).values()
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, *marks)
     accumulation, before = args.accumulation_steps, saved["args"] if saved else {}
@@ -298,7 +300,7 @@ def main():
     print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
 
     write, minutes = log.open_metrics(run_dir, state.step)
-    meter, caught, saved_at, bound = log.Meter(minutes), cli.catch_signals(), None, None
+    meter, caught, bound = log.Meter(minutes), cli.catch_signals(), None
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
     batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
@@ -332,15 +334,13 @@ def main():
                 is_best, state.best = bound < state.best, min(state.best, bound)
             if step % args.save_interval == 0 or is_best or is_last:
                 save(state, run, run_dir, is_best)
-                saved_at = step
             if step % args.sample_interval == 0 or is_last:
                 news += log.write_samples(state, tokenizer, val, run, args) or []
             for line in news:  # printed after the save, which a broken terminal must not prevent
                 bar.write(line)
     bar.close()
     if stop:
-        if saved_at != state.step:
-            save(state, run, run_dir)
+        save(state, run, run_dir)
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # another process may have caught it
     finish(state, tokenizer, val, run, args)

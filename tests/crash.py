@@ -230,7 +230,7 @@ def check_interrupted(outcome, action, folder):
     elif outcome.code not in ({-9} if action == "kill -9" else {0, -number, 128 + number}):
         found.append(f"exit code {outcome.code} after {action}: {outcome.err.strip()!r}")
     steps = {}
-    for path in run_dir.glob("*.pt"):
+    for path in run_dir.rglob("*.pt"):
         try:
             steps[path.name] = read_checkpoint(path)["step"]
         except ValueError as error:
@@ -260,7 +260,7 @@ def differences(one, other):
     for name in ("samples.txt", "tokenizer.model"):
         found += [name] * ((one / name).read_bytes() != (other / name).read_bytes())
     found += ["metrics.jsonl"] * (figures_of(one) != figures_of(other))
-    return found + [f"{path.name} was left" for run_dir in (one, other) for path in run_dir.glob("*.tmp")]
+    return found + [f"{path.name} was left" for run_dir in (one, other) for path in run_dir.rglob("*.tmp")]
 
 
 def check_finished(outcome, whole, folder):
@@ -321,8 +321,8 @@ def cause(fault, folder, whole, counts, rng):
         if refused.code == 0 and fault == "flipped bit":  # of a byte that means nothing, such as a date
             return check_finished(refused, whole, folder)
         found = one_line_error(refused)
-        if f"rename {run_dir / 'best.pt'}" in refused.err:
-            (run_dir / "best.pt").rename(run_dir / "last.pt")
+        if advice := re.search(r"type: (cp .*)", refused.err):
+            subprocess.run(advice[1], shell=True, check=True)
     return found + traceback_of(refused) + check_finished(Process(folder).end(), whole, folder)
 
 

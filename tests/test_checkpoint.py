@@ -87,6 +87,61 @@ def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
         read_checkpoint(path)
 
 
+def write_checkpoints(run_dir, **steps):
+    """Write last, best and older checkpoints (older_6, ...) of these steps. Those of one step are one file."""
+    (run_dir / "older").mkdir(parents=True, exist_ok=True)
+    for name, step in steps.items():
+        path = checkpoint_file.older_path(run_dir, step) if name.startswith("older") else run_dir / f"{name}.pt"
+        save_checkpoint(path, dict(step=step, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.full((5000,), float(step))}]))
+        if name == "best" and step == steps["last"]:
+            path.unlink()
+            os.link(run_dir / "last.pt", path)
+
+
+DAMAGES = {
+    "empty": lambda raw: b"",
+    "truncated": lambda raw: raw[: len(raw) // 2],
+    "without its end": lambda raw: raw[:-1],
+    "a flipped bit": lambda raw: raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 16]) + raw[len(raw) // 2 + 1 :],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "steps, damaged, expected",
+    [
+        (dict(last=8, best=8, older_4=4, older_6=6), ["last.pt"], "older/step-0000000006.pt"),
+        (dict(last=8, best=8, older_4=4, older_6=6), ["last.pt", "older/step-0000000006.pt"], "older/step-0000000004.pt"),
+        (dict(last=8, best=6, older_4=4), ["last.pt"], "best.pt"),
+        (dict(last=8, best=4, older_4=4, older_6=6), ["last.pt"], "older/step-0000000006.pt"),
+        (dict(last=8, best=6), ["last.pt", "best.pt"], None),
+        (dict(last=8, best=8), ["last.pt"], None),
+    ],
+)
+def test_a_damaged_last_checkpoint_is_answered_with_the_command_that_goes_on(tmp_path, damage, steps, damaged, expected):
+    run_dir = tmp_path / "a run"
+    write_checkpoints(run_dir, **steps)
+    for path in (run_dir / name for name in damaged):
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))  # into the file, so links to it are damaged too
+    with pytest.raises(ValueError, match=r"last\.pt is damaged") as error:
+        checkpoint_file.open_run_folder(run_dir)
+    message = str(error.value)
+    if expected is None:
+        assert message.endswith("there is no other that can be read, give another run folder")
+        return
+    command = shlex.split(message.split("type: ")[1])
+    assert command == ["cp", str(run_dir / expected), str(run_dir / "last.pt")]
+    subprocess.run(message.split("type: ")[1], shell=True, check=True)
+    assert equal(checkpoint_file.open_run_folder(run_dir), read_checkpoint(run_dir / expected))
+    assert f"from step {read_checkpoint(run_dir / 'last.pt')['step']}," in message
+
+
+def test_a_folder_with_only_older_checkpoints_is_not_taken_for_a_new_run(tmp_path):
+    write_checkpoints(tmp_path, older_4=4, older_6=6)
+    with pytest.raises(ValueError, match=r"no last\.pt: to go on from step 6, type: cp \S+older/step-0000000006\.pt "):
+        checkpoint_file.open_run_folder(tmp_path)
+
+
 def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(run_dir):
     with open(run_dir / "tokenizer.model", "ab") as file:
         file.write(b"\n")

@@ -1,6 +1,7 @@
 """The logs of a run and the measurement of the device."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,7 +74,7 @@ def small_state():
 def test_without_a_terminal_a_line_is_printed_every_half_minute(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
-    bar = log.Progress(small_state(), SimpleNamespace(max_steps=50, model_dir="."))
+    bar = log.Progress(small_state(), SimpleNamespace(max_steps=50, model_dir=".", keep=2))
     figures = dict(loss=3.0, tokens_per_s=1000.0, utilisation=0.5, peak_memory_gb=1.0, minutes=0.4)
     for now[0] in (110.0, 131.0, 140.0, 162.0):
         bar.show(int(now[0]) - 100, figures, 2.5)
@@ -81,13 +82,22 @@ def test_without_a_terminal_a_line_is_printed_every_half_minute(capsys, monkeypa
     assert [line.split(",")[0] for line in lines] == ["step 31 of 50", "step 62 of 50"] and "bound 2.500" in lines[0]
 
 
-@pytest.mark.parametrize("free, warned", [(7999, 1), (8000, 0)])
-def test_a_disk_without_room_for_two_checkpoints_gets_one_warning(capsys, monkeypatch, free, warned):
-    monkeypatch.setattr(log.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    bar = log.Progress(small_state(), SimpleNamespace(max_steps=50, model_dir="runs/x"))
+@pytest.mark.parametrize("there, keep, n", [(0, 0, 3), (1, 0, 2), (1, 2, 4), (3, 2, 2), (4, 2, 1), (5, 0, 1)])
+@pytest.mark.parametrize("missing, warned", [(1, 1), (0, 0)])
+def test_a_disk_without_room_for_the_checkpoints_to_come_gets_one_warning(
+    tmp_path, capsys, monkeypatch, there, keep, n, missing, warned
+):
+    """At most there are last.pt, best.pt, those of --keep, and one that is being written. Links count once."""
+    (tmp_path / "older").mkdir()
+    for path in [tmp_path / "last.pt", *(tmp_path / "older" / f"step-{step:010}.pt" for step in range(9))][:there]:
+        path.write_text("")
+    if there:
+        os.link(tmp_path / "last.pt", tmp_path / "best.pt")
+    monkeypatch.setattr(log.shutil, "disk_usage", lambda path: SimpleNamespace(free=4000 * n - missing))
+    bar = log.Progress(small_state(), SimpleNamespace(max_steps=50, model_dir=tmp_path, keep=keep))
     for step in (1, 2):
         bar.show(step, dict(loss=3.0, tokens_per_s=1000.0, utilisation=0.5, peak_memory_gb=1.0, minutes=0.4), None)
-    assert capsys.readouterr().err.count("are free for runs/x, two checkpoints take up to") == warned
+    assert capsys.readouterr().err.count(f"are free for {tmp_path}, {n} checkpoints to come take up to") == warned
 
 
 def test_minutes_of_training_add_up_and_leave_out_pauses(monkeypatch):

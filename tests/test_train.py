@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,90 @@ def test_a_resumed_run_may_change_its_weight_decay(run, tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5]
 
 
+# ---------------------------------------------------------------- older checkpoints
+
+
+def older_steps(run_dir):
+    """The steps of the checkpoints in older/, as their names and their contents say, the newest first."""
+    paths = checkpoint.older_checkpoints(run_dir)
+    steps = [read_checkpoint(path)["step"] for path in paths]
+    assert [path.name for path in paths] == [f"step-{step:010}.pt" for step in steps]
+    return steps
+
+
+def save_steps(state, run_dir, keep, steps):
+    """Save a state as if it were of these steps."""
+    for state.step in steps:
+        checkpoint.save(state, dict(args=dict(keep=keep), config={}, tokenizer_hash=""), run_dir, is_best=state.step % 2 == 0)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_run_keeps_the_older_checkpoints_that_keep_says(tmp_path, monkeypatch, links):
+    """A resumed run may keep another number. One that went back deletes what is newer."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+    state = tiny_setup()[2]
+    for keep, steps, kept in (
+        (2, [3], []),
+        (2, [4, 4, 4], [3]),
+        (2, [6, 8, 20], [8, 6]),
+        (3, [21], [20, 8, 6]),
+        (1, [22], [21]),
+        (0, [23], []),
+        (2, [24, 25, 26], [25, 24]),
+    ):
+        save_steps(state, tmp_path, keep, steps)
+        assert older_steps(tmp_path) == kept and read_checkpoint(tmp_path / "last.pt")["step"] == steps[-1]
+    files = [path.stat().st_ino for path in (tmp_path / "last.pt", *checkpoint.older_checkpoints(tmp_path))]
+    assert len(set(files)) == 3  # one damaged file damages no other
+    shutil.copyfile(checkpoint.older_path(tmp_path, 24), tmp_path / "last.pt")
+    state.saved_step = 24
+    save_steps(state, tmp_path, 2, [25])
+    assert older_steps(tmp_path) == [24]
+
+
+def test_keeping_older_checkpoints_writes_none_twice(tmp_path, monkeypatch):
+    written, real = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda saved, path: (written.append(saved["step"]), real(saved, path)))
+    monkeypatch.setattr(shutil, "copyfile", None)
+    save_steps(tiny_setup()[2], tmp_path, 2, [3, 4, 5, 6, 8])
+    assert written == [3, 4, 5, 6, 8] and older_steps(tmp_path) == [6, 5]
+
+
+def test_a_save_that_fails_deletes_no_older_checkpoint(tmp_path, monkeypatch):
+    state = tiny_setup()[2]
+    save_steps(state, tmp_path, 2, [4, 6, 8])
+
+    def full(*anything):
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write"):
+        patch.setattr(torch, "save", full)
+        save_steps(state, tmp_path, 2, [9])
+    assert older_steps(tmp_path) == [8, 6, 4] and read_checkpoint(tmp_path / "last.pt")["step"] == 8
+    save_steps(state, tmp_path, 2, [9])
+    assert older_steps(tmp_path) == [8, 6]
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_ends_with_the_same_result(run, tmp_path):
+    """By the command that the error names. best.pt is the same file as last.pt here, so it is damaged too."""
+    run(tmp_path / "whole", "--keep=0")
+    run_dir = tmp_path / "a run"
+    run(run_dir)
+    assert (run_dir / "last.pt").samefile(run_dir / "best.pt") and older_steps(run_dir) == [6, 4]
+    os.truncate(run_dir / "last.pt", 5000)
+    with pytest.raises(ValueError, match=r"last.pt is damaged") as error:
+        checkpoint.open_run_folder(run_dir)
+    advice = re.search(r"to go on from step 6, type: (.*)", str(error.value))[1]
+    subprocess.run(advice, shell=True, check=True)
+    run(run_dir)
+    assert_same_run(tmp_path / "whole", run_dir)
+    assert older_steps(run_dir) == [6, 4]
+
+
+# ---------------------------------------------------------------- what a run leaves alone
+
+
 @pytest.mark.parametrize("max_steps", [4, 8])
 def test_samples_that_a_crash_has_prevented_are_written_by_the_next_run(run, tmp_path, max_steps, monkeypatch):
     """Also those of the last step, after which there is nothing left to train."""
@@ -214,9 +299,9 @@ def test_a_file_that_training_did_not_write_is_never_overwritten(run, corpus, tm
 def test_a_run_folder_with_only_best_pt_is_not_overwritten(run, tmp_path):
     run(tmp_path / "run", "--max_steps=4")
     (tmp_path / "run" / "last.pt").unlink()
-    with pytest.raises(ValueError, match="rename it to last.pt"):
+    with pytest.raises(ValueError, match=r"no last.pt: to go on from step 4, type: cp \S+best.pt \S+last.pt"):
         run(tmp_path / "run")
-    (tmp_path / "run" / "best.pt").rename(tmp_path / "run" / "last.pt")
+    shutil.copyfile(tmp_path / "run" / "best.pt", tmp_path / "run" / "last.pt")
     run(tmp_path / "run")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
 
@@ -424,8 +509,6 @@ def fails(argv, monkeypatch, capsys, main=train.main):
     ],
 )
 def test_a_wrong_flag_is_an_error_of_one_line(corpus, tmp_path, monkeypatch, capsys, flag, message):
-    import re
-
     assert re.search(message, fails(command(corpus, tmp_path / "run", flag), monkeypatch, capsys))
 
 
