@@ -34,7 +34,7 @@ import toy
 from bounds import Text, clustered_error, n_scorable, nothing_given, score, seconds_per_row, unknown_nats_per_token
 from checkpoint import load
 from documents import Corpus
-from generation import Options, generate
+from generation import Options, generate, generate_in_shares
 from model import rows_at_once
 from noise import mix_seed
 from prompts import make_template
@@ -270,7 +270,8 @@ def check_toy(model, tokenizer, run, val, bound_nats_per_token, seed, corpus):
         return f"{abs(bits / entropy - 1):.1%} {'above' if bits >= entropy else 'below'}"
 
     templates = [make_template("", tokenizer, run, mix_seed("toy", i)) for i in range(256)]
-    texts = [decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, templates, seed)]
+    samples = generate_in_shares(generate, model, tokenizer, templates, seed, Options())
+    texts = [decode(tokenizer, ids) for ids, _ in samples]
     known = set(corpus.read_text().splitlines())
     grammatical = [text for text in texts if toy.is_grammatical(text)]
     new_share = sum(text not in known for text in grammatical) / max(1, len(grammatical))
@@ -326,7 +327,7 @@ def sample_quality(model, tokenizer, run, tokens, reference, args):
     real, lengths = choose_texts(tokens, tokenizer, run["args"]["sequence_length"], args.samples, args.seed)
     templates = [make_template("", tokenizer, run, mix_seed(args.seed, i), n) for i, n in enumerate(lengths)]
     options = Options(sampler=args.sampler, steps=args.steps, corrections=args.corrections)
-    samples = generate(model, tokenizer, templates, args.seed, options)
+    samples = generate_in_shares(generate, model, tokenizer, templates, args.seed, options)
     samples = list(tqdm(samples, total=len(templates), unit="sample", desc="sampling", disable=None))
     generated = [decode(tokenizer, ids) for ids, _ in samples]
     calls_per_sample = sum(calls for _, calls in samples) / len(samples)
