@@ -372,6 +372,7 @@ def main():
     p.add_argument("--rounds", type=cli.count, default=100, help="interruptions and faults (100)")
     p.add_argument("--seed", type=cli.natural, default=0, help="seed of all random choices (0)")
     args = p.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job, and what it starts, ignores
     rng, rounds, failures, kept = random.Random(args.seed), Counter(), Counter(), 0
     todo, tqdm.monitor_interval = list(itertools.islice(cells(rng), args.rounds)), 0  # a thread would not survive a fork
     torch.set_num_threads(1)
