@@ -326,7 +326,7 @@ def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences
     tokenizer = load_tokenizer(tmp_path / "model")
     samples = [(tokenizer.encode(text), 1) for text in known[:64] + new + ["the the cat"] * 64]
     random.Random(0).shuffle(samples)
-    monkeypatch.setattr(evaluate, "generate", lambda *inputs: iter(samples))
+    monkeypatch.setattr(evaluate, "generate", lambda *inputs, **options: iter(samples))
     run = dict(lengths=[0, 0, 0, 0, 1], word_lengths=[0, 1], args=dict(sequence_length=32))
     bound = 1.1 * toy.entropy_given_length() / (toy.mean_length() + 1)
     monkeypatch.setattr(evaluate, "excess_nats_per_token", lambda *inputs: -0.02 * 1.792 * math.log(2))
