@@ -297,8 +297,7 @@ def score(
     n_rows, batch_size = text.plan.n_rows, math.ceil(min(batch_size, text.plan.n_rows) / parallel.size())
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
     draws, stop, n_draws, start, seconds = [], False, 2 if error else n_draws, time.perf_counter(), seconds or math.inf
-    total = n_draws * len(parallel.share(batches))
-    with BoundBar(total=total, unit="batch", desc="evaluating", disable=None if progress else True) as bar:
+    with BoundBar(total=n_draws * len(parallel.share(batches)), desc="evaluating", unit="batch", disable=not progress or None) as bar:
         bar.unknown = unknown_nats_per_token(tokens, bos_id)
         while len(draws) < n_draws and not stop:
             draw_seed = mix_seed(seed, "evaluate", len(draws))

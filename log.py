@@ -292,7 +292,6 @@ class Progress(tqdm):
             self.printed_at = time.monotonic()
             print(f"step {step} of {self.max_steps}, {figures['minutes']:.1f} minutes of training, {text}", flush=True)
 
-
     def warn_of_full_disk(self):
         """Compare the free space with what the checkpoints to come may take."""
         n = max(1, self.most_checkpoints - count_checkpoints(self.run_dir))

@@ -108,7 +108,7 @@ def orthogonalise_in_shares(stacks):
 def share_by_cost(shapes, size):
     """Share stacks of matrices of some shapes (n, height, width) out over processes -> the rank for each matrix of each stack.
 
-    The costliest matrices come first. Each one goes to the process that has the least to do so far.
+    The costliest matrices come first. Each one goes to the process with the least work.
     """
     costs = [height * width * min(height, width) for _, height, width in shapes]
     load, owners = [0] * size, [[] for _ in shapes]

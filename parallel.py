@@ -5,7 +5,7 @@
 A step consists of numbered micro-batches. Process r takes micro-batches r, r + size, ...; what is in them follows from the
 seed and their numbers alone. So the result does not depend on the number of processes, except for the order in which
 gradients are added up. Each process holds all weights, moments and averages. Samples are numbered and shared in the same
-way. A process that was not started by torchrun is alone, and every function here then returns what it was given.
+way. Without torchrun there is one process, and every function here returns what it was given.
 
 Small counts are sent between CPUs (gloo), so that nothing waits for a GPU; gradients go by NCCL between GPUs.
 """

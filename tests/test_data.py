@@ -280,24 +280,24 @@ def files_of(folder):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """A cache is complete so far after each 30 lines, or nearly."""
+    """done.json is written about every 30 lines."""
     monkeypatch.setattr(cache, "BATCH", 10)
     monkeypatch.setattr(cache, "PART_BYTES", 2000)
 
 
-def interrupt(monkeypatch, inputs, cause, after):
-    """Tokenise until the batch number `after`, in which `cause` is called; kill -9 needs a process of its own."""
+def interrupt(monkeypatch, inputs, stop, after):
+    """Tokenise, and call `stop` in batch number `after`; kill -9 needs a separate process."""
     calls, real = [], cache._count
 
     def count(*args):
         calls.append(args)
         if len(calls) == after:
-            cause()
+            stop()
         real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_count", count)
-        if cause is kill:
+        if stop is kill:
             process = multiprocessing.get_context("fork").Process(target=cache.load_corpus, args=inputs)
             process.start()
             process.join(60)
@@ -319,15 +319,15 @@ def fill_disk():
     raise OSError(errno.ENOSPC, "no space left")
 
 
-@pytest.mark.parametrize("cause", [kill, press_ctrl_c, fill_disk])
+@pytest.mark.parametrize("stop", [kill, press_ctrl_c, fill_disk])
 @pytest.mark.parametrize("part", ["all", "train"])
 def test_tokenising_goes_on_after_an_interruption_and_ends_with_the_same_bytes(
-    corpus, tokenizer_path, tmp_path, monkeypatch, small_parts, capsys, cause, part
+    corpus, tokenizer_path, tmp_path, monkeypatch, small_parts, capsys, stop, part
 ):
     inputs = corpus, tokenizer_path, tmp_path / "cache", part
     whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "whole", part)
     for after in (15, 10):
-        interrupt(monkeypatch, inputs, cause, after)
+        interrupt(monkeypatch, inputs, stop, after)
     monkeypatch.setattr(cache, "_encode", lambda pieces, tokenizer, real=cache._encode: encoded.append(pieces) or real(pieces, tokenizer))
     encoded = []
     capsys.readouterr()

@@ -121,7 +121,7 @@ def run_quickly(command, monkeypatch):
     if name in QUICK:
         words = [word for word in words if not word.startswith("--minutes")]
         monkeypatch.setattr(sys, "argv", [name, *words, *QUICK[name]])
-        with torch.random.fork_rng():  # a command is a process of its own
+        with torch.random.fork_rng():  # a reader's command is a separate process
             module.main()
         for path in re.findall(r"--output=(\S+)", command):
             assert Path(path).stat().st_size > 0

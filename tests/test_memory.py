@@ -106,10 +106,10 @@ def test_the_limits_of_all_groups_of_a_process_count(tmp_path, monkeypatch):
     assert memory.cgroup_limits("0::/user/run\n", tmp_path) == [9000]
     assert memory.cgroup_limits("9:name=systemd:/x\n4:memory:/a/b\n0::/\n", tmp_path) == [7000, 8000]
     assert memory.cgroup_limits("4:cpu,memory:/not/seen\n", tmp_path) == [8000]
-    alone = memory.total_bytes(CPU)
-    assert 1e8 < alone < 1e15
+    whole = memory.total_bytes(CPU)
+    assert 1e8 < whole < 1e15
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert memory.total_bytes(CPU) == alone / 2
+    assert memory.total_bytes(CPU) == whole / 2
 
 
 def error_of(tmp_path, monkeypatch, capsys, *flags):

@@ -56,33 +56,25 @@ train.update_weights = update_weights
 cli.run(train.main)
 """
 
-EVALUATE = """
+INTERRUPTED = """
 import signal
-import bounds, cli, evaluate, parallel
-real, calls = bounds.losses_at, []
+import bfn, bounds, cli, evaluate, generation, model, parallel, sample
 
-def losses_at(*inputs):
-    calls.append(0)
-    if (len(calls), parallel.rank()) == (STOP, 1):
-        signal.raise_signal(signal.SIGINT)
-    return real(*inputs)
+def interrupted(real, calls=[]):
+    def run(*inputs):
+        calls.append(0)
+        if (len(calls), parallel.rank()) == (STOP, 1):
+            signal.raise_signal(signal.SIGINT)
+        return real(*inputs)
 
-bounds.losses_at = losses_at
+    return run
+"""
+EVALUATE = f"""{INTERRUPTED}
+bounds.losses_at = interrupted(bounds.losses_at)
 cli.run(evaluate.main)
 """
-
-SAMPLE = """
-import signal
-import bfn, cli, generation, model, parallel, sample
-generation.SORTED_BATCHES, model.BATCH_ELEMENTS["cpu"], real, calls = 1, 1, bfn.sample, []  # batches of one text
-
-def sample_batch(*inputs):
-    calls.append(0)
-    if (len(calls), parallel.rank()) == (STOP, 1):
-        signal.raise_signal(signal.SIGINT)
-    return real(*inputs)
-
-bfn.sample = sample_batch
+SAMPLE = f"""{INTERRUPTED}
+generation.SORTED_BATCHES, model.BATCH_ELEMENTS["cpu"], bfn.sample = 1, 1, interrupted(bfn.sample)  # batches of one text
 cli.run(sample.main)
 """
 
