@@ -125,6 +125,9 @@ class BoundBar(tqdm):
 
     nats = n_scored = unknown = 0.0  # unknown: what unknown text adds, nats per token
 
+    def __init__(self, **options):
+        super().__init__(desc="evaluating", unit="batch", **options)
+
     def add(self, nats, n_scored):
         """Count one more batch."""
         self.nats += nats
@@ -297,7 +300,7 @@ def score(
     n_rows, batch_size = text.plan.n_rows, math.ceil(min(batch_size, text.plan.n_rows) / parallel.size())
     batches = [range(i, min(i + batch_size, n_rows)) for i in range(0, n_rows, batch_size)]
     draws, stop, n_draws, start, seconds = [], False, 2 if error else n_draws, time.perf_counter(), seconds or math.inf
-    with BoundBar(total=n_draws * len(parallel.share(batches)), desc="evaluating", unit="batch", disable=not progress or None) as bar:
+    with BoundBar(total=n_draws * len(parallel.share(batches)), disable=None if progress else True) as bar:
         bar.unknown = unknown_nats_per_token(tokens, bos_id)
         while len(draws) < n_draws and not stop:
             draw_seed = mix_seed(seed, "evaluate", len(draws))
