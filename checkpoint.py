@@ -107,7 +107,9 @@ def read_checkpoint(path):
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
-        hint = way_back(Path(path).parent) if Path(path).name == "last.pt" else "use another"
+        hint = "use another"
+        if Path(path).name == "last.pt":
+            hint = way_back(Path(path).parent) or "there is no other that can be read, give another run folder"
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}") from None
     if version == 4:
         checkpoint, version = upgrade(checkpoint), FORMAT
@@ -132,13 +134,13 @@ def older_path(run_dir, step):
 
 
 def way_back(run_dir):
-    """Find the latest checkpoint of a run that can be read, except for last.pt -> what the user can do."""
+    """Find the latest checkpoint of a run that can be read, except for last.pt -> what the user can do, or None."""
     found = []
     for path in [run_dir / "best.pt", *older_checkpoints(run_dir)]:
         with suppress(ValueError, OSError):
             found.append((read_checkpoint(path)["step"], path))
     if not found:
-        return "there is no other that can be read, give another run folder"
+        return None
     step, path = max(found)
     return f"to go on from step {step}, type: {shlex.join(['cp', str(path), str(run_dir / 'last.pt')])}"
 

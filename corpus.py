@@ -169,8 +169,9 @@ def suggest(corpus, example, args):
         config, bos_id = train.make_config(options, len(tokenizer)), tokenizer.bos_id()
         loader = data.Loader(tokens, options.sequence_length, options.batch_size, options.seed, bos_id)
         state = train.build(config, options, device)
-        switches.set_switches(state.model, options, device, train.accumulate_gradients)
-        seconds = switches.warm_up(state.model, loader, options, device, train.accumulate_gradients, state.optimizers)
+        trial = loader.batch(0, 0.25), options, device, train.accumulate_gradients
+        switches.choose_form(state, *trial)
+        seconds = switches.warm_up(state, *trial)
         val_seconds = validation_seconds(state.emas[-1], val, bos_id, options.sequence_length, device)
         log.decide_steps(options, {}, 0, seconds, val_seconds)
     steps = loader.count_steps(options.epochs, options.accumulation_steps)

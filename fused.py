@@ -1,7 +1,7 @@
 """Embedding and loss for large vocabularies without a (tokens, K) tensor: a reader may skip this file.
 
 It computes the same numbers as the plain form in train.py, chunk by chunk: a token's noise follows from its keys, so it is
-computed wherever it is needed and forgotten. `check` compares both forms when a run starts.
+computed wherever it is needed and forgotten. switches.py compares both forms when a run starts.
 
     ids         (B, L)          int64    tokens
     keys        (B, L, 2)       int32    what a token's noise is computed from
@@ -12,7 +12,7 @@ computed wherever it is needed and forgotten. `check` compares both forms when a
 Under autocast, matrices are multiplied in its dtype; noise, softmax and sums stay float32.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -174,47 +174,3 @@ def add_product(total, a, b):
         torch.addmm(total, a, b, total.dtype, out=total)  # this form is missing on CPUs
     else:
         total += a @ b
-
-
-# ---------------------------------------------------------------- is it the same as the plain form?
-
-
-def check(network, accumulate, rtol=1e-3):
-    """Compare both forms on a small network of the same class, vocabulary and beta, loss and all gradients, on the CPU.
-
-    accumulate(network, batch) -> loss, and adds to the gradients, in the form that network.fused says. Raises ValueError
-    where they differ: then an edit of the flow, the given positions, the embedding or the head is not in this file.
-    """
-    if network.config.s1 >= LARGEST_S1:
-        raise ValueError(f"the fused operations need sqrt(K beta) below {LARGEST_S1:g}, here it is {network.config.s1:.1f}")
-    config = replace(network.config, d_model=8 * network.config.n_heads, n_layers=1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        small = type(network)(config)
-        for p in small.parameters():  # also those that start at zero and would hide a difference
-            if p.requires_grad:
-                torch.nn.init.normal_(p, std=0.2)
-        segment_ids = torch.tensor([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2])
-        cond_mask = torch.tensor([[False, False, True, False, False, False, True, False], [False, False, True] + [False] * 5])
-        batch = torch.randint(config.K, (2, 8)), segment_ids, cond_mask  # given where t is in the middle (CheckTimes)
-        plain = loss_and_gradients(small, batch, accumulate)
-        small.fused = True
-        try:
-            fused = loss_and_gradients(small, batch, accumulate)
-        except Exception as error:  # noqa: BLE001 - an edited network may break the fused form in any way
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"the fused operations do not fit this network ({reason})") from None
-    for a, b in zip(plain, fused, strict=True):
-        if not (a - b).norm() <= rtol * a.norm() + 1e-7:
-            raise ValueError(
-                "the fused operations (fused.py) do not compute what bfn.py and model.py say: "
-                f"loss {fused[0]:.5f} instead of {plain[0]:.5f}, or another gradient"
-            )
-
-
-def loss_and_gradients(network, batch, accumulate):
-    """Call accumulate(network, batch) -> its loss and the gradient of each parameter."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    return [accumulate(network, batch), *(p.grad for p in parameters)]

@@ -21,7 +21,7 @@ import cli
 import parallel
 import plot
 from cache import share_in_training
-from checkpoint import count_checkpoints, read_metrics
+from checkpoint import count_checkpoints, read_metrics, way_back
 from evaluate import VAL_TOKENS
 from generation import example_texts, mark_breaks
 
@@ -44,11 +44,12 @@ def synchronise(device):
 
 
 @cache
-def matmul_peak(device, dtype):
-    """Measure the floating-point operations per second of large matrix products."""
+def peak(device, bf16):
+    """Measure the floating-point operations per second of large matrix products, in bfloat16 or in float32."""
     n = 8192 if device.type == "cuda" else 512
     generator = torch.Generator(device).manual_seed(0)  # leaves the caller's random numbers alone
-    a = torch.randn(n, n, device=device, generator=generator).to(dtype)  # ones would be faster: they take less power
+    a = torch.randn(n, n, device=device, generator=generator)  # ones would be faster: they take less power
+    a = a.bfloat16() if bf16 else a
     seconds = math.inf
     for _ in range(5):
         synchronise(device)
@@ -74,11 +75,6 @@ def fast_bf16(device):
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def peak(device):
-    """Measure the floating-point operations per second in the dtype that training multiplies matrices in."""
-    return matmul_peak(device, torch.bfloat16 if fast_bf16(device) else torch.float32)
-
-
 def model_flops(config, row_length):
     """Count the floating-point operations per token of training, forward and backward, without recomputation.
 
@@ -102,6 +98,14 @@ def peak_memory(device):
 
 
 # ---------------------------------------------------------------- the logs of a run
+
+
+def not_finite(loss, norm, step, model, args):
+    """Say what was tried when a loss or a gradient norm is not finite, and what the user can do -> a line."""
+    found = f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite at step {step}, or shortly before"
+    advice = f"{found} (-lr={args.learning_rate:g}, form: {model.form}): run again with a lower -lr"
+    back = way_back(Path(args.model_dir))
+    return f"{advice}; if that does not help, {back}" if back else advice
 
 
 def drop_undone(path, step_of, step):
@@ -149,22 +153,36 @@ def open_metrics(run_dir, step):
 
 
 class Meter:
-    """Losses, gradient norms, tokens and time since the last log line. Nothing waits for the device until `figures`.
+    """Losses, gradient norms, tokens and time since the last log line. After the first step, only `figures` waits for the device.
 
     minutes: time of training so far, without validations, samples and saves.
     """
 
-    def __init__(self, minutes=0.0):
-        self.minutes = minutes
+    def __init__(self, model, args, device, minutes=0.0):
+        self.model, self.args, self.device, self.minutes = model, args, device, minutes
+        self.is_first = True
         self.restart()
 
     def restart(self):
         self.steps, self.n_tokens, self.start = [], 0, time.perf_counter()
 
-    def add(self, loss, norm, batches):
-        """Count a step: its loss and gradient norm, on the device, and its micro-batches."""
+    def add(self, step, loss, norm, batches):
+        """Count a step: its loss and gradient norm, on the device, and its micro-batches.
+
+        Raises ValueError if those of the first step are not finite.
+        """
         self.steps.append(torch.stack([loss, norm]))
         self.n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in batches)
+        if self.is_first:
+            self.mean(step)
+            self.is_first = False
+
+    def mean(self, step):
+        """Average over the steps since the last log line -> loss, gradient norm. Raises ValueError if they are not finite."""
+        loss, norm = torch.stack(self.steps).mean(0).tolist()  # waits for the device
+        if not math.isfinite(loss + norm):
+            raise ValueError(not_finite(loss, norm, step, self.model, self.args))
+        return loss, norm
 
     @contextmanager
     def paused(self):
@@ -173,26 +191,23 @@ class Meter:
         yield
         self.start += time.perf_counter() - begin
 
-    def figures(self, step, learning_rate, config, args, device):
-        """Average over the steps since the last call and start again -> dict. Raises ValueError if they are not finite."""
-        loss, norm = torch.stack(self.steps).mean(0).tolist()  # the only wait for the device
-        if not math.isfinite(loss + norm):
-            raise ValueError(
-                f"loss {loss}, gradient norm {norm}: not finite near step {step}: run again with a lower -lr; "
-                "if that does not help, copy best.pt or a checkpoint in older/ to last.pt first"
-            )
+    def figures(self, step, learning_rate):
+        """Average over the steps since the last call and start again -> dict. Raises ValueError as `mean` does."""
+        loss, norm = self.mean(step)
+        args, form = self.args, self.model.form
         seconds = time.perf_counter() - self.start
         n_tokens, self.minutes = parallel.total(self.n_tokens), self.minutes + seconds / 60
         tokens_per_s = n_tokens / seconds
         n_positions = len(self.steps) * args.accumulation_steps * args.batch_size * args.sequence_length
+        flops_per_s = tokens_per_s * model_flops(self.model.config, args.sequence_length)
         figures = dict(
             loss=loss,
             grad_norm=norm,
             learning_rate=learning_rate,
             fill=n_tokens / n_positions,
             tokens_per_s=tokens_per_s,
-            utilisation=tokens_per_s * model_flops(config, args.sequence_length) / (peak(device) * parallel.size()),
-            peak_memory_gb=peak_memory(device),
+            utilisation=flops_per_s / (peak(self.device, form.bf16) * parallel.size()),
+            peak_memory_gb=peak_memory(self.device),
             minutes=self.minutes,
         )
         self.restart()

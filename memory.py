@@ -15,7 +15,6 @@ import torch
 
 import cli
 import fused
-import log
 import parallel
 import switches
 from model import BFNTransformer
@@ -54,14 +53,15 @@ def step_bytes(config, args, device):
 def activation_bytes(config, args, device):
     """Estimate what a micro-batch keeps for its gradient, in bytes, from (B, L) and the form of the computation."""
     B, L, D = args.batch_size or 1, args.sequence_length or 1, config.d_model
-    bf16 = log.fast_bf16(device)
-    compiled = "compiled" if switches.wants_compiled(args, device) else "eager"
-    layer = LAYER[compiled, "bfloat16" if bf16 else "float32"] * D
+    form = switches.wanted_form(args, config, device)
+    layer = LAYER["compiled" if form.compiled else "eager", "bfloat16" if form.bf16 else "float32"] * D
     if device.type == "cpu":  # the scores, or the mask in float32; GPUs compute them again
-        layer += 2 * config.n_heads * L if bf16 else 4 * L
-    layers = config.n_layers * RECOMPUTED * D + layer if args.recompute else config.n_layers * layer
+        layer += 2 * config.n_heads * L if form.written else 4 * L
+    layers = config.n_layers * layer
+    if form.recompute:
+        layers = config.n_layers * RECOMPUTED * D + layer
     n_logits = B * L * config.K
-    if switches.wants_fused(args, config.K):
+    if form.fused:
         n_logits = min(n_logits, fused.CHUNK[device.type])
     return B * L * (layers + OUTSIDE * D) + LOGITS * n_logits
 

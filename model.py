@@ -11,6 +11,7 @@ The forward pass has three parts: `embed` (theta -> h), `body` (h -> hidden), `h
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,21 @@ class Config:
     def d_time(self):
         """Width of the time embedding."""
         return max(self.d_model // 4, 16)
+
+
+class Form(NamedTuple):
+    """How the same numbers are computed. The plain form, all False, is what the others are compared with."""
+
+    fused: bool = False  # embedding and loss without a (tokens, K) tensor (fused.py); read by train.py
+    bf16: bool = False  # matrices are multiplied in bfloat16 (autocast); read by train.py
+    compiled: bool = False  # the blocks are compiled, and so are the chunks of fused.py
+    flex: bool = False  # flex attention, which needs no L x L mask; it is only fast in compiled blocks
+    written: bool = False  # attention in bfloat16 is written out: two to three times as fast on CPUs
+    recompute: bool = False  # keep no activations within a block: compute them again for the gradient
+
+    def __str__(self):
+        """Name the parts that are used: "bf16, compiled"."""
+        return ", ".join(name for name, used in self._asdict().items() if used) or "the plain form"
 
 
 def rows_at_once(length, config, device):
@@ -124,18 +140,23 @@ class Convolution(nn.Module):
         return h
 
 
-def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(width of a head)) v, where the mask allows it: (B, H, L, D / H) each -> (B, H, L, D / H)."""
+def attend(q, k, v, mask, written=False):
+    """softmax(q k^T / sqrt(width of a head)) v, where the mask allows it.
+
+    q, k, v (B, H, L, D / H) -> (B, H, L, D / H). written: see `Form`.
+    """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)
-    if v.is_cuda or v.dtype != torch.bfloat16:
+    if not (written and v.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q @ k.mT * q.shape[-1] ** -0.5  # written out, this is two to three times as fast on CPUs in bfloat16
+    scores = q @ k.mT * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
     """Attention within segments, rotary positions, queries and keys of unit RMS: (B, L, D) -> (B, L, D)."""
+
+    written = False  # see `Form`
 
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -147,7 +168,7 @@ class Attention(nn.Module):
     def forward(self, h, mask, rotations):
         q, k, v = self.qkv(h).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
         q, k = (apply_rotary_emb(rotations, F.rms_norm(x, x.shape[-1:])).to(v.dtype) for x in (q, k))
-        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, mask, self.written).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -185,12 +206,7 @@ class Block(nn.Module):
 class BFNTransformer(nn.Module):
     """The network: theta (B, L, K), t (B, L), segment_ids (B, L) -> logits (B, L, K)."""
 
-    # How the same numbers are computed. train.py sets these for the network that it trains.
-    compiled = False  # the blocks are compiled, and so are the chunks of fused.py
-    bf16 = False  # matrices are multiplied in bfloat16 (autocast); read by train.py
-    flex = False  # flex attention, which needs no L x L mask; it is only fast in compiled blocks
-    fused = False  # embedding and loss without a (tokens, K) tensor (fused.py); read by train.py
-    recompute = False  # keep no activations within a block: compute them again for the gradient
+    form = Form()  # switches.py chooses another one for the network that is trained
 
     def __init__(self, config):
         super().__init__()
@@ -213,9 +229,18 @@ class BFNTransformer(nn.Module):
         parts = [part for block in self.blocks for part in (block.attention, block.mlp)]
         return [p for part in parts for p in part.parameters() if p.ndim == 2]
 
+    def use(self, form):
+        """Compute in this form from now on. A compiled network stays compiled."""
+        self.form = form
+        for block in self.blocks:
+            block.attention.written = form.written
+        if form.compiled:  # one program for all blocks: much faster to compile than the whole model
+            for part in (self.convolution, *self.blocks):
+                part.compile()
+
     def attention_mask(self, segment_ids):
-        """Let each position see its own segment -> (B, 1, L, L) bool, or a BlockMask with `flex`."""
-        if self.flex:
+        """Let each position see its own segment -> (B, 1, L, L) bool, or a BlockMask in the form `flex`."""
+        if self.form.flex:
             B, L = segment_ids.shape
 
             def same_segment(b, h, q, k):
@@ -241,8 +266,8 @@ class BFNTransformer(nn.Module):
         return self.film_out(h, time)
 
     def _call(self, part, *inputs):
-        """Call a part of the network, keeping its activations or, with `recompute`, not."""
-        if self.recompute and torch.is_grad_enabled():
+        """Call a part of the network, keeping its activations or, in the form `recompute`, not."""
+        if self.form.recompute and torch.is_grad_enabled():
             return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
         return part(*inputs)
 

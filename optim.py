@@ -48,12 +48,13 @@ def orthogonalise_by_gram(X):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates. The factor 0.2 sqrt(longer side) makes them as large as AdamW's [Liu et al. 2025].
 
-    As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and momentum unchanged.
+    As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and momentum unchanged. by_gram: use the
+    cheaper of the two functions above for wide matrices.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.found_inf = None
+        self.found_inf, self.by_gram = None, True
 
     @torch.no_grad()
     def step(self):
@@ -62,7 +63,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
             directions = (self._move_momentum(params, group) for params in by_shape.values())
-            for params, update in zip(by_shape.values(), orthogonalise_in_shares(directions), strict=True):
+            for params, update in zip(by_shape.values(), orthogonalise_in_shares(directions, self.by_gram), strict=True):
                 self._move_weights(params, update, group)
 
     def _keep(self):
@@ -88,19 +89,19 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * max(p.shape) ** 0.5 * u)
 
 
-def orthogonalise_in_shares(stacks):
+def orthogonalise_in_shares(stacks, by_gram=True):
     """Orthogonalise stacks of matrices, each (n, height, width) -> iterator over the results. Each process does its share.
 
     All processes get the same results.
     """
     if parallel.size() == 1:
-        yield from map(orthogonalise, stacks)
+        yield from (orthogonalise(X, by_gram) for X in stacks)
         return
     stacks = list(stacks)
     owners = share_by_cost([X.shape for X in stacks], parallel.size())
     for X, ranks in zip(stacks, owners, strict=True):
         if mine := [i for i, rank in enumerate(ranks) if rank == parallel.rank()]:
-            X[mine] = orthogonalise(X[mine])
+            X[mine] = orthogonalise(X[mine], by_gram)
     parallel.exchange([matrix for X in stacks for matrix in X], [rank for ranks in owners for rank in ranks])
     yield from stacks
 
@@ -119,13 +120,14 @@ def share_by_cost(shapes, size):
     return owners
 
 
-def orthogonalise(X):
-    """Orthogonalise matrices (n, height, width) of any shape by the faster of the two functions."""
+def orthogonalise(X, by_gram=True):
+    """Orthogonalise matrices (n, height, width) of any shape, by the faster of the two functions or, without by_gram, directly."""
     height, width = X.shape[1:]
     if height > width:
-        return orthogonalise(X.mT).mT
-    by_gram = width >= 2 * height and not X.is_cuda
-    return orthogonalise_by_gram(X) if by_gram else orthogonalise_directly(X)
+        return orthogonalise(X.mT, by_gram).mT
+    if by_gram and width >= 2 * height and not X.is_cuda:
+        return orthogonalise_by_gram(X)
+    return orthogonalise_directly(X)
 
 
 def make_optimizers(model, args):

@@ -197,9 +197,9 @@ def accumulate_gradients(model, batches, seeds, device, times, total=int):
         t, weight = times.draw(segment_ids)
         keys = draw_keys(*ids.shape, device=device)
         scale = weight * mask / n_tokens
-        with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
-            if model.fused:
-                noisy = fused.Noisy(ids, t, keys, predicted, s1, model.compiled)
+        with torch.autocast(device.type, torch.bfloat16, enabled=model.form.bf16):
+            if model.form.fused:
+                noisy = fused.Noisy(ids, t, keys, predicted, s1, model.form.compiled)
                 h = model.project(fused.ThetaToH.apply(model.embedding.weight, noisy))
                 hidden = model.body(h, t.masked_fill(cond_mask, 1.0), segment_ids)
                 loss, losses = fused.HiddenToLoss.apply(hidden, *model.linear_out.parameters(), scale, noisy)
@@ -286,21 +286,22 @@ def main():
     run = describe_run(args, config, tokenizer, tokens, val, run_dir)
     if saved:
         check_identity(saved["identity"], run["identity"], run_dir)
-    log.peak(device)  # measured before the memory is needed
+    log.peak(device, log.fast_bf16(device))  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
     if state.step >= (args.max_steps or math.inf):
         print(f"{run_dir} is finished at step {state.step}")
         return finish(state, tokenizer, val, run, args)
-    switches.set_switches(state.model, args, device, accumulate_gradients)
-    seconds = switches.warm_up(state.model, loader, args, device, accumulate_gradients, state.optimizers)
+    trial = loader.batch(0, 0.25), args, device, accumulate_gradients  # of the first half of the training
+    switches.choose_form(state, *trial)
+    seconds = switches.warm_up(state, *trial)
     inputs = val, tokenizer.bos_id(), args.sequence_length, device
     log.decide_steps(args, before, state.step, seconds, evaluate.validation_seconds(state.emas[-1], *inputs))
     vars(args).update(parallel.from_first(vars(args)))  # speeds differ
     print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
 
     write, minutes = log.open_metrics(run_dir, state.step)
-    meter, caught, bound = log.Meter(minutes), cli.catch_signals(), None
+    meter, caught, bound = log.Meter(state.model, args, device, minutes), cli.catch_signals(), None
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
     batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
@@ -313,12 +314,12 @@ def main():
         loss = accumulate_gradients(state.model, micro_batches, seeds, device, state.times, parallel.total)
         parallel.add_up([*(p.grad for p in state.model.parameters() if p.requires_grad), loss, state.times.sums])
         norm = update_weights(state, args)
-        meter.add(loss, norm, micro_batches)
         state.step += 1
+        meter.add(state.step, loss, norm, micro_batches)
         bar.update()
         step, is_last = state.step, state.step == args.max_steps
         if step % args.log_interval == 0 or is_last:
-            recent = meter.figures(step, optim.learning_rate(step - 1, args), config, args, device)
+            recent = meter.figures(step, optim.learning_rate(step - 1, args))
             write(step, **recent)
             bar.show(step, recent, bound)
         with meter.paused():

@@ -147,10 +147,10 @@ def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_lengt
     args = train.complete(train.flags().parse_args(flags))
     config = train.make_config(args, K)
     state = train.build(config, args, device, None)
-    switches.set_switches(state.model, args, device, train.accumulate_gradients)
     torch.manual_seed(0)
     segment_ids = 1 + (torch.rand(n_tokens // row_length, row_length) < 0.05).cumsum(1)
     batch = torch.randint(K, segment_ids.shape), segment_ids, torch.zeros_like(segment_ids, dtype=torch.bool)
+    switches.choose_form(state, batch, args, device, train.accumulate_gradients)
 
     def call():
         train.accumulate_gradients(state.model, [batch], [0], device, state.times)
@@ -349,7 +349,7 @@ def main():
         raise ValueError("no case has these sizes: leave out --quick or --K")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    peak = log.peak(device)
+    peak = log.peak(device, log.fast_bf16(device))
     results = measure_all(jobs, args, device, folder / "results.json")
     lines = [f"matrix multiplication: {peak / 1e9:,.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads", ""]
     lines += table(results, peak)

@@ -116,7 +116,7 @@ def measure_all(jobs, args, seconds):
     until = time.monotonic() + seconds
     results = [measure(job, args, until) for job in tqdm(jobs, leave=False, disable=None)]
     first = shown(bench.command(jobs[0], args.sizes["repetitions"], args.device))
-    return results, ["One command a line; the first:", "", first, "", *bench.table(results, log.peak(args.device)), ""]
+    return results, ["One command a line; the first:", "", first, "", *bench.table(results, log.peak(args.device, log.fast_bf16(args.device))), ""]
 
 
 def check(results):
@@ -166,7 +166,7 @@ def machine(args, _seconds):
         words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     yield f"- commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d %H:%M')}"
-    yield f"- matrix multiplication: {log.peak(args.device) / 1e9:,.0f} GFLOP/s on {args.device}"
+    yield f"- matrix multiplication: {log.peak(args.device, log.fast_bf16(args.device)) / 1e9:,.0f} GFLOP/s on {args.device}"
 
 
 def tests(args, _seconds):
@@ -193,7 +193,7 @@ def speed(args, seconds):
         yield from (f"### K = {K:,}", "", *lines)
         plain, best = results[:2]
         if i == 0 and "failed" not in plain | best:
-            faster, share = best["tokens_per_s"] / plain["tokens_per_s"], best["flops_per_s"] / log.peak(args.device)
+            faster, share = best["tokens_per_s"] / plain["tokens_per_s"], best["flops_per_s"] / log.peak(args.device, log.fast_bf16(args.device))
             yield f"A step, {best['variant']}: {faster:.2f} times the tokens/s of plain,"
             yield f"{share:.0%} of the matrix-multiplication peak.\n"
         measured += results

@@ -214,7 +214,7 @@ class Causal(model_file.BFNTransformer):
                 part.offsets, part.weight = range(-4, 1), torch.nn.Parameter(part.weight[:5].detach().clone())
 
     def attention_mask(self, segment_ids):
-        self.flex, L = False, segment_ids.shape[1]
+        self.form, L = self.form._replace(flex=False), segment_ids.shape[1]
         return super().attention_mask(segment_ids) & torch.ones(L, L, dtype=torch.bool, device=segment_ids.device).tril()
 
     def forward(self, theta, t, segment_ids):
@@ -328,8 +328,9 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
     config = train.make_config(args, len(tokenizer))
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
-    switches.set_switches(state.model, args, device, train.accumulate_gradients)
-    switches.warm_up(state.model, loader, args, device, train.accumulate_gradients, state.optimizers)
+    trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
+    switches.choose_form(state, *trial)
+    switches.warm_up(state, *trial)  # compiles, before the time counts
 
     def learning_rate(step, args):
         return args.learning_rate * rate_share(budget.progress)

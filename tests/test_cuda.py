@@ -14,7 +14,7 @@ import sample
 import toy
 import train
 from checkpoint import State
-from model import BFNTransformer, Config
+from model import BFNTransformer, Config, Form
 from noise import draw_keys, noise, uniform
 from times import Times
 
@@ -28,7 +28,7 @@ B, L, K = 4, 256, 3001
 def model():
     torch.manual_seed(0)
     model = BFNTransformer(Config(K, 0.01, d_model=128, n_layers=2, n_heads=4)).to(DEVICE)
-    model.bf16 = True
+    model.use(Form(bf16=True))
     for block in model.blocks:
         for matrix in (block.attention.out.weight, block.mlp.down.weight, model.linear_out.weight):
             torch.nn.init.normal_(matrix, std=0.05)
@@ -46,7 +46,7 @@ def batch():
 def gradients(model, batch, is_fused=False):
     """Loss and gradients of a step on fixed noise."""
     model.zero_grad(set_to_none=True)
-    model.fused = is_fused
+    model.use(model.form._replace(fused=is_fused))
     loss = train.accumulate_gradients(model, [batch], [3], DEVICE, Times("stratified", 0.5, DEVICE))
     return loss.item(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
 
@@ -68,16 +68,14 @@ def test_fused_operations_equal_the_plain_ones(model, batch, small_chunks):
 
 def test_compiled_chunks_equal_those_that_are_not(model, batch, small_chunks):
     reference = gradients(model, batch, is_fused=True)
-    model.compiled = True
+    model.form = model.form._replace(compiled=True)
     assert_alike(gradients(model, batch, is_fused=True), reference)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_flex_attention_equals_a_boolean_mask_without_compiling_again(model, batch, recompute):
     reference = gradients(model, batch)
-    model.flex, model.recompute = True, recompute
-    for part in (model.convolution, *model.blocks):
-        part.compile()
+    model.use(model.form._replace(compiled=True, flex=True, recompute=recompute))
     assert_alike(gradients(model, batch), reference)
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(3):
@@ -117,7 +115,8 @@ def test_the_commands_train_go_on_and_sample(tmp_path, monkeypatch, capsys):
 def test_a_step_waits_for_the_device_nowhere(model, batch):
     args = train.complete(train.flags().parse_args(["-d=none", "--max_steps=9"]))
     state = State(model, optim.make_optimizers(model, args), [], Times("learned", 0.5, DEVICE))
-    args.ema_rate, model.fused = [], True
+    args.ema_rate = []
+    model.use(model.form._replace(fused=True))
 
     def step():
         train.accumulate_gradients(model, [batch], [3], DEVICE, state.times)

@@ -9,7 +9,7 @@ import bfn
 import fused
 import switches
 import train
-from model import BFNTransformer, Config
+from model import BFNTransformer, Config, Form
 from noise import draw_keys, noise
 from times import Times
 
@@ -84,7 +84,8 @@ def setup(K=1001):
 
 def loss_and_gradients(model, batch, is_fused):
     """Loss, the curve of squared losses that training times learn, and the gradient of every parameter."""
-    model.fused, times = is_fused, Times("learned", 0.5)
+    model.form = model.form._replace(fused=is_fused)
+    times = Times("learned", 0.5)
     model.zero_grad(set_to_none=True)
     loss = train.accumulate_gradients(model, [batch], [1], CPU, times)
     return loss, times.curve, [p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -94,7 +95,7 @@ def loss_and_gradients(model, batch, is_fused):
 def test_a_fused_step_equals_a_plain_one_in_loss_losses_and_all_gradients(recompute):
     model, batch = setup()
     expected, curve, gradients = loss_and_gradients(model, batch, is_fused=False)
-    model.recompute = recompute
+    model.use(Form(recompute=recompute))
     found, curve_found, gradients_found = loss_and_gradients(model, batch, is_fused=True)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(curve_found, curve)
@@ -105,7 +106,7 @@ def test_a_fused_step_equals_a_plain_one_in_loss_losses_and_all_gradients(recomp
 def test_under_autocast_the_fused_loss_is_near_that_of_float32(chunk):
     model, batch = setup()
     expected, _, gradients = loss_and_gradients(model, batch, is_fused=True)
-    model.bf16 = True
+    model.use(Form(bf16=True, written=True))
     found, _, gradients_found = loss_and_gradients(model, batch, is_fused=True)
     assert found != expected
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
@@ -140,9 +141,7 @@ def test_compiled_chunks_equal_the_others_and_are_compiled_once(K, monkeypatch):
     torch._dynamo.reset()
     model, (ids, segment_ids, cond_mask) = setup(K)
     expected = loss_and_gradients(model, (ids, segment_ids, cond_mask), is_fused=True)
-    model.compiled = True
-    for block in model.blocks:
-        block.compile()
+    model.use(Form(compiled=True))
     found = loss_and_gradients(model, (ids, segment_ids, cond_mask), is_fused=True)
     with torch.compiler.set_stance("fail_on_recompile"):
         for n_given in (3, 8):  # another number of predicted tokens
@@ -166,7 +165,7 @@ def test_attention_without_a_mask_gives_the_same_numbers():
     theta, t = torch.randn(3, 13, 11).softmax(-1), torch.rand(3, 13)
     with torch.no_grad():  # flex attention has no gradient on CPUs
         plain = model(theta, t, segment_ids)
-        model.flex = True
+        model.use(Form(flex=True))
         torch.testing.assert_close(model(theta, t, segment_ids), plain, atol=1e-5, rtol=1e-4)
 
 
@@ -226,13 +225,13 @@ def trained_losses(form, K=1500):
     args = arguments(f"--fused={form}", "--max_steps=3", "-lr=0.01")
     state = train.build(train.make_config(args, K), args, CPU)
     state.model.load_state_dict(model.state_dict())
-    switches.set_switches(state.model, args, CPU, train.accumulate_gradients)
-    state.model.bf16 = False  # on every CPU the same
+    switches.choose_form(state, batch, args, CPU, train.accumulate_gradients)
+    state.model.use(state.model.form._replace(bf16=False))  # on every CPU the same
     losses = []
     for state.step in range(3):
         losses.append(train.accumulate_gradients(state.model, [batch], [state.step], CPU, state.times).item())
         train.update_weights(state, args)
-    return losses, state.model.fused
+    return losses, state.model.form.fused
 
 
 @pytest.mark.parametrize("owner, name, edit", EDITS, ids=[name for _, name, _ in EDITS])
@@ -272,12 +271,12 @@ def test_without_an_edit_the_check_passes_for_every_vocabulary_and_number_of_hea
     for K, n_heads in ((2, 1), (1001, 3), (32_000, 8)):
         model = BFNTransformer(Config(K=K, beta1=bfn.auto_beta1(K), d_model=8 * n_heads, n_layers=1, n_heads=n_heads))
         before = torch.get_rng_state()
-        assert switches.can_fuse(model, arguments("--fused=on"), train.accumulate_gradients)
+        assert switches.can_fuse(model, arguments("--fused=on"), CPU, train.accumulate_gradients)
         assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_fusing_is_refused_where_its_numbers_would_overflow():
     model = BFNTransformer(Config(K=1001, beta1=0.2, d_model=32, n_layers=1, n_heads=2))
     with pytest.raises(ValueError, match=r"sqrt\(K beta\) below 13.*14\.1.*--fused=off"):
-        switches.can_fuse(model, arguments("--fused=on"), train.accumulate_gradients)
-    assert not switches.can_fuse(model, arguments("--fused=auto"), train.accumulate_gradients)
+        switches.can_fuse(model, arguments("--fused=on"), CPU, train.accumulate_gradients)
+    assert not switches.can_fuse(model, arguments("--fused=auto"), CPU, train.accumulate_gradients)

@@ -10,7 +10,7 @@ import torch
 
 import cache
 import log
-from model import Config
+from model import Config, Form
 
 
 def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
@@ -27,9 +27,9 @@ def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
 
 def test_measuring_the_machine_draws_no_random_numbers():
     """Else the first step of a process would not be what it is in the middle of one."""
-    log.matmul_peak.cache_clear()
+    log.peak.cache_clear()
     torch.manual_seed(0)
-    log.peak(torch.device("cpu"))
+    log.peak(torch.device("cpu"), False)
     drawn = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3))
@@ -103,12 +103,14 @@ def test_a_disk_without_room_for_the_checkpoints_to_come_gets_one_warning(
 def test_minutes_of_training_add_up_and_leave_out_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(log, "peak", lambda device: 1e9)
+    monkeypatch.setattr(log, "peak", lambda device, bf16: 1e9)
     args = SimpleNamespace(accumulation_steps=1, batch_size=1, sequence_length=4)
-    meter, batch = log.Meter(minutes=2.0), (None, torch.tensor([[1, 1, 1, 0]]), None)
-    meter.add(torch.tensor(1.0), torch.tensor(1.0), [batch])
+    model = SimpleNamespace(config=Config(K=5, beta1=1.0, d_model=32, n_layers=1, n_heads=2), form=Form())
+    meter = log.Meter(model, args, torch.device("cpu"), minutes=2.0)
+    batch = None, torch.tensor([[1, 1, 1, 0]]), None
+    meter.add(1, torch.tensor(1.0), torch.tensor(1.0), [batch])
     now[0] = 30.0
     with meter.paused():
         now[0] = 90.0
-    figures = meter.figures(1, 0.1, Config(K=5, beta1=1.0, d_model=32, n_layers=1, n_heads=2), args, torch.device("cpu"))
+    figures = meter.figures(1, 0.1)
     assert (figures["minutes"], figures["tokens_per_s"], figures["fill"]) == (2.5, 0.1, 0.75)

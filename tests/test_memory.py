@@ -12,7 +12,7 @@ import log
 import memory
 import toy
 import train
-from model import BFNTransformer, Config
+from model import BFNTransformer, Config, Form
 from times import Times
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def kept_bytes(n_layers, bf16, recompute):
     """What autograd keeps of a step before its backward pass, without the weights, in bytes per token."""
     torch.manual_seed(0)
     model = BFNTransformer(Config(11, 1.0, 128, n_layers, 4))
-    model.bf16, model.recompute = bf16, recompute
+    model.use(Form(bf16=bf16, written=bf16, recompute=recompute))
     weights, sizes, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
 
     def keep(x):

@@ -28,6 +28,7 @@ import toy
 import train
 from cache import Tokens
 from checkpoint import read_checkpoint
+from model import Form
 from text import file_hash, train_tokenizer
 from times import Times, draw_evenly
 
@@ -366,7 +367,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused)
     monkeypatch.setattr(Times, "draw", lambda self, segment_ids: torch.full((2, *segment_ids.shape), 0.6))
     keys = train.draw_keys(1, 10)
     monkeypatch.setattr(train, "draw_keys", lambda B, L, device: keys.expand(B, L, 2))
-    state.model.fused = is_fused
+    state.model.use(Form(fused=is_fused))
     ids, segment_ids, cond_mask = batch_of(torch.randint(4, (6, 10)))
     cond_mask[4:, 3:] = True
     cond_mask[5] = True
@@ -619,7 +620,8 @@ def test_few_calls_lie_between_the_training_step_and_the_loss(monkeypatch):
     import inspect
 
     _, _, state = tiny_setup()
-    state.model.fused, chains = True, []
+    state.model.use(Form(fused=True))
+    chains = []
     real = bfn.training_loss
 
     def spy(*anything):
