@@ -34,10 +34,11 @@ import toy
 from bounds import Text, clustered_error, n_scorable, nothing_given, score, seconds_per_row, unknown_nats_per_token
 from checkpoint import load
 from documents import Corpus
-from generation import Options, generate, generate_in_shares
+from generation import DEFAULT, Options, generate
 from model import rows_at_once
 from noise import mix_seed
 from prompts import make_template
+from sample import Sampler
 from text import decode, read_pieces
 
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token
@@ -46,7 +47,7 @@ BY_TIME_HEADER = "t,loss_nats_per_token,cross_entropy_nats_per_token"
 BY_CALLS_HEADER = "calls,exact_nats_per_token,error_nats_per_token"
 VAL_TOKENS = 16_384  # a validation scores at most this many tokens
 VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes many calls
-COMMIT = {"exact": partial(likelihood.exact, calls=Options.steps)}
+COMMIT = {"exact": partial(likelihood.exact, calls=DEFAULT.steps)}
 
 # ---------------------------------------------------------------- figures
 
@@ -256,7 +257,7 @@ def exact_likelihood(model, tokens, row_length, bos_id, device, max_tokens):
     return figures | dict(exact_bits_per_char=bits_per_token * n_scorable(tokens, bos_id) / tokens.n_chars)
 
 
-def check_toy(model, tokenizer, run, val, bound_nats_per_token, seed, corpus):
+def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
     """Compare a model of the built-in language with the exact entropy, and check 256 samples -> three lines of text.
 
     val: Tokens of held-out sentences. corpus: Path of the text that the model was trained on.
@@ -264,13 +265,14 @@ def check_toy(model, tokenizer, run, val, bound_nats_per_token, seed, corpus):
     n_tokens = toy.mean_length() + 1  # eos is scored too
     entropy = toy.entropy_given_length() / n_tokens / math.log(2)
     bound = bound_nats_per_token / math.log(2)
-    exact = entropy + excess_nats_per_token(model, tokenizer, val) / math.log(2)
+    exact = entropy + excess_nats_per_token(sampler.model, sampler.tokenizer, val) / math.log(2)
 
     def above(bits):
         return f"{abs(bits / entropy - 1):.1%} {'above' if bits >= entropy else 'below'}"
 
-    templates = [make_template("", tokenizer, run, mix_seed("toy", i)) for i in range(256)]
-    samples = generate_in_shares(generate, model, tokenizer, templates, seed, Options())
+    tokenizer = sampler.tokenizer
+    templates = [make_template("", tokenizer, sampler.run, mix_seed("toy", i)) for i in range(256)]
+    samples = generate(sampler.model, tokenizer, templates, seed)
     texts = [decode(tokenizer, ids) for ids, _ in samples]
     known = set(corpus.read_text().splitlines())
     grammatical = [text for text in texts if toy.is_grammatical(text)]
@@ -322,12 +324,14 @@ def choose_texts(tokens, tokenizer, window, n, seed):
     return [decode(tokenizer, ids) for ids in windows], lengths
 
 
-def sample_quality(model, tokenizer, run, tokens, reference, args):
+def sample_quality(sampler, tokens, reference, args):
     """Compare generated texts with windows of the text, equally many and long -> {name: {figure: (value, low, high)}}."""
-    real, lengths = choose_texts(tokens, tokenizer, run["args"]["sequence_length"], args.samples, args.seed)
-    templates = [make_template("", tokenizer, run, mix_seed(args.seed, i), n) for i, n in enumerate(lengths)]
-    options = Options(sampler=args.sampler, steps=args.steps, corrections=args.corrections)
-    samples = generate_in_shares(generate, model, tokenizer, templates, args.seed, options)
+    tokenizer, run = sampler.tokenizer, sampler.run
+    real, lengths = choose_texts(tokens, tokenizer, sampler.limit, args.samples, args.seed)
+    seeds = [mix_seed(args.seed, i) for i in range(len(lengths))]
+    templates = [make_template("", tokenizer, run, *pair) for pair in zip(seeds, lengths, strict=True)]
+    options = Options(bfn.Controls(args.sampler, args.steps, args.corrections))
+    samples = generate(sampler.model, tokenizer, templates, args.seed, options)
     samples = list(tqdm(samples, total=len(templates), unit="sample", desc="sampling", disable=None))
     generated = [decode(tokenizer, ids) for ids, _ in samples]
     calls_per_sample = sum(calls for _, calls in samples) / len(samples)
@@ -400,10 +404,10 @@ def flags():
     add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
     add("--by_calls", metavar="PATH", help="write the exact likelihood by --calls to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
-    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help=f"for --samples ({Options.sampler})")
-    add("--steps", type=cli.steps, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
-    corrections = f"further calls of pace that redraw tokens ({Options.corrections})"
-    add("--corrections", type=cli.natural, default=Options.corrections, help=corrections)
+    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler, help=f"for --samples ({DEFAULT.sampler})")
+    add("--steps", type=cli.steps, default=DEFAULT.steps, help=f"sampling steps for --samples ({DEFAULT.steps})")
+    corrections = f"further calls of pace that redraw tokens ({DEFAULT.corrections})"
+    add("--corrections", type=cli.natural, default=DEFAULT.corrections, help=corrections)
     add("--corpus", help="training text that --samples are compared with (the one that the model was trained on)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
@@ -514,7 +518,7 @@ def main():
     samples = {}
     if args.samples and not stopped:
         with suppress(KeyboardInterrupt):
-            samples = sample_quality(model, tokenizer, run, tokens, reference, args)
+            samples = sample_quality(Sampler(model, tokenizer, run), tokens, reference, args)
     scores.partial |= args.samples > 0 and not samples
     if args.json:
         print(to_json(figures, scores, samples))

@@ -23,7 +23,6 @@ import plot
 from cache import share_in_training
 from checkpoint import count_checkpoints, read_metrics, way_back
 from evaluate import VAL_TOKENS
-from generation import example_texts, mark_breaks
 
 FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
 VALIDATIONS = 10  # of a run, and at least one every MOST_MINUTES
@@ -233,16 +232,22 @@ def bounds(run_dir):
 
 
 @parallel.first_only
-def write_samples(state, tokenizer, val, run, args):
-    """Add texts to samples.txt, if it has none of this step -> the same texts, to be printed."""
-    path = Path(args.model_dir) / "samples.txt"
+def write_samples(run_dir, step, sample_texts):
+    """Add the texts of sample_texts() to samples.txt, if it has none of this step -> the texts, to be printed."""
+    path = run_dir / "samples.txt"
     before = path.read_bytes() if path.exists() else b""
-    if any(line.startswith(b"%d\t" % state.step) for line in before.split(b"\n")):
+    if any(line.startswith(b"%d\t" % step) for line in before.split(b"\n")):
         return []
-    texts = example_texts(state.emas[-1], tokenizer, val, run, args.num_examples, args.seed)
+    texts = sample_texts()
+    lines = "".join(f"{step}\t{mark_breaks(text)}\n" for text in texts)
     with cli.replacing(path) as temporary:  # all texts of a step or none
-        temporary.write_bytes(before + "".join(f"{state.step}\t{mark_breaks(text)}\n" for text in texts).encode())
+        temporary.write_bytes(before + lines.encode())
     return ["  " + text.replace("\n", "\n  ") for text in texts]
+
+
+def mark_breaks(text):
+    """Write a text on one line, with \\n for each line break."""
+    return text.replace("\n", "\\n")
 
 
 @parallel.first_only

@@ -35,7 +35,7 @@ import cli
 import data
 import figures
 from checkpoint import load, read_checkpoint, read_metrics
-from generation import Options, sample_batch
+from generation import DEFAULT, Options, sample_batch
 from noise import mix_seed
 from prompts import read_breaks
 from sample import Sampler
@@ -272,7 +272,7 @@ def draw_sampling(args):
     sampler = Sampler.load(args.run_dir, args.checkpoint, args.device)
     n, recorder = args.num_samples or (6 if args.gif else 1), Recorder()
     prompts = [read_breaks(prompt, sampler.run) for prompt in args.prompt or [""] for _ in range(n)]
-    options = Options(args.sampler, args.steps, args.corrections, watch=recorder)
+    options = Options(bfn.Controls(args.sampler, args.steps, args.corrections, watch=recorder))
     templates = sampler.templates(prompts, args.seed, args.length, options)
     seeds = [mix_seed(args.seed, i) for i in range(len(prompts))]
     samples = sample_batch(sampler.model, sampler.tokenizer, templates, seeds, options)
@@ -399,9 +399,9 @@ def add_sampling_flags(add):
     add("--prompt", action="append", default=[], help="as in sample.py; repeatable")
     add("--num_samples", type=cli.count, help="texts per prompt (1, with --gif 6)")
     add("--length", type=cli.several, help="tokens per text, with bos and eos (drawn from the training lengths)")
-    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help="how to sample (%(default)s)")
-    add("--steps", type=cli.steps, default=Options.steps, help="as in sample.py (%(default)s)")
-    add("--corrections", type=cli.natural, default=Options.corrections, help="as in sample.py (%(default)s)")
+    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler, help="how to sample (%(default)s)")
+    add("--steps", type=cli.steps, default=DEFAULT.steps, help="as in sample.py (%(default)s)")
+    add("--corrections", type=cli.natural, default=DEFAULT.corrections, help="as in sample.py (%(default)s)")
     add("--gif", action="store_true", help="an animation of the texts that emerge, pale where they are uncertain")
     add_seed(add)
     add_device(add)

@@ -13,6 +13,7 @@ import json
 import math
 from collections import defaultdict
 from contextlib import suppress
+from dataclasses import replace
 from html import escape
 from string import Template
 
@@ -24,7 +25,7 @@ import card
 import figures
 import plot
 from checkpoint import load, read_metrics, without_folders
-from generation import Options, sample_batch
+from generation import DEFAULT, Options, sample_batch
 from noise import mix_seed
 from sample import Sampler
 from text import piece_text
@@ -95,11 +96,12 @@ def likely(pairs):
 def sample_texts(model, tokenizer, run):
     """Sample the texts that sample.py prints first -> dict: texts as of `Alternatives.of_text`, pieces of all their ids."""
     n_texts = min(N_TEXTS, max(1, MOST_TOKENS // run["args"]["sequence_length"]))
-    seeds, options = [mix_seed(0, i) for i in range(n_texts)], Options()
-    templates = Sampler(model, tokenizer, run).templates([""] * n_texts, 0, None, options)
-    with tqdm(total=options.steps + options.corrections, desc="sampling", unit="call", disable=None) as bar:
+    seeds = [mix_seed(0, i) for i in range(n_texts)]
+    templates = Sampler(model, tokenizer, run).templates([""] * n_texts, 0, None, Options())
+    with tqdm(total=DEFAULT.steps + DEFAULT.corrections, desc="sampling", unit="call", disable=None) as bar:
         alternatives = Alternatives(bar)
-        samples = sample_batch(model, tokenizer, templates, seeds, Options(watch=alternatives))
+        options = Options(replace(DEFAULT, watch=alternatives))
+        samples = sample_batch(model, tokenizer, templates, seeds, options)
     begin = int(tokenizer.bos_id() >= 0)
     texts = [alternatives.of_text(row, begin, ids, calls) for row, (ids, calls) in enumerate(samples)]
     used = {k for text in texts for call in text["calls"] for position in call for k in position[::2]}

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +23,14 @@ import torch
 from tqdm import tqdm
 
 import bfn
+import data
 import guidance
 import interactive
 import likelihood
 import parallel
 import proofread
 from checkpoint import EXPORTED_FILES, RUN_FILES, load
-from generation import Options, generate, generate_any_length, generate_in_shares, generate_traced, lay_out
+from generation import DEFAULT, Options, generate, lay_out
 from lengths import fit_lengths
 from noise import mix_seed
 from prompts import (
@@ -39,6 +41,7 @@ from prompts import (
     check_hints,
     check_unicode,
     find_ids,
+    make_template,
     parse_hint,
     read_breaks,
     read_prompts,
@@ -47,8 +50,10 @@ from prompts import (
     warn_unknown,
 )
 from text import ONE_LINE, add_marks, decode, label_ids
+from watch import Trace
 
 OPTIONS = "sampler steps corrections time_grid temperature top_p argmax until ban hint draft strength guidance scale".split()
+CONTROLS = [field.name for field in fields(bfn.Controls)]
 SEPARATOR = "-" * 20  # printed after each text of several lines
 
 # ---------------------------------------------------------------- the model as an object
@@ -93,34 +98,39 @@ class Sampler:
             prompts = [f"{label}\t{prompt}" for prompt in prompts]
         options = self.options(**options)
         templates = self.templates(prompts, seed, length, options)
-        if max(map(len, templates), default=0) > self.limit:
-            if options.hints or trace:
-                message = f"--hint and --trace need texts of at most {self.limit} tokens, the trained length: lower --length"
-                raise ValueError(message)
-            draw = partial(generate_any_length, limit=self.limit)
-        else:
+        if max(map(len, templates), default=0) <= self.limit:
             check_hints(options.hints, templates, self.tokenizer.bos_id() >= 0)
-            draw = partial(generate_traced, unknown=unknown_pieces(prompts[0], self.tokenizer)) if trace else generate
-        samples = generate_in_shares(draw, self.model, self.tokenizer, templates, seed, options)
-        return ((self.decode(ids, prompt), ids, calls) for prompt, (ids, calls) in zip(prompts, samples, strict=True))
+        elif options.hints or trace:
+            limit = f"at most {self.limit} tokens, the trained length"
+            raise ValueError(f"--hint and --trace need texts of {limit}: lower --length")
+        if trace:
+            trace = Trace(self.tokenizer, unknown=unknown_pieces(prompts[0], self.tokenizer))
+            options = replace(options, trace=trace)
+        samples = generate(self.model, self.tokenizer, templates, seed, options, self.limit)
+        return (
+            (self.decode(ids, prompt), ids, calls)
+            for prompt, (ids, calls) in zip(prompts, samples, strict=True)
+        )
 
     def decode(self, ids, prompt=""):
         """Turn ids into text. What the tokenizer did not know reads as in the prompt."""
         return lay_out(decode(self.tokenizer, ids, unknown_pieces(prompt, self.tokenizer)), self.run)
 
-    def options(self, *, ban=(), hint=(), draft=None, time_grid="uniform", strength=0.4, **controls):
+    def options(self, *, ban=(), hint=(), draft=None, strength=0.4, time_grid="uniform", **more):
         """Turn what a user says into Options."""
         if time_grid not in ("uniform", "learned"):
             raise ValueError(f"time_grid={time_grid!r} is neither uniform nor learned")
         if time_grid == "learned" and not self.run["loss_by_time"]:
             raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
+        controls = {name: more.pop(name) for name in CONTROLS if name in more}
+        controls["curve"] = self.run["loss_by_time"] if time_grid == "learned" else None
         return Options(
-            **controls,
-            curve=self.run["loss_by_time"] if time_grid == "learned" else None,
+            controls=replace(DEFAULT, **controls),
             hints=tuple(parse_hint(text, self.tokenizer) for text in hint),
             banned=tuple(k for text in ban for k in find_ids(text, self.tokenizer)),
             draft=() if draft is None else self.read_draft(draft),
             strength=strength,
+            **more,
         )
 
     def read_draft(self, text):
@@ -176,6 +186,25 @@ class Sampler:
         samples = generate(self.model, self.tokenizer, templates, seed, self.options(**options))
         return torch.tensor([row for row, _ in samples])
 
+    def examples(self, tokens, n, seed=0):
+        """Sample n texts to look at during training -> list of str. Only this process samples.
+
+        Half are free. The others continue the first third, in brackets, of a window of `tokens`.
+        """
+        templates = [make_template("", self.tokenizer, self.run, mix_seed(seed, i)) for i in range(n // 2)]
+        plan = data.plan_validation(tokens, self.limit, n)
+        for i in range(n // 2, n):
+            start, length = (int(x[i % len(plan.starts)]) for x in (plan.starts, plan.lengths))
+            given = tokens.ids[start : start + length // 3].tolist()
+            templates.append(given + [FREE] * (length - len(given)))
+        samples = generate(self.model, self.tokenizer, templates, seed, numbers=range(n))
+        texts = []
+        for i, (template, (ids, _)) in enumerate(zip(templates, samples, strict=True)):
+            n_given = sum(k >= 0 for k in template) if i >= n // 2 else 0
+            given = f"[{decode(self.tokenizer, ids[:n_given])}] " if i >= n // 2 else ""
+            texts.append(given + decode(self.tokenizer, ids[n_given:]))
+        return [lay_out(text, self.run) for text in texts]
+
 
 # ---------------------------------------------------------------- the command
 
@@ -189,9 +218,9 @@ def flags():
     add("--prompt_file", help="file with one prompt per line")
     add("--num_samples", type=cli.samples, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count, help="tokens per text, with bos and eos (drawn from the training lengths)")
-    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help="how to sample (%(default)s)")
-    add("--steps", type=cli.steps, default=Options.steps, help="most calls that fill the text; the solvers make STEPS + 1 (32)")
-    add("--corrections", type=cli.natural, default=Options.corrections, help="further calls of pace that redraw tokens (4)")
+    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler, help="how to sample (%(default)s)")
+    add("--steps", type=cli.steps, default=DEFAULT.steps, help="most calls that fill the text; the solvers make STEPS + 1 (32)")
+    add("--corrections", type=cli.natural, default=DEFAULT.corrections, help="further calls of pace that redraw tokens (4)")
     grids = ["uniform", "learned"]
     add("--time_grid", choices=grids, default="uniform", help="solvers: even steps, or small where the loss is large (uniform)")
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")

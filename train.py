@@ -29,6 +29,7 @@ import switches
 from checkpoint import State, check_identity, describe_run, load, lock, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
+from sample import Sampler
 from text import file_hash, label_ids
 from times import Times
 
@@ -254,12 +255,14 @@ def build(config, args, device, saved=None):
 # ---------------------------------------------------------------- the run
 
 
-def finish(state, tokenizer, val, run, args):
+def finish(state, sampler, val, args):
     """Write the last samples, if the run was stopped before them; judge the built-in language; say what to do next."""
-    log.write_samples(state, tokenizer, val, run, args)
+    run_dir = Path(args.model_dir)
+    log.write_samples(run_dir, state.step, partial(sampler.examples, val, args.num_examples, args.seed))
     if args.data_path is None:
-        bound, corpus = log.bounds(Path(args.model_dir))[-1][0], Path(args.model_dir) / "corpus.txt"
-        print(*evaluate.check_toy(state.emas[-1], tokenizer, run, val, bound, args.seed, corpus), sep="\n")
+        bound, _ = log.bounds(run_dir)[-1]
+        lines = evaluate.check_toy(sampler, val, bound, args.seed, run_dir / "corpus.txt")
+        print(*lines, sep="\n")
     print(log.closing_lines(args))
 
 
@@ -289,9 +292,11 @@ def main():
     log.peak(device, log.fast_bf16(device))  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
+    sampler = Sampler(state.emas[-1], tokenizer, run)
+    examples = partial(sampler.examples, val, args.num_examples, args.seed)
     if state.step >= (args.max_steps or math.inf):
         print(f"{run_dir} is finished at step {state.step}")
-        return finish(state, tokenizer, val, run, args)
+        return finish(state, sampler, val, args)
     trial = loader.batch(0, 0.25), args, device, accumulate_gradients  # of the first half of the training
     switches.choose_form(state, *trial)
     seconds = switches.warm_up(state, *trial)
@@ -307,7 +312,7 @@ def main():
     batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
     bar = log.Progress(state, args)
     if state.step and state.step % args.sample_interval == 0:  # it may have been stopped before the samples
-        log.write_samples(state, tokenizer, val, run, args)
+        log.write_samples(run_dir, state.step, examples)
     while not (stop := parallel.total(len(caught))) and state.step < args.max_steps:
         seeds = [mix_seed(args.seed, state.step, m) for m in parallel.share(range(accumulation))]
         micro_batches = [next(batches) for _ in seeds]
@@ -336,7 +341,7 @@ def main():
             if step % args.save_interval == 0 or is_best or is_last:
                 save(state, run, run_dir, is_best)
             if step % args.sample_interval == 0 or is_last:
-                news += log.write_samples(state, tokenizer, val, run, args) or []
+                news += log.write_samples(run_dir, state.step, examples) or []
             for line in news:  # printed after the save, which a broken terminal must not prevent
                 bar.write(line)
     bar.close()
@@ -344,7 +349,7 @@ def main():
         save(state, run, run_dir)
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # another process may have caught it
-    finish(state, tokenizer, val, run, args)
+    finish(state, sampler, val, args)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ import plot
 import quality
 import toy
 from checkpoint import load
-from generation import Options, generate
+from generation import DEFAULT, Options, generate
 from prompts import GAP, make_template, pad
 from text import add_marks, decode, read_part
 
@@ -65,10 +65,10 @@ class Job:
         """Make the Options with this number of network calls. curve: the loss by time for a learned time grid, or None."""
         controls = dict(curve=curve, temperature=self.temperature, top_p=self.top_p)
         if self.sampler not in FILLING:
-            return Options(self.sampler, self.calls - 1, **controls)
-        corrections = min(Options.corrections, self.calls // 3) if self.sampler == "pace" else 0
+            return Options(bfn.Controls(self.sampler, self.calls - 1, **controls))
+        corrections = min(DEFAULT.corrections, self.calls // 3) if self.sampler == "pace" else 0
         sampler = "pace" if self.sampler == "uncorrected" else self.sampler
-        return Options(sampler, self.calls - corrections, corrections, **controls)
+        return Options(bfn.Controls(sampler, self.calls - corrections, corrections, **controls))
 
 
 def plan(args):

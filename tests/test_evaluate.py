@@ -330,7 +330,7 @@ def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences
     run = dict(lengths=[0, 0, 0, 0, 1], word_lengths=[0, 1], args=dict(sequence_length=32))
     bound = 1.1 * toy.entropy_given_length() / (toy.mean_length() + 1)
     monkeypatch.setattr(evaluate, "excess_nats_per_token", lambda *inputs: -0.02 * 1.792 * math.log(2))
-    lines = evaluate.check_toy(None, tokenizer, run, None, bound, 0, corpus)
+    lines = evaluate.check_toy(SimpleNamespace(model=None, tokenizer=tokenizer, run=run), None, bound, 0, corpus)
     assert lines == [
         f"bound {bound / math.log(2):.3f} bits per token, 10.0% above the exact entropy given the length, 1.792",
         "exact likelihood under commit 1.756 bits per token, 2.0% below",

@@ -23,6 +23,7 @@ import figures
 import likelihood
 import plot
 import toy
+from bfn import Controls
 from checkpoint import load, read_checkpoint, read_metrics, save_checkpoint
 from generation import Options, sample_batch
 from prompts import make_template
@@ -305,7 +306,7 @@ def test_sampling_draws_the_certainty_of_each_position_at_each_call(draw, drawn,
     assert labels[:2] == [" the", " king"] and (shares[:, :2] == 1).all() and (shares[:-1, 2:] < 1).all()
     model, tokenizer, run = load(run_dir)
     seen = []
-    options = Options("sde2", 3, watch=lambda t, p, given: seen.append(p[0, 1:].amax(-1)))
+    options = Options(Controls("sde2", 3, watch=lambda t, p, given: seen.append(p[0, 1:].amax(-1))))
     template = make_template("the king", tokenizer, run, 0, 6)
     ((ids, _),) = sample_batch(model, tokenizer, [template], [plot.mix_seed(5, 0)], options)
     assert np.asarray(shares[:, 2:]) == pytest.approx(torch.stack(seen)[:, 2:].numpy())

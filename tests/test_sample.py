@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ import model as model_file
 import sample
 import toy
 import watch
+from bfn import Controls
 from checkpoint import load
 from generation import Options, generate
 from noise import Draws, mix_seed
@@ -43,9 +45,11 @@ from prompts import (
     unknown_pieces,
     warn_unknown,
 )
+from sample import Sampler
 from text import add_marks
+from watch import Trace
 
-QUICK = Options(steps=3, corrections=0)
+QUICK = Options(Controls(steps=3))
 
 
 @pytest.fixture(scope="module", params=["bpe", "word", "char"])
@@ -112,13 +116,13 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_a_different_one(load
 @pytest.mark.parametrize(
     "options",
     [
-        Options(steps=3, corrections=0),
-        Options(steps=20, corrections=2),
-        Options(steps=20, corrections=2, until=0.5),
-        *(Options(sampler=name, steps=3) for name in bfn.SAMPLERS if name != "commit"),
-        Options(sampler="sde2", steps=10, until=0.2),
+        Options(Controls(steps=3)),
+        Options(Controls(steps=20, corrections=2)),
+        Options(Controls(steps=20, corrections=2, until=0.5)),
+        *(Options(Controls(name, steps=3)) for name in bfn.SAMPLERS if name != "commit"),
+        Options(Controls("sde2", steps=10, until=0.2)),
     ],
-    ids=lambda options: f"{options.sampler}-{options.steps}-{options.corrections}-{options.until}",
+    ids=lambda o: f"{o.controls.sampler}-{o.controls.steps}-{o.controls.corrections}-{o.controls.until}",
 )
 def test_a_sample_does_not_change_with_its_neighbours(mixing, options):
     """Short texts next to a long one are padded, make fewer calls, and with `until` finish at other calls than it."""
@@ -127,9 +131,9 @@ def test_a_sample_does_not_change_with_its_neighbours(mixing, options):
     together = generation.sample_batch(model, tokenizer, templates, seeds=[5, 6, 7, 8], options=options)
     for template, seed, text in zip(templates, [5, 6, 7, 8], together, strict=True):
         assert generation.sample_batch(model, tokenizer, [template], [seed], options) == [text]
-    if options.until:
+    if options.controls.until:
         n_calls = [calls for _, calls in together]
-        assert len(set(n_calls)) > 1 and min(n_calls) < options.steps
+        assert len(set(n_calls)) > 1 and min(n_calls) < options.controls.steps
 
 
 def test_the_size_of_the_batches_does_not_change_a_sample(loaded, monkeypatch):
@@ -157,8 +161,8 @@ def test_the_evidence_of_a_draft_changes_no_other_draw(loaded, sampler):
     model, tokenizer, _ = loaded
     draft = tuple(tokenizer.encode("the old king sleeps"))
     templates = [[FREE] * len(draft)] * 3
-    without = generate(model, tokenizer, templates, 0, Options(sampler=sampler, steps=4))
-    assert list(generate(model, tokenizer, templates, 0, Options(sampler=sampler, steps=4, draft=draft))) == list(without)
+    without = generate(model, tokenizer, templates, 0, Options(Controls(sampler, steps=4)))
+    assert list(generate(model, tokenizer, templates, 0, Options(Controls(sampler, steps=4), draft=draft))) == list(without)
 
 
 @pytest.mark.parametrize("sampler", bfn.SAMPLERS)
@@ -172,7 +176,8 @@ def test_no_random_numbers_are_used_twice(loaded, sampler, monkeypatch):
 
     monkeypatch.setattr(Draws, "at", at)
     draft = tuple(tokenizer.encode("the old king sleeps"))
-    options = Options(sampler=sampler, steps=3, corrections=1, until=1e-9, draft=draft, strength=0.3)
+    controls = Controls(sampler, steps=3, corrections=1, until=1e-9)
+    options = Options(controls, draft=draft, strength=0.3)
     list(generate(model, tokenizer, [[FREE] * len(draft)], 0, options))
     assert (generation.DRAFT, 0) in used and len(used) == len(set(used)) >= 4
 
@@ -430,7 +435,7 @@ def test_a_strong_hint_decides_its_position(loaded, sampler):
     drawable = allowed_tokens(tokenizer)[-FREE].nonzero().flatten().tolist()
     for wanted in drawable[3:5]:
         hint = torch.full((len(tokenizer),), -30.0).index_fill(0, torch.tensor(wanted), 0.0)
-        options = Options(sampler=sampler, steps=3, hints=((2, hint),))
+        options = Options(Controls(sampler, steps=3), hints=((2, hint),))
         ((ids, _),) = generate(model, tokenizer, [template], 0, options)
         assert ids[2 + (tokenizer.bos_id() >= 0)] == wanted
 
@@ -451,7 +456,7 @@ def test_a_banned_token_is_never_drawn_but_may_be_given(loaded):
     drawn = {k for ids, _ in generate(model, tokenizer, [template] * 20, 0, QUICK) for k in ids[n_given:]}
     banned = tuple(sorted(drawn)[:3])
     assert len(banned) == 3
-    options = Options(steps=3, banned=(*banned, template[n_given - 1]))
+    options = Options(Controls(steps=3, corrections=4), banned=(*banned, template[n_given - 1]))
     for ids, _ in generate(model, tokenizer, [template] * 20, 0, options):
         assert ids[:n_given] == template[:n_given] and not set(options.banned) & set(ids[n_given:])
 
@@ -502,14 +507,14 @@ def test_each_block_of_a_long_text_begins_with_the_end_of_the_text_so_far(loaded
     model, tokenizer, run = loaded
     template = make_template("the king", tokenizer, run, 0, 60)
     monkeypatch.setattr(tokenizer, "eos_id", lambda: -1)
-    blocks, real = [], generation.generate
+    blocks, real = [], generation.sample_batch
 
     def record(model, tokenizer, templates, *rest):
         blocks.extend(templates)
         return real(model, tokenizer, templates, *rest)
 
-    monkeypatch.setattr(generation, "generate", record)
-    ids, calls = generation.generate_long(model, tokenizer, template, 16, 0, QUICK)
+    monkeypatch.setattr(generation, "sample_batch", record)
+    ids, calls = generation.write_blocks(model, tokenizer, template, 16, 0, QUICK)
     n_written = sum(k >= 0 for k in template)
     assert len(ids) == 60 and ids[:n_written] == template[:n_written]
     for block in blocks:
@@ -517,15 +522,15 @@ def test_each_block_of_a_long_text_begins_with_the_end_of_the_text_so_far(loaded
         assert given == ids[max(0, n_written - 8) : n_written] and len(block) <= 16
         n_written += block.count(FREE)
     assert n_written == 60
-    assert calls == sum(min(QUICK.steps, block.count(FREE)) for block in blocks)
+    assert calls == sum(min(QUICK.controls.steps, block.count(FREE)) for block in blocks)
 
 
 def test_a_long_text_changes_none_of_the_short_ones(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("the king", tokenizer, run, i, n) for i, n in enumerate((10, 40, 12))]
-    mixed = list(generation.generate_any_length(model, tokenizer, templates, 16, 3, QUICK, range(len(templates))))
+    mixed = list(generate(model, tokenizer, templates, 3, QUICK, limit=16))
     assert mixed[::2] == list(generate(model, tokenizer, templates[::2], 3, QUICK, numbers=[0, 2]))
-    assert mixed[1] == generation.generate_long(model, tokenizer, templates[1], 16, mix_seed(3, 1), QUICK)
+    assert mixed[1] == generation.write_blocks(model, tokenizer, templates[1], 16, mix_seed(3, 1), QUICK)
 
 
 def test_the_command_samples_a_prompt_with_a_gap_next_to_a_long_text(run_dir, monkeypatch, capsys):
@@ -560,7 +565,7 @@ def test_the_trace_has_control_codes_only_in_a_terminal(loaded, monkeypatch, is_
 def test_tracing_shows_only_the_first_text_and_changes_none(loaded, capsys):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate((14, 9, 20))]
-    traced = list(generation.generate_traced(model, tokenizer, templates, 0, QUICK, range(3)))
+    traced = list(generate(model, tokenizer, templates, 0, replace(QUICK, trace=Trace(tokenizer))))
     shown = capsys.readouterr().err.splitlines()
     assert traced == list(generate(model, tokenizer, templates, 0, QUICK))
     assert [line.split("  ")[0] for line in shown] == ["call 1", "call 2", "call 3", "sample"]
@@ -578,7 +583,7 @@ def test_the_trace_ends_with_the_text_that_is_printed(run_dir, monkeypatch, caps
 def test_the_examples_of_training_are_free_or_continue_validation_texts(run_dir, loaded, tmp_path):
     model, tokenizer, run = loaded
     tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
-    lines = generation.example_texts(model, tokenizer, tokens, run, n=5, seed=3)
+    lines = Sampler(model, tokenizer, run).examples(tokens, n=5, seed=3)
     free = [make_template("", tokenizer, run, mix_seed(3, i)) for i in range(2)]
     assert lines[:2] == [sample.decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, free, 3)]
     plan = data.plan_validation(tokens, 32)

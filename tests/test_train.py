@@ -22,6 +22,7 @@ import checkpoint
 import cli
 import evaluate
 import log
+import sample
 import switches
 import toy
 import train
@@ -249,7 +250,7 @@ def test_samples_that_a_crash_has_prevented_are_written_by_the_next_run(run, tmp
     flags = "-smi=4", "-svi=4", "-nex=2"
     run(tmp_path / "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(log, "example_texts", lambda *inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(sample.Sampler, "examples", lambda *inputs: (_ for _ in ()).throw(KeyboardInterrupt))
         run(tmp_path / "parts", *flags, f"--max_steps={max_steps}")
     run(tmp_path / "parts", *flags, f"--max_steps={max_steps}")
     run(tmp_path / "parts", *flags)
@@ -312,7 +313,7 @@ def test_the_checkpoint_is_saved_before_samples_are_printed(run, tmp_path, monke
     def fail(*anything):
         raise BrokenPipeError
 
-    monkeypatch.setattr(log, "example_texts", fail)
+    monkeypatch.setattr(sample.Sampler, "examples", fail)
     with pytest.raises(BrokenPipeError):
         run(tmp_path / "run")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
