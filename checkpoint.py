@@ -39,7 +39,6 @@ from model import BFNTransformer, Config
 from prompts import count_word_lengths
 from text import (
     ONE_LINE,
-    default_vocab_size,
     file_hash,
     keeps_breaks,
     label_ids,
@@ -473,7 +472,6 @@ def make_tokenizer(args, corpus):
         if args.example not in ONE_LINE and not keeps_breaks(tokenizer):
             raise ValueError(f"{args.spm_model} does not keep line breaks: leave -spm or --init_from out, or use --example=line")
         return Path(args.spm_model).read_bytes()
-    args.vocab_size = args.vocab_size or default_vocab_size(corpus, args.tokenizer)
     print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 

@@ -39,7 +39,7 @@ from generation import Options, sample_batch
 from noise import mix_seed
 from prompts import read_breaks
 from sample import Sampler
-from text import default_vocab_size, load_tokenizer, piece_text, train_tokenizer
+from text import load_tokenizer, piece_text, train_tokenizer
 from times import Times
 
 MARK = "made by plot.py"  # in each picture, so that only pictures are written over
@@ -219,8 +219,8 @@ def draw_packing(args):
         tokenizer_path = args.spm_model
         if not tokenizer_path:
             tokenizer_path = Path(folder) / "tokenizer.model"
-            size = default_vocab_size(args.data_path, "bpe")
-            tokenizer_path.write_bytes(train_tokenizer(args.data_path, "bpe", size, args.example))
+            model = train_tokenizer(args.data_path, "bpe", example=args.example)
+            tokenizer_path.write_bytes(model)
         load_tokenizer(tokenizer_path)  # raises if it is none
         tokens = cache.load_corpus(args.data_path, tokenizer_path, args.cache_dir, example=args.example)
     plans = packing_plans(tokens, args.sequence_length)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -191,27 +192,45 @@ def default_vocab_size(corpus, kind):
     return largest if kind == "word" else min(max(smallest, 1 << (n_bytes // BYTES_PER_TOKEN).bit_length()), largest)
 
 
-def train_tokenizer(corpus, kind, vocab_size, example="line"):
-    """Train a SentencePiece model of `kind` bpe, unigram, char or word on a corpus -> the model as bytes.
+def train_tokenizer(corpus, kind, vocab_size=None, example="line"):
+    """Train a SentencePiece model of `kind` bpe, unigram, char or word on a corpus -> bytes.
 
-    Text encoded with bpe, unigram or char decodes to exactly the same text, but for SPACE, which becomes a space. char has
-    one token per character and one for unknown characters, and nothing else. word has one token per word and per
-    punctuation mark (`spacing_rules`), and does not keep repeated spaces. A line break inside an example is a token. Raises
-    ValueError if the corpus has no text or SentencePiece cannot build it.
+    Text encoded with bpe, unigram or char decodes to exactly the same text, but for SPACE, which
+    becomes a space. char has one token per character and one for unknown characters, and nothing
+    else. word has one token per word and per punctuation mark (`spacing_rules`), and does not keep
+    repeated spaces. A line break inside an example is a token. vocab_size: None chooses one
+    (`default_vocab_size`, or more if the characters need more). Raises ValueError if the corpus
+    has no text or SentencePiece cannot build it.
     """
     texts, characters, labels = read_sample(corpus, example)
     if not texts:
         raise ValueError(f"{corpus} has no text")
+    size = vocab_size or default_vocab_size(corpus, kind)
+    refused = f"no {kind} tokenizer with --vocab_size={size} from {corpus}"
+    n_reserved = 4 + len(labels)  # unk, bos, eos and a word: SentencePiece gives no reason for less
+    if kind == "word" and size < n_reserved:
+        raise ValueError(f"{refused}: give {n_reserved} or more")
+    try:
+        return _train(kind, max(size, n_reserved), texts, characters, labels)
+    except RuntimeError as error:
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if least and not vocab_size:
+            return _train(kind, 1 << int(least[1]).bit_length(), texts, characters, labels)
+        reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
+        if least:
+            reason = f"its {len(characters):,} different characters need {least[1]} or more"
+        refused = refused if kind != "char" else f"no char tokenizer from {corpus}"
+        raise ValueError(f"{refused}: {reason}") from None
+
+
+def _train(kind, vocab_size, texts, characters, labels):
+    """Call SentencePiece's trainer -> the model as bytes. Raises RuntimeError, as it does."""
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         options = trainer_options(kind, vocab_size, texts, characters, labels, Path(folder))
-        train = partial(sentencepiece.SentencePieceTrainer.train, sentence_iterator=iter(texts), model_writer=model, **options)
-        try:
-            show_seconds(train, f"training a {kind} tokenizer")
-        except RuntimeError as error:
-            size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
-            reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given, a larger --vocab_size may help"
-            raise ValueError(f"no {kind} tokenizer {size}from {corpus}: {reason}") from None
+        options |= dict(sentence_iterator=iter(texts), model_writer=model)
+        train = partial(sentencepiece.SentencePieceTrainer.train, **options)
+        show_seconds(train, f"training a {kind} tokenizer")
     return model.getvalue()
 
 

@@ -59,7 +59,8 @@ def flags():
     add("--preset", choices=PRESETS, help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
     add("--init_from", help="run folder to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
-    add("--vocab_size", type=cli.several, help="tokens of the tokenizer to train (512 to 8192, from the size of the text)")
+    vocabulary = "tokens of the tokenizer to train (512 to 8192, or room for all characters)"
+    add("--vocab_size", type=cli.several, help=vocabulary)
     add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")

@@ -224,6 +224,48 @@ def test_the_vocabulary_grows_with_the_corpus(tmp_path, n_bytes, size):
     assert default_vocab_size(tmp_path / "text", "bpe") == size and default_vocab_size(tmp_path / "text", "word") == 8192
 
 
+def sizes(path, kind, example="line"):
+    """Train a tokenizer -> the size that was chosen, and the least that is named when 2 is asked."""
+    model = train_tokenizer(path, kind, example=example)
+    with pytest.raises(ValueError, match=rf"no {kind} tokenizer with --vocab_size=2 from") as error:
+        train_tokenizer(path, kind, 2, example)
+    n = len(sentencepiece.SentencePieceProcessor(model_proto=model))
+    return n, int(str(error.value).removesuffix(" or more").split()[-1])
+
+
+@pytest.mark.parametrize("first", [0x4E00, 0xAC00, 0x1F300], ids=["Chinese", "Korean", "emoji"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_chosen_vocabulary_has_room_for_all_characters(tmp_path, kind, first):
+    """700 of them, where the size of the text asks for 512 tokens."""
+    characters = [chr(first + n) for n in range(700)]
+    lines = ["".join(characters[i:] + characters[:i]) for i in (0, 9)]
+    path = write(tmp_path / "text", "\n".join(lines))
+    assert default_vocab_size(path, kind) == 512
+    n, least = sizes(path, kind)
+    assert least == 700 + 259 and least <= n <= 1024
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "word"])
+def test_the_least_vocabulary_that_is_named_works_and_one_less_does_not(tmp_path, kind):
+    lines = [f"label {n % 30}\tthe \u738b sleeps {n}" for n in range(90)]
+    path = write(tmp_path / "text", "\n".join(lines))
+    _, least = sizes(path, kind, "labelled")
+    tokenizer = sentencepiece.SentencePieceProcessor(
+        model_proto=train_tokenizer(path, kind, least, "labelled")
+    )
+    assert len(tokenizer) == least
+    with pytest.raises(ValueError, match=f"{least} or more"):
+        train_tokenizer(path, kind, least - 1, "labelled")
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "ab\n" * 500, "!\n" * 50, "a b " * 90])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "word"])
+def test_a_text_of_hardly_any_characters_gets_a_vocabulary_that_it_can_fill(tmp_path, text, kind):
+    path = write(tmp_path / "text", text)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(path, kind))
+    assert len(tokenizer) < 300
+
+
 def test_a_tokenizer_that_cannot_be_built_or_read_gives_a_clear_error(tmp_path):
     path = write(tmp_path / "text", "".join(map(chr, range(0x4E00, 0x5000))))
     with pytest.raises(ValueError, match="no bpe tokenizer with --vocab_size=20"):
