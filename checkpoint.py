@@ -39,6 +39,7 @@ from model import BFNTransformer, Config
 from prompts import count_word_lengths
 from text import (
     ONE_LINE,
+    check_separator,
     file_hash,
     keeps_breaks,
     label_ids,
@@ -449,6 +450,7 @@ def prepare_text(args, run_dir, saved):
         for file in text.files:
             if Path(file).resolve() in written:
                 raise ValueError(f"{file} is the name of a file that training writes: leave it out, or give another -mdir")
+        check_separator(text, args.example)
         if next(read_pieces(text, args.example), None) is None:
             raise ValueError(f"{text} has no text")
     path = run_dir / "tokenizer.model"

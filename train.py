@@ -29,7 +29,7 @@ import switches
 from checkpoint import State, check_identity, describe_run, load, lock, open_run_folder, prepare_text, restore, save
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
-from text import file_hash, label_ids
+from text import EXAMPLE_HELP, file_hash, label_ids
 from times import Times
 
 PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()
@@ -51,7 +51,7 @@ def flags():
     add, on_off = p.add_argument, ["auto", "on", "off"]
     add("-d", "--data_path", help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
-    add("--example", choices=["line", "labelled", "paragraph", "file"], help="what one example is, see README (line)")
+    add("--example", help=EXAMPLE_HELP)
     add("--labelled", dest="example", action="store_const", const="labelled", help="lines are label<TAB>text")
     add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
@@ -299,7 +299,8 @@ def main():
     inputs = val, tokenizer.bos_id(), args.sequence_length, device
     log.decide_steps(args, before, state.step, seconds, evaluate.validation_seconds(state.emas[-1], *inputs))
     vars(args).update(parallel.from_first(vars(args)))  # speeds differ
-    print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
+    opening = log.opening_lines(state, loader, val, config, seconds, args, device, tokenizer)
+    print(*opening, sep="\n")
 
     write, minutes = log.open_metrics(run_dir, state.step)
     meter, caught, bound = log.Meter(state.model, args, device, minutes), cli.catch_signals(), None
