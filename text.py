@@ -37,6 +37,7 @@ EXAMPLE_HELP = (
 )
 ONE_LINE = "line", "labelled"  # kinds of examples that have no line break
 SEPARATOR = re.compile(r"<[|/]?\w+\|?>|\[[A-Z]+\]|([-=*#~_+\u2013\u2014])( ?\1){2,}|%")
+MARK = re.compile(r"<\|\w+\|>")  # no text has it by chance
 HEAD_BYTES = 1 << 20  # of a text, in which blank lines and separators are looked for
 LABEL = "label:"  # begins the name of a label's token
 MAX_LABELS = 1000
@@ -106,7 +107,7 @@ def _read_document(name, stream, example, start, stop, max_bytes, number, begin)
 
     n_unread = stop - start
     stream.seek(start)
-    longest = max(max_bytes, len(separator) + 2)  # a separator is never read in parts
+    longest = max(max_bytes, len(separator) + 100)  # a separator is not read in parts
     while raw := stream.readline(limit := int(min(longest, n_unread))):
         n_unread -= len(raw)
         ends_line = raw.endswith(b"\n")
@@ -158,24 +159,26 @@ def reading_notes(corpus, example):
         for name, stream in corpus.documents():
             if end := header_end(stream):
                 stream.seek(0)
-                headers.append((name, stream.read(end).decode(errors="replace").strip()))
+                headers.append((name, stream.read(end).decode("utf-8-sig", "replace").strip()))
         for name, header in headers[:1]:
             also = f", and those of {len(headers) - 1} more files" if len(headers) > 1 else ""
             notes.append(f"left out as a header: {header!r}, the first line of {name}{also}")
     elif example in ("line", "paragraph") and (found := find_separator(corpus)):
         flag, n = shlex.quote(f"--example={found[0]}"), found[1]
-        notes.append(f"the line {found[0]!r} occurs {n:,} times: if it separates examples, {flag}")
+        notes.append(f"{found[0]!r} occurs {n:,} times: if it separates examples, {flag}")
     return notes
 
 
 def find_separator(corpus):
-    """Find a line that looks like a separator near the beginning of a corpus -> (line, n) or None.
+    """Find what looks like a separator near the beginning of a corpus -> (separator, n) or None.
 
-    It is a mark in brackets, a rule or "%", occurs at least three times, and as often as all other
-    such lines together.
+    It is a line like <end>, [END], --- or %, or <|MARK|> anywhere. It occurs three times or more,
+    and as often as all others together.
     """
-    lines = (piece.text.strip() for piece in read_head(corpus, "line"))
-    found = Counter(filter(SEPARATOR.fullmatch, lines))
+    found = Counter()
+    for piece in read_head(corpus, "line"):
+        line = piece.text.strip()
+        found.update([line] if SEPARATOR.fullmatch(line) else MARK.findall(line))
     line, n = max(found.items(), key=itemgetter(1), default=("", 0))
     return (line, n) if n >= max(3, found.total() / 2) else None
 
@@ -190,7 +193,7 @@ def check_separator(corpus, example):
             return
         is_within = is_within or separator in piece.text
     advice = f"--example is {', '.join(EXAMPLES)}, or a line that stands between examples"
-    if is_within:
+    if separator and is_within:
         pattern = re.sub(r"([][\\.*^$/])", r"\\\1", separator)
         command = shlex.quote(f"s/{pattern}/\\n&\\n/g")
         advice = f"it stands within lines: give it lines of its own, with sed {command}"

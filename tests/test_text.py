@@ -8,7 +8,19 @@ import pytest
 import sentencepiece
 
 import cache
-from text import add_marks, default_vocab_size, keeps_breaks, load_tokenizer, read_part, read_pieces, train_tokenizer
+from documents import Corpus
+from text import (
+    add_marks,
+    check_separator,
+    default_vocab_size,
+    find_separator,
+    keeps_breaks,
+    load_tokenizer,
+    read_part,
+    read_pieces,
+    reading_notes,
+    train_tokenizer,
+)
 
 UNICODE = [
     "plain words",
@@ -57,6 +69,65 @@ def test_paragraphs_are_separated_by_blank_lines_and_keep_their_line_breaks(tmp_
     paragraphs = ["one\n  two ", "three", "four\nfive"]
     assert read(path, example="paragraph", max_bytes=max_bytes) == paragraphs
     assert sum(p.n_bytes for p in read_pieces(path, "paragraph")) == sum(map(len, paragraphs))
+
+
+MARKS = "<|endoftext|>", "---", "* * *", "%", "\u2014\u2014\u2014", "THE END OF A STORY"
+STORIES = ["one\n\n  two ", "three %% --- <|endoftext|>", "four\n* * *five", "s\u00edx"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("max_bytes", [9, 11, 14, 1 << 16])
+@pytest.mark.parametrize("around", ["", "\n", "\r\n \r\n"], ids=["no", "blank", "CRLF"])
+def test_examples_stand_between_separators_that_are_lines_by_themselves(
+    tmp_path, mark, max_bytes, around
+):
+    """Wherever a read ends, with blank lines around them or not, at both ends of the file too."""
+    between = f"\n{around}{mark}\n {mark}\t\n{around}"
+    path = write(tmp_path / "text", f"{mark}\n" + between.join(STORIES) + f"\n{mark}")
+    found = read(path, example=mark, max_bytes=max_bytes)
+    assert [text.rstrip() for text in found] == [text.rstrip() for text in STORIES]
+    for piece in read_pieces(path, mark, max_bytes=max_bytes):
+        if piece.last:  # reading goes on after any example
+            rest = read(path, example=mark, start=piece.end, max_bytes=max_bytes)
+            assert rest == found[piece.number + 1 :]
+
+
+def test_a_separator_is_not_cut_where_the_validation_part_begins(tmp_path):
+    path = write(tmp_path / "text", "\n* * *\n".join(f"story {i}" for i in range(90)))
+    parts = [read(path, example="* * *")]
+    for part in ("train", "val"):
+        parts.append([piece.text for piece in read_part(path, part, "* * *")])
+    assert parts[0] == parts[1] + parts[2] and 2 < len(parts[2]) < 9
+
+
+@pytest.mark.parametrize("mark", [*MARKS[:5], "</s>", "[SEP]"])
+def test_a_line_that_looks_like_a_separator_is_found_and_the_flag_named(tmp_path, mark):
+    path = write(tmp_path / "text", f"\n{mark}\n".join(["Yes.\nYes.", "No!"] * 3))
+    assert find_separator(path) == (mark, 5)
+    (note,) = reading_notes(Corpus.of(path), "line")
+    assert f"'{mark}' occurs 5 times" in note and f"--example={mark}" in note.replace("'--", "--")
+    check_separator(path, mark)
+    assert reading_notes(Corpus.of(path), mark) == []
+
+
+@pytest.mark.parametrize("line", ["}", '"""', "...", "Yes.", "#", "a | b", "\u6f22"])
+def test_lines_of_code_and_speech_are_not_taken_for_separators(tmp_path, line):
+    assert find_separator(write(tmp_path / "text", f"\n{line}\n".join(["one", "two"] * 3))) is None
+
+
+def test_a_long_text_of_wide_characters_is_searched_for_separators(tmp_path):
+    """Its first megabyte ends within a character."""
+    path = write(tmp_path / "text", "---\n" * 3 + ("\u6f22" * 3001 + "\n") * 150)
+    assert find_separator(path) == ("---", 3)
+
+
+def test_a_separator_that_no_line_is_gets_one_line_with_the_way_out(tmp_path):
+    path = write(tmp_path / "text", "one<|endoftext|>two <|endoftext|>three\n")
+    with pytest.raises(ValueError, match=r"it stands within lines: .* with sed 's/<\|endo.*/g'$"):
+        check_separator(path, "<|endoftext|>")
+    for typo in ("lines", " "):
+        with pytest.raises(ValueError, match="no line of .* is '.*': --example is line, lab"):
+            check_separator(path, typo)
 
 
 def test_a_whole_file_is_one_example(tmp_path):
