@@ -39,7 +39,7 @@ from model import BFNTransformer, Config
 from prompts import count_word_lengths
 from text import (
     ONE_LINE,
-    default_vocab_size,
+    check_separator,
     file_hash,
     keeps_breaks,
     label_ids,
@@ -450,6 +450,7 @@ def prepare_text(args, run_dir, saved):
         for file in text.files:
             if Path(file).resolve() in written:
                 raise ValueError(f"{file} is the name of a file that training writes: leave it out, or give another -mdir")
+        check_separator(text, args.example)
         if next(read_pieces(text, args.example), None) is None:
             raise ValueError(f"{text} has no text")
     path = run_dir / "tokenizer.model"
@@ -473,7 +474,6 @@ def make_tokenizer(args, corpus):
         if args.example not in ONE_LINE and not keeps_breaks(tokenizer):
             raise ValueError(f"{args.spm_model} does not keep line breaks: leave -spm or --init_from out, or use --example=line")
         return Path(args.spm_model).read_bytes()
-    args.vocab_size = args.vocab_size or default_vocab_size(corpus, args.tokenizer)
     print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,20 @@ import train
 from checkpoint import prepare_text
 from documents import Corpus
 from evaluate import validation_seconds
-from text import VOCAB_SIZES, is_punctuation, read_pieces, read_sample
+from text import (
+    EXAMPLE_HELP,
+    VOCAB_SIZES,
+    check_separator,
+    is_punctuation,
+    read_head,
+    read_pieces,
+    read_sample,
+    reading_notes,
+)
 
 MOST_HASHES = 1 << 21  # of examples, kept to find duplicates
 MINUTES, MOST_MINUTES = 10, 60  # neither a shorter nor a longer training is suggested
 FEW_WORDS, NEW_IN_FEW = VOCAB_SIZES[0], 0.02  # so few different words make a word tokenizer worth more unknown ones
-HEAD_BYTES = 1 << 20  # of a text, in which blank lines are counted
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # 1,234 or 1234 or 12.5
 LONGEST_NUMBER = 15  # digits; a longer one is read digit by digit
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -52,11 +61,13 @@ class Duplicates:
 
     hashes: Counter = field(default_factory=Counter)
     divisor: int = 1
+    most: tuple = (1, "")  # times of the most frequent example, and its beginning
 
     def add(self, text):
         value = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
         if value % self.divisor == 0:
             self.hashes[value] += 1
+            self.most = max(self.most, (self.hashes[value], text[:60]), key=itemgetter(0))
             if len(self.hashes) > MOST_HASHES:
                 self.divisor *= 2
                 self.hashes = Counter({value: n for value, n in self.hashes.items() if value % self.divisor == 0})
@@ -68,7 +79,7 @@ class Duplicates:
 
 
 def survey(corpus, example):
-    """Read a text once -> number of examples by length in characters, of characters, share of duplicates.
+    """Read a text once -> numbers of examples by length in characters, of characters, Duplicates.
 
     Raises ValueError for a text without examples.
     """
@@ -84,7 +95,7 @@ def survey(corpus, example):
                 duplicates.add(text)
     if not lengths:
         raise ValueError(f"{corpus} has no text")
-    return lengths, characters, duplicates.share()
+    return lengths, characters, duplicates
 
 
 def script(character):
@@ -104,6 +115,8 @@ def describe(corpus, example, lengths, characters, duplicates):
         kinds[names[kind]] += count
         if kind == "L":
             scripts[script(c)] += count
+    n_most, text = duplicates.most
+    most_frequent = f", {text!r} {n_most:,} times" if n_most > 1 else ""
     common = " ".join(c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c, _ in characters.most_common(20))
     rare = sum(count == 1 for count in characters.values())
     return [
@@ -112,7 +125,8 @@ def describe(corpus, example, lengths, characters, duplicates):
         f"characters: {len(characters):,} different ones, {rare:,} of them once; {_shares(kinds)}",
         f"the most frequent ones: {common}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
-        f"duplicates: {duplicates:.1%} of the examples are the same as an earlier one",
+        f"duplicates: {duplicates.share():.1%} of the examples are the same as an earlier one"
+        + most_frequent,
     ]
 
 
@@ -136,20 +150,24 @@ def suggest_tokenizer(corpus, example):
     apart = {ord(c): " " for c in characters if is_punctuation(c)}
     words = Counter(word for text in texts for word in text.translate(apart).split())
     new = sum(n == 1 for n in words.values()) / max(1, words.total())
-    found = f"{len(words):,} different words, {new:.1%} of all words occur once"
+    found = f"{len(characters):,} different characters, {len(words):,} different words, "
+    found += f"{new:.1%} of all words occur once"
     most = NEW_IN_FEW if len(words) <= FEW_WORDS else log.WORTH_SAYING
     return ("word" if len(words) <= VOCAB_SIZES[1] and new <= most else "bpe"), found
 
 
 def suggest_example(corpus, example):
-    """Suggest paragraphs if the text was read by lines, and blank lines separate several of these -> lines to print."""
-    if example != "line":
-        return []
-    head = [piece.text for piece in islice(read_pieces(corpus, "line", stop=HEAD_BYTES), 1000)]
+    """Suggest a separator, or paragraphs if the text was read by lines, and blank lines separate
+    several of these -> lines to print.
+    """
+    notes = reading_notes(corpus, example)
+    if example != "line" or notes:
+        return notes
+    head = [piece.text for piece in islice(read_head(corpus, "line"), 1000)]
     if head and all("\t" in text for text in head):
         return ["each line has a tab: if it is label<TAB>text, --labelled in training and --example=labelled here"]
     kinds = "line", "paragraph"
-    n_lines, n_paragraphs = (sum(piece.last for piece in read_pieces(corpus, kind, stop=HEAD_BYTES)) for kind in kinds)
+    n_lines, n_paragraphs = (sum(piece.last for piece in read_head(corpus, kind)) for kind in kinds)
     if not n_lines / 50 < n_paragraphs < 0.9 * n_lines:  # hardly any blank lines, or one after each line
         return []
     found = f"blank lines: the first {n_lines:,} lines are {n_paragraphs:,} paragraphs"
@@ -186,6 +204,7 @@ def suggest(corpus, example, args):
     by_minutes = f"{MINUTES} minutes: about {options.max_steps:,} steps, {epochs:,.2f} epochs"
     vocabulary = f"{kind} with {len(tokenizer):,} tokens ({found})"
     return [
+        *log.label_lines(tokenizer, tokens, val),
         f"tokenizer: {vocabulary}; {len(tokens.ids):,} tokens, {tokens.n_chars / len(tokens.ids):.2f} characters each",
         f"rows of {options.sequence_length} tokens, {size}, {seconds:.2f} s per step on {device}",
         f"{options.epochs} epochs: {steps:,} steps, about {minutes:,.0f} minutes here; {by_minutes}",
@@ -279,8 +298,7 @@ def flags():
     add("text", help="text file, folder, 'pattern*.txt', or several with commas")
     add("out", nargs="?", type=Path, help="new file, for normalize")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
-    examples = ["line", "labelled", "paragraph", "file"]
-    add("--example", choices=examples, default="line", help="stats: what one example is (line)")
+    add("--example", default="line", help=f"stats: {EXAMPLE_HELP}")
     add("--device", default="auto", help="stats: where to train: cpu, cuda, ... (cuda if there is one)")
     add("--cache_dir", default=cache.default_cache_dir(), help="stats: folder for tokenised corpora (%(default)s)")
     add("--lower", action="store_true", help="normalize: lower case")
@@ -304,5 +322,6 @@ def main():
     if args.out or changes:
         raise ValueError("stats takes a text only, and writes no file")
     torch.set_float32_matmul_precision("high")
+    check_separator(corpus, args.example)
     print(*describe(corpus, args.example, *survey(corpus, args.example)), sep="\n", flush=True)
     print(*suggest_example(corpus, args.example), *suggest(corpus, args.example, args), sep="\n")

@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import pairwise
@@ -22,8 +23,11 @@ import parallel
 import plot
 from cache import share_in_training
 from checkpoint import count_checkpoints, read_metrics, way_back
+from documents import Corpus
 from evaluate import VAL_TOKENS
+from text import label_ids, reading_notes
 
+MOST_LABELS = 10  # that are listed
 FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
 VALIDATIONS = 10  # of a run, and at least one every MOST_MINUTES
 MOST_MINUTES = 5
@@ -322,13 +326,15 @@ class Progress(tqdm):
             self.warned = True
 
 
-def opening_lines(state, loader, val, config, seconds_per_step, args, device):
+def opening_lines(state, loader, val, config, seconds_per_step, args, device, tokenizer):
     """Size of the model, memory, tokens, when the run will end, and what its figures mean -> lines.
 
     val: Tokens of the validation text.
     """
     seconds = (args.max_steps - state.step) * seconds_per_step
-    warnings = text_warnings(loader.tokens, val)
+    corpora = [Corpus(path, args.text_field) for path in (args.data_path, args.val_path) if path]
+    warnings = [note for corpus in corpora for note in reading_notes(corpus, args.example)]
+    warnings += label_lines(tokenizer, loader.tokens, val) + text_warnings(loader.tokens, val)
     if args.max_steps < FEW_STEPS:
         warnings.append(few_steps(args, seconds_per_step))
     meaning = "the loss is the squared error plus the cross-entropy at random times; the bound comes with each validation"
@@ -339,6 +345,24 @@ def opening_lines(state, loader, val, config, seconds_per_step, args, device):
         f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
     )
     return [opening, *warnings, meaning]
+
+
+def label_lines(tokenizer, *texts):
+    """List the labels of Tokens with their numbers of examples, the most frequent first -> lines.
+
+    The line is left out if there are no labels.
+    """
+    names = {k: label for label, k in label_ids(tokenizer).items()}
+    if not names:
+        return []
+    counts, after_bos = Counter(), int(tokenizer.bos_id() >= 0)
+    for tokens in texts:
+        for shard in range(tokens.n_shards):
+            starts, _ = tokens.read_shard(shard)
+            counts.update(tokens.ids[starts + after_bos].tolist())
+    listed = [f"{names[k]} {n:,}" for k, n in counts.most_common(MOST_LABELS)]
+    rest = f", and {len(counts) - len(listed)} more" if len(counts) > len(listed) else ""
+    return [f"{len(counts)} labels: {', '.join(listed)}{rest}"]
 
 
 def text_warnings(training, val):

@@ -39,7 +39,7 @@ from generation import DEFAULT, Options, sample_batch
 from noise import mix_seed
 from prompts import read_breaks
 from sample import Sampler
-from text import default_vocab_size, load_tokenizer, piece_text, train_tokenizer
+from text import EXAMPLE_HELP, load_tokenizer, piece_text, train_tokenizer
 from times import Times
 
 MARK = "made by plot.py"  # in each picture, so that only pictures are written over
@@ -219,8 +219,8 @@ def draw_packing(args):
         tokenizer_path = args.spm_model
         if not tokenizer_path:
             tokenizer_path = Path(folder) / "tokenizer.model"
-            size = default_vocab_size(args.data_path, "bpe")
-            tokenizer_path.write_bytes(train_tokenizer(args.data_path, "bpe", size, args.example))
+            model = train_tokenizer(args.data_path, "bpe", example=args.example)
+            tokenizer_path.write_bytes(model)
         load_tokenizer(tokenizer_path)  # raises if it is none
         tokens = cache.load_corpus(args.data_path, tokenizer_path, args.cache_dir, example=args.example)
     plans = packing_plans(tokens, args.sequence_length)
@@ -388,7 +388,7 @@ def add_times_flags(add):
 def add_packing_flags(add):
     add("-d", "--data_path", required=True, help="text file")
     add("-spm", "--spm_model", help="SentencePiece model (a bpe is trained on the text)")
-    add("--example", choices=["line", "labelled", "paragraph", "file"], default="line", help="what is one example (line)")
+    add("--example", default="line", help=EXAMPLE_HELP)
     add("-slen", "--sequence_length", type=cli.several, default=128, help="tokens of a row (128)")
     add_cache(add)
 

@@ -7,11 +7,14 @@ import hashlib
 import io
 import math
 import os
+import re
+import shlex
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import category
@@ -27,7 +30,15 @@ PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, c
 SPACE = "\u2581"  # the character that SentencePiece writes for a space
 JOIN = "\u2040"  # in a word tokenizer: no space before this token
 BREAK = "\u2424"  # in a word tokenizer: a line break
+EXAMPLES = "line", "labelled", "paragraph", "file"  # else a line that separates examples
+EXAMPLE_HELP = (
+    "what one example is: line, labelled, paragraph, file, or else the separator that stands "
+    "between examples, such as '<|endoftext|>', as a line by itself (line)"
+)
 ONE_LINE = "line", "labelled"  # kinds of examples that have no line break
+SEPARATOR = re.compile(r"<[|/]?\w+\|?>|\[[A-Z]+\]|([-=*#~_+\u2013\u2014])( ?\1){2,}|%")
+MARK = re.compile(r"<\|\w+\|>")  # no text has it by chance
+HEAD_BYTES = 1 << 20  # of a text, in which blank lines and separators are looked for
 LABEL = "label:"  # begins the name of a label's token
 MAX_LABELS = 1000
 FEW_EXAMPLES = 100  # a corpus of fewer examples is split for validation by bytes
@@ -55,10 +66,13 @@ class Piece(NamedTuple):
 def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None, number=0):
     """Yield the examples between two byte positions of a corpus as pieces, in bounded memory.
 
-    example: a "line", a "labelled" line (label<TAB>text), a "paragraph" (blank lines separate them), or the whole "file",
-    that is a document. Line breaks inside an example are one character, "\\n". Blank examples are left out. Examples of more than `max_bytes` (default PIECE_BYTES)
-    are cut before a space, or between two characters if there is no space. Positions count the bytes of all documents.
-    number: of the first example. Raises ValueError for bytes that are not UTF-8, and for a labelled line without a label.
+    example: a "line", a "labelled" line (label<TAB>text; a header is left out, see `header_end`),
+    a "paragraph" (blank lines separate them), the whole "file", that is a document, or else the
+    separator: a line by itself, with or without spaces around it. Line breaks inside an example
+    are one character, "\\n". Blank examples are left out. Examples of more than `max_bytes`
+    (default PIECE_BYTES) are cut before a space, or between two characters if there is no space.
+    Positions count the bytes of all documents. number: of the first example. Raises ValueError for
+    bytes that are not UTF-8, and for a labelled line without a label.
     """
     begin = 0  # of the document in the corpus
     for name, stream in Corpus.of(corpus).documents():
@@ -71,7 +85,11 @@ def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None, 
 
 def _read_document(name, stream, example, start, stop, max_bytes, number, begin):
     """Yield the pieces of a document, which is at byte `begin` of the corpus, see `read_pieces` -> number of the next example."""
+    if example == "labelled" and start == 0:
+        start = header_end(stream)
     position, held, first, starts_line = start, bytearray(), True, True  # held: what is read but not yielded, at `position`
+    separator = b"" if example == "paragraph" else example.strip().encode()
+    is_separated = example not in (*ONE_LINE, "file")
 
     def piece(raw, last, end):
         nonlocal number
@@ -89,10 +107,14 @@ def _read_document(name, stream, example, start, stop, max_bytes, number, begin)
 
     n_unread = stop - start
     stream.seek(start)
-    while raw := stream.readline(int(min(max_bytes, n_unread))):
+    longest = max(max_bytes, len(separator) + 100)  # a separator is not read in parts
+    while raw := stream.readline(limit := int(min(longest, n_unread))):
         n_unread -= len(raw)
         ends_line = raw.endswith(b"\n")
-        is_separator = example == "paragraph" and starts_line and ends_line and raw.isspace()
+        is_whole = starts_line and (ends_line or len(raw) < limit)
+        begins = first and not held  # a blank line here is left out, like the separator
+        stands_between = raw.strip() == separator or (begins and raw.isspace())
+        is_separator = is_separated and is_whole and stands_between
         complete = is_separator or (example in ONE_LINE and ends_line)
         starts_line = ends_line
         if not is_separator:
@@ -108,6 +130,79 @@ def _read_document(name, stream, example, start, stop, max_bytes, number, begin)
     if held or not first:
         yield from piece(held.rstrip(b"\r\n"), True, position + len(held))
     return number
+
+
+def header_end(stream):
+    """Find the end of the header of a file of labelled lines -> bytes, or 0 if it has none.
+
+    The first line is a header if its label is in no other line, while that of the second is.
+    """
+
+    def label(raw):
+        return raw.partition(b"\t")[0].strip()
+
+    stream.seek(0)
+    lines = filter(bytes.strip, iter(partial(stream.readline, PIECE_BYTES), b""))
+    first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")  # byte order mark
+    end, second, is_header = stream.tell(), next(lines, b""), False
+    for raw in lines if b"\t" in first and label(first) != label(second) else ():
+        if label(raw) == label(first):
+            return 0
+        is_header = is_header or label(raw) == label(second)
+    return end if is_header else 0
+
+
+def reading_notes(corpus, example):
+    """Say what of a corpus is left out as a header, and what may be a separator -> lines."""
+    notes, headers = [], []
+    if example == "labelled":
+        for name, stream in corpus.documents():
+            if end := header_end(stream):
+                stream.seek(0)
+                headers.append((name, stream.read(end).decode("utf-8-sig", "replace").strip()))
+        for name, header in headers[:1]:
+            also = f", and those of {len(headers) - 1} more files" if len(headers) > 1 else ""
+            notes.append(f"left out as a header: {header!r}, the first line of {name}{also}")
+    elif example in ("line", "paragraph") and (found := find_separator(corpus)):
+        flag, n = shlex.quote(f"--example={found[0]}"), found[1]
+        notes.append(f"{found[0]!r} occurs {n:,} times: if it separates examples, {flag}")
+    return notes
+
+
+def find_separator(corpus):
+    """Find what looks like a separator near the beginning of a corpus -> (separator, n) or None.
+
+    It is a line like <end>, [END], --- or %, or <|MARK|> anywhere. It occurs three times or more,
+    and as often as all others together.
+    """
+    found = Counter()
+    for piece in read_head(corpus, "line"):
+        line = piece.text.strip()
+        found.update([line] if SEPARATOR.fullmatch(line) else MARK.findall(line))
+    line, n = max(found.items(), key=itemgetter(1), default=("", 0))
+    return (line, n) if n >= max(3, found.total() / 2) else None
+
+
+def check_separator(corpus, example):
+    """Raise ValueError if `example` is a separator, and no line of the corpus is."""
+    if example in EXAMPLES:
+        return
+    separator, is_within = example.strip(), False
+    for piece in read_pieces(corpus, "line"):
+        if piece.text.strip() == separator:
+            return
+        is_within = is_within or separator in piece.text
+    advice = f"--example is {', '.join(EXAMPLES)}, or a line that stands between examples"
+    if separator and is_within:
+        pattern = re.sub(r"([][\\.*^$/])", r"\\\1", separator)
+        command = shlex.quote(f"s/{pattern}/\\n&\\n/g")
+        advice = f"it stands within lines: give it lines of its own, with sed {command}"
+    raise ValueError(f"no line of {corpus} is {example!r}: {advice}")
+
+
+def read_head(corpus, example):
+    """Yield the pieces of the first HEAD_BYTES of a corpus."""
+    return takewhile(lambda piece: piece.end <= HEAD_BYTES, read_pieces(corpus, example))
 
 
 def _find_cut(raw):
@@ -155,7 +250,8 @@ def split_position(corpus, example="line"):
         if begin <= size:  # it begins in this document
             stream.seek(max(0, begin - PIECE_BYTES))
             raw = stream.read(min(begin, PIECE_BYTES))
-            space = raw.rfind(b"\n") if example == "labelled" else max(raw.rfind(b" "), raw.rfind(b"\n"))
+            by_words = example in ("line", "paragraph", "file")
+            space = max(raw.rfind(b" ") if by_words else 0, raw.rfind(b"\n"))
             return position - len(raw) + (space + 1 if space > 0 else _find_cut(raw))
         begin -= size
     return position
@@ -191,27 +287,45 @@ def default_vocab_size(corpus, kind):
     return largest if kind == "word" else min(max(smallest, 1 << (n_bytes // BYTES_PER_TOKEN).bit_length()), largest)
 
 
-def train_tokenizer(corpus, kind, vocab_size, example="line"):
-    """Train a SentencePiece model of `kind` bpe, unigram, char or word on a corpus -> the model as bytes.
+def train_tokenizer(corpus, kind, vocab_size=None, example="line"):
+    """Train a SentencePiece model of `kind` bpe, unigram, char or word on a corpus -> bytes.
 
-    Text encoded with bpe, unigram or char decodes to exactly the same text, but for SPACE, which becomes a space. char has
-    one token per character and one for unknown characters, and nothing else. word has one token per word and per
-    punctuation mark (`spacing_rules`), and does not keep repeated spaces. A line break inside an example is a token. Raises
-    ValueError if the corpus has no text or SentencePiece cannot build it.
+    Text encoded with bpe, unigram or char decodes to exactly the same text, but for SPACE, which
+    becomes a space. char has one token per character and one for unknown characters, and nothing
+    else. word has one token per word and per punctuation mark (`spacing_rules`), and does not keep
+    repeated spaces. A line break inside an example is a token. vocab_size: None chooses one
+    (`default_vocab_size`, or more if the characters need more). Raises ValueError if the corpus
+    has no text or SentencePiece cannot build it.
     """
     texts, characters, labels = read_sample(corpus, example)
     if not texts:
         raise ValueError(f"{corpus} has no text")
+    size = vocab_size or default_vocab_size(corpus, kind)
+    refused = f"no {kind} tokenizer with --vocab_size={size} from {corpus}"
+    n_reserved = 4 + len(labels)  # unk, bos, eos and a word: SentencePiece gives no reason for less
+    if kind == "word" and size < n_reserved:
+        raise ValueError(f"{refused}: give {n_reserved} or more")
+    try:
+        return _train(kind, max(size, n_reserved), texts, characters, labels)
+    except RuntimeError as error:
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if least and not vocab_size:
+            return _train(kind, 1 << int(least[1]).bit_length(), texts, characters, labels)
+        reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
+        if least:
+            reason = f"its {len(characters):,} different characters need {least[1]} or more"
+        refused = refused if kind != "char" else f"no char tokenizer from {corpus}"
+        raise ValueError(f"{refused}: {reason}") from None
+
+
+def _train(kind, vocab_size, texts, characters, labels):
+    """Call SentencePiece's trainer -> the model as bytes. Raises RuntimeError, as it does."""
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         options = trainer_options(kind, vocab_size, texts, characters, labels, Path(folder))
-        train = partial(sentencepiece.SentencePieceTrainer.train, sentence_iterator=iter(texts), model_writer=model, **options)
-        try:
-            show_seconds(train, f"training a {kind} tokenizer")
-        except RuntimeError as error:
-            size = f"with --vocab_size={vocab_size} " if kind != "char" else ""
-            reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given, a larger --vocab_size may help"
-            raise ValueError(f"no {kind} tokenizer {size}from {corpus}: {reason}") from None
+        options |= dict(sentence_iterator=iter(texts), model_writer=model)
+        train = partial(sentencepiece.SentencePieceTrainer.train, **options)
+        show_seconds(train, f"training a {kind} tokenizer")
     return model.getvalue()
 
 

@@ -30,7 +30,7 @@ from checkpoint import State, check_identity, describe_run, load, lock, open_run
 from model import BFNTransformer, Config
 from noise import draw_keys, mix_seed, noise
 from sample import Sampler
-from text import file_hash, label_ids
+from text import EXAMPLE_HELP, file_hash, label_ids
 from times import Times
 
 PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()
@@ -52,7 +52,7 @@ def flags():
     add, on_off = p.add_argument, ["auto", "on", "off"]
     add("-d", "--data_path", help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
-    add("--example", choices=["line", "labelled", "paragraph", "file"], help="what one example is, see README (line)")
+    add("--example", help=EXAMPLE_HELP)
     add("--labelled", dest="example", action="store_const", const="labelled", help="lines are label<TAB>text")
     add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
     add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
@@ -60,7 +60,8 @@ def flags():
     add("--preset", choices=PRESETS, help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
     add("--init_from", help="run folder to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
-    add("--vocab_size", type=cli.several, help="tokens of the tokenizer to train (512 to 8192, from the size of the text)")
+    vocabulary = "tokens of the tokenizer to train (512 to 8192, or room for all characters)"
+    add("--vocab_size", type=cli.several, help=vocabulary)
     add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
@@ -303,7 +304,8 @@ def main():
     inputs = val, tokenizer.bos_id(), args.sequence_length, device
     log.decide_steps(args, before, state.step, seconds, evaluate.validation_seconds(state.emas[-1], *inputs))
     vars(args).update(parallel.from_first(vars(args)))  # speeds differ
-    print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
+    opening = log.opening_lines(state, loader, val, config, seconds, args, device, tokenizer)
+    print(*opening, sep="\n")
 
     write, minutes = log.open_metrics(run_dir, state.step)
     meter, caught, bound = log.Meter(state.model, args, device, minutes), cli.catch_signals(), None

@@ -36,7 +36,7 @@ def write(path, text):
 def test_the_figures_of_a_text_are_counted(tmp_path):
     path = write(tmp_path / "a.txt", "ab \u0416!\n\nabc\nab \u0416!\nabc\n" + "\u6f225" * 3 + "\n")
     lengths, characters, duplicates = corpus.survey(Corpus(str(path)), "line")
-    assert lengths == {5: 2, 3: 2, 6: 1} and duplicates == 2 / 5
+    assert lengths == {5: 2, 3: 2, 6: 1} and duplicates.share() == 2 / 5
     assert characters["a"] == 4 and characters["\n"] == 0 and characters.total() == 22
     lines = corpus.describe(Corpus(str(path)), "line", lengths, characters, duplicates)
     assert "half up to 5, nine of ten up to 6, the longest 6" in lines[1] and "40.0%" in lines[-1]
@@ -46,7 +46,7 @@ def test_the_figures_of_a_text_are_counted(tmp_path):
 def test_an_example_longer_than_a_piece_is_one_example(tmp_path):
     path = write(tmp_path / "a.txt", ("word " * PIECE_BYTES + "\n") * 2)
     lengths, _, duplicates = corpus.survey(Corpus(str(path)), "line")
-    assert lengths == {5 * PIECE_BYTES: 2} and duplicates == 0.5
+    assert lengths == {5 * PIECE_BYTES: 2} and duplicates.share() == 0.5
 
 
 def test_the_share_of_duplicates_is_estimated_if_there_are_many_examples(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +11,21 @@ from untrained import run_command
 
 import cache
 import data
+import log
 import sample
 import toy
 import train
+from documents import Corpus
 from prompts import ANY_LABEL, allowed_tokens, split_label
-from text import decode, label_ids, load_tokenizer, read_part, read_pieces, train_tokenizer
+from text import (
+    decode,
+    label_ids,
+    load_tokenizer,
+    read_part,
+    read_pieces,
+    reading_notes,
+    train_tokenizer,
+)
 
 KINDS = ["bpe", "unigram", "word", "char"]
 
@@ -64,6 +75,54 @@ def test_a_line_without_a_label_is_named(tmp_path, content, line):
     (tmp_path / "c.tsv").write_text(content)
     with pytest.raises(ValueError, match=rf"c.tsv: line {line} is not label<TAB>text"):
         list(read_pieces(tmp_path / "c.tsv", "labelled"))
+
+
+HEADED = "label\ttext\ngood\tone\n\nbad\ttwo\ngood\tthree\n"
+
+
+def read(path, **options):
+    return [(piece.label, piece.text) for piece in read_pieces(path, "labelled", **options)]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_header_is_neither_an_example_nor_a_label_in_any_file(tmp_path, mark):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(mark + HEADED)
+    lines = [("good", "one"), ("bad", "two"), ("good", "three")]
+    assert read(tmp_path) == 2 * lines
+    (tmp_path / "m").write_bytes(train_tokenizer(tmp_path, "word", example="labelled"))
+    assert set(label_ids(load_tokenizer(tmp_path / "m"))) == {"good", "bad"}
+    (note,) = reading_notes(Corpus.of(tmp_path), "labelled")
+    assert r"'label\ttext'" in note and "a.txt, and those of 1 more files" in note
+    first = next(read_pieces(tmp_path / "a.txt", "labelled"))
+    assert read(tmp_path / "a.txt", start=first.end) == lines[1:]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "good\tone\nbad\ttwo\nbad\tthree\ngood\tfour\n",
+        "\ufeffgood\tone\ngood\ttwo\nbad\tthree\n",
+        "good\tone\nbad\ttwo\nso so\tthree\nso so\tfour\n",
+        "good\tone\nbad\ttwo\n",
+    ],
+    ids=["repeated", "sorted, with a mark", "rare like the second", "one of each"],
+)
+def test_a_first_line_that_may_be_an_example_is_one(tmp_path, text):
+    (tmp_path / "c.tsv").write_text(text)
+    assert read(tmp_path / "c.tsv")[0] == ("good", "one")
+    assert reading_notes(Corpus.of(tmp_path / "c.tsv"), "labelled") == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_are_listed_with_their_counts_the_most_frequent_first(tmp_path, kind):
+    path = tmp_path / "c.tsv"
+    path.write_text("".join(f"l{i}\tthe king {j}\n" for i in range(13) for j in range(40 - i)))
+    (tmp_path / "m").write_bytes(train_tokenizer(path, kind, example="labelled"))
+    read_part = partial(cache.load_corpus, path, tmp_path / "m", tmp_path, example="labelled")
+    parts = [read_part(part=part) for part in ("train", "val")]
+    (line,) = log.label_lines(load_tokenizer(tmp_path / "m"), *parts)
+    assert line.startswith("13 labels: l0 40, l1 39, ") and line.endswith(", l9 31, and 3 more")
 
 
 def test_more_labels_than_a_vocabulary_should_have_are_refused(tmp_path):

@@ -8,7 +8,19 @@ import pytest
 import sentencepiece
 
 import cache
-from text import add_marks, default_vocab_size, keeps_breaks, load_tokenizer, read_part, read_pieces, train_tokenizer
+from documents import Corpus
+from text import (
+    add_marks,
+    check_separator,
+    default_vocab_size,
+    find_separator,
+    keeps_breaks,
+    load_tokenizer,
+    read_part,
+    read_pieces,
+    reading_notes,
+    train_tokenizer,
+)
 
 UNICODE = [
     "plain words",
@@ -57,6 +69,65 @@ def test_paragraphs_are_separated_by_blank_lines_and_keep_their_line_breaks(tmp_
     paragraphs = ["one\n  two ", "three", "four\nfive"]
     assert read(path, example="paragraph", max_bytes=max_bytes) == paragraphs
     assert sum(p.n_bytes for p in read_pieces(path, "paragraph")) == sum(map(len, paragraphs))
+
+
+MARKS = "<|endoftext|>", "---", "* * *", "%", "\u2014\u2014\u2014", "THE END OF A STORY"
+STORIES = ["one\n\n  two ", "three %% --- <|endoftext|>", "four\n* * *five", "s\u00edx"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("max_bytes", [9, 11, 14, 1 << 16])
+@pytest.mark.parametrize("around", ["", "\n", "\r\n \r\n"], ids=["no", "blank", "CRLF"])
+def test_examples_stand_between_separators_that_are_lines_by_themselves(
+    tmp_path, mark, max_bytes, around
+):
+    """Wherever a read ends, with blank lines around them or not, at both ends of the file too."""
+    between = f"\n{around}{mark}\n {mark}\t\n{around}"
+    path = write(tmp_path / "text", f"{mark}\n" + between.join(STORIES) + f"\n{mark}")
+    found = read(path, example=mark, max_bytes=max_bytes)
+    assert [text.rstrip() for text in found] == [text.rstrip() for text in STORIES]
+    for piece in read_pieces(path, mark, max_bytes=max_bytes):
+        if piece.last:  # reading goes on after any example
+            rest = read(path, example=mark, start=piece.end, max_bytes=max_bytes)
+            assert rest == found[piece.number + 1 :]
+
+
+def test_a_separator_is_not_cut_where_the_validation_part_begins(tmp_path):
+    path = write(tmp_path / "text", "\n* * *\n".join(f"story {i}" for i in range(90)))
+    parts = [read(path, example="* * *")]
+    for part in ("train", "val"):
+        parts.append([piece.text for piece in read_part(path, part, "* * *")])
+    assert parts[0] == parts[1] + parts[2] and 2 < len(parts[2]) < 9
+
+
+@pytest.mark.parametrize("mark", [*MARKS[:5], "</s>", "[SEP]"])
+def test_a_line_that_looks_like_a_separator_is_found_and_the_flag_named(tmp_path, mark):
+    path = write(tmp_path / "text", f"\n{mark}\n".join(["Yes.\nYes.", "No!"] * 3))
+    assert find_separator(path) == (mark, 5)
+    (note,) = reading_notes(Corpus.of(path), "line")
+    assert f"'{mark}' occurs 5 times" in note and f"--example={mark}" in note.replace("'--", "--")
+    check_separator(path, mark)
+    assert reading_notes(Corpus.of(path), mark) == []
+
+
+@pytest.mark.parametrize("line", ["}", '"""', "...", "Yes.", "#", "a | b", "\u6f22"])
+def test_lines_of_code_and_speech_are_not_taken_for_separators(tmp_path, line):
+    assert find_separator(write(tmp_path / "text", f"\n{line}\n".join(["one", "two"] * 3))) is None
+
+
+def test_a_long_text_of_wide_characters_is_searched_for_separators(tmp_path):
+    """Its first megabyte ends within a character."""
+    path = write(tmp_path / "text", "---\n" * 3 + ("\u6f22" * 3001 + "\n") * 150)
+    assert find_separator(path) == ("---", 3)
+
+
+def test_a_separator_that_no_line_is_gets_one_line_with_the_way_out(tmp_path):
+    path = write(tmp_path / "text", "one<|endoftext|>two <|endoftext|>three\n")
+    with pytest.raises(ValueError, match=r"it stands within lines: .* with sed 's/<\|endo.*/g'$"):
+        check_separator(path, "<|endoftext|>")
+    for typo in ("lines", " "):
+        with pytest.raises(ValueError, match="no line of .* is '.*': --example is line, lab"):
+            check_separator(path, typo)
 
 
 def test_a_whole_file_is_one_example(tmp_path):
@@ -222,6 +293,48 @@ def test_the_vocabulary_grows_with_the_corpus(tmp_path, n_bytes, size):
     with open(tmp_path / "text", "wb") as file:
         file.truncate(n_bytes)
     assert default_vocab_size(tmp_path / "text", "bpe") == size and default_vocab_size(tmp_path / "text", "word") == 8192
+
+
+def sizes(path, kind, example="line"):
+    """Train a tokenizer -> the size that was chosen, and the least that is named when 2 is asked."""
+    model = train_tokenizer(path, kind, example=example)
+    with pytest.raises(ValueError, match=rf"no {kind} tokenizer with --vocab_size=2 from") as error:
+        train_tokenizer(path, kind, 2, example)
+    n = len(sentencepiece.SentencePieceProcessor(model_proto=model))
+    return n, int(str(error.value).removesuffix(" or more").split()[-1])
+
+
+@pytest.mark.parametrize("first", [0x4E00, 0xAC00, 0x1F300], ids=["Chinese", "Korean", "emoji"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_chosen_vocabulary_has_room_for_all_characters(tmp_path, kind, first):
+    """700 of them, where the size of the text asks for 512 tokens."""
+    characters = [chr(first + n) for n in range(700)]
+    lines = ["".join(characters[i:] + characters[:i]) for i in (0, 9)]
+    path = write(tmp_path / "text", "\n".join(lines))
+    assert default_vocab_size(path, kind) == 512
+    n, least = sizes(path, kind)
+    assert least == 700 + 259 and least <= n <= 1024
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "word"])
+def test_the_least_vocabulary_that_is_named_works_and_one_less_does_not(tmp_path, kind):
+    lines = [f"label {n % 30}\tthe \u738b sleeps {n}" for n in range(90)]
+    path = write(tmp_path / "text", "\n".join(lines))
+    _, least = sizes(path, kind, "labelled")
+    tokenizer = sentencepiece.SentencePieceProcessor(
+        model_proto=train_tokenizer(path, kind, least, "labelled")
+    )
+    assert len(tokenizer) == least
+    with pytest.raises(ValueError, match=f"{least} or more"):
+        train_tokenizer(path, kind, least - 1, "labelled")
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "ab\n" * 500, "!\n" * 50, "a b " * 90])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "word"])
+def test_a_text_of_hardly_any_characters_gets_a_vocabulary_that_it_can_fill(tmp_path, text, kind):
+    path = write(tmp_path / "text", text)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(path, kind))
+    assert len(tokenizer) < 300
 
 
 def test_a_tokenizer_that_cannot_be_built_or_read_gives_a_clear_error(tmp_path):
