@@ -49,8 +49,8 @@ def test_files_pictures_and_links_exist():
         assert (ROOT / path).exists(), path
     tops = {path.name for path in ROOT.glob("*.py")}
     assert tops <= set(re.findall(r"`(\w+\.py)`", README)), "a file is missing in the file table"
-    sections = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()) for line in open(ROOT / "RESULTS.md") if line[0] == "#"]
-    for link in re.findall(r"RESULTS\.md#([\w-]+)", README):
+    sections = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()) for line in open(ROOT / "docs" / "results.md") if line[0] == "#"]
+    for link in re.findall(r"docs/results\.md#([\w-]+)", README):
         assert link in [section.strip().replace(" ", "-") for section in sections], link
 
 
