@@ -31,7 +31,7 @@ JSON_ENDINGS = ".json", ".jsonl", ".ndjson"
 # Packed forms that are read: their first bytes, how they are opened, the tool that unpacks them
 PACKED = {
     "gz": (rb"\x1f\x8b", gzip.open, "gzip"),
-    "bz2": (rb"BZh[1-9]", bz2.open, "bzip2"),
+    "bz2": (rb"BZh[1-9](1AY&SY|\x17rE8P)", bz2.open, "bzip2"),
     "xz": (rb"\xfd7zXZ\0", lzma.open, "xz"),
 }
 MARKS = {  # that begin a text; the longer ones are first
@@ -49,10 +49,11 @@ PANDAS = (  # writes a table as one object per line
     'python -c "import sys, pandas, pyarrow.ipc as ipc; {}.to_json(sys.argv[2], '
     "orient='records', lines=True)\" {{path}} {{path}}.jsonl (pip install pandas pyarrow openpyxl)"
 )
+TO_UTF8 = "iconv -f {} -t UTF-8"
 PANDOC = "pandoc -t plain --wrap=none {path} -o {path}.txt"
 # What is not read: its first bytes, what it is, the command that makes a text or a folder of it
 FOREIGN = [
-    (rb"%PDF-", "a PDF", "pdftotext {path} {path}.txt"),
+    (rb"%PDF-\d\.\d\s", "a PDF", "pdftotext {path} {path}.txt"),
     (rb"PK\x03\x04.*(word/|mimetypeapplication/)", "a document or an e-book", PANDOC),
     (rb"PK\x03\x04.*xl/", "an Excel file", PANDAS.format("pandas.read_excel(sys.argv[1])")),
     (rb"PK\x03\x04", "a zip archive", "unzip {path} -d {path}.d"),
@@ -63,7 +64,7 @@ FOREIGN = [
     (
         rb"SQLite format 3\x00",
         "a database",
-        "sqlite3 -json {path} 'select * from TABLE' > {path}.json",
+        "sqlite3 -json {path} 'select * from TABLE' > {path}.json (tables: sqlite3 {path} .tables)",
     ),
     (rb"PAR1[\x15-\x1c]", "a parquet file", PANDAS.format("pandas.read_parquet(sys.argv[1])")),
     (rb"ARROW1\x00\x00", "an arrow file", PANDAS.format("pandas.read_feather(sys.argv[1])")),
@@ -72,10 +73,10 @@ FOREIGN = [
         "a stream of arrow records",
         PANDAS.format("ipc.open_stream(sys.argv[1]).read_pandas()"),
     ),
-    (rb"\{\\rtf", "a rich text", PANDOC),
+    (rb"\{\\rtf1", "a rich text", PANDOC),
     (rb"\xd0\xcf\x11\xe0", "an old Office file", "soffice --headless --convert-to docx {path}"),
     (
-        rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|II\*\x00|MM\x00\*",
+        rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a.{4}[\x80-\xff]|RIFF....WEBPVP8|II\*\x00|MM\x00\*",
         "a picture",
         "tesseract {path} {path}",
     ),
@@ -217,19 +218,18 @@ def look_at(path):
 
     Raises ValueError for what is no text, with the command that makes one of it.
     """
-    with open(path, "rb") as file:
-        packing = _packing(file.read(16))
+    packing = _packing_of(path)
     with _unpack(path, packing) as stream:
         head = stream.read(HEAD)
     if _packing(head):
-        raise ValueError(f"{path} is packed twice: {_fill('', path, packing)}")
+        raise ValueError(f"{path} is packed twice: run {pipe('', path)}")
     for magic, what, command in FOREIGN:
         if re.match(magic, head, re.DOTALL):
-            raise ValueError(f"{path} is {what}, not a text: {_fill(command, path, packing)}")
+            raise ValueError(f"{path} is {what}, not a text: run {_fill(command, path)}")
     encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
     if b"\0" in head and not encoding:
-        advice = _without_nul(head, path, packing)
-        raise ValueError(f"{path} has NUL bytes: if it is a text, convert it with {advice}")
+        advice = pipe(_without_nul(head), path)
+        raise ValueError(f"{path} has NUL bytes: if it is a text, run {advice}")
     if b"\r" in head[:-1] and b"\n" not in head:
         encoding = encoding or "utf-8"  # the line ends of old Macs
     return Form(packing, encoding)
@@ -239,38 +239,45 @@ def _packing(head):
     return next((name for name, (magic, *_) in PACKED.items() if re.match(magic, head)), "")
 
 
+def _packing_of(path):
+    with open(path, "rb") as file:
+        return _packing(file.read(16))
+
+
 def _unpack(path, packing):
     return Unpacked(path, packing) if packing else open(path, "rb")
 
 
-def _fill(command, path, packing):
+def _fill(command, path):
     """Fill in a command of FOREIGN; a file that is packed is unpacked first, but tar does that."""
-    if packing and "tar " not in command:
-        return f"unpack it first, {_pipe('cat', path, packing)}"
+    if _packing_of(path) and "tar " not in command:
+        return f"{pipe('', path)} first"
     plain, ending = os.path.splitext(path)
     plain = plain if ending.lower() in (".zst", ".lz4") else f"{path}.txt"
     return command.format(path=shlex.quote(path), plain=shlex.quote(plain))
 
 
-def _pipe(program, path, packing):
-    """Write the command that sends a file through a program into a new file."""
-    file, new = shlex.quote(path), shlex.quote(f"{path}.txt")
-    if packing:
-        return f"{PACKED[packing][2]} -dc {file} | {program} > {new}"
-    return f"{program} < {file} > {new}"
-
-
-def _without_nul(head, path, packing):
-    """Choose a command for a file with NUL bytes: every second one is in UTF-16 without a mark."""
+def _without_nul(head):
+    """Choose a program for a file with NUL bytes: in UTF-16, most often every second byte is one."""
     n_even, n_odd = head[::2].count(0), head[1::2].count(0)
     if max(n_even, n_odd) > len(head) / 8 > 4 * min(n_even, n_odd):
-        return to_utf8(path, packing, "UTF-16LE" if n_odd > n_even else "UTF-16BE")
-    return _pipe(r"tr -d '\000'", path, packing)
+        return TO_UTF8.format("UTF-16LE" if n_odd > n_even else "UTF-16BE")
+    return r"tr -d '\000'"
 
 
-def to_utf8(path, packing, encoding="WINDOWS-1252"):
-    """Write the command that copies a text as UTF-8."""
-    return _pipe(f"iconv -f {encoding} -t UTF-8", path, packing)
+def pipe(program, path):
+    """Write the command that sends the text of a file through a program into a new file."""
+    packing, file = _packing_of(path), shlex.quote(path)
+    new = shlex.quote(path + (".jsonl" if is_json(path) else ".txt"))
+    if not packing:
+        return f"{program} < {file} > {new}"
+    return " | ".join(filter(None, [f"{PACKED[packing][2]} -dc {file}", program])) + f" > {new}"
+
+
+def conversion(path):
+    """Say how a text that is not UTF-8 becomes it."""
+    command = pipe(TO_UTF8.format("WINDOWS-1252"), path)
+    return f"Convert it, from Latin-1 or Windows-1252 with {command}"
 
 
 def open_text(path):
@@ -322,8 +329,10 @@ def _read_values(path, stream):
         name = path if is_whole else f"{path}, line {number}"
         try:
             value = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8: {error.reason}. {conversion(path)}") from None
         except (ValueError, RecursionError) as error:
-            advice = "it has one object per line, or one list of objects"
+            advice = f"several lines per object? {pipe('jq -c .', path)} writes one per line"
             raise ValueError(f"{name} is not JSON: {error} ({advice})") from None
         if not (is_whole and isinstance(value, list)):
             yield name, value
@@ -337,11 +346,16 @@ def _read_objects(path, stream, text_field):
     for name, value in _read_values(path, stream):
         fields = value if isinstance(value, dict) else {}
         try:
-            text = fields.get(text_field).encode()
+            text = (value if isinstance(value, str) else fields.get(text_field)).encode()
         except AttributeError:
             has = f"its fields are {', '.join(fields) or 'none'}"[:200]
+            advice = "give --text_field"
+            lists = [key for key, field in fields.items() if isinstance(field, list)]
+            if lists and not any(isinstance(field, str) for field in fields.values()):
+                selected = shlex.quote(f".[{json.dumps(lists[0])}][]")
+                advice += f", or run {pipe(f'jq -c {selected}', path)}"
             found = f"has no text in a field {text_field!r} ({has})"
-            raise ValueError(f"{name} {found}: give --text_field") from None
+            raise ValueError(f"{name} {found}: {advice}") from None
         except UnicodeEncodeError as error:
             raise ValueError(f"{name} is not Unicode: {error.reason}") from None
         yield name, io.BytesIO(text)

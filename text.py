@@ -20,7 +20,7 @@ import sentencepiece
 from tqdm import tqdm
 
 import cli
-from documents import Corpus, look_at, to_utf8
+from documents import Corpus, conversion
 from noise import GOLDEN
 
 PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, cut at spaces
@@ -129,7 +129,7 @@ def _decode(raw, name, stream, position):
         wrong = position + error.start
         raise ValueError(
             f"{name} is not UTF-8: byte {wrong} is 0x{raw[error.start]:02x}, in line {_line_at(stream, wrong)}. "
-            f"Convert it, from Latin-1 or Windows-1252 with {to_utf8(name, look_at(name).packing)}"
+            f"{conversion(name)}"
         ) from None
 
 
