@@ -40,11 +40,8 @@ MARKS = {  # that begin a text; the longer ones are first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-SUFFIXES = tuple(  # of what is read of a folder: a .json there often is no text
-    ending + packing
-    for ending in (".txt", ".jsonl", ".ndjson")
-    for packing in ("", *(f".{name}" for name in PACKED))
-)
+TEXT_ENDINGS = ".txt", ".jsonl", ".ndjson"  # are read of a folder; a .json there is often no text
+SUFFIXES = tuple(f"{end}{pack}" for end in TEXT_ENDINGS for pack in ("", ".gz", ".bz2", ".xz"))
 PANDAS = (  # writes a table as one object per line
     'python -c "import sys, pandas, pyarrow.ipc as ipc; {}.to_json(sys.argv[2], '
     "orient='records', lines=True)\" {{path}} {{path}}.jsonl (pip install pandas pyarrow openpyxl)"
@@ -151,15 +148,16 @@ def find_files(path):
     files = []
     for part in _parts(path):
         if os.path.isdir(part):
-            found = sorted(entry.path for entry in os.scandir(part) if _reason(entry) is None)
+            found = sorted(entry.path for entry in os.scandir(part) if not _reason(entry))
         elif os.path.isfile(part):
             found = [part]
         else:
             found = sorted(filter(os.path.isfile, glob.glob(part, recursive=True)))
         if not found:
-            searched = ["a folder is searched for " + ", ".join(SUFFIXES)] * os.path.isdir(part)
-            kinds = f" ({'; '.join([*searched, *left_out(part)])})" if searched else ""
-            raise ValueError(f"no text file at {part}{kinds}")
+            kinds = ", ".join(TEXT_ENDINGS) + f", also as .{', .'.join(PACKED)}"
+            searched = [f"a folder is searched for {kinds}"] * os.path.isdir(part)
+            more = "; ".join([*searched, *left_out(part)])
+            raise ValueError(f"no text file at {part}" + (f" ({more})" if more else ""))
         files += found
     return list(dict.fromkeys(files))
 
@@ -169,27 +167,35 @@ def _parts(path):
 
 
 def _reason(entry):
-    """Say why an entry of a folder is not read -> str, or None if it is."""
+    """Say why an entry of a folder is not read -> str, or "" if it is."""
     if entry.name.startswith("."):
         return "hidden"
     if entry.is_dir():
-        return "subfolder"
+        return "subfolders"
     if entry.is_file() and entry.name.lower().endswith(SUFFIXES):
-        return None
+        return ""
     return os.path.splitext(entry.name)[1].lower() or "without an ending"
 
 
 def left_out(path):
     """Say what the folders of a path hold besides the files that are read -> a line, or none."""
-    folders = [part for part in _parts(path) if os.path.isdir(part)]
-    reasons = Counter(_reason(entry) for part in folders for entry in os.scandir(part))
-    del reasons[None]
+    reasons, folder = Counter(), ""
+    for part in _parts(path):
+        if os.path.isdir(part):
+            reasons.update(filter(None, map(_reason, os.scandir(part))))
+            folder = folder or part
+        elif not os.path.exists(part) and "**" not in part:  # a pattern
+            reasons["subfolders"] += sum(map(os.path.isdir, glob.glob(part)))
+            folder = folder or os.path.dirname(part)
+    reasons = +reasons
     if not reasons:
         return []
-    counts = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
-    pattern = shlex.quote(os.path.join(folders[0], "**", "*.txt"))
-    is_hidden = set(reasons) == {"hidden"}
-    return [f"left out: {counts}" + ("" if is_hidden else f" (a pattern reads more: -d={pattern})")]
+    counts = ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
+    endings = [reason for reason, _ in reasons.most_common() if reason[0] == "."]
+    ending = ".txt" if "subfolders" in reasons or not endings else endings[0]
+    pattern = shlex.quote(os.path.join(folder, "**", f"*{ending}"))
+    more = f" (a pattern reads more: -d={pattern})" if set(reasons) != {"hidden"} else ""
+    return [f"left out: {counts}{more}"]
 
 
 # ---------------------------------------------------------------- what a file is
@@ -258,7 +264,7 @@ def _fill(command, path):
 
 
 def _without_nul(head):
-    """Choose a program for a file with NUL bytes: in UTF-16, most often every second byte is one."""
+    """Choose a program for a file with NUL bytes. In UTF-16, most often every second byte is one."""
     n_even, n_odd = head[::2].count(0), head[1::2].count(0)
     if max(n_even, n_odd) > len(head) / 8 > 4 * min(n_even, n_odd):
         return TO_UTF8.format("UTF-16LE" if n_odd > n_even else "UTF-16BE")
