@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import cli
 from data import count_up, prefetch
-from documents import Corpus, is_jsonl
+from documents import Corpus, is_json, look_at
 from text import add_marks, adds_prefix, file_hash, label_ids, load_tokenizer, read_part, unknown_bytes
 
 CACHE_FORMAT = 2
@@ -183,8 +183,8 @@ def content_hash(corpus, cache_dir):
     That of one plain text file is its sha256. The hashes of the files of a large corpus are kept in cache_dir/hashes.json.
     """
     hashes = _file_hashes(corpus.files, Path(cache_dir) / "hashes.json")
-    kinds = [f"jsonl {corpus.text_field}" if is_jsonl(path) else "text" for path in corpus.files]
-    kinds = [kind + " gz" * path.endswith(".gz") for kind, path in zip(kinds, corpus.files, strict=True)]
+    objects = f"jsonl {corpus.text_field}"
+    kinds = [(objects if is_json(path) else "text") + str(look_at(path)) for path in corpus.files]
     if kinds == ["text"]:
         return hashes[0]
     lines = [f"{kind} {value}" for kind, value in zip(kinds, hashes, strict=True)]

@@ -498,14 +498,33 @@ def text_size(tokens):
     return dict(examples=tokens.n_documents, tokens=len(tokens.ids), characters=tokens.n_chars, bytes=tokens.n_bytes)
 
 
-def check_identity(saved, now, run_dir):
-    """Refuse to resume a run with another model, text, seed or batch. Raises ValueError that names the difference."""
+def check_identity(saved, now, args):
+    """Refuse to resume a run with another model, text, seed or batch.
+
+    Raises ValueError that names the difference, and for a text the command that trains on it.
+    """
     for name in IDENTITY:
-        if name in now and saved[name] != now[name]:
-            change, back = f"{name}={saved[name]}, now it is {now[name]}", "change it back"
-            if name in ("corpus", "validation"):  # hashes, which tell a reader nothing
-                change, back = f"another {name} text", "give -d and --val_path (or none) as before"
-            raise ValueError(f"{run_dir} was trained with {change}: {back} or give another -mdir")
+        if name not in now or saved[name] == now[name]:
+            continue
+        change, back, more = f"{name}={saved[name]}, now it is {now[name]}", "change it back", ""
+        if name in ("corpus", "validation"):  # hashes, which tell a reader nothing
+            change, back = f"another {name} text", "give -d and --val_path (or none) as before"
+            more = f"; to start from its weights, {new_run(args)}" if args.data_path else ""
+        known = f"{args.model_dir} was trained with {change}"
+        raise ValueError(f"{known}: {back} or give another -mdir{more}")
+
+
+def new_run(args):
+    """Write the command that starts a new run on the text of `args` from the weights of its run."""
+    run_dir, number = Path(args.model_dir), 2
+    while os.path.exists(f"{run_dir}-{number}"):
+        number += 1
+    words = [f"-d={args.data_path}", f"--init_from={run_dir}", f"-mdir={run_dir}-{number}"]
+    words += [f"--val_path={args.val_path}"] * bool(args.val_path)
+    words += [f"--text_field={args.text_field}"] * (args.text_field != "text")
+    length = "minutes" if args.minutes else "max_steps"
+    words += [f"--preset={args.preset}", f"--{length}={getattr(args, length)}"]
+    return shlex.join(["python", "train.py", *words])
 
 
 # ---------------------------------------------------------------- the command

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import bfn
 import cli
 import data
+from documents import lines_of
 from guidance import Classifier, load_classifier, save_classifier
 from prompts import check_unicode, pad
 from sample import Sampler
@@ -44,15 +45,14 @@ def read_labelled(path, sampler):
     if not Path(path).is_file():
         raise ValueError(f"no text file at {path}")
     examples = []
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            label, tab, text = line.rstrip("\r\n").partition("\t")
-            check_unicode(line)
-            if not line.strip():
-                continue
-            if not tab or not label.strip() or not text.strip():
-                raise ValueError(f"{path}, line {number} is not label<TAB>text")
-            examples.append((label.strip(), sampler.encode(text, f"{path}, line {number}")))
+    for number, line in lines_of(path):
+        label, tab, text = line.partition("\t")
+        check_unicode(line)
+        if not line.strip():
+            continue
+        if not tab or not label.strip() or not text.strip():
+            raise ValueError(f"{path}, line {number} is not label<TAB>text")
+        examples.append((label.strip(), sampler.encode(text, f"{path}, line {number}")))
     labels = collections.Counter(label for label, _ in examples)
     if len(labels) < 2 or min(labels.values()) < 2:
         rare = ", ".join(f"{label} ({n})" for label, n in labels.items()) or "none"

@@ -1,21 +1,84 @@
 """The files of a corpus, and the documents in them.
 
-    file      plain text, or .jsonl: a JSON object per line, one field of which is text; each may be packed as .gz
+    file      plain text, or JSON: objects, one field of which is text, one per line or in a list
     document  a text file, or the text of one object: a stream of UTF-8 bytes
+
+How a file is packed and encoded is told by its first bytes, whatever its name. A name that ends in
+.json, .jsonl or .ndjson says that it holds objects.
 """
 
+import bz2
+import codecs
 import glob
 import gzip
 import io
 import json
+import lzma
 import os
+import re
+import shlex
+import tempfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-SUFFIXES = ".txt", ".txt.gz", ".jsonl", ".jsonl.gz"  # what is read of a folder
+HEAD = 1 << 16  # bytes that tell what a file is
+JSON_ENDINGS = ".json", ".jsonl", ".ndjson"
+# Packed forms that are read: their first bytes, how they are opened, the tool that unpacks them
+PACKED = {
+    "gz": (rb"\x1f\x8b", gzip.open, "gzip"),
+    "bz2": (rb"BZh[1-9](1AY&SY|\x17rE8P)", bz2.open, "bzip2"),
+    "xz": (rb"\xfd7zXZ\0", lzma.open, "xz"),
+}
+MARKS = {  # that begin a text; the longer ones are first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+TEXT_ENDINGS = ".txt", ".jsonl", ".ndjson"  # are read of a folder; a .json there is often no text
+SUFFIXES = tuple(f"{end}{pack}" for end in TEXT_ENDINGS for pack in ("", ".gz", ".bz2", ".xz"))
+PANDAS = (  # writes a table as one object per line
+    'python -c "import sys, pandas, pyarrow.ipc as ipc; {}.to_json(sys.argv[2], '
+    "orient='records', lines=True)\" {{path}} {{path}}.jsonl (pip install pandas pyarrow openpyxl)"
+)
+TO_UTF8 = "iconv -f {} -t UTF-8"
+PANDOC = "pandoc -t plain --wrap=none {path} -o {path}.txt"
+# What is not read: its first bytes, what it is, the command that makes a text or a folder of it
+FOREIGN = [
+    (rb"%PDF-\d\.\d\s", "a PDF", "pdftotext {path} {path}.txt"),
+    (rb"PK\x03\x04.*(word/|mimetypeapplication/)", "a document or an e-book", PANDOC),
+    (rb"PK\x03\x04.*xl/", "an Excel file", PANDAS.format("pandas.read_excel(sys.argv[1])")),
+    (rb"PK\x03\x04", "a zip archive", "unzip {path} -d {path}.d"),
+    (rb".{257}ustar", "a tar archive", "mkdir {path}.d && tar -xf {path} -C {path}.d"),
+    (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "a 7z or rar archive", "7z x {path} -o{path}.d"),
+    (rb"\x28\xb5\x2f\xfd", "packed with zstd", "zstd -d {path} -o {plain}"),
+    (rb"\x04\x22\x4d\x18", "packed with lz4", "lz4 -d {path} {plain}"),
+    (
+        rb"SQLite format 3\x00",
+        "a database",
+        "sqlite3 -json {path} 'select * from TABLE' > {path}.json (tables: sqlite3 {path} .tables)",
+    ),
+    (rb"PAR1[\x15-\x1c]", "a parquet file", PANDAS.format("pandas.read_parquet(sys.argv[1])")),
+    (rb"ARROW1\x00\x00", "an arrow file", PANDAS.format("pandas.read_feather(sys.argv[1])")),
+    (
+        rb"\xff{4}..\x00\x00",
+        "a stream of arrow records",
+        PANDAS.format("ipc.open_stream(sys.argv[1]).read_pandas()"),
+    ),
+    (rb"\{\\rtf1", "a rich text", PANDOC),
+    (rb"\xd0\xcf\x11\xe0", "an old Office file", "soffice --headless --convert-to docx {path}"),
+    (
+        rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a.{4}[\x80-\xff]|RIFF....WEBPVP8|II\*\x00|MM\x00\*",
+        "a picture",
+        "tesseract {path} {path}",
+    ),
+    (rb"version https://git-lfs", "a link of Git LFS to a file that is not here", "git lfs pull"),
+]
 
 
 @dataclass(frozen=True)
@@ -51,71 +114,270 @@ class Corpus:
     @cached_property
     def n_bytes(self):
         """Bytes of all documents. Files other than plain text are read for it."""
-        return sum(stream.seek(0, os.SEEK_END) for _, stream in tqdm(self.documents(), "measuring the text", delay=1, disable=None))
+        documents = tqdm(self.documents(), "measuring the text", delay=1, disable=None)
+        return sum(stream.seek(0, os.SEEK_END) for _, stream in documents)
 
     def documents(self):
-        """Yield the documents in order -> pairs of a name for messages and a binary stream, to be read before the next."""
+        """Yield the documents in order -> pairs of a name for messages and a binary stream, to be
+        read before the next. Raises ValueError for a file that is no text, see `look_at`.
+        """
         for path in self.files:
-            with Unpacked(path) if path.endswith(".gz") else open(path, "rb") as stream:
-                if is_jsonl(path):
+            with open_text(path) as stream:
+                if is_json(path):
                     yield from _read_objects(path, stream, self.text_field)
                 else:
                     yield path, stream
 
+    def describe(self, n_examples, n_bytes):
+        """Say how much was read, and what was left out -> a line."""
+        files = count(len(self.files), "file")
+        read = f"{self}: {files}, {count(n_examples, 'example')}, {count(n_bytes, 'byte')}"
+        return "; ".join([read, *left_out(self.path)])
+
+
+def count(n, thing):
+    """Write a number of things, such as "1 file" or "1,234 files"."""
+    return f"{n:,} {thing}" + "s" * (n != 1)
+
 
 def find_files(path):
-    """List the files that a path names: a file, all SUFFIXES in a folder, a pattern such as "texts/**/*.txt", or several of
-    these with commas between them. Raises ValueError for a part that names no file.
+    """List the files that a path names: a file, all SUFFIXES in a folder, a pattern such as
+    "texts/**/*.txt", or several of these with commas between them. Raises ValueError for a part
+    that names no file.
     """
     files = []
-    for part in [path] if os.path.exists(path) else path.split(","):
+    for part in _parts(path):
         if os.path.isdir(part):
-            found = sorted(entry.path for entry in os.scandir(part) if entry.name.endswith(SUFFIXES) and entry.is_file())
+            found = sorted(entry.path for entry in os.scandir(part) if not _reason(entry))
+        elif os.path.isfile(part):
+            found = [part]
         else:
-            found = [part] if os.path.isfile(part) else sorted(filter(os.path.isfile, glob.glob(part, recursive=True)))
+            found = sorted(filter(os.path.isfile, glob.glob(part, recursive=True)))
         if not found:
-            kinds = f" (a folder is searched for {', '.join(SUFFIXES)})" if os.path.isdir(part) else ""
-            raise ValueError(f"no text file at {part}{kinds}")
+            kinds = ", ".join(TEXT_ENDINGS) + f", also as .{', .'.join(PACKED)}"
+            searched = [f"a folder is searched for {kinds}"] * os.path.isdir(part)
+            more = "; ".join([*searched, *left_out(part)])
+            raise ValueError(f"no text file at {part}" + (f" ({more})" if more else ""))
         files += found
     return list(dict.fromkeys(files))
 
 
-def is_jsonl(path):
+def _parts(path):
+    return [path] if os.path.exists(path) else path.split(",")
+
+
+def _reason(entry):
+    """Say why an entry of a folder is not read -> str, or "" if it is."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if entry.is_dir():
+        return "subfolders"
+    if entry.is_file() and entry.name.lower().endswith(SUFFIXES):
+        return ""
+    return os.path.splitext(entry.name)[1].lower() or "without an ending"
+
+
+def left_out(path):
+    """Say what the folders of a path hold besides the files that are read -> a line, or none."""
+    reasons, folder = Counter(), ""
+    for part in _parts(path):
+        if os.path.isdir(part):
+            reasons.update(filter(None, map(_reason, os.scandir(part))))
+            folder = folder or part
+        elif not os.path.exists(part) and "**" not in part:  # a pattern
+            reasons["subfolders"] += sum(map(os.path.isdir, glob.glob(part)))
+            folder = folder or os.path.dirname(part)
+    reasons = +reasons
+    if not reasons:
+        return []
+    counts = ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
+    endings = [reason for reason, _ in reasons.most_common() if reason[0] == "."]
+    ending = ".txt" if "subfolders" in reasons or not endings else endings[0]
+    pattern = shlex.quote(os.path.join(folder, "**", f"*{ending}"))
+    more = f" (a pattern reads more: -d={pattern})" if set(reasons) != {"hidden"} else ""
+    return [f"left out: {counts}{more}"]
+
+
+# ---------------------------------------------------------------- what a file is
+
+
+class Form(NamedTuple):
+    """How a text is written in its file."""
+
+    packing: str = ""  # of PACKED
+    encoding: str = ""  # if it is copied as UTF-8 before it is read
+
+    def __str__(self):
+        return "".join(f" {part}" for part in self if part)
+
+
+def is_json(path):
     """Whether a file holds objects instead of plain text, by its name."""
-    return path.endswith((".jsonl", ".jsonl.gz"))
+    name = path.lower()
+    for packing in PACKED:
+        name = name.removesuffix(f".{packing}")
+    return name.endswith(JSON_ENDINGS)
+
+
+def look_at(path):
+    """Tell by its first bytes how a text is packed and encoded -> Form.
+
+    Raises ValueError for what is no text, with the command that makes one of it.
+    """
+    packing = _packing_of(path)
+    with _unpack(path, packing) as stream:
+        head = stream.read(HEAD)
+    if _packing(head):
+        raise ValueError(f"{path} is packed twice: run {pipe('', path)}")
+    for magic, what, command in FOREIGN:
+        if re.match(magic, head, re.DOTALL):
+            raise ValueError(f"{path} is {what}, not a text: run {_fill(command, path)}")
+    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+    if b"\0" in head and not encoding:
+        advice = pipe(_without_nul(head), path)
+        raise ValueError(f"{path} has NUL bytes: if it is a text, run {advice}")
+    if b"\r" in head[:-1] and b"\n" not in head:
+        encoding = encoding or "utf-8"  # the line ends of old Macs
+    return Form(packing, encoding)
+
+
+def _packing(head):
+    return next((name for name, (magic, *_) in PACKED.items() if re.match(magic, head)), "")
+
+
+def _packing_of(path):
+    with open(path, "rb") as file:
+        return _packing(file.read(16))
+
+
+def _unpack(path, packing):
+    return Unpacked(path, packing) if packing else open(path, "rb")
+
+
+def _fill(command, path):
+    """Fill in a command of FOREIGN; a file that is packed is unpacked first, but tar does that."""
+    if _packing_of(path) and "tar " not in command:
+        return f"{pipe('', path)} first"
+    plain, ending = os.path.splitext(path)
+    plain = plain if ending.lower() in (".zst", ".lz4") else f"{path}.txt"
+    return command.format(path=shlex.quote(path), plain=shlex.quote(plain))
+
+
+def _without_nul(head):
+    """Choose a program for a file with NUL bytes. In UTF-16, most often every second byte is one."""
+    n_even, n_odd = head[::2].count(0), head[1::2].count(0)
+    if max(n_even, n_odd) > len(head) / 8 > 4 * min(n_even, n_odd):
+        return TO_UTF8.format("UTF-16LE" if n_odd > n_even else "UTF-16BE")
+    return r"tr -d '\000'"
+
+
+def pipe(program, path):
+    """Write the command that sends the text of a file through a program into a new file."""
+    packing, file = _packing_of(path), shlex.quote(path)
+    new = shlex.quote(path + (".jsonl" if is_json(path) else ".txt"))
+    if not packing:
+        return f"{program} < {file} > {new}"
+    return " | ".join(filter(None, [f"{PACKED[packing][2]} -dc {file}", program])) + f" > {new}"
+
+
+def conversion(path):
+    """Say how a text that is not UTF-8 becomes it."""
+    command = pipe(TO_UTF8.format("WINDOWS-1252"), path)
+    return f"Convert it, from Latin-1 or Windows-1252 with {command}"
+
+
+def open_text(path):
+    """Open a file -> stream of its text, in UTF-8. Raises ValueError, see `look_at`."""
+    form = look_at(path)
+    stream = _unpack(path, form.packing)
+    return _recode(path, stream, form.encoding) if form.encoding else stream
+
+
+def lines_of(path):
+    """Read the lines of a small file -> pairs of a number and a line without its end.
+
+    What is not UTF-8 becomes lone surrogates. Raises ValueError, see `look_at`.
+    """
+    with open_text(path) as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="\n")
+        return [(number, line.rstrip("\r\n")) for number, line in enumerate(text, 1)]
+
+
+def _recode(path, stream, encoding):
+    """Copy a text as UTF-8 with line breaks \\n into a temporary file -> its stream."""
+    file = tempfile.TemporaryFile()  # closed by the caller
+    try:
+        with io.TextIOWrapper(stream, encoding, errors="surrogateescape") as text:
+            while block := text.read(1 << 20):
+                file.write(block.encode(errors="surrogateescape"))
+    except UnicodeError as error:
+        file.close()
+        found = f"begins as {encoding.upper()}, but {error}"
+        raise ValueError(f"{path} {found}: write it again") from None
+    file.seek(0)
+    return file
+
+
+# ---------------------------------------------------------------- objects
+
+
+def _read_values(path, stream):
+    """Yield the values of a JSON file, each with a name for messages: a line, or what is in a list.
+
+    A list, and one object on several lines, are read as a whole. Raises ValueError.
+    """
+    start = stream.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
+    stream.seek(0)
+    is_whole = start.startswith(b"[") or start.split(b"\n")[0].strip() == b"{"
+    for number, line in enumerate([stream.read()] if is_whole else stream, 1):
+        if line.isspace():
+            continue
+        name = path if is_whole else f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8: {error.reason}. {conversion(path)}") from None
+        except (ValueError, RecursionError) as error:
+            advice = f"several lines per object? {pipe('jq -c .', path)} writes one per line"
+            raise ValueError(f"{name} is not JSON: {error} ({advice})") from None
+        if not (is_whole and isinstance(value, list)):
+            yield name, value
+            continue
+        for i, member in enumerate(value, 1):
+            yield f"{path}, object {i}", member
 
 
 def _read_objects(path, stream, text_field):
-    """Yield the texts of a .jsonl file as documents. Raises ValueError that names the line."""
-    for number, line in enumerate(stream, 1):
-        if line.isspace():
-            continue
-        name = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is not JSON: {error}") from None
+    """Yield the texts of a JSON file as documents. Raises ValueError that names the line."""
+    for name, value in _read_values(path, stream):
         fields = value if isinstance(value, dict) else {}
         try:
-            text = fields.get(text_field).encode()
+            text = (value if isinstance(value, str) else fields.get(text_field)).encode()
         except AttributeError:
             has = f"its fields are {', '.join(fields) or 'none'}"[:200]
-            raise ValueError(f"{name} has no text in a field {text_field!r} ({has}): give --text_field") from None
+            advice = "give --text_field"
+            lists = [key for key, field in fields.items() if isinstance(field, list)]
+            if lists and not any(isinstance(field, str) for field in fields.values()):
+                selected = shlex.quote(f".[{json.dumps(lists[0])}][]")
+                advice += f", or run {pipe(f'jq -c {selected}', path)}"
+            found = f"has no text in a field {text_field!r} ({has})"
+            raise ValueError(f"{name} {found}: {advice}") from None
         except UnicodeEncodeError as error:
             raise ValueError(f"{name} is not Unicode: {error.reason}") from None
         yield name, io.BytesIO(text)
 
 
 class Unpacked(io.BufferedReader):
-    """The content of a .gz file. Raises ValueError that names the file if it is damaged."""
+    """The content of a packed file. Raises ValueError that names the file if it is damaged."""
 
-    def __init__(self, path):
-        super().__init__(_Unpacking(path), 1 << 20)
+    def __init__(self, path, packing):
+        super().__init__(_Unpacking(path, packing), 1 << 20)
 
 
 class _Unpacking(io.RawIOBase):
-    def __init__(self, path):
-        self.path, self.file = path, gzip.open(path)
+    def __init__(self, path, packing):
+        self.path, self.packing = path, packing
+        self.file = PACKED[packing][1](path)
 
     def readable(self):
         return True
@@ -132,8 +394,11 @@ class _Unpacking(io.RawIOBase):
     def _call(self, function, *args):
         try:
             return function(*args)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{self.path} is damaged or not a .gz file ({error}): pack it again") from None
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            if getattr(error, "errno", None):  # of the disk
+                raise
+            found = f"is damaged or not a .{self.packing} file ({error})"
+            raise ValueError(f"{self.path} {found}: pack it again") from None
 
     def close(self):
         self.file.close()

@@ -33,7 +33,7 @@ import quality
 import toy
 from bounds import Text, clustered_error, n_scorable, nothing_given, score, seconds_per_row, unknown_nats_per_token
 from checkpoint import load
-from documents import Corpus
+from documents import Corpus, left_out
 from generation import DEFAULT, Options, generate
 from model import rows_at_once
 from noise import mix_seed
@@ -501,6 +501,8 @@ def main():
     with parallel.first_alone():
         tokens = cache.load_corpus(text, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
     warn_of_changes(text, tokenizer, example)
+    for line in left_out(text.path):
+        print(f"{text}: {line}", file=sys.stderr)
     longest = args.window and min(args.window, int(tokens.shard_lengths[:, 1].max()))  # no document fills a longer window
     window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
     options = scoring_options(args)

@@ -344,7 +344,19 @@ def opening_lines(state, loader, val, config, seconds_per_step, args, device, to
         f"({loader.fill():.1%} of positions), step {state.step} to {args.max_steps} "
         f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
     )
-    return [opening, *warnings, meaning]
+    return [*text_lines(args, loader.tokens, val), opening, *warnings, meaning]
+
+
+def text_lines(args, training, val):
+    """Say what was read, and what was left out. training, val: Tokens -> a line for each text."""
+    path = args.data_path or Path(args.model_dir) / "corpus.txt"
+    parts = [(path, [training, val])]
+    if args.val_path:
+        parts = [(path, [training]), (args.val_path, [val])]
+    return [
+        Corpus(str(path)).describe(sum(t.n_documents for t in texts), sum(t.n_bytes for t in texts))
+        for path, texts in parts
+    ]
 
 
 def label_lines(tokenizer, *texts):

@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import parallel
+from documents import lines_of
 from text import BREAK, JOIN, ONE_LINE, SPACE, add_marks, adds_prefix, label_ids
 
 FREE = -1  # any text, or its end
@@ -101,8 +102,7 @@ def read_lines(path, run, what="texts"):
     """Read the lines of a file that are not blank -> {number of the line: text}. Raises ValueError if there are none."""
     if not os.path.isfile(path):
         raise ValueError(f"no file of {what} at {path}")
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        lines = {number: read_breaks(line.rstrip("\r\n"), run) for number, line in enumerate(file, 1) if line.strip()}
+    lines = {n: read_breaks(line, run) for n, line in lines_of(path) if line.strip()}
     if not lines:
         raise ValueError(f"no {what} in {path}")
     return lines

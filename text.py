@@ -23,7 +23,7 @@ import sentencepiece
 from tqdm import tqdm
 
 import cli
-from documents import Corpus
+from documents import Corpus, conversion
 from noise import GOLDEN
 
 PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, cut at spaces
@@ -224,7 +224,7 @@ def _decode(raw, name, stream, position):
         wrong = position + error.start
         raise ValueError(
             f"{name} is not UTF-8: byte {wrong} is 0x{raw[error.start]:02x}, in line {_line_at(stream, wrong)}. "
-            "Convert it, for example with iconv -t UTF-8"
+            f"{conversion(name)}"
         ) from None
 
 

@@ -277,7 +277,7 @@ def main():
         saved = open_run_folder(run_dir)
         args = complete(args, saved, preset=DEFAULT_PRESET[device.type])
         if saved:
-            check_identity(saved["identity"], vars(args), run_dir)
+            check_identity(saved["identity"], vars(args), args)
         memory.check(make_config(args, 2), args, device)  # wrong sizes are refused before a tokenizer is trained
         tokenizer, tokens, val = prepare_text(args, run_dir, saved)
     fit_rows(args, tokens)
@@ -289,7 +289,7 @@ def main():
         args.max_steps = args.max_steps or loader.count_steps(args.epochs, accumulation)
     run = describe_run(args, config, tokenizer, tokens, val, run_dir)
     if saved:
-        check_identity(saved["identity"], run["identity"], run_dir)
+        check_identity(saved["identity"], run["identity"], args)
     log.peak(device, log.fast_bf16(device))  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything

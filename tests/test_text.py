@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 import cache
-from documents import Corpus
+from documents import HEAD, Corpus
 from text import (
     add_marks,
     check_separator,
@@ -291,6 +291,7 @@ def test_a_tokenizer_that_leaves_a_letter_out_can_be_used(tmp_path):
 @pytest.mark.parametrize("n_bytes, size", [(100, 512), (200_000, 1024), (2_000_000, 8192), (90_000_000, 8192)])
 def test_the_vocabulary_grows_with_the_corpus(tmp_path, n_bytes, size):
     with open(tmp_path / "text", "wb") as file:
+        file.write(b"a" * min(n_bytes, HEAD))
         file.truncate(n_bytes)
     assert default_vocab_size(tmp_path / "text", "bpe") == size and default_vocab_size(tmp_path / "text", "word") == 8192
 
