@@ -48,7 +48,7 @@ from prompts import (
 )
 from text import ONE_LINE, add_marks, decode, label_ids
 
-OPTIONS = "sampler steps corrections time_grid temperature top_p argmax until ban hint draft strength guidance scale".split()
+OPTIONS = "sampler steps corrections temperature top_p argmax until ban hint draft strength guidance scale".split()
 SEPARATOR = "-" * 20  # printed after each text of several lines
 
 # ---------------------------------------------------------------- the model as an object
@@ -58,8 +58,7 @@ class Sampler:
     """A trained model that writes texts: `model = Sampler.load("runs/demo")`, then `model("the ___ sleeps", n=4)`.
 
     `model`, `tokenizer` and `run` are those of `checkpoint.load`. All methods raise ValueError for what does not fit the
-    model. **options are fields of `Options`; of these, ban and hint are lists of texts, draft is a text (see README), and
-    time_grid is "uniform" or "learned".
+    model. **options are fields of `Options`; of these, ban and hint are lists of texts, and draft is a text (see README).
     """
 
     def __init__(self, model, tokenizer, run):
@@ -108,15 +107,10 @@ class Sampler:
         """Turn ids into text. What the tokenizer did not know reads as in the prompt."""
         return lay_out(decode(self.tokenizer, ids, unknown_pieces(prompt, self.tokenizer)), self.run)
 
-    def options(self, *, ban=(), hint=(), draft=None, time_grid="uniform", strength=0.4, **controls):
+    def options(self, *, ban=(), hint=(), draft=None, strength=0.4, **controls):
         """Turn what a user says into Options."""
-        if time_grid not in ("uniform", "learned"):
-            raise ValueError(f"time_grid={time_grid!r} is neither uniform nor learned")
-        if time_grid == "learned" and not self.run["loss_by_time"]:
-            raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
         return Options(
             **controls,
-            curve=self.run["loss_by_time"] if time_grid == "learned" else None,
             hints=tuple(parse_hint(text, self.tokenizer) for text in hint),
             banned=tuple(k for text in ban for k in find_ids(text, self.tokenizer)),
             draft=() if draft is None else self.read_draft(draft),
@@ -192,8 +186,6 @@ def flags():
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help="how to sample (%(default)s)")
     add("--steps", type=cli.steps, default=Options.steps, help="most calls that fill the text; the solvers make STEPS + 1 (32)")
     add("--corrections", type=cli.natural, default=Options.corrections, help="further calls of pace that redraw tokens (4)")
-    grids = ["uniform", "learned"]
-    add("--time_grid", choices=grids, default="uniform", help="solvers: even steps, or small where the loss is large (uniform)")
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")
     add("--top_p", type=cli.above_zero_to_one, default=1.0, help="keep the likeliest tokens that sum to this (1)")
     add("--argmax", action="store_true", help="take the likeliest tokens instead of drawing them")
