@@ -195,7 +195,6 @@ class Controls:
     sampler: str = "pace"  # a name in SAMPLERS
     steps: int = 32  # most calls in which pace and commit fill the text; the solvers make steps + 1
     corrections: int = 0  # further calls of pace that redraw tokens
-    curve: list | None = None  # loss in even bins of time: the solvers take smaller steps where it is large
     temperature: float = 1.0
     top_p: float = 1.0  # draw only from the likeliest tokens that sum to this
     argmax: bool = False  # take the likeliest tokens instead of drawing them
@@ -344,7 +343,7 @@ class OnePace:
     needs_score = False
 
     def __init__(self, task, start=0.0, times=None):
-        self.times = times or time_grid(task.controls.steps, task.controls.curve, start)
+        self.times = times or time_grid(task.controls.steps, start)
         self.start, self.n_calls = self.times[0], torch.full_like(task.n_open, len(self.times))
 
     def take_back(self, i, u, score):
@@ -444,25 +443,7 @@ def sharpen(p, temperature=1.0, top_p=1.0):
     return p
 
 
-def quantiles(u, density):
-    """Turn uniform numbers into numbers with a given density on [0, 1] -> numbers shaped like u, and the bin of each.
-
-    density (n_bins,) is constant in each of n_bins equal bins and need not be normalised. This is the inverse of its
-    distribution function, so it increases with u.
-    """
-    Q = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])  # distribution function at the bins' edges
-    i = (torch.searchsorted(Q, u, right=True) - 1).clamp(0, len(density) - 1)
-    return ((i + (u - Q[i]) / (Q[i + 1] - Q[i])) / len(density)).clamp(0, 1), i
-
-
-def time_grid(n_steps, curve=None, start=0.0):
-    """Choose the times of the network calls, from `start` (at most a tenth of the first step) to 1 -> list of n_steps + 1.
-
-    They are evenly spaced, or closer together where `curve`, the loss in even bins of time, is large: then each step has
-    the same integral of 1/3 + 2/3 sqrt(loss) / mean sqrt(loss).
-    """
+def time_grid(n_steps, start=0.0):
+    """List even times of the network calls, from `start` (at most a tenth of the first step) to 1 -> n_steps + 1 numbers."""
     times = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
-    if curve is not None:
-        root = torch.as_tensor(curve, dtype=torch.float64).clamp(min=0).sqrt()
-        times, _ = quantiles(times, 1 / 3 + 2 / 3 * root / root.mean().clamp(min=1e-12))
     return [min(start, times[1].item() / 10), *times[1:-1].tolist(), 1.0]

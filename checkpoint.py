@@ -111,8 +111,6 @@ def read_checkpoint(path):
         if Path(path).name == "last.pt":
             hint = way_back(Path(path).parent) or "there is no other that can be read, give another run folder"
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}") from None
-    if version == 4:
-        checkpoint, version = upgrade(checkpoint), FORMAT
     if version != FORMAT:
         raise ValueError(
             f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it, or another run folder"
@@ -143,19 +141,6 @@ def way_back(run_dir):
         return None
     step, path = max(found)
     return f"to go on from step {step}, type: {shlex.join(['cp', str(path), str(run_dir / 'last.pt')])}"
-
-
-def upgrade(checkpoint):
-    """Give the parts of the network in a checkpoint of format 4 the names that they have now."""
-    renamed = {"place.": "position.", ".forward_layer.": ".mlp.", ".film_forward.": ".film_mlp."}
-
-    def rename(weights):
-        for old, new in renamed.items():
-            weights = {name.replace(old, new): value for name, value in weights.items()}
-        return weights
-
-    networks = dict(model=rename(checkpoint.get("model", {})), emas=[rename(ema) for ema in checkpoint["emas"]])
-    return {**checkpoint, **networks, "format": FORMAT}
 
 
 def read_run(run_dir, which="best"):

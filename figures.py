@@ -10,7 +10,6 @@ Call them in `style`, which sets light or dark colours. matplotlib is imported w
 import io
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -78,8 +77,8 @@ def mark_level(axes, y, text):
 # ---------------------------------------------------------------- lines
 
 
-def lines(series, x_label, y_label, title, log="", top=None):
-    """Draw {label: (x, y)} as lines. log: "x" or "xy", the logarithmic axes. top: see `plot.lines`."""
+def lines(series, x_label, y_label, title, log=""):
+    """Draw {label: (x, y)} as lines. log: "x" or "xy", the logarithmic axes."""
     figure = new_figure(4.5, width=7)
     axes = figure.subplots()
     for label, (x, y) in series.items():
@@ -87,11 +86,6 @@ def lines(series, x_label, y_label, title, log="", top=None):
     axes.set(xlabel=x_label, ylabel=y_label, title=plain(title))
     for axis in log:
         axes.set(**{f"{axis}scale": "log"})
-    if top:
-        x, values, label = top
-        x, values = [0, *x, 2 * x[-1]], [0, *values, 2 * values[-1]]  # the axes are a little longer than the lines
-        convert = partial(np.interp, xp=x, fp=values), partial(np.interp, xp=values, fp=x)
-        axes.secondary_xaxis("top", functions=convert).set_xlabel(label)
     axes.grid()
     if series:
         axes.legend()
@@ -258,18 +252,10 @@ PANELS = [  # title, unit, name in metrics.jsonl
 ]
 
 
-def history(metrics, key, by="step"):
-    """Pick a figure from the lines of metrics.jsonl -> its x (by step or minutes) and y, both lists.
-
-    Validations have no minutes: they get those of the last log line before them.
-    """
-    x, y, minutes = [], [], 0.0
-    for line in metrics:
-        minutes = line.get("minutes", minutes)
-        if key in line:
-            x.append(line["step"] if by == "step" else minutes)
-            y.append(line[key])
-    return x, y
+def history(metrics, key):
+    """Pick a figure from the lines of metrics.jsonl -> its steps and values, both lists."""
+    lines = [line for line in metrics if key in line]
+    return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def training(histories):
@@ -524,36 +510,3 @@ def draw_diversity(axes, sweeps, results):
     axes.plot(*held_out, "*", color=ink(), markersize=9)
     axes.set(title="quality over diversity", ylabel=main_figure(results))
     axes.set_xlabel("distinct bigrams (numbers: calls, star: held-out text)", fontsize=8)
-
-
-# ---------------------------------------------------------------- compare: what differs between runs
-
-
-def comparison(histories, table):
-    """Draw loss and bound of runs by step and minutes, above a table.
-
-    histories: as in `training`. table: rows of cells, the header first.
-    """
-    loss, bound = PANELS[:2]
-    figure = new_figure(3.2 + 0.24 * len(table))
-    above, below = figure.subfigures(2, 1, height_ratios=(3.0, 0.2 + 0.24 * len(table)))
-    panels = zip(above.subplots(1, 3), (loss, bound, bound), ("step", "step", "minutes"), strict=True)
-    for axes, (title, unit, key), by in panels:
-        for name, metrics in histories.items():
-            axes.plot(*history(metrics, key, by), label=plain(name), linewidth=1.5)
-        axes.set(title=title, xlabel=by, ylabel=unit, ylim=(0, None))
-        axes.grid()
-    name_lines(above, axes)
-    draw_table(below.subplots(), table)
-    return figure
-
-
-def draw_table(axes, table):
-    """Draw rows of cells, the first of them the header."""
-    axes.axis("off")
-    axes.set(xlim=(0, len(table[0])), ylim=(len(table), 0))
-    for y, row in enumerate(table):
-        for x, cell in enumerate(row):
-            weight = "bold" if y == 0 else "normal"
-            axes.text(x, y + 0.5, plain(cell), va="center", fontsize=8.5, weight=weight, clip_on=False)
-        axes.axhline(y + 1, color=ink(0.5 if y == 0 else 0.15), linewidth=0.8)

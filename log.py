@@ -219,15 +219,13 @@ class Meter:
 
 @parallel.first_only
 def draw_curves(run_dir):
-    """Draw the training loss and the validation bound over steps, with minutes on a second axis, as curves.png."""
+    """Draw the training loss and the validation bound over steps, as curves.png."""
     metrics = read_metrics(run_dir)
     points = {"training loss": "loss", "validation bound": "val_bound_nats_per_token"}
     series = {name: zip(*[(m["step"], m[key]) for m in metrics if key in m], strict=True) for name, key in points.items()}
     series = {name: tuple(xy) for name, xy in series.items()}
-    minutes = list(zip(*[(m["step"], m["minutes"]) for m in metrics if "minutes" in m], strict=True))
-    top = (*minutes, "minutes of training") if minutes and minutes[1][-1] > minutes[1][0] else None
     series = {name: xy for name, xy in series.items() if xy}
-    plot.lines(run_dir / "curves.png", series, "step", "nats per token", str(run_dir), top=top)
+    plot.lines(run_dir / "curves.png", series, "step", "nats per token", str(run_dir))
 
 
 def bounds(run_dir):

@@ -7,7 +7,7 @@
     python plot.py packing -d=CORPUS.txt -spm=TOKENIZER     rows before and after packing
     python plot.py sampling RUN_DIR [--gif]                 certainty of each position over the network calls
     python plot.py quality RESULTS.json [MORE ...]          exact likelihoods and figures of samples over the network calls
-    python plot.py compare RUN_DIR RUN_DIR ...              what differs between runs: flags, figures, curves
+    python plot.py compare RUN_DIR RUN_DIR ...              a table of what differs between runs: flags, figures
     python plot.py report RUN_DIR                           a page, HTML in one file: data, figures, curves, samples, texts
 
 What they look like is in figures.py. Other files draw lines with `lines`.
@@ -53,12 +53,9 @@ _reported = set()  # messages that `try_to_save` has printed
 # ---------------------------------------------------------------- for other files
 
 
-def lines(path, series, x_label, y_label, title, log="", top=None):
-    """Draw {label: (x, y)} as lines into a picture file -> whether that worked. log: "x" or "xy", the logarithmic axes.
-
-    top: a second axis above the picture, as increasing x, the values there, and its label.
-    """
-    return try_to_save(path, partial(figures.lines, series, x_label, y_label, title, log, top))
+def lines(path, series, x_label, y_label, title, log=""):
+    """Draw {label: (x, y)} as lines into a picture file -> whether that worked. log: "x" or "xy", the logarithmic axes."""
+    return try_to_save(path, partial(figures.lines, series, x_label, y_label, title, log))
 
 
 def try_to_save(path, make_figure):
@@ -122,8 +119,8 @@ def draw_run(args):
             draw(lambda: figures.training(read_histories(args.run_dirs)))
 
 
-def draw_compare(args):
-    """Print and draw what differs between runs."""
+def print_comparison(args):
+    """Print what differs between runs, and what they reached."""
     run_dirs = list(dict.fromkeys(args.run_dirs))
     if len(run_dirs) < 2:
         raise ValueError("compare needs two or more run folders")
@@ -133,7 +130,6 @@ def draw_compare(args):
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    save(args.output, partial(figures.comparison, histories, table), args.dark)
 
 
 def difference(checkpoints):
@@ -445,7 +441,7 @@ PICTURES = {  # flags, and what draws the picture from them
     "packing": (add_packing_flags, draw_packing),
     "sampling": (add_sampling_flags, draw_sampling),
     "quality": (add_quality_flags, draw_quality),
-    "compare": (add_compare_flags, draw_compare),
+    "compare": (add_compare_flags, print_comparison),
     "report": (add_report_flags, draw_report),
 }
 
@@ -457,9 +453,9 @@ def flags(picture):
     PICTURES[picture][0](p.add_argument)
     if picture == "report":  # its colours follow the reader's settings
         p.add_argument("--output", type=Path, help="page to write, .html (RUN_DIR/report.html)")
-        return p
-    p.add_argument("--output", type=Path, help=f"picture to write, .png or .svg ({picture}.png)")
-    p.add_argument("--dark", action="store_true", help="dark colours")
+    elif picture != "compare":  # which is printed
+        p.add_argument("--output", type=Path, help=f"picture to write, .png or .svg ({picture}.png)")
+        p.add_argument("--dark", action="store_true", help="dark colours")
     return p
 
 
@@ -484,6 +480,8 @@ def main():
     p.add_argument("picture", choices=PICTURES, help="plot.py PICTURE --help lists its flags")
     picture = p.parse_args(sys.argv[1:2]).picture
     args = flags(picture).parse_args(sys.argv[2:])
+    if picture == "compare":
+        return print_comparison(args)
     allowed = endings(picture, args)
     args.output = args.output or (args.run_dir if picture == "report" else Path()) / (picture + allowed[0])
     check_output(args.output, allowed)

@@ -52,7 +52,7 @@ from prompts import (
 from text import ONE_LINE, add_marks, decode, label_ids
 from watch import Trace
 
-OPTIONS = "sampler steps corrections time_grid temperature top_p argmax until ban hint draft strength guidance scale".split()
+OPTIONS = "sampler steps corrections temperature top_p argmax until ban hint draft strength guidance scale".split()
 CONTROLS = [field.name for field in fields(bfn.Controls)]
 SEPARATOR = "-" * 20  # printed after each text of several lines
 
@@ -63,8 +63,7 @@ class Sampler:
     """A trained model that writes texts: `model = Sampler.load("runs/demo")`, then `model("the ___ sleeps", n=4)`.
 
     `model`, `tokenizer` and `run` are those of `checkpoint.load`. All methods raise ValueError for what does not fit the
-    model. **options are fields of `Options`; of these, ban and hint are lists of texts, draft is a text (see README), and
-    time_grid is "uniform" or "learned".
+    model. **options are fields of `Options`; of these, ban and hint are lists of texts, and draft is a text (see README).
     """
 
     def __init__(self, model, tokenizer, run):
@@ -116,14 +115,9 @@ class Sampler:
         """Turn ids into text. What the tokenizer did not know reads as in the prompt."""
         return lay_out(decode(self.tokenizer, ids, unknown_pieces(prompt, self.tokenizer)), self.run)
 
-    def options(self, *, ban=(), hint=(), draft=None, strength=0.4, time_grid="uniform", **more):
+    def options(self, *, ban=(), hint=(), draft=None, strength=0.4, **more):
         """Turn what a user says into Options."""
-        if time_grid not in ("uniform", "learned"):
-            raise ValueError(f"time_grid={time_grid!r} is neither uniform nor learned")
-        if time_grid == "learned" and not self.run["loss_by_time"]:
-            raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
         controls = {name: more.pop(name) for name in CONTROLS if name in more}
-        controls["curve"] = self.run["loss_by_time"] if time_grid == "learned" else None
         return Options(
             controls=replace(DEFAULT, **controls),
             hints=tuple(parse_hint(text, self.tokenizer) for text in hint),
@@ -221,8 +215,6 @@ def flags():
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler, help="how to sample (%(default)s)")
     add("--steps", type=cli.steps, default=DEFAULT.steps, help="most calls that fill the text; the solvers make STEPS + 1 (32)")
     add("--corrections", type=cli.natural, default=DEFAULT.corrections, help="further calls of pace that redraw tokens (4)")
-    grids = ["uniform", "learned"]
-    add("--time_grid", choices=grids, default="uniform", help="solvers: even steps, or small where the loss is large (uniform)")
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")
     add("--top_p", type=cli.above_zero_to_one, default=1.0, help="keep the likeliest tokens that sum to this (1)")
     add("--argmax", action="store_true", help="take the likeliest tokens instead of drawing them")

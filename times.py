@@ -9,7 +9,6 @@ import math
 
 import torch
 
-from bfn import quantiles
 from data import segment_starts
 from noise import GOLDEN
 
@@ -43,6 +42,17 @@ def draw_by_position(segment_ids, share):
     j = segment_numbers(segment_ids)
     chosen = torch.rand(j.numel() + 1, device=j.device)[j] < share
     return chosen, (1 - torch.cos(math.pi * torch.rand(j.shape, device=j.device))) / 2
+
+
+def quantiles(u, density):
+    """Turn uniform numbers into numbers with a given density on [0, 1] -> numbers shaped like u, and the bin of each.
+
+    density (n_bins,) is constant in each of n_bins equal bins and need not be normalised. This is the inverse of its
+    distribution function, so it increases with u.
+    """
+    Q = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])  # distribution function at the bins' edges
+    i = (torch.searchsorted(Q, u, right=True) - 1).clamp(0, len(density) - 1)
+    return ((i + (u - Q[i]) / (Q[i + 1] - Q[i])) / len(density)).clamp(0, 1), i
 
 
 class Times:

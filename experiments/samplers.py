@@ -61,9 +61,9 @@ class Job:
     temperature: float = 1.0
     top_p: float = 1.0
 
-    def options(self, curve):
-        """Make the Options with this number of network calls. curve: the loss by time for a learned time grid, or None."""
-        controls = dict(curve=curve, temperature=self.temperature, top_p=self.top_p)
+    def options(self):
+        """Make the Options with this number of network calls."""
+        controls = dict(temperature=self.temperature, top_p=self.top_p)
         if self.sampler not in FILLING:
             return Options(bfn.Controls(self.sampler, self.calls - 1, **controls))
         corrections = min(DEFAULT.corrections, self.calls // 3) if self.sampler == "pace" else 0
@@ -77,11 +77,6 @@ def plan(args):
     jobs = [Job(sampler, calls, *control) for sampler in args.samplers for calls in args.calls for control in controls]
     jobs = list(dict.fromkeys(jobs))
     return jobs + [Job("ancestral", MOST_CALLS)] * ("ancestral" in args.samplers)
-
-
-def time_curve(run, args):
-    """Look up the loss by time that a learned time grid is made from -> list, or None for the uniform grid."""
-    return run["loss_by_time"] if args.time_grid == "learned" else None
 
 
 # ---------------------------------------------------------------- sampling
@@ -138,7 +133,7 @@ def sample_jobs(model, tokenizer, run, jobs, templates, reference, is_toy, judge
     """Sample with each job and yield its result {the job's fields, calls_per_text, seconds, n_texts, figures}."""
     for job in tqdm(jobs, disable=None):
         begin = time.perf_counter()
-        samples = list(generate(model, tokenizer, templates, args.seed, job.options(time_curve(run, args))))
+        samples = list(generate(model, tokenizer, templates, args.seed, job.options()))
         seconds = time.perf_counter() - begin
         texts = [decode(tokenizer, ids) for ids, _ in samples]
         calls_per_text = sum(calls for _, calls in samples) / len(samples)
@@ -228,7 +223,7 @@ def infill_table(model, tokenizer, run, sentences, args):
     _, true_nats = conditional_nats([words for words, _, _ in gaps], gaps)
     lines = ["", "| sampler | calls | fills grammatical | mean log P of fills | of the true words |", "|" + "---|" * 5]
     for job in jobs:
-        filled = infill(model, tokenizer, gaps, job.options(time_curve(run, args)), args.seed)
+        filled = infill(model, tokenizer, gaps, job.options(), args.seed)
         (value, low, high), nats = conditional_nats(filled, gaps)
         lines.append(f"| {job.sampler} | {job.calls} | {value:.3f} [{low:.3f}, {high:.3f}] | {nats:.2f} | {true_nats:.2f} |")
     return lines
@@ -246,7 +241,6 @@ def flags():
     add("--judge", help="run folder of `compare.py autoregressive`, whose perplexity of the texts is a further column")
     add("--samplers", "--solvers", nargs="+", choices=samplers, default=samplers, help="samplers to compare (all)")
     add("--calls", nargs="+", type=cli.several, default=[*CALLS], help="numbers of network calls (5 10 20 50 100)")
-    add("--time_grid", choices=["uniform", "learned"], default="uniform", help="time steps of the solvers (uniform)")
     add("--temperatures", nargs="+", type=cli.positive, default=[], help="temperatures of the output, besides 1")
     add("--top_ps", nargs="+", type=cli.above_zero_to_one, default=[], help="top-p of the output, besides 1")
     add("--num_samples", type=cli.several, default=256, help="texts per sampler (256)")
@@ -263,8 +257,6 @@ def check_flags(args, run, is_toy):
     """Raise ValueError for flags that do not fit the run."""
     if args.infill and not is_toy:
         raise ValueError("--infill is for the built-in language, whose exact conditionals are known")
-    if args.time_grid == "learned" and not run["loss_by_time"]:
-        raise ValueError("this checkpoint is from before the first validation: use --time_grid=uniform")
     trained = run["args"]["sequence_length"]
     if (args.length or 0) > trained:
         raise ValueError(f"--length={args.length}, but the model was trained on texts of at most {trained} tokens")

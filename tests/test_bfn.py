@@ -422,13 +422,10 @@ def test_a_row_ends_when_its_output_is_certain_and_its_end_changes_no_other_row(
     assert torch.equal(samples[1], run(1)[0][0])
 
 
-def test_a_time_grid_takes_small_steps_where_the_loss_is():
+def test_a_time_grid_is_even_and_an_ode_starts_a_little_after_zero():
     assert bfn.time_grid(4) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert bfn.time_grid(4, start=1e-3) == pytest.approx([1e-3, 0.25, 0.5, 0.75, 1])
     assert bfn.time_grid(4, start=0.9)[0] == pytest.approx(0.025) and bfn.time_grid(1) == [0, 1]
-    times = bfn.time_grid(20, curve=[0, 0, 1, 0])
-    within = sum(0.5 <= t < 0.75 for t in times)
-    assert within > 12 and all(a < b for a, b in pairwise(times)) and times[0] == 0 and times[-1] == 1
 
 
 def test_tokens_that_are_not_allowed_are_never_drawn_by_any_sampler():

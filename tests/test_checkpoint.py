@@ -162,20 +162,6 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint(run_dir, monkeypatch):
     assert not list(run_dir.glob("*.tmp"))
 
 
-def test_a_checkpoint_of_the_earlier_format_loads_under_its_new_names(run_dir, model):
-    """Format 4 had other names for the position embedding and the MLP."""
-    renamed = {"position.": "place.", ".mlp.": ".forward_layer.", ".film_mlp.": ".film_forward."}
-    saved = read_checkpoint(run_dir / "best.pt")
-    weights = saved["emas"][0]
-    for new, old in renamed.items():
-        assert any(new in name for name in weights)
-        weights = {name.replace(new, old): value for name, value in weights.items()}
-    torch.save({**saved, "format": 4, "model": weights, "emas": [weights]}, run_dir / "best.pt")
-    loaded, _, _ = load(run_dir)
-    assert equal(dict(loaded.state_dict()), dict(model.state_dict()))
-    assert read_checkpoint(run_dir / "best.pt")["model"].keys() == model.state_dict().keys()
-
-
 def test_weights_of_an_edited_network_are_refused_in_one_line(run_dir, monkeypatch):
     monkeypatch.setattr("model.MLP.__init__", lambda self, d_model: torch.nn.Module.__init__(self))
     with pytest.raises(ValueError, match=r"do not fit the network in model\.py"):

@@ -115,7 +115,7 @@ def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path):
     sizes = "-mdim=32 -nl=1 -nh=2 --max_steps=2 -nex=0".split()
     subprocess.run([sys.executable, ROOT / "train.py", f"-mdir={run_dir}", cache, *sizes], check=True, capture_output=True)
     command = [sys.executable, ROOT / "experiments" / "samplers.py", f"-mdir={run_dir}", cache, f"--output={tmp_path}"]
-    command += "--samplers pace uncorrected ode2 --calls 2 4 --num_samples=8 --infill=5 --time_grid=learned --temperatures 1e-3".split()
+    command += "--samplers pace uncorrected ode2 --calls 2 4 --num_samples=8 --infill=5 --temperatures 1e-3".split()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     held_out, *results = json.loads((tmp_path / "results.json").read_text())

@@ -693,7 +693,6 @@ def test_output_never_overwrites_the_prompts_or_the_run(run_dir, monkeypatch, ca
         (["--draft=the king", "--length=9"], "--draft is the whole text"),
         (["--draft= "], "--draft is empty"),
         ([f"--draft={'the king ' * 20}"], "the model was trained on at most 32"),
-        (["--time_grid=learned"], "before the first validation"),
     ],
 )
 def test_flags_that_do_not_go_together_get_one_line(run_dir, monkeypatch, capsys, flags, message):
@@ -805,7 +804,6 @@ def test_guidance_counts_two_calls_for_one_and_without_a_prompt_changes_nothing(
         (dict(steps=2.5), "steps=2.5"),
         (dict(temperature=float("nan")), "temperature=nan"),
         (dict(top_p=2.0, guidance=-1.0), "top_p=2.0 is out of range; guidance=-1.0 is out of range"),
-        (dict(time_grid="bogus"), "neither uniform nor learned"),
         (dict(draft="the king", prompt="anna"), "a draft is the whole text"),
         (dict(label="x"), "was not trained with --labelled"),
     ],
