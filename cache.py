@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import time
+import uuid
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -287,27 +288,28 @@ def check(path, sums):
 
 @contextmanager
 def _hold(folder):
-    """Wait until no other process writes this cache, and keep others out -> the temporary folder to write it into."""
+    """Wait until no other process writes this cache -> the temporary folder to write it into.
+
+    Other processes are kept out. Without locks (`cli.hold`), the folder is this process's own, and
+    none continues it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: a folder that no other process uses, and none continues
-        yield folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        return
     path = folder.with_name(f"{folder.name}.lock")
     while True:
         with open(path, "a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held = cli.hold(file)
             except BlockingIOError:
                 print("another process tokenises the same text: waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(path, file):  # who held it has removed it
+                is_held = cli.hold(file, wait=True)
+            if is_held and not _is_at(path, file):  # who held it has removed it
                 continue
             try:
-                yield folder.with_name(f"{folder.name}.tmp")
+                own = "" if is_held else f".{uuid.uuid4().hex}"
+                yield folder.with_name(f"{folder.name}{own}.tmp")
             finally:
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):  # Windows: it is open
+                    path.unlink(missing_ok=True)
             return
 
 
@@ -347,8 +349,12 @@ def _write_cache(corpus, part, example, tokenizer, folder, temporary):
                     os.fsync(file.fileno())
             sums = {name: checksums(temporary / name, BLOCK_BYTES) for name in ARRAYS}
             _write_json(temporary / "meta.json", {**meta, "checksums": sums})
-        with suppress(FileExistsError):  # on Windows, where nothing is held, another process may have been faster
+        try:
             os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # without locks, another process may have been faster
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
         (folder / "done.json").unlink(missing_ok=True)
     except BaseException as error:
         if isinstance(error, ValueError) or not (temporary / "done.json").exists():  # ValueError: of the text

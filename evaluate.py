@@ -373,8 +373,9 @@ def parse_orders(text):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("-d", "--data_path", required=True, help="text as for train.py, with examples as in training")
+    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    add("-d", "--data_path", type=cli.path, required=True,
+        help="text as for train.py, with examples as in training")
     add("--text_field", help="field of .jsonl files that holds the text (that of the training)")
     add("--checkpoint", choices=["best", "last"], default="best", help="best by validation, or last (best)")
     add("--ema", type=int, default=-1, help="which of the weight averages to measure, counted from 0 (-1: the last)")
@@ -397,18 +398,22 @@ def flags():
     orders = "also measure the chain rule, a call per token, in the orders sampler,left,random, and the bound over any order"
     add("--order", type=parse_orders, default=[], help=orders)
     add("-bsz", "--batch_size", type=cli.count, help="rows per network call (chosen by the size of the model)")
-    add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
-    add("--by_calls", metavar="PATH", help="write the exact likelihood by --calls to PATH.csv and PATH.png")
+    add("--by_time", type=cli.path, metavar="PATH",
+        help="write the loss by time to PATH.csv and PATH.png")
+    add("--by_calls", type=cli.path, metavar="PATH",
+        help="write the exact likelihood by --calls to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=Options.sampler, help=f"for --samples ({Options.sampler})")
     add("--steps", type=cli.steps, default=Options.steps, help=f"sampling steps for --samples ({Options.steps})")
     corrections = f"further calls of pace that redraw tokens ({Options.corrections})"
     add("--corrections", type=cli.natural, default=Options.corrections, help=corrections)
-    add("--corpus", help="training text that --samples are compared with (the one that the model was trained on)")
+    add("--corpus", type=cli.path,
+        help="training text that --samples are compared with (that of the model)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
+        help="folder for tokenised corpora (%(default)s)")
     return p
 
 
@@ -484,8 +489,8 @@ def write_tables(args, scores, figures, title):
         write_by_calls(figures, args.calls, args.by_calls, title)
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     check_tables(args)
     device = parallel.join(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)

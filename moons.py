@@ -101,12 +101,13 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("--max_steps", type=cli.count, default=3000, help="training steps (3000)")
     p.add_argument("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
-    p.add_argument("--output", type=Path, default=Path("runs/moons.png"), help="picture to write (runs/moons.png)")
+    p.add_argument("--output", type=cli.path, default=Path("runs/moons.png"),
+        help="picture to write (runs/moons.png)")
     return p
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     plot.check_output(args.output, [".png", ".svg"])
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)

@@ -49,18 +49,23 @@ SHORTEST_ROW, TOY_STEPS = 64, 1_500
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add, on_off = p.add_argument, ["auto", "on", "off"]
-    add("-d", "--data_path", help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
+    add("-d", "--data_path", type=cli.path,
+        help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
     add("--example", choices=["line", "labelled", "paragraph", "file"], help="what one example is, see README (line)")
     add("--labelled", dest="example", action="store_const", const="labelled", help="lines are label<TAB>text")
-    add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
-    add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("--val_path", help="text for validation, as for -d (a held-out part of the corpus)")
+    add("-spm", "--spm_model", type=cli.path,
+        help="SentencePiece model (one is trained on the corpus)")
+    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    add("--val_path", type=cli.path,
+        help="text for validation, as for -d (a held-out part of the corpus)")
     add("--preset", choices=PRESETS, help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
-    add("--init_from", help="run folder to take weights, tokenizer and model size from")
+    add("--init_from", type=cli.path,
+        help="run folder to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
     add("--vocab_size", type=cli.several, help="tokens of the tokenizer to train (512 to 8192, from the size of the text)")
-    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
+        help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")

@@ -34,11 +34,13 @@ def best_fit(lengths, row_length):
     return lengths.sum() / (n_rows * row_length)
 
 
-def main():
+def main(argv=None):
     flags = cli.Parser(__doc__.split("\n")[0])
-    flags.add_argument("-d", "--data_path", required=True, help="text file, one document per line")
-    flags.add_argument("-spm", "--spm_model", required=True, help="SentencePiece model")
-    args = flags.parse_args()
+    flags.add_argument("-d", "--data_path", type=cli.path, required=True,
+        help="text file, one document per line")
+    flags.add_argument("-spm", "--spm_model", type=cli.path, required=True,
+        help="SentencePiece model")
+    args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as cache_dir:
         begin = time.perf_counter()
         tokens = cache.load_corpus(args.data_path, args.spm_model, cache_dir)

@@ -263,8 +263,10 @@ PARTS = {machine: 0.1, tests: 2, speed: 12, processes: 2, text_and_samples: 2, t
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("--minutes", type=cli.positive, default=20, help="minutes for everything (20)")
-    p.add_argument("-d", "--data_path", help="text file to train on (the built-in language)")
-    p.add_argument("--output", default="runs/prove", help="folder for the report and its pictures (runs/prove)")
+    p.add_argument("-d", "--data_path", type=cli.path,
+        help="text file to train on (the built-in language)")
+    p.add_argument("--output", type=cli.path, default="runs/prove",
+        help="folder for the report and its pictures (runs/prove)")
     p.add_argument("--quick", action="store_true", help="tiny sizes, in about a minute: does all of it work?")
     return p
 
@@ -302,8 +304,8 @@ def prove(args, write):
     return failed
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     if args.data_path and not os.path.isfile(args.data_path):
         raise ValueError(f"no text file at {args.data_path}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: other processes are stopped too

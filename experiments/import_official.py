@@ -188,19 +188,20 @@ def write_run(network, row_length, out_dir):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("checkpoint", help="file of weights, text8_ema.pt; or evaluate or sample, and their flags")
-    p.add_argument("out_dir", type=Path, help="new run folder")
+    p.add_argument("checkpoint", type=cli.path,
+        help="file of weights, text8_ema.pt; or evaluate or sample, and their flags")
+    p.add_argument("out_dir", type=cli.path, help="new run folder")
     p.add_argument("-nh", "--num_heads", type=cli.count, default=12, help="attention heads; the weights do not tell (12)")
     p.add_argument("-b", "--beta", type=cli.positive, default=BETA1, help="beta(1); the weights do not tell (%(default)s)")
     return p
 
 
-def main():
+def main(argv=None):
     if command := OTHER.get(sys.argv[1] if len(sys.argv) > 1 else None):
         del sys.argv[1]
         command.load = partial(checkpoint.load, network=OfficialNetwork)
         return command.main()
-    args = flags().parse_args()
+    args = flags().parse_args(argv)
     network, row_length = build_network(args.checkpoint, args.num_heads, args.beta)
     write_run(network, row_length, args.out_dir)
     n = sum(weight.numel() for weight in network.parameters())

@@ -61,7 +61,8 @@ def read_run(run_dir, n_batches):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
+    p.add_argument("-mdir", "--model_dir", type=cli.path, default="runs/demo",
+        help="run folder (runs/demo)")
     p.add_argument("--n_batches", type=cli.count, default=4, help="number of batches (4)")
     p.add_argument("--n_draws", type=cli.several, default=32, help="draws of noise and times for each batch (32)")
     weight_help = "weight of the cross-entropy in the loss (%(default)s)"
@@ -69,8 +70,8 @@ def flags():
     return p
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     bfn.CROSS_ENTROPY = args.cross_entropy
     model, batches, curve = read_run(Path(args.model_dir), args.n_batches)
     results = {}
