@@ -383,7 +383,7 @@ def read_metrics(run_dir):
 
 
 def lock(run_dir):
-    """Create the run folder if it is missing, and hold it -> a file; closing it, or the end of the process, lets go.
+    """Create the run folder if it is missing, and hold it -> a context that lets go at its end.
 
     Raises ValueError if it is not a folder, or if another process trains there. Without locks
     (`cli.hold`) nothing is held.

@@ -8,11 +8,10 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +29,7 @@ if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses unknown and abbreviated flags. An error is one line and exit code 2.
+    """An argument parser that refuses unknown and abbreviated flags. Raises ValueError for bad ones.
 
     argparse itself reads -dpo=0.1 as -d po=0.1, -bs=12 as -b s=12, and -md as -mdir.
     """
@@ -55,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def error(self, message):
-        fail(message)
+        raise ValueError(message)
 
 
 def _is_number(word):
@@ -162,7 +161,7 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def warn_once(message):
     """Print a line on standard error, unless this process has printed it already."""
     print(message, file=sys.stderr)

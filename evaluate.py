@@ -7,11 +7,8 @@
 import argparse
 import json
 import math
-import os
 import re
-import signal
 import sys
-import time
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -47,6 +44,9 @@ BY_CALLS_HEADER = "calls,exact_nats_per_token,error_nats_per_token"
 VAL_TOKENS = 16_384  # a validation scores at most this many tokens
 VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes many calls
 COMMIT = {"exact": partial(likelihood.exact, calls=Options.steps)}
+
+INTERRUPT = ["SIGINT"]
+PROMISE = "finishing this batch, then the figures so far"
 
 # ---------------------------------------------------------------- figures
 
@@ -432,31 +432,6 @@ def warn_of_changes(corpus, tokenizer, example, n=1000):
         )
 
 
-@contextmanager
-def collect_interrupts():
-    """Collect the first Ctrl-C in the list that is yielded, instead of stopping. A later one stops at once.
-
-    Those within a second count as one: a terminal and torchrun send the same one twice.
-    """
-    interrupts, first_at = [], 0.0
-
-    def handle(number, frame):
-        nonlocal first_at
-        if not interrupts:
-            interrupts.append(number)
-            first_at = time.monotonic()
-            if parallel.rank() == 0:  # print is not safe here
-                os.write(2, b"\nfinishing this batch, then the figures so far (again to leave at once)\n")
-        elif time.monotonic() - first_at > 1:
-            signal.default_int_handler(number, frame)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def measure_exact(model, text, bos_id, functions, args, device, interrupts):
     """Compute the figures of the `functions` (see `likelihood.figures_of`) for a Text that was scored -> figures."""
     limit = dict(seconds=None if args.all or args.max_tokens else SECONDS, interrupts=interrupts)
@@ -490,6 +465,10 @@ def write_tables(args, scores, figures, title):
 
 
 def main(argv=None):
+    """Measure a model. argv: the flags, or those of the command line.
+
+    Ctrl-C ends it after the figures so far, as KeyboardInterrupt. Raises ValueError for bad flags.
+    """
     args = flags().parse_args(argv)
     check_tables(args)
     device = parallel.join(args.device)
@@ -505,7 +484,7 @@ def main(argv=None):
     longest = args.window and min(args.window, int(tokens.shard_lengths[:, 1].max()))  # no document fills a longer window
     window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
     options = scoring_options(args)
-    with collect_interrupts() as interrupts:
+    with cli.catch_signals(INTERRUPT, PROMISE) as interrupts:
         scores = score(model, tokens, window, bos_id, device, **options, interrupts=interrupts)
         figures = likelihood_figures(scores, tokens, bos_id, conditional=args.given is not nothing_given)
         functions = {} if parallel.total(len(interrupts)) else likelihood.figures_of(args.calls, args.order)
@@ -528,7 +507,7 @@ def main(argv=None):
     for line in notes(scores, options["error"], options["seconds"] is not None) if parallel.rank() == 0 else ():
         print(line, file=sys.stderr)
     if scores.partial:
-        sys.exit(128 + signal.SIGINT)
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -262,7 +262,10 @@ def main(argv=None):
     if args.interactive:
         check_interactive(args)
         options = [name for name in OPTIONS if name != "draft"]
-        sys.exit(2 if interactive.run(model, args, options, flags().parse_args, separator, **steering) else 0)
+        parse = flags().parse_args
+        if n_refused := interactive.run(model, args, options, parse, separator, **steering):
+            raise ValueError(f"lines that were refused: {n_refused}")
+        return
     if args.check or args.check_file is not None:
         proofread.run(model, args)
         return

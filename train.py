@@ -9,6 +9,7 @@ import copy
 import math
 import signal
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -268,13 +269,24 @@ def finish(state, tokenizer, val, run, args):
     print(log.closing_lines(args))
 
 
-def main():
-    args = flags().parse_args()
-    device = parallel.join(args.device)
+def main(argv=None):
+    """Train. argv: the flags, such as ["-d=text.txt", "-mdir=runs/a"], or those of the command line.
+
+    Ctrl-C and other signals end it after a save: it raises KeyboardInterrupt(number of the signal).
+    The earlier handlers are back at its end. In a thread, it catches no signals. Raises ValueError
+    for bad flags or texts.
+    """
+    args = flags().parse_args(argv)
+    with ExitStack() as until_end:
+        train(args, parallel.join(args.device), until_end)
+
+
+def train(args, device, until_end):
+    """Train as the flags say. until_end: holds the run folder and the handlers of signals."""
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
     with parallel.first_alone():
-        _lock = lock(run_dir)  # held until main ends
+        until_end.enter_context(lock(run_dir))
         saved = open_run_folder(run_dir)
         args = complete(args, saved, preset=DEFAULT_PRESET[device.type])
         if saved:
@@ -306,7 +318,8 @@ def main():
     print(*log.opening_lines(state, loader, val, config, seconds, args, device), sep="\n")
 
     write, minutes = log.open_metrics(run_dir, state.step)
-    meter, caught, bound = log.Meter(state.model, args, device, minutes), cli.catch_signals(), None
+    meter, bound = log.Meter(state.model, args, device, minutes), None
+    caught = until_end.enter_context(cli.catch_signals())
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
     batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
@@ -348,7 +361,7 @@ def main():
     if stop:
         save(state, run, run_dir)
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # another process may have caught it
+        raise KeyboardInterrupt(*caught or [signal.SIGTERM])  # another process may have caught it
     finish(state, tokenizer, val, run, args)
 
 

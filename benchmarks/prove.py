@@ -305,10 +305,10 @@ def prove(args, write):
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = flags().parse_args(words)
     if args.data_path and not os.path.isfile(args.data_path):
         raise ValueError(f"no text file at {args.data_path}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: other processes are stopped too
     torch.set_float32_matmul_precision("high")
     args.device, args.folder, begin = cli.device("auto"), Path(args.output), time.monotonic()
     args.sizes, args.deadline = SIZES["quick" if args.quick else args.device.type], begin + 60 * args.minutes
@@ -322,12 +322,14 @@ def main(argv=None):
             print(line, file=report)
             tqdm.write(line)
 
-        write(f"{TITLE}\n\n    {shlex.join(['python', 'benchmarks/prove.py', *sys.argv[1:]])}")
+        write(f"{TITLE}\n\n    {shlex.join(['python', 'benchmarks/prove.py', *words])}")
         failed = prove(args, write)
         result = f"failed: {', '.join(failed)}" if failed else "all parts passed"
         write(f"\n## Result\n\n{result}, {(time.monotonic() - begin) / 60:.1f} minutes")
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops other processes too
     cli.run(main)

@@ -197,13 +197,13 @@ def flags():
 
 
 def main(argv=None):
-    if command := OTHER.get(sys.argv[1] if len(sys.argv) > 1 else None):
-        del sys.argv[1]
+    words = sys.argv[1:] if argv is None else argv
+    if command := OTHER.get(words[0] if words else None):
         command.load = partial(checkpoint.load, network=OfficialNetwork)
-        return command.main()
-    args = flags().parse_args(argv)
+        return command.main(words[1:])
+    args = flags().parse_args(words)
     network, row_length = build_network(args.checkpoint, args.num_heads, args.beta)
-    write_run(network, row_length, args.out_dir)
+    write_run(network, row_length, Path(args.out_dir))
     n = sum(weight.numel() for weight in network.parameters())
     sizes = f"{network.config.n_layers} layers of width {network.config.d_model}, {n / 1e6:.1f} million weights"
     print(f"{args.out_dir}: {sizes}, texts of {row_length} characters")

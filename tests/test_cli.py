@@ -4,6 +4,8 @@ import errno
 import io
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -13,16 +15,14 @@ import train
 
 
 @pytest.mark.parametrize("command, flag", [(train, "-nl=1001"), (sample, "--num_samples=1000001")])
-def test_what_would_take_memory_without_an_end_is_refused_at_once(command, flag, capsys):
-    with pytest.raises(SystemExit):
+def test_what_would_take_memory_without_an_end_is_refused_at_once(command, flag):
+    with pytest.raises(ValueError, match="must be at most 1000"):
         command.flags().parse_args([flag])
-    assert "must be at most 1000" in capsys.readouterr().err
 
 
-def test_two_dashes_are_no_value(capsys):
-    with pytest.raises(SystemExit):
+def test_two_dashes_are_no_value():
+    with pytest.raises(ValueError, match="cannot be --"):
         sample.flags().parse_args(["--hint=--"])
-    assert "cannot be --" in capsys.readouterr().err
 
 
 def full(_text):
@@ -62,3 +62,28 @@ def test_ctrl_c_is_caught_again_once_a_command_runs(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130
+
+
+# ---------------------------------------------------------------- from a notebook
+
+
+def test_signals_are_handled_as_before_once_they_are_no_longer_caught():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = list(map(signal.getsignal, numbers))
+    with suppress(ZeroDivisionError), cli.catch_signals():
+        assert all(signal.getsignal(n) != handler for n, handler in zip(numbers, before, strict=True))
+        raise ZeroDivisionError
+    assert list(map(signal.getsignal, numbers)) == before
+
+
+def test_a_thread_catches_no_signals_and_does_not_fail():
+    with ThreadPoolExecutor(1) as pool, cli.catch_signals() as caught:
+        assert pool.submit(lambda: cli.catch_signals().__enter__()).result() == []
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+
+
+def test_a_stop_by_a_signal_is_its_exit_code():
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: (_ for _ in ()).throw(KeyboardInterrupt(signal.SIGTERM)))
+    assert stop.value.code == 128 + signal.SIGTERM
