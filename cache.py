@@ -48,8 +48,8 @@ N_HASHES = 1 << 18  # documents of different content that are remembered, to fin
 
 
 def default_cache_dir():
-    """Return the folder of tokenised corpora: bayesian-flow-lm in the user's cache folder."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bayesian-flow-lm")
+    """Return the folder of tokenised corpora: bayesian-flow-lm in `cli.user_cache_dir`."""
+    return os.path.join(cli.user_cache_dir()[0], "bayesian-flow-lm")
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,13 @@ def share_in_training(tokens, training):
 def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
     """Tokenise a part of a corpus, or open the cache of an earlier call with the same content -> Tokens.
 
-    corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, or text that is not UTF-8.
+    corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, or text that is not UTF-8, and
+    for a cache_dir that cannot be written.
     """
     corpus = Corpus.of(corpus)
+    if str(cache_dir) == default_cache_dir() and not cli.user_cache_dir()[1]:
+        where = f"this user has no folder for caches: tokenised texts go to {cache_dir}"
+        cli.warn_once(f"{where}; --cache_dir=FOLDER names another")
     key = text_key(corpus, tokenizer_path, cache_dir, part, example)
     folder = Path(cache_dir) / key
     if (tokens := _read_cache(folder, key)) is None:
@@ -214,9 +218,10 @@ def _file_hashes(files, memory):
             if time.time() - stat.st_mtime < FRESH_SECONDS:
                 del known[path]
     if is_new:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError), cli.replacing(memory) as temporary:  # another process may write it now
-            temporary.write_text(json.dumps(known))
+        with suppress(OSError):  # another process may write it now
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with cli.replacing(memory) as temporary:
+                temporary.write_text(json.dumps(known))
     return hashes
 
 
@@ -293,10 +298,9 @@ def _hold(folder):
     Other processes are kept out. Without locks (`cli.hold`), the folder is this process's own, and
     none continues it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f"{folder.name}.lock")
     while True:
-        with open(path, "a") as file:
+        with _open(path) as file:
             try:
                 is_held = cli.hold(file)
             except BlockingIOError:
@@ -311,6 +315,16 @@ def _hold(folder):
                 with suppress(PermissionError):  # Windows: it is open
                     path.unlink(missing_ok=True)
             return
+
+
+def _open(path):
+    """Open a file of the cache folder for writing. Raises ValueError if that cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a")
+    except OSError as error:
+        found = f"{path.parent} cannot be written ({error.strerror})"
+        raise ValueError(f"{found}: give --cache_dir=FOLDER for the tokenised text") from None
 
 
 def _is_at(path, file):

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -117,11 +118,23 @@ def path(text):
     return ",".join(parts)
 
 
+def user_cache_dir():
+    """Find the user's folder for caches -> path, True; a temporary one if it cannot be written -> path, False."""
+    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not usual.startswith("~"):  # else this user has no home folder
+        path = Path(usual).absolute()
+        above = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+        if os.access(above, os.W_OK | os.X_OK):
+            return usual, True
+    user = getattr(os, "getuid", os.getpid)()
+    return os.path.join(tempfile.gettempdir(), f"cache-of-user-{user}"), False
+
+
 def device(name):
     """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device. Raises ValueError if there is none."""
     import torch  # not above: a command imports this file before all that takes long
 
-    if name.split(":")[0] == "mps":
+    if str(name).startswith("mps"):
         raise ValueError("--device=mps (the GPU of a Mac) is not supported: use --device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,6 +9,7 @@ Call them in `style`, which sets light or dark colours. matplotlib is imported w
 
 import io
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +17,12 @@ import numpy as np
 import torch
 
 import bfn
+import cli
 import data
 from noise import Draws
+
+if not cli.user_cache_dir()[1]:  # matplotlib's as well
+    os.environ.setdefault("MPLCONFIGDIR", os.path.join(cli.user_cache_dir()[0], "matplotlib"))
 
 WIDTH = 8.4  # inches; with DPI a little wider than a README's column
 DPI = 120
