@@ -1,5 +1,7 @@
 """Training: resuming is exact, wrong flags are refused in one line, and the network learns."""
 
+import errno
+import fcntl
 import gzip
 import json
 import os
@@ -8,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -744,6 +748,29 @@ def test_a_folder_in_which_another_process_trains_is_refused(run, tmp_path):
         run(tmp_path / "run", "--max_steps=1")
     held.close()
     run(tmp_path / "run", "--max_steps=1")
+
+
+def test_where_nothing_can_be_locked_training_goes_on_and_says_so(
+    run, tmp_path, monkeypatch, capsys
+):
+    no_locks = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=no_locks))
+    run(tmp_path / "run", "--max_steps=1")
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'run'} cannot be locked (No locks available): going on" in error
+
+
+def test_training_in_a_thread_of_a_notebook_ends_with_the_folder_free_for_the_next(
+    corpus, tmp_path
+):
+    """Stopped or not, while the traceback is kept, as notebooks do."""
+    words = command(corpus, tmp_path / "run", "--max_steps=1")[1:]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train.main, words).result()
+    with pytest.raises(ValueError, match="trained with seed") as kept:
+        train.main([*words, "--seed=3"])
+    train.main(words)
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 1 and kept
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "curves.png", "report.html"])
