@@ -83,6 +83,7 @@ def save(path, make_figure, dark=False):
     kind = path.suffix[1:] or "png"
     with figures.style(dark):
         figure = make_figure()
+        figures.use_fonts(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
         with cli.replacing(path) as temporary:
             figure.savefig(temporary, dpi=figures.DPI, format=kind, metadata=METADATA.get(kind))
