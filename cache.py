@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import time
+import uuid
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ N_HASHES = 1 << 18  # documents of different content that are remembered, to fin
 
 
 def default_cache_dir():
-    """Return the folder of tokenised corpora: bayesian-flow-lm in the user's cache folder."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bayesian-flow-lm")
+    """Return the folder of tokenised corpora: bayesian-flow-lm in `cli.user_cache_dir`."""
+    return os.path.join(cli.user_cache_dir()[0], "bayesian-flow-lm")
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,13 @@ def share_in_training(tokens, training):
 def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
     """Tokenise a part of a corpus, or open the cache of an earlier call with the same content -> Tokens.
 
-    corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, or text that is not UTF-8.
+    corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, or text that is not UTF-8, and
+    for a cache_dir that cannot be written.
     """
     corpus = Corpus.of(corpus)
+    if str(cache_dir) == default_cache_dir() and not cli.user_cache_dir()[1]:
+        where = f"this user has no folder for caches: tokenised texts go to {cache_dir}"
+        cli.warn_once(f"{where}; --cache_dir=FOLDER names another")
     key = text_key(corpus, tokenizer_path, cache_dir, part, example)
     folder = Path(cache_dir) / key
     if (tokens := _read_cache(folder, key)) is None:
@@ -213,9 +218,10 @@ def _file_hashes(files, memory):
             if time.time() - stat.st_mtime < FRESH_SECONDS:
                 del known[path]
     if is_new:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError), cli.replacing(memory) as temporary:  # another process may write it now
-            temporary.write_text(json.dumps(known))
+        with suppress(OSError):  # another process may write it now
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with cli.replacing(memory) as temporary:
+                temporary.write_text(json.dumps(known))
     return hashes
 
 
@@ -287,28 +293,38 @@ def check(path, sums):
 
 @contextmanager
 def _hold(folder):
-    """Wait until no other process writes this cache, and keep others out -> the temporary folder to write it into."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: a folder that no other process uses, and none continues
-        yield folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        return
+    """Wait until no other process writes this cache -> the temporary folder to write it into.
+
+    Other processes are kept out. Without locks (`cli.hold`), the folder is this process's own, and
+    none continues it.
+    """
     path = folder.with_name(f"{folder.name}.lock")
     while True:
-        with open(path, "a") as file:
+        with _open(path) as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held = cli.hold(file)
             except BlockingIOError:
                 print("another process tokenises the same text: waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(path, file):  # who held it has removed it
+                is_held = cli.hold(file, wait=True)
+            if is_held and not _is_at(path, file):  # who held it has removed it
                 continue
             try:
-                yield folder.with_name(f"{folder.name}.tmp")
+                own = "" if is_held else f".{uuid.uuid4().hex}"
+                yield folder.with_name(f"{folder.name}{own}.tmp")
             finally:
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):  # Windows: it is open
+                    path.unlink(missing_ok=True)
             return
+
+
+def _open(path):
+    """Open a file of the cache folder for writing. Raises ValueError if that cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a")
+    except OSError as error:
+        found = f"{path.parent} cannot be written ({error.strerror})"
+        raise ValueError(f"{found}: give --cache_dir=FOLDER for the tokenised text") from None
 
 
 def _is_at(path, file):
@@ -347,8 +363,12 @@ def _write_cache(corpus, part, example, tokenizer, folder, temporary):
                     os.fsync(file.fileno())
             sums = {name: checksums(temporary / name, BLOCK_BYTES) for name in ARRAYS}
             _write_json(temporary / "meta.json", {**meta, "checksums": sums})
-        with suppress(FileExistsError):  # on Windows, where nothing is held, another process may have been faster
+        try:
             os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # without locks, another process may have been faster
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
         (folder / "done.json").unlink(missing_ok=True)
     except BaseException as error:
         if isinstance(error, ValueError) or not (temporary / "done.json").exists():  # ValueError: of the text

@@ -52,7 +52,7 @@ def model_card(folder, dtype):
     shown = folder.name if folder.is_absolute() else folder  # no paths of this machine
     return CARD.format(
         name=folder.name,
-        folder=shown,
+        folder=shlex.quote(str(shown)),
         n_parameters=sum(p.numel() for p in model.parameters()),
         K=model.config.K,
         n_samples=N_SAMPLES,
@@ -125,4 +125,4 @@ def training_command(args):
 
 def export_command(folder, dtype):
     """Write the command that made an exported folder."""
-    return f"python checkpoint.py export RUN_DIR {folder} --dtype={name_of(dtype)}"
+    return f"python checkpoint.py export RUN_DIR {shlex.quote(str(folder))} --dtype={name_of(dtype)}"

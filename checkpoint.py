@@ -22,7 +22,7 @@ import shlex
 import shutil
 import sys
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -368,24 +368,23 @@ def read_metrics(run_dir):
 
 
 def lock(run_dir):
-    """Create the run folder if it is missing, and hold it -> a file; closing it, or the end of the process, lets go.
+    """Create the run folder if it is missing, and hold it -> a context that lets go at its end.
 
-    Raises ValueError if it is not a folder, or if another process trains there. Without locks (Windows) nothing is held.
+    Raises ValueError if it is not a folder, or if another process trains there. Without locks
+    (`cli.hold`) nothing is held.
     """
     if parallel.rank() > 0:  # the first process holds it
-        return None
+        return nullcontext()
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file: give another -mdir")
     run_dir.mkdir(parents=True, exist_ok=True)
     file = open(run_dir / "lock", "a+")
-    with suppress(ImportError):
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(f"another process trains in {run_dir} ({file.read().strip()}): wait, or give another -mdir") from None
+    try:
+        cli.hold(file)
+    except BlockingIOError:
+        file.seek(0)
+        found = f"another process trains in {run_dir} ({file.read().strip()})"
+        raise ValueError(f"{found}: wait, or give another -mdir") from None
     with cli.writing(run_dir / "lock"):
         file.truncate(0)
         print(f"pid {os.getpid()} on {platform.node()}", file=file, flush=True)
@@ -401,7 +400,8 @@ def open_run_folder(run_dir):
     if (run_dir / "last.pt").exists():
         return read_checkpoint(run_dir / "last.pt")
     if (run_dir / "model.safetensors").exists():
-        raise ValueError(f"{run_dir} was exported and cannot be resumed: give another -mdir and --init_from={run_dir}")
+        way = f"give another -mdir and {shlex.quote(f'--init_from={run_dir}')}"
+        raise ValueError(f"{run_dir} was exported and cannot be resumed: {way}")
     if (run_dir / "best.pt").exists() or older_checkpoints(run_dir):
         raise ValueError(f"{run_dir} has checkpoints but no last.pt: {way_back(run_dir)}")
     if not (run_dir / "tokenizer.model").exists():  # which a run writes first
@@ -518,17 +518,19 @@ def new_run(args):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("command", choices=["export"], help="write the averaged weights, what sampling needs, and a model card")
-    p.add_argument("run_dir", type=Path, help="run folder")
-    p.add_argument("out_dir", type=Path, help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
+    p.add_argument("run_dir", type=cli.path, help="run folder")
+    p.add_argument("out_dir", type=cli.path,
+        help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (float32)")
     return p
 
 
-def main():
-    args = flags().parse_args()
-    export(args.run_dir, args.out_dir, getattr(torch, args.dtype))
-    size = (args.out_dir / "model.safetensors").stat().st_size
-    print(f"{args.out_dir}: {', '.join(EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)")
+def main(argv=None):
+    args = flags().parse_args(argv)
+    out_dir = Path(args.out_dir)
+    export(Path(args.run_dir), out_dir, getattr(torch, args.dtype))
+    size = (out_dir / "model.safetensors").stat().st_size
+    print(f"{out_dir}: {', '.join(EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,17 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 MAY_BE_EMPTY = ("--prompt", "--flags")
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # no space left, quota exceeded, file too large
+NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL  # no locks here
 COMMANDS = [Path(__file__).resolve().with_name(f"{name}.py") for name in ("train", "sample", "evaluate", "checkpoint")]
 
 memory_advice = "a shorter text or a smaller model takes less"  # training says more: memory.py
@@ -26,7 +30,7 @@ if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses unknown and abbreviated flags. An error is one line and exit code 2.
+    """An argument parser that refuses unknown and abbreviated flags. Raises ValueError for bad ones.
 
     argparse itself reads -dpo=0.1 as -d po=0.1, -bs=12 as -b s=12, and -md as -mdir.
     """
@@ -51,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def error(self, message):
-        fail(message)
+        raise ValueError(message)
 
 
 def _is_number(word):
@@ -106,10 +110,32 @@ def auto_or_positive(text):
     return text if text == "auto" else positive(text)
 
 
+def path(text):
+    """Read a path, or several with commas, as a shell would: ~ is the home folder."""
+    parts = [os.path.expanduser(part) for part in text.split(",")]
+    if any(f"{part}/".startswith("~/") for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: this user has no home folder, give a whole path")
+    return ",".join(parts)
+
+
+def user_cache_dir():
+    """Find the user's folder for caches -> path, True; a temporary one if it cannot be written -> path, False."""
+    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not usual.startswith("~"):  # else this user has no home folder
+        path = Path(usual).absolute()
+        above = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+        if os.access(above, os.W_OK | os.X_OK):
+            return usual, True
+    user = getattr(os, "getuid", os.getpid)()
+    return os.path.join(tempfile.gettempdir(), f"cache-of-user-{user}"), False
+
+
 def device(name):
     """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device. Raises ValueError if there is none."""
     import torch  # not above: a command imports this file before all that takes long
 
+    if str(name).startswith("mps"):
+        raise ValueError("--device=mps (the GPU of a Mac) is not supported: use --device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -148,28 +174,69 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def catch_signals():
-    """Collect Ctrl-C, SIGTERM and SIGHUP in the returned list instead of stopping. A second signal stops at once.
+@cache
+def warn_once(message):
+    """Print a line on standard error, unless this process has printed it already."""
+    print(message, file=sys.stderr)
 
-    Signals within a second count as one: a terminal and torchrun send the same one twice.
+
+def hold(file, wait=False):
+    """Lock an open file until it is closed -> whether that worked.
+
+    Windows and some file systems have no locks; of the latter, one line on standard error says so.
+    Raises BlockingIOError if another process holds it; with `wait`, waits for that process.
     """
-    caught, first_at = [], time.monotonic()
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        folder = os.path.dirname(os.path.abspath(file.name))
+        advice = "going on; start no second process that writes there"
+        warn_once(f"{folder} cannot be locked ({error.strerror}): {advice}")
+        return False
+    return True
+
+
+@contextmanager
+def catch_signals(
+    names=("SIGINT", "SIGTERM", "SIGHUP"), promise="finishing this step, then saving"
+):
+    """Collect signals in the list that is yielded, instead of stopping. A second one stops at once.
+
+    Signals within a second count as one: a terminal and torchrun send the same one twice. At the
+    end the earlier handlers are back. In a thread other than the main one, none is caught: Python
+    allows no handlers there.
+    """
+    caught, before, first_at = [], {}, 0.0
 
     def handle(number, _frame):
         nonlocal first_at
-        if caught and time.monotonic() - first_at > 1:
-            os._exit(128 + number)
-        if caught:
-            return
-        first_at = time.monotonic()
-        caught.append(number)
-        os.write(2, b"\nfinishing this step, then saving (again to leave at once)\n")  # print is not safe here
+        if not caught:
+            first_at = time.monotonic()
+            caught.append(number)
+            if os.environ.get("RANK", "0") == "0":  # print is not safe here
+                os.write(2, f"\n{promise} (again to leave at once)\n".encode())
+        elif time.monotonic() - first_at > 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: the terminal was closed; Windows has no such signal
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP on purpose
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name, None) for name in names]  # Windows has no SIGHUP
+        before = {n: signal.getsignal(n) for n in numbers if n is not None}
+        kept = signal.SIG_IGN, None  # nohup ignores SIGHUP; None is a handler that is not Python's
+        before = {n: handler for n, handler in before.items() if handler not in kept}
+    try:
+        for number in before:
             signal.signal(number, handle)
-    return caught
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fail(message):
@@ -192,6 +259,7 @@ def open_closed_streams():
 def run(main):
     """Call main(). An error that the user can correct becomes one line and exit code 2; BFN_DEBUG=1 shows tracebacks.
 
+    KeyboardInterrupt(number of a signal) becomes exit code 128 + number; Ctrl-C is the default.
     What the encoding of standard output does not have is written with a backslash, as on standard error.
     """
     open_closed_streams()
@@ -203,8 +271,8 @@ def run(main):
         with writing("standard output"):  # all other writing names its own path
             main()
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (*stop.args, signal.SIGINT)[0])
     except BrokenPipeError:  # whoever reads our output has stopped, for example head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -295,12 +295,13 @@ def flags():
     p = cli.Parser("what is in a text and how to train on it, or a simpler form of it")
     add = p.add_argument
     add("command", choices=["stats", "normalize"], help="describe a text, or write it in a simpler form")
-    add("text", help="text file, folder, 'pattern*.txt', or several with commas")
-    add("out", nargs="?", type=Path, help="new file, for normalize")
+    add("text", type=cli.path, help="text file, folder, 'pattern*.txt', or several with commas")
+    add("out", nargs="?", type=cli.path, help="new file, for normalize")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
     add("--example", default="line", help=f"stats: {EXAMPLE_HELP}")
     add("--device", default="auto", help="stats: where to train: cpu, cuda, ... (cuda if there is one)")
-    add("--cache_dir", default=cache.default_cache_dir(), help="stats: folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
+        help="stats: folder for tokenised corpora (%(default)s)")
     add("--lower", action="store_true", help="normalize: lower case")
     add("--digits", action="store_true", help="normalize: numbers in words (needs the package num2words)")
     add("--language", default="en", help="normalize: of the numbers in words (en)")
@@ -309,15 +310,15 @@ def flags():
     return p
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     corpus = Corpus(args.text, args.text_field)
     changes = [str.lower] * args.lower + [partial(in_words, language=args.language)] * args.digits
     changes += [partial(strip, kind=args.strip)] * bool(args.strip) + [text8] * args.text8
     if args.command == "normalize":
         if not (args.out and changes):
             raise ValueError("normalize takes a text, a new file, and one or more of --lower, --digits, --strip, --text8")
-        normalize(corpus, args.out, changes)
+        normalize(corpus, Path(args.out), changes)
         return
     if args.out or changes:
         raise ValueError("stats takes a text only, and writes no file")

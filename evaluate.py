@@ -7,11 +7,8 @@
 import argparse
 import json
 import math
-import os
 import re
-import signal
 import sys
-import time
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -48,6 +45,9 @@ BY_CALLS_HEADER = "calls,exact_nats_per_token,error_nats_per_token"
 VAL_TOKENS = 16_384  # a validation scores at most this many tokens
 VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes many calls
 COMMIT = {"exact": partial(likelihood.exact, calls=DEFAULT.steps)}
+
+INTERRUPT = ["SIGINT"]
+PROMISE = "finishing this batch, then the figures so far"
 
 # ---------------------------------------------------------------- figures
 
@@ -377,8 +377,9 @@ def parse_orders(text):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("-d", "--data_path", required=True, help="text as for train.py, with examples as in training")
+    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    add("-d", "--data_path", type=cli.path, required=True,
+        help="text as for train.py, with examples as in training")
     add("--text_field", help="field of .jsonl files that holds the text (that of the training)")
     add("--checkpoint", choices=["best", "last"], default="best", help="best by validation, or last (best)")
     add("--ema", type=int, default=-1, help="which of the weight averages to measure, counted from 0 (-1: the last)")
@@ -401,18 +402,24 @@ def flags():
     orders = "also measure the chain rule, a call per token, in the orders sampler,left,random, and the bound over any order"
     add("--order", type=parse_orders, default=[], help=orders)
     add("-bsz", "--batch_size", type=cli.count, help="rows per network call (chosen by the size of the model)")
-    add("--by_time", metavar="PATH", help="write the loss by time to PATH.csv and PATH.png")
-    add("--by_calls", metavar="PATH", help="write the exact likelihood by --calls to PATH.csv and PATH.png")
+    add("--by_time", type=cli.path, metavar="PATH",
+        help="write the loss by time to PATH.csv and PATH.png")
+    add("--by_calls", type=cli.path, metavar="PATH",
+        help="write the exact likelihood by --calls to PATH.csv and PATH.png")
     add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
-    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler, help=f"for --samples ({DEFAULT.sampler})")
-    add("--steps", type=cli.steps, default=DEFAULT.steps, help=f"sampling steps for --samples ({DEFAULT.steps})")
-    corrections = f"further calls of pace that redraw tokens ({DEFAULT.corrections})"
-    add("--corrections", type=cli.natural, default=DEFAULT.corrections, help=corrections)
-    add("--corpus", help="training text that --samples are compared with (the one that the model was trained on)")
+    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler,
+        help=f"for --samples ({DEFAULT.sampler})")
+    add("--steps", type=cli.steps, default=DEFAULT.steps,
+        help=f"sampling steps for --samples ({DEFAULT.steps})")
+    add("--corrections", type=cli.natural, default=DEFAULT.corrections,
+        help=f"further calls of pace that redraw tokens ({DEFAULT.corrections})")
+    add("--corpus", type=cli.path,
+        help="training text that --samples are compared with (that of the model)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
+        help="folder for tokenised corpora (%(default)s)")
     return p
 
 
@@ -429,31 +436,6 @@ def warn_of_changes(corpus, tokenizer, example, n=1000):
             "the changed text's tokens",
             file=sys.stderr,
         )
-
-
-@contextmanager
-def collect_interrupts():
-    """Collect the first Ctrl-C in the list that is yielded, instead of stopping. A later one stops at once.
-
-    Those within a second count as one: a terminal and torchrun send the same one twice.
-    """
-    interrupts, first_at = [], 0.0
-
-    def handle(number, frame):
-        nonlocal first_at
-        if not interrupts:
-            interrupts.append(number)
-            first_at = time.monotonic()
-            if parallel.rank() == 0:  # print is not safe here
-                os.write(2, b"\nfinishing this batch, then the figures so far (again to leave at once)\n")
-        elif time.monotonic() - first_at > 1:
-            signal.default_int_handler(number, frame)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def measure_exact(model, text, bos_id, functions, args, device, interrupts):
@@ -488,8 +470,12 @@ def write_tables(args, scores, figures, title):
         write_by_calls(figures, args.calls, args.by_calls, title)
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    """Measure a model. argv: the flags, or those of the command line.
+
+    Ctrl-C ends it after the figures so far, as KeyboardInterrupt. Raises ValueError for bad flags.
+    """
+    args = flags().parse_args(argv)
     check_tables(args)
     device = parallel.join(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
@@ -506,7 +492,7 @@ def main():
     longest = args.window and min(args.window, int(tokens.shard_lengths[:, 1].max()))  # no document fills a longer window
     window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
     options = scoring_options(args)
-    with collect_interrupts() as interrupts:
+    with cli.catch_signals(INTERRUPT, PROMISE) as interrupts:
         scores = score(model, tokens, window, bos_id, device, **options, interrupts=interrupts)
         figures = likelihood_figures(scores, tokens, bos_id, conditional=args.given is not nothing_given)
         functions = {} if parallel.total(len(interrupts)) else likelihood.figures_of(args.calls, args.order)
@@ -529,7 +515,7 @@ def main():
     for line in notes(scores, options["error"], options["seconds"] is not None) if parallel.rank() == 0 else ():
         print(line, file=sys.stderr)
     if scores.partial:
-        sys.exit(128 + signal.SIGINT)
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

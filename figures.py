@@ -9,43 +9,55 @@ Call them in `style`, which sets light or dark colours. matplotlib is imported w
 
 import io
 import math
+import os
+import unicodedata
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import bfn
+import cli
 import data
 from noise import Draws
 
+if not cli.user_cache_dir()[1]:  # matplotlib's as well
+    os.environ.setdefault("MPLCONFIGDIR", os.path.join(cli.user_cache_dir()[0], "matplotlib"))
+
 WIDTH = 8.4  # inches; with DPI a little wider than a README's column
 DPI = 120
+N_COLOURS = 6
 LIGHT = dict(background="#ffffff", ink="#24292f", pale="#d0d7de", colours="#0072b2 #d55e00 #009e73 #aa4499 #b8860b #4a9fd8")
 DARK = dict(background="#0d1117", ink="#e6edf3", pale="#3d444d", colours="#58a6ff #ff9b50 #3fcf9f #e58fd0 #e3c04d #9fd3ff")
 
 
+@contextmanager
 def style(dark=False):
     """Set the colours of all figures made and saved in this context."""
     import matplotlib
 
     c = DARK if dark else LIGHT
     inks = "text.color axes.labelcolor axes.titlecolor xtick.color ytick.color axes.edgecolor".split()
-    return matplotlib.rc_context(
-        {
-            **{name: c["ink"] for name in inks},
-            **{name: c["background"] for name in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")},
-            "axes.prop_cycle": matplotlib.cycler(color=c["colours"].split()),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 10,
-            "axes.labelsize": 9,
-            "font.size": 9,
-            "grid.color": c["pale"],
-            "grid.alpha": 0.6,
-            "legend.frameon": False,
-            "svg.hashsalt": "plot.py",  # the same picture is the same file
-        }
-    )
+    backgrounds = "figure.facecolor axes.facecolor savefig.facecolor".split()
+    settings = {
+        **dict.fromkeys(inks, c["ink"]),
+        **dict.fromkeys(backgrounds, c["background"]),
+        "axes.prop_cycle": matplotlib.cycler(color=c["colours"].split()),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "font.size": 9,
+        "grid.color": c["pale"],
+        "grid.alpha": 0.6,
+        "legend.frameon": False,
+        "svg.hashsalt": "plot.py",  # the same picture is the same file
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # `fonts_for` says it in one line
+        yield
 
 
 def new_figure(height, width=WIDTH):
@@ -67,6 +79,40 @@ def ink(share=1.0):
 def plain(text):
     """Keep matplotlib from reading a text between dollar signs as a formula."""
     return str(text).replace("$", r"\$")
+
+
+def fonts_for(characters, family="sans-serif"):
+    """Find fonts of this system with what a font family lacks -> families to try, in this order.
+
+    One line on standard error names characters that are in no font.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    usual = get_font(findfont(FontProperties(family=[family])))
+    families = [family]
+    missing = {c for c in characters if c.isprintable() and not usual.get_char_index(ord(c))}
+    for entry in fontManager.ttflist if missing else ():
+        is_plain = entry.style == "normal" and entry.weight == 400
+        if is_plain and not entry.name.lstrip(".").startswith(("Last", "Adobe Blank")):
+            font = get_font(entry.fname)
+            found = {c for c in missing if font.scalable and font.get_char_index(ord(c))}
+            missing -= found
+            families += [entry.name] if found else []
+    if missing:
+        some = " ".join(sorted(missing)[:5])
+        advice = "pictures show boxes instead; install one, such as Noto"
+        cli.warn_once(f"no font on this system has {some} ({len(missing)} characters): {advice}")
+    return families
+
+
+def use_fonts(figure):
+    """Draw the texts of a figure in fonts that have their characters."""
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    _, *more = fonts_for({c for text in texts for c in text.get_text()})
+    for text in texts if more else ():
+        text.set_fontfamily([*text.get_fontfamily(), *more])
 
 
 def mark_level(axes, y, text):
@@ -260,11 +306,11 @@ def history(metrics, key):
 
 def training(histories):
     """Draw the PANELS of runs by step: {run: lines of its metrics.jsonl}."""
-    figure = new_figure(5.2)
+    figure = new_figure(5.0 + legend_height(histories))
     for axes, (title, unit, key) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for name, metrics in histories.items():
+        for i, (name, metrics) in enumerate(histories.items()):
             x, y = history(metrics, key)
-            axes.plot(x, y, marker="." if len(x) < 20 else None, label=plain(name), linewidth=1.5)
+            axes.plot(x, y, marker="." if len(x) < 20 else None, label=plain(name), **line_look(i))
         axes.set(title=title, xlabel="step", ylabel=unit, ylim=(0, None))
         axes.grid()
     name_lines(figure, axes)
@@ -281,10 +327,29 @@ def panel(x, y, title, unit, x_label):
     return figure
 
 
+def line_look(i):
+    """Choose colour and dashes of line i, so that many lines differ."""
+    dashes = "- -- : -.".split()[i // N_COLOURS % 4]
+    return dict(color=f"C{i % N_COLOURS}", linestyle=dashes, linewidth=1.5)
+
+
+def legend_columns(names):
+    """Choose in how many columns a legend as wide as the figure names lines -> 1, 2 or 3."""
+    longest = max(map(n_columns, names), default=0)
+    return max(1, min(3, len(names), int(WIDTH / (0.6 + 0.08 * longest))))
+
+
+def legend_height(names):
+    """Estimate the height of that legend, in inches."""
+    return 0.19 * math.ceil(len(names) / legend_columns(names))
+
+
 def name_lines(figure, axes, place="outside upper center"):
     """Put one legend of the lines of `axes` above or below all panels of a figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=place, ncols=min(3, len(labels)))
+    handles = [line for line in axes.get_lines() if not line.get_label().startswith("_child")]
+    labels = [line.get_label() for line in handles]  # matplotlib's own list leaves out "_name"
+    labels = [x if len(x) < 90 else f"{x[:40]} ... {x[-40:]}" for x in labels]
+    figure.legend(handles, labels, loc=place, ncols=legend_columns(labels))
 
 
 # ---------------------------------------------------------------- times: loss and training times
@@ -379,27 +444,36 @@ def emerging(frames, title):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    columns = max(len("".join(text for text, _ in row)) for frame in frames for row in frame)
+    lines = ["".join(text for text, _ in row) for frame in frames for row in frame]
+    columns, characters = max(map(n_columns, lines)), {*title, *"".join(lines)}
+    fonts = fonts_for(characters, "monospace")
     n_rows, images = len(frames[0]), []
     for i, texts in enumerate(frames, 1):
         figure = new_figure(0.24 * n_rows + 0.5, max(CHARACTER_WIDTH * columns + 0.3, 0.065 * len(title) + 1.5))
         figure.set_layout_engine("none")
-        figure.text(0.02, 0.97, plain(f"{title}, call {i} of {len(frames)}"), va="top", fontsize=8, color=ink(0.6))
+        look = dict(va="top", fontsize=8, color=ink(0.6), family=["sans-serif", *fonts[1:]])
+        figure.text(0.02, 0.97, plain(f"{title}, call {i} of {len(frames)}"), **look)
         for j, row in enumerate(texts):
-            draw_row(figure, row, y=0.97 - (j + 1.9) / (n_rows + 1.6))
+            draw_row(figure, row, 0.97 - (j + 1.9) / (n_rows + 1.6), fonts)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     return images
 
 
-def draw_row(figure, row, y):
-    """Draw the tokens of one text from left to right in a font of fixed width."""
+def n_columns(text):
+    """Count the columns of a text in a font of fixed width: letters of East Asia take two."""
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def draw_row(figure, row, y, fonts):
+    """Draw the tokens of one text from left to right in fonts of fixed width."""
     column, width = 0, CHARACTER_WIDTH / figure.get_size_inches()[0]  # as a share of the figure
     for text, certainty in row:
         colour = ink(0.12 + 0.88 * (1 - (1 - certainty) ** 0.7))
-        figure.text(0.02 + column * width, y, plain(text), va="baseline", family="monospace", fontsize=10, color=colour)
-        column += len(text)
+        look = dict(va="baseline", family=fonts, fontsize=10, color=colour)
+        figure.text(0.02 + column * width, y, plain(text), **look)
+        column += n_columns(text)
 
 
 def to_gif(images, comment):

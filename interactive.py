@@ -7,6 +7,7 @@
 """
 
 import sys
+from contextlib import suppress
 
 from prompts import read_breaks, warn_unknown
 
@@ -20,12 +21,13 @@ def run(model, args, options, parse, separator=(), **more):
     """Read lines until their end, and print texts -> how many lines were refused.
 
     args: the flags of sample.py, which `:set` changes. options: the names of those that `Sampler.stream` takes. parse: turns
-    words into flags; it raises SystemExit after printing what is wrong. separator: lines to print after each text. more: what
+    words into flags, or raises ValueError. separator: lines to print after each text. more: what
     else `Sampler.stream` gets.
     """
     is_terminal, n_refused = sys.stdin.isatty(), 0
     if is_terminal:
-        import readline  # noqa: F401 - gives input() its history and its arrow keys
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - gives input() its history and its arrow keys
 
         print(HELP)
     while (line := next_line(is_terminal)) is not None:
@@ -72,8 +74,8 @@ def command(words, args, names, parse):
             return
         try:
             setattr(args, name, getattr(parse([f"--{name}={value}"]), name))
-        except SystemExit:
-            raise ValueError(f"{name} stays {getattr(args, name)}") from None
+        except ValueError as error:
+            raise ValueError(f"{error}; {name} stays {getattr(args, name)}") from None
     elif words == ["settings"]:
         print(*(f"  {name} {getattr(args, name)}" for name in names), sep="\n")
     elif words == ["help"]:

@@ -6,6 +6,7 @@ second that large matrix products reach on this device.
 
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -417,5 +418,6 @@ def closing_lines(args):
     if args.max_steps < FEW_STEPS and args.data_path is not None:
         return few_steps(args)
     contents = "best.pt (weights of the lowest bound), last.pt (to resume), samples.txt, curves.png, metrics.jsonl"
-    report = f"python plot.py report {args.model_dir}"
-    return f"in {args.model_dir}: {contents}\nnext: python sample.py -mdir={args.model_dir}\n      {report}\n      {again}"
+    sample = shlex.join(["python", "sample.py", f"-mdir={args.model_dir}"])
+    report = shlex.join(["python", "plot.py", "report", args.model_dir])
+    return f"in {args.model_dir}: {contents}\nnext: {sample}\n      {report}\n      {again}"

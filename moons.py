@@ -101,13 +101,15 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("--max_steps", type=cli.count, default=3000, help="training steps (3000)")
     p.add_argument("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
-    p.add_argument("--output", type=Path, default=Path("runs/moons.png"), help="picture to write (runs/moons.png)")
+    p.add_argument("--output", type=cli.path, default="runs/moons.png",
+        help="picture to write (runs/moons.png)")
     return p
 
 
-def main():
-    args = flags().parse_args()
-    plot.check_output(args.output, [".png", ".svg"])
+def main(argv=None):
+    args = flags().parse_args(argv)
+    output = Path(args.output)
+    plot.check_output(output, [".png", ".svg"])
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     network = Network(2, SIGMA1)
@@ -119,8 +121,8 @@ def main():
     panels = {"data": x[:2000]}
     for n_steps in (5, 100):
         panels[f"samples, {n_steps} steps"], means = sample(network, 2000, 2, n_steps, SIGMA1)
-    plot.save(args.output, partial(draw, panels, means[:, :8]))
-    print(args.output)
+    plot.save(output, partial(draw, panels, means[:, :8]))
+    print(output)
 
 
 if __name__ == "__main__":

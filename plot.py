@@ -80,6 +80,7 @@ def save(path, make_figure, dark=False):
     kind = path.suffix[1:] or "png"
     with figures.style(dark):
         figure = make_figure()
+        figures.use_fonts(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
         with cli.replacing(path) as temporary:
             figure.savefig(temporary, dpi=figures.DPI, format=kind, metadata=METADATA.get(kind))
@@ -102,7 +103,7 @@ def _reason(error):
 
 def read_histories(run_dirs):
     """Read metrics.jsonl of each run -> {name: lines}. Names are those of the folders if these differ, else their paths."""
-    names = [run_dir.resolve().name for run_dir in run_dirs]
+    names = [Path(run_dir).resolve().name for run_dir in run_dirs]
     names = names if len(set(names)) == len(names) else map(str, run_dirs)
     return {name: read_metrics(run_dir) for name, run_dir in zip(names, run_dirs, strict=True)}
 
@@ -125,7 +126,7 @@ def print_comparison(args):
     if len(run_dirs) < 2:
         raise ValueError("compare needs two or more run folders")
     histories = read_histories(run_dirs)
-    checkpoints = [read_checkpoint(run_dir / "last.pt") for run_dir in run_dirs]
+    checkpoints = [read_checkpoint(Path(run_dir) / "last.pt") for run_dir in run_dirs]
     table = [["", *histories], *difference(checkpoints), *results(histories)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
@@ -177,7 +178,7 @@ def draw_times(args):
     """Draw the losses of best.pt and last.pt by time, and the densities that were fitted to them at each validation."""
     device, found = cli.device(args.device), {}
     for which in ("best", "last"):
-        if which == "last" or (args.run_dir / "best.pt").exists():
+        if which == "last" or Path(args.run_dir, "best.pt").exists():
             model, tokenizer, run = load(args.run_dir, which, device)
             found[run["step"]] = which, model, tokenizer, run
     history = [(step, density_of(torch.tensor(curve))) for step, curve in found[max(found)][3].get("times_history", [])]
@@ -187,11 +188,13 @@ def draw_times(args):
 
 def measure_times(which, model, tokenizer, run, args, device):
     """Measure loss and cross-entropy by time on the validation text -> figures.ByTime."""
-    flags = run["args"]
-    path = args.data_path or flags["val_path"] or flags["data_path"] or args.run_dir / "corpus.txt"
+    flags, run_dir = run["args"], Path(args.run_dir)
+    path = args.data_path or flags["val_path"] or flags["data_path"] or run_dir / "corpus.txt"
     part = "all" if args.data_path or flags["val_path"] else "val"
     corpus = cache.Corpus.find(path, flags["text_field"], "the losses are measured on the validation text, which is not at {}: give -d")
-    tokens = cache.load_corpus(corpus, args.run_dir / "tokenizer.model", args.cache_dir, part, flags["example"])
+    tokens = cache.load_corpus(
+        corpus, run_dir / "tokenizer.model", args.cache_dir, part, flags["example"]
+    )
     sizes = dict(n_draws=DENSITY_DRAWS, max_tokens=args.max_tokens, progress=True)
     scores = bounds.score(model, tokens, flags["sequence_length"], tokenizer.bos_id(), device, **sizes)
     _, loss, cross_entropy = scores.by_time(DENSITY_BINS)
@@ -349,7 +352,7 @@ def draw_report(args):
     """Write the page of a run."""
     import report  # it imports this file
 
-    content = report.page(args.run_dir, cli.device(args.device))
+    content = report.page(Path(args.run_dir), cli.device(args.device))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with cli.replacing(args.output) as temporary:
         temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # of file names that are not UTF-8
@@ -369,28 +372,31 @@ def draw_beta(args):
 
 
 def add_run_flags(add):
-    add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders; several are drawn over each other")
+    add("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR",
+        help="run folders; several are drawn over each other")
     add("--watch", action="store_true", help=f"draw again every {WATCH_SECONDS} seconds until Ctrl-C")
 
 
 def add_times_flags(add):
-    add("run_dir", type=Path, metavar="RUN_DIR", help="run folder")
-    add("-d", "--data_path", help="text to measure the losses on (the validation text of the training)")
+    add("run_dir", type=cli.path, metavar="RUN_DIR", help="run folder")
+    add("-d", "--data_path", type=cli.path,
+        help="text to measure the losses on (the validation text of the training)")
     add("--max_tokens", type=cli.count, default=16_384, help="tokens to measure them on, at most (16384)")
     add_device(add)
     add_cache(add)
 
 
 def add_packing_flags(add):
-    add("-d", "--data_path", required=True, help="text file")
-    add("-spm", "--spm_model", help="SentencePiece model (a bpe is trained on the text)")
+    add("-d", "--data_path", type=cli.path, required=True, help="text file")
+    add("-spm", "--spm_model", type=cli.path,
+        help="SentencePiece model (a bpe is trained on the text)")
     add("--example", default="line", help=EXAMPLE_HELP)
     add("-slen", "--sequence_length", type=cli.several, default=128, help="tokens of a row (128)")
     add_cache(add)
 
 
 def add_sampling_flags(add):
-    add("run_dir", type=Path, metavar="RUN_DIR", help="run folder")
+    add("run_dir", type=cli.path, metavar="RUN_DIR", help="run folder")
     add("--checkpoint", choices=["best", "last"], default="best", help="the best by validation, or the last (best)")
     add("--prompt", action="append", default=[], help="as in sample.py; repeatable")
     add("--num_samples", type=cli.count, help="texts per prompt (1, with --gif 6)")
@@ -405,15 +411,16 @@ def add_sampling_flags(add):
 
 def add_quality_flags(add):
     sources = "results.json of experiments/samplers.py, outputs of evaluate.py --json --calls=8,32"
-    add("files", nargs="+", metavar="FILE.json", help=sources)
+    add("files", nargs="+", type=cli.path, metavar="FILE.json", help=sources)
 
 
 def add_compare_flags(add):
-    add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders, two or more")
+    add("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR", help="run folders, two or more")
 
 
 def add_report_flags(add):
-    add("run_dir", type=Path, metavar="RUN_DIR", help="run folder, also of a run that still trains, or exported folder")
+    add("run_dir", type=cli.path, metavar="RUN_DIR",
+        help="run folder, also of a run that still trains, or exported folder")
     add_device(add)
 
 
@@ -430,7 +437,8 @@ def add_device(add):
 
 
 def add_cache(add):
-    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
+        help="folder for tokenised corpora (%(default)s)")
 
 
 PICTURES = {  # flags, and what draws the picture from them
@@ -452,9 +460,10 @@ def flags(picture):
     p.prog = f"plot.py {picture}"
     PICTURES[picture][0](p.add_argument)
     if picture == "report":  # its colours follow the reader's settings
-        p.add_argument("--output", type=Path, help="page to write, .html (RUN_DIR/report.html)")
+        p.add_argument("--output", type=cli.path, help="page to write, .html (RUN_DIR/report.html)")
     elif picture != "compare":  # which is printed
-        p.add_argument("--output", type=Path, help=f"picture to write, .png or .svg ({picture}.png)")
+        p.add_argument("--output", type=cli.path,
+            help=f"picture to write, .png or .svg ({picture}.png)")
         p.add_argument("--dark", action="store_true", help="dark colours")
     return p
 
@@ -474,16 +483,18 @@ def check_output(path, endings):
         raise ValueError(f"{path} exists already and is not a picture of plot.py: give another --output")
 
 
-def main():
+def main(argv=None):
     p = cli.Parser(__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("picture", choices=PICTURES, help="plot.py PICTURE --help lists its flags")
-    picture = p.parse_args(sys.argv[1:2]).picture
-    args = flags(picture).parse_args(sys.argv[2:])
+    words = sys.argv[1:] if argv is None else argv
+    picture = p.parse_args(words[:1]).picture
+    args = flags(picture).parse_args(words[1:])
     if picture == "compare":
         return print_comparison(args)
     allowed = endings(picture, args)
-    args.output = args.output or (args.run_dir if picture == "report" else Path()) / (picture + allowed[0])
+    folder = args.run_dir if picture == "report" else ""
+    args.output = Path(args.output or os.path.join(folder, picture + allowed[0]))
     check_output(args.output, allowed)
     PICTURES[picture][1](args)
     print(f"{args.output}: {os.path.getsize(args.output) / 1000:.0f} KB")

@@ -206,10 +206,10 @@ class Sampler:
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
+    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
     add("--checkpoint", choices=["best", "last"], default="best", help="the best by validation, or the last (best)")
     add("--prompt", action="append", default=[], help="beginning of a text, or a text with gaps ___ or ___{N}; repeatable")
-    add("--prompt_file", help="file with one prompt per line")
+    add("--prompt_file", type=cli.path, help="file with one prompt per line")
     add("--num_samples", type=cli.samples, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count, help="tokens per text, with bos and eos (drawn from the training lengths)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler, help="how to sample (%(default)s)")
@@ -222,17 +222,18 @@ def flags():
     add("--ban", action="append", default=[], help="a token that is never drawn; repeatable")
     add("--hint", action="append", default=[], help="odds of tokens at a position, such as 3:cat=0.7,dog=0.3; repeatable")
     add("--guidance", type=cli.non_negative, default=0.0, help="follow the prompt more closely: 1 or 2, at twice the calls (0)")
-    add("--classifier", help="file of classify.py: steer towards --label")
+    add("--classifier", type=cli.path, help="file of classify.py: steer towards --label")
     add("--label", help="label that texts should have: of --classifier, or of a model of labelled texts")
     add("--scale", type=cli.non_negative, default=Options.scale, help="how strongly --classifier steers (1)")
     add("--draft", help="text to edit, treated as if observed at noise level t = --strength")
     add("--strength", type=cli.share, default=0.4, help="noise level t of --draft: a higher value keeps more of it (0.4)")
     add("--seed", type=cli.natural, default=0, help="a sample depends only on the seed and its number (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--output", help="also write prompt, text, ids and network calls to this file, as JSON lines")
+    add("--output", type=cli.path,
+        help="also write prompt, text, ids and network calls to this file, as JSON lines")
     add("--interactive", action="store_true", help="type prompts, and change settings between them")
     add("--check", action="append", default=[], help="a text to proof-read: how much each token surprises; repeatable")
-    add("--check_file", help="file with one text to proof-read per line")
+    add("--check_file", type=cli.path, help="file with one text to proof-read per line")
     add("--json", action="store_true", help="print what --check finds as JSON")
     add("--trace", action="store_true", help="show the first sample at each network call, on standard error")
     return p
@@ -269,8 +270,8 @@ def check_draft(args):
         raise ValueError("--draft is the whole text: use it without --prompt, --prompt_file, --length and --label")
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     model = Sampler.load(args.model_dir, args.checkpoint, parallel.join(args.device))
     args.prompt = [read_breaks(text, model.run) for text in args.prompt]
     args.draft = args.draft and read_breaks(args.draft, model.run)
@@ -282,7 +283,10 @@ def main():
     if args.interactive:
         check_interactive(args)
         options = [name for name in OPTIONS if name != "draft"]
-        sys.exit(2 if interactive.run(model, args, options, flags().parse_args, separator, **steering) else 0)
+        parse = flags().parse_args
+        if n_refused := interactive.run(model, args, options, parse, separator, **steering):
+            raise ValueError(f"lines that were refused: {n_refused}")
+        return
     if args.check or args.check_file is not None:
         proofread.run(model, args)
         return

@@ -4,6 +4,7 @@ A form is used only after a check that it gives the loss and the gradients of th
 train.accumulate_gradients(model, batches, seeds, device, times) throughout.
 """
 
+import re
 import sys
 import time
 from dataclasses import replace
@@ -204,12 +205,8 @@ class Check:
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # noqa: BLE001 - a compiler raises many kinds
-            reason = compiler_fault(error) if form.compiled else f"{form} does not fit this network"
-            reason += (
-                f" ({type(error).__name__}: {str(error).strip().splitlines()[0]:.200})"
-                if str(error).strip()
-                else ""
-            )
+            misfit = f"{form} does not fit this network{in_brackets(error)}"
+            reason = compiler_fault(error) if form.compiled else misfit
         n_wrong = parallel.total(int(reason is not None))
         return reason or ("wrong numbers in another process" if n_wrong else None)
 
@@ -237,7 +234,17 @@ def difference(found, expected, tolerance):
 
 def compiler_fault(error):
     """Say why torch.compile failed -> words."""
-    return "torch.compile failed"
+    if re.search("No working C\\+\\+ compiler|Failed to find C compiler", str(error)):
+        return "no C++ compiler (g++) was found"
+    while inner := getattr(error, "inner_exception", None):  # the outer one says: "backend raised"
+        error = inner
+    return f"torch.compile failed{in_brackets(error)}"
+
+
+def in_brackets(error):
+    """Quote an error in one line -> words, or nothing if it has no message."""
+    lines = str(error).strip().splitlines()
+    return f" ({type(error).__name__}: {lines[0]:.200})" if lines else ""
 
 
 # ---------------------------------------------------------------- how fast?

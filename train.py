@@ -9,6 +9,7 @@ import copy
 import math
 import signal
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -50,19 +51,24 @@ SHORTEST_ROW, TOY_STEPS = 64, 1_500
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add, on_off = p.add_argument, ["auto", "on", "off"]
-    add("-d", "--data_path", help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
+    add("-d", "--data_path", type=cli.path,
+        help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
     add("--example", help=EXAMPLE_HELP)
     add("--labelled", dest="example", action="store_const", const="labelled", help="lines are label<TAB>text")
-    add("-spm", "--spm_model", help="SentencePiece model (one is trained on the corpus)")
-    add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("--val_path", help="text for validation, as for -d (a held-out part of the corpus)")
+    add("-spm", "--spm_model", type=cli.path,
+        help="SentencePiece model (one is trained on the corpus)")
+    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    add("--val_path", type=cli.path,
+        help="text for validation, as for -d (a held-out part of the corpus)")
     add("--preset", choices=PRESETS, help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
-    add("--init_from", help="run folder to take weights, tokenizer and model size from")
+    add("--init_from", type=cli.path,
+        help="run folder to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
-    vocabulary = "tokens of the tokenizer to train (512 to 8192, or room for all characters)"
-    add("--vocab_size", type=cli.several, help=vocabulary)
-    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
+    add("--vocab_size", type=cli.several,
+        help="tokens of the tokenizer to train (512 to 8192, or room for all characters)")
+    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
+        help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
@@ -267,13 +273,24 @@ def finish(state, sampler, val, args):
     print(log.closing_lines(args))
 
 
-def main():
-    args = flags().parse_args()
-    device = parallel.join(args.device)
+def main(argv=None):
+    """Train. argv: the flags, such as ["-d=text.txt", "-mdir=runs/a"], or those of the command line.
+
+    Ctrl-C and other signals end it after a save: it raises KeyboardInterrupt(number of the signal).
+    The earlier handlers are back at its end. In a thread, it catches no signals. Raises ValueError
+    for bad flags or texts.
+    """
+    args = flags().parse_args(argv)
+    with ExitStack() as until_end:
+        train(args, parallel.join(args.device), until_end)
+
+
+def train(args, device, until_end):
+    """Train as the flags say. until_end: holds the run folder and the handlers of signals."""
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
     with parallel.first_alone():
-        _lock = lock(run_dir)  # held until main ends
+        until_end.enter_context(lock(run_dir))
         saved = open_run_folder(run_dir)
         args = complete(args, saved, preset=DEFAULT_PRESET[device.type])
         if saved:
@@ -308,7 +325,8 @@ def main():
     print(*opening, sep="\n")
 
     write, minutes = log.open_metrics(run_dir, state.step)
-    meter, caught, bound = log.Meter(state.model, args, device, minutes), cli.catch_signals(), None
+    meter, bound = log.Meter(state.model, args, device, minutes), None
+    caught = until_end.enter_context(cli.catch_signals())
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
     batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
@@ -350,7 +368,7 @@ def main():
     if stop:
         save(state, run, run_dir)
         print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # another process may have caught it
+        raise KeyboardInterrupt(*caught or [signal.SIGTERM])  # another process may have caught it
     finish(state, sampler, val, args)
 
 

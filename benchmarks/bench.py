@@ -297,7 +297,8 @@ def flags():
     p.add_argument("--K", type=cli.several, nargs="+", help="vocabulary sizes, for the cases that have one (all)")
     p.add_argument("--rounds", type=cli.count, default=1, help="number of times that all variants are measured (1)")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    p.add_argument("--output", default="runs/bench", help="folder for results and pictures (runs/bench)")
+    p.add_argument("--output", type=cli.path, default="runs/bench",
+        help="folder for results and pictures (runs/bench)")
     p.add_argument("--one", help="measure one job, given as JSON, in this process and print its figures")
     return p
 
@@ -333,8 +334,8 @@ def measure_all(jobs, args, device, path):
     return results
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     device = cli.device(args.device)
     torch.set_float32_matmul_precision("high")
     if args.one:

@@ -36,13 +36,14 @@ def best_fit(lengths, row_length):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("-d", "--data_path", required=True, help="text file, one document per line")
-    p.add_argument("-spm", "--spm_model", required=True, help="SentencePiece model")
+    add = p.add_argument
+    add("-d", "--data_path", type=cli.path, required=True, help="text file, one document per line")
+    add("-spm", "--spm_model", type=cli.path, required=True, help="SentencePiece model")
     return p
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     with tempfile.TemporaryDirectory() as cache_dir:
         begin = time.perf_counter()
         tokens = cache.load_corpus(args.data_path, args.spm_model, cache_dir)

@@ -263,8 +263,10 @@ PARTS = {machine: 0.1, tests: 2, speed: 12, processes: 2, text_and_samples: 2, t
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     p.add_argument("--minutes", type=cli.positive, default=20, help="minutes for everything (20)")
-    p.add_argument("-d", "--data_path", help="text file to train on (the built-in language)")
-    p.add_argument("--output", default="runs/prove", help="folder for the report and its pictures (runs/prove)")
+    p.add_argument("-d", "--data_path", type=cli.path,
+        help="text file to train on (the built-in language)")
+    p.add_argument("--output", type=cli.path, default="runs/prove",
+        help="folder for the report and its pictures (runs/prove)")
     p.add_argument("--quick", action="store_true", help="tiny sizes, in about a minute: does all of it work?")
     return p
 
@@ -302,11 +304,11 @@ def prove(args, write):
     return failed
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    args = flags().parse_args(words)
     if args.data_path and not os.path.isfile(args.data_path):
         raise ValueError(f"no text file at {args.data_path}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: other processes are stopped too
     torch.set_float32_matmul_precision("high")
     args.device, args.folder, begin = cli.device("auto"), Path(args.output), time.monotonic()
     args.sizes, args.deadline = SIZES["quick" if args.quick else args.device.type], begin + 60 * args.minutes
@@ -320,12 +322,14 @@ def main():
             print(line, file=report)
             tqdm.write(line)
 
-        write(f"{TITLE}\n\n    {shlex.join(['python', 'benchmarks/prove.py', *sys.argv[1:]])}")
+        write(f"{TITLE}\n\n    {shlex.join(['python', 'benchmarks/prove.py', *words])}")
         failed = prove(args, write)
         result = f"failed: {', '.join(failed)}" if failed else "all parts passed"
         write(f"\n## Result\n\n{result}, {(time.monotonic() - begin) / 60:.1f} minutes")
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops other processes too
     cli.run(main)

@@ -423,16 +423,19 @@ def flags():
     p.add_argument("--minutes", type=cli.positive, default=3.0, help="minutes of training per run, without validation (3)")
     p.add_argument("--tokens", type=cli.count, help="tokens of training for each run, instead of --minutes")
     p.add_argument("--seeds", type=cli.count, default=1, help="number of runs of each variant, with seeds 0, 1, ... (1)")
-    p.add_argument("-d", "--data_path", help="text file to train on (the built-in language)")
-    p.add_argument("--val_path", help="text file for validation (a held-out part of the corpus)")
+    p.add_argument("-d", "--data_path", type=cli.path,
+        help="text file to train on (the built-in language)")
+    p.add_argument("--val_path", type=cli.path,
+        help="text file for validation (a held-out part of the corpus)")
     p.add_argument("--flags", default="", help="more flags of train.py, the same for all variants")
-    p.add_argument("--output", default="runs/compare", help="folder for results and pictures (runs/compare)")
+    p.add_argument("--output", type=cli.path, default="runs/compare",
+        help="folder for results and pictures (runs/compare)")
     p.add_argument("--one", type=cli.natural, help="train one variant with this seed in this process and print its record")
     return p
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     torch.set_float32_matmul_precision("high")  # as in train.py
     folder, files = Path(args.output), [f"-d={args.data_path}"] * bool(args.data_path)
     files += [f"--val_path={args.val_path}"] * bool(args.val_path)

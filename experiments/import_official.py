@@ -188,21 +188,22 @@ def write_run(network, row_length, out_dir):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("checkpoint", help="file of weights, text8_ema.pt; or evaluate or sample, and their flags")
-    p.add_argument("out_dir", type=Path, help="new run folder")
+    p.add_argument("checkpoint", type=cli.path,
+        help="file of weights, text8_ema.pt; or evaluate or sample, and their flags")
+    p.add_argument("out_dir", type=cli.path, help="new run folder")
     p.add_argument("-nh", "--num_heads", type=cli.count, default=12, help="attention heads; the weights do not tell (12)")
     p.add_argument("-b", "--beta", type=cli.positive, default=BETA1, help="beta(1); the weights do not tell (%(default)s)")
     return p
 
 
-def main():
-    if command := OTHER.get(sys.argv[1] if len(sys.argv) > 1 else None):
-        del sys.argv[1]
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    if command := OTHER.get(words[0] if words else None):
         command.load = partial(checkpoint.load, network=OfficialNetwork)
-        return command.main()
-    args = flags().parse_args()
+        return command.main(words[1:])
+    args = flags().parse_args(words)
     network, row_length = build_network(args.checkpoint, args.num_heads, args.beta)
-    write_run(network, row_length, args.out_dir)
+    write_run(network, row_length, Path(args.out_dir))
     n = sum(weight.numel() for weight in network.parameters())
     sizes = f"{network.config.n_layers} layers of width {network.config.d_model}, {n / 1e6:.1f} million weights"
     print(f"{args.out_dir}: {sizes}, texts of {row_length} characters")

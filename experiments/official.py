@@ -49,9 +49,11 @@ def check_one_text_per_row(segment_ids):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("--code", required=True, help="folder with a clone of the published code")
-    p.add_argument("-d", "--data_path", required=True, help="text file to train on")
-    p.add_argument("--val_path", help="text file for validation (a held-out part of the corpus)")
+    p.add_argument("--code", type=cli.path, required=True,
+        help="folder with a clone of the published code")
+    p.add_argument("-d", "--data_path", type=cli.path, required=True, help="text file to train on")
+    p.add_argument("--val_path", type=cli.path,
+        help="text file for validation (a held-out part of the corpus)")
     p.add_argument("--minutes", type=cli.positive, default=12.0, help="minutes of training, without validation (12)")
     p.add_argument("--tokens", type=cli.count, help="tokens of training, instead of --minutes")
     p.add_argument("-lr", "--learning_rate", type=cli.positive, default=1e-3, help="peak learning rate (1e-3)")
@@ -59,7 +61,8 @@ def flags():
     p.add_argument(
         "--flags", default="--preset=laptop --tokenizer=char -slen=128 -bsz=16", help="flags of train.py (%(default)s)"
     )
-    p.add_argument("--output", default="runs/compare", help="folder of the comparison to add to (runs/compare)")
+    p.add_argument("--output", type=cli.path, default="runs/compare",
+        help="folder of the comparison to add to (runs/compare)")
     return p
 
 
@@ -121,8 +124,8 @@ def train_official(args, sizes, text):
     return record("official", args.seed, net, spend(budget, step, measure, "official"))
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     files = [f"-d={args.data_path}", *([f"--val_path={args.val_path}"] if args.val_path else [])]
     sizes = train.complete(train.flags().parse_args([*files, *args.flags.split()]))
     folder = Path(args.output)

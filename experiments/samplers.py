@@ -235,10 +235,13 @@ def infill_table(model, tokenizer, run, sentences, args):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add, samplers = p.add_argument, [*FILLING, *SOLVERS]
-    add("-mdir", "--model_dir", default="runs/demo", help="run folder (runs/demo)")
-    add("-d", "--data_path", help="held-out text (the validation part of the training text)")
-    add("--corpus", help="training text that samples are compared with (the one that the model was trained on)")
-    add("--judge", help="run folder of `compare.py autoregressive`, whose perplexity of the texts is a further column")
+    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    add("-d", "--data_path", type=cli.path,
+        help="held-out text (the validation part of the training text)")
+    add("--corpus", type=cli.path,
+        help="training text that samples are compared with (the one that the model was trained on)")
+    add("--judge", type=cli.path,
+        help="run folder of `compare.py autoregressive`: a further column is its perplexity")
     add("--samplers", "--solvers", nargs="+", choices=samplers, default=samplers, help="samplers to compare (all)")
     add("--calls", nargs="+", type=cli.several, default=[*CALLS], help="numbers of network calls (5 10 20 50 100)")
     add("--temperatures", nargs="+", type=cli.positive, default=[], help="temperatures of the output, besides 1")
@@ -248,8 +251,10 @@ def flags():
     add("--infill", type=cli.natural, default=0, help="sentences of the built-in language to fill gaps in (0)")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", default=cache.default_cache_dir(), help="folder for tokenised corpora (%(default)s)")
-    add("--output", default="runs/samplers", help="folder for results.json, results.md and pictures (runs/samplers)")
+    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
+        help="folder for tokenised corpora (%(default)s)")
+    add("--output", type=cli.path, default="runs/samplers",
+        help="folder for results.json, results.md and pictures (runs/samplers)")
     return p
 
 
@@ -271,8 +276,8 @@ def held_out_texts(args, run, tokenizer, corpus):
     return evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     model, tokenizer, run = load(args.model_dir, device=cli.device(args.device))
     is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
     check_flags(args, run, is_toy)

@@ -142,16 +142,19 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("what", choices=["proofread", "corpus", "labels"], help="what to do")
-    add("-mdir", "--model_dir", default="runs/demo", help="run folder of the built-in language (runs/demo)")
-    add("--classifier", help="labels: file of classify.py; without it, the model must be one of labelled texts")
+    add("-mdir", "--model_dir", type=cli.path, default="runs/demo",
+        help="run folder of the built-in language (runs/demo)")
+    add("--classifier", type=cli.path,
+        help="labels: file of classify.py; without it, the model must be one of labelled texts")
     add("--n", type=cli.count, help="sentences (500; corpus 60000; labels 40 of each label)")
     add("--seed", type=cli.natural, default=1, help="of the sentences (1)")
-    add("--output", help="corpus: file to write; labels: FILE.json, with a picture next to it")
+    add("--output", type=cli.path,
+        help="corpus: file to write; labels: FILE.json, with a picture next to it")
     return p
 
 
-def main():
-    args = flags().parse_args()
+def main(argv=None):
+    args = flags().parse_args(argv)
     if args.what == "corpus" and not args.output:
         raise ValueError("corpus writes a file: give --output=FILE.tsv")
     if args.what == "corpus":

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -210,15 +209,11 @@ def trained(tmp_path_factory):
 
 def train_for(folder, name, *flags, steps=8):
     """Train a tiny model in `folder / name`."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
     tiny = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=100 -lr=0.003 -ema=0.5,0.9 -wd=0".split()
     with pytest.MonkeyPatch.context() as patch:
         words = ["train.py", f"-mdir={folder / name}", f"--cache_dir={folder / 'cache'}", f"--max_steps={steps}", *tiny, *flags]
         patch.setattr(sys, "argv", words)
         train.main()
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,28 +1,41 @@
-"""What all commands share: numbers out of range, full disks, and what standard output cannot write."""
+"""What all commands share: numbers out of range, paths, full disks, signals, and what places lack."""
 
 import errno
+import fcntl
 import io
+import os
+import shlex
 import signal
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+import checkpoint
+import classify
 import cli
+import corpus
+import evaluate
+import log
+import moons
+import plot
 import sample
 import train
 
 
 @pytest.mark.parametrize("command, flag", [(train, "-nl=1001"), (sample, "--num_samples=1000001")])
-def test_what_would_take_memory_without_an_end_is_refused_at_once(command, flag, capsys):
-    with pytest.raises(SystemExit):
+def test_what_would_take_memory_without_an_end_is_refused_at_once(command, flag):
+    with pytest.raises(ValueError, match="must be at most 1000"):
         command.flags().parse_args([flag])
-    assert "must be at most 1000" in capsys.readouterr().err
 
 
-def test_two_dashes_are_no_value(capsys):
-    with pytest.raises(SystemExit):
+def test_two_dashes_are_no_value():
+    with pytest.raises(ValueError, match="cannot be --"):
         sample.flags().parse_args(["--hint=--"])
-    assert "cannot be --" in capsys.readouterr().err
 
 
 def full(_text):
@@ -62,3 +75,110 @@ def test_ctrl_c_is_caught_again_once_a_command_runs(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130
+
+
+# ---------------------------------------------------------------- paths
+
+TEXT = set("text_field prompt ban hint label draft check flags language one cases device".split())
+
+
+def parsers():
+    """The parsers of all commands."""
+    commands = train, sample, evaluate, checkpoint, classify, corpus, moons
+    yield from (command.flags() for command in commands)
+    yield from map(plot.flags, plot.PICTURES)
+
+
+def test_every_flag_that_takes_text_is_a_path_or_known_to_be_none():
+    """So that no path is forgotten: ~ must be the home folder in all of them."""
+    for parser in parsers():
+        for action in parser._actions:
+            takes_text = action.type is None and not action.choices and action.nargs != 0
+            assert not takes_text or action.dest in TEXT, (parser.prog, action.dest)
+
+
+def test_the_home_folder_is_written_as_in_a_shell(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = ["-mdir=~/runs/a", "-d=~/a.txt,b~.txt,~/texts/*.txt", "--cache_dir", "~"]
+    args = train.flags().parse_args(flags)
+    assert (args.model_dir, args.cache_dir) == ("/home/me/runs/a", "/home/me")
+    assert args.data_path == "/home/me/a.txt,b~.txt,/home/me/texts/*.txt"
+    assert plot.flags("run").parse_args(["~/runs/a", "b"]).run_dirs == ["/home/me/runs/a", "b"]
+
+
+def test_a_user_without_a_home_folder_cannot_name_it(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", str)  # as for a user id that the system does not know
+    with pytest.raises(ValueError, match="no home folder, give a whole path"):
+        train.flags().parse_args(["-mdir=~/runs/a"])
+
+
+def test_commands_that_are_printed_can_be_pasted(capsys):
+    args = train.flags().parse_args(["-d=x", "-mdir=my runs/a", "--max_steps=9999"])
+    printed = log.closing_lines(args)
+    sampling = next(line for line in printed.splitlines() if "sample.py" in line)
+    words = shlex.split(sampling.removeprefix("next: "))
+    assert sample.flags().parse_args(words[2:]).model_dir == "my runs/a"
+    assert "plot.py report 'my runs/a'" in printed
+
+
+# ---------------------------------------------------------------- where things are missing
+
+
+@pytest.mark.parametrize("home", ["/proc/nowhere", "~", "file/below"])
+def test_a_user_without_a_folder_for_caches_gets_a_temporary_one(monkeypatch, tmp_path, home):
+    (tmp_path / "file").touch()
+    home = home.replace("file", str(tmp_path / "file"))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+    folder, is_usual = cli.user_cache_dir()
+    assert not is_usual and Path(folder).parent == Path(tempfile.gettempdir())
+    assert train.flags().parse_args([]).cache_dir == f"{folder}/bayesian-flow-lm"
+
+
+def test_a_folder_for_caches_that_can_be_made_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "there"))
+    assert cli.user_cache_dir() == (str(tmp_path / "not" / "there"), True)
+
+
+@pytest.mark.parametrize("number", cli.NO_LOCKS)
+def test_a_file_system_without_locks_gets_one_line(monkeypatch, capsys, tmp_path, number):
+    failing = Mock(side_effect=OSError(number, os.strerror(number)))
+    monkeypatch.setattr(fcntl, "flock", failing)
+    for name in "ab":
+        with open(tmp_path / name, "a") as file:
+            assert not cli.hold(file)
+    error = capsys.readouterr().err
+    assert f"{tmp_path} cannot be locked ({os.strerror(number)}): going on" in error
+    assert error.count("\n") == 1
+
+
+def test_the_gpu_of_a_mac_is_refused_with_what_works():
+    for name in ("mps", "mps:0"):
+        with pytest.raises(ValueError, match="mps .* not supported: use --device=cpu"):
+            cli.device(name)
+
+
+# ---------------------------------------------------------------- from a notebook
+
+
+def test_signals_are_handled_as_before_once_they_are_no_longer_caught():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = list(map(signal.getsignal, numbers))
+    with suppress(ZeroDivisionError), cli.catch_signals():
+        assert all(signal.getsignal(n) != handler for n, handler in zip(numbers, before, strict=True))
+        raise ZeroDivisionError
+    assert list(map(signal.getsignal, numbers)) == before
+
+
+def test_a_thread_catches_no_signals_and_does_not_fail():
+    with ThreadPoolExecutor(1) as pool, cli.catch_signals() as caught:
+        assert pool.submit(lambda: cli.catch_signals().__enter__()).result() == []
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+
+
+def test_a_stop_by_a_signal_is_its_exit_code():
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: (_ for _ in ()).throw(KeyboardInterrupt(signal.SIGTERM)))
+    assert stop.value.code == 128 + signal.SIGTERM

@@ -372,6 +372,36 @@ def test_processes_that_need_the_same_text_tokenise_it_once(corpus, tokenizer_pa
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / caches[0].key]
 
 
+def test_without_locks_processes_tokenise_the_same_text_side_by_side(
+    corpus, tokenizer_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache.cli, "hold", lambda file, wait=False: False)
+    together, real = threading.Barrier(3), cache._tokenize
+    monkeypatch.setattr(cache, "_tokenize", lambda *args: (together.wait(9), real(*args))[1])
+    with ThreadPoolExecutor(3) as pool:
+        inputs = corpus, tokenizer_path, tmp_path / "cache"
+        caches = list(pool.map(lambda _: cache.load_corpus(*inputs), range(3)))
+    assert len({tokens.ids.tobytes() for tokens in caches}) == 1
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / caches[0].key]
+
+
+def test_a_cache_folder_that_cannot_be_written_is_answered_with_the_flag_for_another(
+    corpus, tokenizer_path, tmp_path
+):
+    for folder in (corpus / "cache", "/proc/cache"):  # below a file; nobody can write there
+        with pytest.raises(ValueError, match="cannot be written .* give --cache_dir=FOLDER"):
+            cache.load_corpus(corpus, tokenizer_path, folder)
+
+
+def test_a_temporary_cache_folder_is_named(corpus, tokenizer_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache.cli, "user_cache_dir", lambda: (str(tmp_path), False))
+    cache.load_corpus(corpus, tokenizer_path, cache.default_cache_dir())
+    error = capsys.readouterr().err
+    assert f"go to {cache.default_cache_dir()}; --cache_dir=FOLDER names another" in error
+    cache.load_corpus(corpus, tokenizer_path, tmp_path / "mine")
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("example, part", [("line", "all"), ("line", "train"), ("line", "val"), ("paragraph", "all"), ("file", "train")])
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
 def test_reading_can_go_on_at_the_end_of_every_example(tmp_path, monkeypatch, example, part, kind):

@@ -475,14 +475,14 @@ def test_ctrl_c_while_sampling_still_prints_the_bound(monkeypatch, capsys, run_d
 def test_a_second_ctrl_c_stops_at_once_and_afterwards_the_first_one_does(monkeypatch):
     """Unless it comes within a second: torchrun and a terminal send the same one twice."""
     before = signal.getsignal(signal.SIGINT)
-    with evaluate.collect_interrupts():
+    with cli.catch_signals(["SIGINT"]):
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
-    with evaluate.collect_interrupts() as interrupts:
+    with cli.catch_signals(["SIGINT"]) as interrupts:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert interrupts == [signal.SIGINT]
-        monkeypatch.setattr(evaluate.time, "monotonic", lambda: math.inf)
+        monkeypatch.setattr(cli.time, "monotonic", lambda: math.inf)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

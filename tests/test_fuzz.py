@@ -67,23 +67,12 @@ def time_limit():
         signal.signal(signal.SIGALRM, before)
 
 
-@contextmanager
-def same_signals():
-    """Put the handlers of signals back, which training changes."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def ends_well(main, *argv):
     """Run a command, which must end with a result or with one line and exit code 2 -> what it prints, or None."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     before, code, sys.argv = sys.argv, 0, [f"{main.__module__}.py", *argv]
     try:
-        with time_limit(), same_signals(), redirect_stdout(out), redirect_stderr(err):
+        with time_limit(), redirect_stdout(out), redirect_stderr(err):
             cli.run(main)
     except SystemExit as stop:
         code = stop.code

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -196,6 +197,65 @@ def test_a_run_is_drawn_as_it_was_measured_and_several_over_each_other(draw, dra
     values = [axes.lines[0].get_ydata().tolist() for axes in (rate, norm, speed)]
     assert values == [[0.1, 0.2], [3, 2], [100, 300]]
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["run", "other"]
+
+
+def test_the_legend_names_every_run_and_the_panels_keep_their_size(drawn, draw, tmp_path):
+    names = [f"a long name of a run, number {i}" for i in range(23)] + ["_hidden", "$x" * 60]
+    for name in names:
+        write_metrics(tmp_path / name, METRICS)
+    draw("run", *names[:1])
+    draw("run", *names)
+    _, many = drawn
+    *shown, cut = [text.get_text() for text in many.legends[0].get_texts()]
+    assert shown == names[:-1] and " ... " in cut
+    looks = {(line.get_color(), line.get_linestyle()) for line in many.axes[0].lines[:24]}
+    assert len(looks) == 24
+    heights = []
+    for figure in drawn:
+        figure.draw_without_rendering()
+        inches = figure.get_size_inches()
+        heights.append(figure.axes[0].get_position().height * inches[1])
+        box = figure.legends[0].get_window_extent().transformed(figure.transFigure.inverted())
+        assert box.x0 > 0 and box.x1 < 1
+    assert heights[1] == pytest.approx(heights[0], rel=0.15)
+
+
+@pytest.fixture
+def bundled_fonts(monkeypatch):
+    """No fonts but those that come with matplotlib."""
+    from matplotlib import font_manager, get_data_path
+
+    bundled = [f for f in font_manager.fontManager.ttflist if f.fname.startswith(get_data_path())]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", bundled)
+    cli.warn_once.cache_clear()
+
+
+def test_characters_that_the_usual_font_lacks_are_drawn_in_a_font_that_has_them(
+    bundled_fonts, capsys
+):
+    with figures.style():
+        assert figures.fonts_for("plain") == ["sans-serif"]
+        assert figures.fonts_for("\u1d81") == ["sans-serif", "STIXGeneral"]
+        assert figures.fonts_for("\u05d0", "monospace") == ["monospace", "DejaVu Sans"]
+        figure = figures.new_figure(1)
+        text, other = figure.text(0, 0, "\u1d81"), figure.text(0, 0, "a", family="monospace")
+        figures.use_fonts(figure)
+    assert text.get_fontfamily() == ["sans-serif", "STIXGeneral"]
+    assert other.get_fontfamily()[0] == "monospace" and not capsys.readouterr().err
+
+
+def test_characters_that_no_font_has_are_named_in_one_line(bundled_fonts, capsys, tmp_path):
+    series = {"\u5929\u6c14": ([0, 1], [0, 1])}
+    with warnings.catch_warnings(record=True) as warned:
+        for name in ("a.png", "b.svg"):
+            assert plot.lines(tmp_path / name, series, "\u5929", "y", "title")
+    error = capsys.readouterr().err
+    assert "no font on this system has \u5929 \u6c14 (2 characters)" in error
+    assert error.count("\n") == 1 and not warned
+
+
+def test_wide_letters_do_not_overlap_in_an_animation():
+    assert figures.n_columns("ab\u5929\u6c14c") == 7
 
 
 def test_watching_draws_again_until_it_is_interrupted(draw, drawn, monkeypatch, tmp_path):

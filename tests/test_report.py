@@ -159,7 +159,7 @@ def test_the_command_writes_the_page_of_an_exported_folder_and_spares_files_of_t
 def test_training_ends_with_a_command_that_exists():
     lines = log.closing_lines(SimpleNamespace(model_dir="runs/mine", data_path=None, max_steps=1000)).splitlines()
     (words,) = [line.split()[2:] for line in lines if "plot.py report" in line]
-    assert plot.flags(words[0]).parse_args(words[1:]).run_dir == Path("runs/mine")
+    assert plot.flags(words[0]).parse_args(words[1:]).run_dir == "runs/mine"
 
 
 # ---------------------------------------------------------------- in a browser

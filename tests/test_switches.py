@@ -87,6 +87,15 @@ def test_a_compiler_that_is_wrong_is_not_used_and_one_line_says_why(reason, K, c
     assert reason in error and "compiled" in error and error.count("\n") == 1
 
 
+def test_a_missing_compiler_is_named_and_other_faults_by_their_cause():
+    outer = RuntimeError("backend='inductor' raised:\nE: No working C++ compiler found in x: g++")
+    assert switches.compiler_fault(outer) == "no C++ compiler (g++) was found"
+    outer = RuntimeError("backend='inductor' raised:")
+    outer.inner_exception = KeyError("u0")
+    assert switches.compiler_fault(outer) == "torch.compile failed (KeyError: 'u0')"
+    assert switches.compiler_fault(ValueError()) == "torch.compile failed"
+
+
 def test_a_fault_of_compiled_attention_in_bfloat16_costs_neither_of_them(
     compile_by, monkeypatch, capsys
 ):

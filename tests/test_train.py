@@ -1,5 +1,7 @@
 """Training: resuming is exact, wrong flags are refused in one line, and the network learns."""
 
+import errno
+import fcntl
 import gzip
 import json
 import os
@@ -8,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,11 +44,7 @@ TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=
 def corpus(tmp_path, monkeypatch):
     path = tmp_path / "corpus.txt"
     path.write_text(toy.corpus(300))
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield path
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
+    return path
 
 
 def command(corpus, run_dir, *more):
@@ -94,8 +94,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
         train.update_weights = interrupted
         try:
             run(tmp_path / "parts", *dropout)
-        except SystemExit as stop:
-            assert stop.code == 128 + signal.SIGTERM
+        except KeyboardInterrupt as stop:
+            assert stop.args == (signal.SIGTERM,)
             assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_step
         finally:
             train.update_weights = real
@@ -767,6 +767,29 @@ def test_a_folder_in_which_another_process_trains_is_refused(run, tmp_path):
     run(tmp_path / "run", "--max_steps=1")
 
 
+def test_where_nothing_can_be_locked_training_goes_on_and_says_so(
+    run, tmp_path, monkeypatch, capsys
+):
+    no_locks = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=no_locks))
+    run(tmp_path / "run", "--max_steps=1")
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'run'} cannot be locked (No locks available): going on" in error
+
+
+def test_training_in_a_thread_of_a_notebook_ends_with_the_folder_free_for_the_next(
+    corpus, tmp_path
+):
+    """Stopped or not, while the traceback is kept, as notebooks do."""
+    words = command(corpus, tmp_path / "run", "--max_steps=1")[1:]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train.main, words).result()
+    with pytest.raises(ValueError, match="trained with seed") as kept:
+        train.main([*words, "--seed=3"])
+    train.main(words)
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 1 and kept
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "curves.png", "report.html"])
 def test_a_folder_with_files_of_these_names_is_left_alone(run, tmp_path, name):
     (tmp_path / name).write_text("the user's own\n")
@@ -804,13 +827,14 @@ def test_a_run_on_a_folder_of_files_resumes_and_notices_a_change(run, corpus, tm
         run(tmp_path / "run", f"-d={tmp_path / 'run'}")
 
 
-def test_signals_that_are_ignored_stay_ignored(corpus):
+def test_signals_that_are_ignored_stay_ignored():
     """As nohup does with SIGHUP."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the fixture puts the handlers back
-    caught = cli.catch_signals()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    signal.raise_signal(signal.SIGTERM)
-    assert caught == [signal.SIGTERM]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with cli.catch_signals() as caught:
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("words", [["-mdir="], ["-spm", ""], ["--init_from="], ["-d=", "-ep=3"]])
