@@ -26,9 +26,9 @@ SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then p
 
 @dataclass(frozen=True, eq=False)  # it may hold tensors
 class Options(bfn.Controls):
-    """How to sample, and what the user knows about the text. The defaults are the best we measured (docs/results.md).
+    """How to sample, and what the user knows about the text.
 
-    `sample_batch` fills in hint, hint_time and allowed of Controls.
+    The defaults are the best we measured (docs/results.md). `sample_batch` fills in hint, hint_time and allowed of Controls.
     """
 
     corrections: int = 4
