@@ -150,6 +150,11 @@ def test_links_and_pictures_lead_somewhere(page):
         assert not section or section in [re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles], target
 
 
+def test_the_results_are_at_most_4000_words():
+    """Older figures belong in experiments/RECORD.md."""
+    assert len((ROOT / "docs" / "results.md").read_text().split()) <= 4000
+
+
 def test_the_notebook_is_the_page():
     """So its cells run from top to bottom in plain Python: they are the page's blocks, which run above, after SETUP."""
     page, path = make_notebook.PAGE, make_notebook.PAGE.with_suffix(".ipynb")

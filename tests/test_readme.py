@@ -49,9 +49,11 @@ def test_files_pictures_and_links_exist():
         assert (ROOT / path).exists(), path
     tops = {path.name for path in ROOT.glob("*.py")}
     assert tops <= set(re.findall(r"`(\w+\.py)`", README)), "a file is missing in the file table"
-    sections = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()) for line in open(ROOT / "docs" / "results.md") if line[0] == "#"]
+    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    titles = [line.lstrip("# ").lower() for line in lines if line[:1] == "#"]
+    sections = [re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles]
     for link in re.findall(r"docs/results\.md#([\w-]+)", README):
-        assert link in [section.strip().replace(" ", "-") for section in sections], link
+        assert link in sections, link
 
 
 def test_it_is_short_enough_to_be_read():
