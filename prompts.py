@@ -27,7 +27,11 @@ FREE = -1  # any text, or its end
 GAP = -2  # any text
 WORD_START, WORD_REST = -3, -4  # the first token of a word, a later token
 ANY_LABEL = -5  # a label
-GAP_MARK = r"___(?:\{(\d{1,9})(?:-(\d{1,9}))?\})?"
+START = r"(?<![\\_])"  # of underscores, without a backslash
+LETTER = "[A-Za-z0-9]"  # around underscores within a word; Chinese, for example, has no spaces
+SIZE = r"\{(\d{1,9})(?:-(\d{1,9}))?\}"
+GAP_MARK = rf"{START}___(?:{SIZE}|(?!_)(?!(?<={LETTER}___){LETTER}))"
+MISSPELLED = rf"{START}(?:(?<!{LETTER})____|_{{4,}}(?!_|{LETTER})|___(?!{SIZE})\{{)"
 MAX_CANDIDATES = 32  # templates of a prompt whose gaps have unknown sizes
 MAX_NAMED = 5  # unknown words of a prompt that a warning names
 
@@ -157,7 +161,7 @@ def split_label(text, tokenizer):
 def unknown_pieces(prompt, tokenizer):
     """List the text of each token of a prompt that the tokenizer does not know, with SPACE for a space -> list of str."""
     found = []
-    for text in re.split(GAP_MARK, split_label(prompt, tokenizer)[1])[::3]:
+    for text in split_gaps(split_label(prompt, tokenizer)[1])[0]:
         pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
         found += [piece.replace(SPACE + JOIN, "") for k, piece in pieces if k == tokenizer.unk_id()]
     return found
@@ -242,19 +246,30 @@ def gap_sizes(low, high, follows_space, tokenizer, word_lengths):
     return [([WORD_START if follows_space else WORD_REST] + [WORD_REST] * (n - 1), weight) for n, weight in sizes if n]
 
 
+def split_gaps(text):
+    """Split a text at its gaps -> the texts between them, and their sizes [(low or None, high or None)].
+
+    Underscores after a backslash are text, without the backslash.
+    """
+    parts = re.split(GAP_MARK, text)
+    texts = [re.sub(r"\\(___)", r"\1", part) for part in parts[::3]]
+    return texts, list(zip(parts[1::3], parts[2::3], strict=True))
+
+
 def parse_prompt(prompt, tokenizer, word_lengths):
     """Turn a text with gaps into templates without bos and eos -> [(template, weight)], whether it has a gap.
 
-    ___ is one word, ___{3} is three tokens, ___{1-4} is one to four. Gaps of unknown size give several templates, of which
-    the MAX_CANDIDATES of largest weight are kept. Raises ValueError for a gap that is written otherwise, and for text that
+    ___ is one word, ___{3} is three tokens, ___{1-4} is one to four; \\___ is text, and so is ___
+    between two Latin letters or digits. Gaps of unknown size give several templates, of which the
+    MAX_CANDIDATES of largest weight are kept. Raises ValueError for a gap that is written otherwise, and for text that
     is not Unicode.
     """
-    if re.search(r"____|___\{(?!\d{1,9}(?:-\d{1,9})?\})", prompt):
-        raise ValueError(f"{shorten(prompt)}: a gap is ___ or ___{{N}} or ___{{N-M}}")
+    if re.search(MISSPELLED, prompt):
+        usage = "a gap is ___ or ___{N} or ___{N-M}, and \\____ is text"
+        raise ValueError(f"{shorten(prompt)}: {usage}")
     check_unicode(prompt)
     label, text = split_label(prompt, tokenizer)
-    parts = re.split(GAP_MARK, text)  # text, low or None, high or None, text, ...
-    texts, gaps = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
+    texts, gaps = split_gaps(text)
     templates = [(label + encode_part(texts[0], tokenizer, follows_gap=False), 1.0)]
     for i, (low, high) in enumerate(gaps):
         if high is not None and int(high) < int(low):

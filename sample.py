@@ -208,7 +208,8 @@ def flags():
     add = p.add_argument
     add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
     add("--checkpoint", choices=["best", "last"], default="best", help="the best by validation, or the last (best)")
-    add("--prompt", action="append", default=[], help="beginning of a text, or a text with gaps ___ or ___{N}; repeatable")
+    prompt = "beginning of a text, or a text with gaps ___ or ___{N} (not a gap: \\___); repeatable"
+    add("--prompt", action="append", default=[], help=prompt)
     add("--prompt_file", type=cli.path, help="file with one prompt per line")
     add("--num_samples", type=cli.samples, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count, help="tokens per text, with bos and eos (drawn from the training lengths)")
@@ -285,7 +286,7 @@ def main(argv=None):
         options = [name for name in OPTIONS if name != "draft"]
         parse = flags().parse_args
         if n_refused := interactive.run(model, args, options, parse, separator, **steering):
-            raise ValueError(f"lines that were refused: {n_refused}")
+            raise ValueError(f"refused lines: {n_refused}")
         return
     if args.check or args.check_file is not None:
         proofread.run(model, args)

@@ -21,6 +21,7 @@ import data
 import evaluate
 import generation
 import model as model_file
+import prompts as prompts_file
 import sample
 import toy
 import watch
@@ -254,7 +255,7 @@ def test_a_word_gap_after_a_space_is_filled_with_a_word_and_no_punctuation(tmp_p
 def test_text_that_cannot_be_joined_to_a_gap_is_refused():
     tokenizer = train_plain_tokenizer("word", ["the king s hat", "a queen s hat"] * 20)
     with pytest.raises(ValueError, match="cannot join 's'"):
-        parse_prompt("king___s", tokenizer, [0, 1])
+        parse_prompt("king___{1}s", tokenizer, [0, 1])
 
 
 def test_special_tokens_are_never_drawn(loaded):
@@ -309,6 +310,42 @@ def test_a_misspelled_gap_is_refused(loaded, prompt):
     _, tokenizer, run = loaded
     with pytest.raises(ValueError, match="a gap (is )?___"):
         make_template(prompt, tokenizer, run, seed=0)
+
+
+@pytest.mark.parametrize(
+    "prompt, text",
+    [
+        ("snake_case and a_b___c", None),  # None: the text is the prompt
+        ("x9____y __init__", None),
+        ("fill \\___ here", "fill ___ here"),
+        ("\\_____", "_____"),
+        ("\\___{3}", "___{3}"),
+        ("\\\\___", "\\___"),
+    ],
+)
+def test_underscores_in_a_word_or_after_a_backslash_are_text(prompt, text):
+    assert not re.search(prompts_file.MISSPELLED, prompt)
+    assert prompts_file.split_gaps(prompt) == ([text or prompt], [])
+
+
+@pytest.mark.parametrize(
+    "prompt, texts",
+    [
+        ("a_b___c ___", ["a_b___c ", ""]),
+        ("the ___s", ["the ", "s"]),
+        ("\u5929___\u6c14", ["\u5929", "\u6c14"]),
+        ("a___{1}b", ["a", "b"]),
+        ("___{1}___", ["", "", ""]),
+    ],
+)
+def test_other_underscores_are_gaps_also_between_letters_of_scripts_without_spaces(prompt, texts):
+    assert prompts_file.split_gaps(prompt)[0] == texts
+
+
+def test_underscores_that_are_text_reach_the_template():
+    tokenizer = train_plain_tokenizer("char", ["a_b___c", "d ___"] * 20)
+    ((template, _),), has_gap = parse_prompt(r"a_b___c \___", tokenizer, [0, 1])
+    assert not has_gap and tokenizer.decode(template) == "a_b___c ___"
 
 
 def test_a_prompt_that_is_not_unicode_is_refused(loaded):
