@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 import cli
-from data import count_up, prefetch
+from data import prefetch
 from documents import Corpus, is_json, look_at
 from text import add_marks, adds_prefix, file_hash, label_ids, load_tokenizer, read_part, unknown_bytes
 
@@ -129,7 +129,7 @@ def hash_documents(tokens, which, chunk=1 << 20):
     lengths, hashes = tokens.offsets[which + 1] - tokens.offsets[which], []
     for group in np.split(which, np.searchsorted(lengths.cumsum(), np.arange(chunk, lengths.sum(), chunk))):
         sizes = tokens.offsets[group + 1] - tokens.offsets[group]
-        position = count_up(sizes)
+        position = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
         x = tokens.ids[np.repeat(tokens.offsets[group], sizes) + position].astype(np.uint64)
         x += position.astype(np.uint64) << np.uint64(32)
         for shift, odd in ((32, 0xD6E8FEB86659FD93), (29, 0xBF58476D1CE4E5B9)):  # mixes token and position

@@ -3,9 +3,9 @@
 import math
 import shlex
 
-import cli
+import parallel
 import sample
-from checkpoint import load, read_metrics
+from checkpoint import load
 from text import ONE_LINE
 
 N_SAMPLES = 2
@@ -39,16 +39,9 @@ the training, `tokenizer.model` the SentencePiece tokenizer. Nothing in them is 
 """
 
 
-def read_figures(run_dir, step):
-    """Read the figures of the validation at a step from metrics.jsonl -> dict, {} if they are not there."""
-    lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
-    figures = {name: value for line in lines if line["step"] == step for name, value in line.items()}
-    return {name[4:]: value for name, value in figures.items() if name.startswith("val_") and math.isfinite(value)}
-
-
 def model_card(folder, dtype):
     """Describe the model of an exported folder -> markdown. Samples from it."""
-    model, tokenizer, run = load(folder, device=cli.device("auto"))
+    model, tokenizer, run = load(folder, device=parallel.find_device("auto"))
     shown = folder.name if folder.is_absolute() else folder  # no paths of this machine
     return CARD.format(
         name=folder.name,

@@ -257,7 +257,7 @@ def export(run_dir, out_dir, dtype=torch.float32):
         (out_dir / "model.safetensors").write_bytes(library.save(weights))
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
         run |= dict(args=without_folders(run["args"]), weights_hash=file_hash(out_dir / "model.safetensors"))
-        run["figures"] = card.read_figures(run_dir, run["step"]) or run.get("figures", {})
+        run["figures"] = read_figures(run_dir, run["step"]) or run.get("figures", {})
         kept = {name: value for name, value in run.items() if name not in ("times", "times_history")}
         (out_dir / "config.json").write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
         (out_dir / "README.md").write_text(card.model_card(out_dir, dtype), encoding="utf-8")
@@ -365,6 +365,13 @@ def read_metrics(run_dir):
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is not of a run: give a run folder") from None
     return lines
+
+
+def read_figures(run_dir, step):
+    """Read the figures of the validation at a step from metrics.jsonl -> dict, {} if they are not there."""
+    lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
+    figures = {name: value for line in lines if line["step"] == step for name, value in line.items()}
+    return {name[4:]: value for name, value in figures.items() if name.startswith("val_") and math.isfinite(value)}
 
 
 def lock(run_dir):

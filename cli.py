@@ -130,24 +130,6 @@ def user_cache_dir():
     return os.path.join(tempfile.gettempdir(), f"cache-of-user-{user}"), False
 
 
-def device(name):
-    """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device. Raises ValueError if there is none."""
-    import torch  # not above: a command imports this file before all that takes long
-
-    if str(name).startswith("mps"):
-        raise ValueError("--device=mps (the GPU of a Mac) is not supported: use --device=cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(name)
-        torch.zeros((), device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f"no device {name!r} here: use --device=cpu, or --device=cuda if there is a GPU")
-    return found
-
-
 @contextmanager
 def writing(path):
     """Name the path in the error of a full disk, which does not name one. Put it around the `with` that closes the file."""

@@ -26,6 +26,7 @@ import cache
 import cli
 import data
 import log
+import parallel
 import switches
 import train
 from checkpoint import prepare_text
@@ -176,7 +177,7 @@ def suggest_example(corpus, example):
 
 def suggest(corpus, example, args):
     """Do what train.py does before its first step, with its own functions, and measure the speed -> lines."""
-    device = cli.device(args.device)
+    device = parallel.find_device(args.device)
     kind, found = suggest_tokenizer(corpus, example)
     with tempfile.TemporaryDirectory() as folder:
         words = [f"-d={corpus}", f"-mdir={folder}", f"--text_field={corpus.text_field}", f"--example={example}"]

@@ -21,8 +21,6 @@ from functools import wraps
 import torch
 import torch.distributed as dist
 
-import cli
-
 START_TIMEOUT = timedelta(minutes=1)  # until all processes have started; also between GPUs
 STEP_TIMEOUT = timedelta(seconds=15)  # in training, see `limit_steps`: torchrun takes 30 s more to end what hangs
 LONG_TIMEOUT = timedelta(days=1)  # for what the first process does alone, such as tokenising
@@ -36,18 +34,34 @@ class WithoutBars(io.TextIOWrapper):
         return False
 
 
+def find_device(name):
+    """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device. Raises ValueError if there is none."""
+    if str(name).startswith("mps"):
+        raise ValueError("--device=mps (the GPU of a Mac) is not supported: use --device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+        torch.zeros((), device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"no device {name!r} here: use --device=cpu, or --device=cuda if there is a GPU")
+    return found
+
+
 def join(name):
-    """Find the device by its name, as `cli.device` does, and meet the other processes of torchrun -> torch.device."""
+    """Find the device by its name, as `find_device` does, and meet the other processes of torchrun -> torch.device."""
     global _step_group, _patient_group
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = cli.device(name)
+    device = find_device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if device.type == "cuda":
         if device.index is None and local >= torch.cuda.device_count():
             n = torch.cuda.device_count()
             raise ValueError(f"process {local + 1} of this machine has no GPU, there are {n}: lower --nproc_per_node")
-        device = cli.device(f"cuda:{local}") if device.index is None else device
+        device = find_device(f"cuda:{local}") if device.index is None else device
         torch.cuda.set_device(device)
     with _report_lost_process():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)

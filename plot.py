@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,9 @@ import cache
 import cli
 import data
 import figures
-from checkpoint import load, read_checkpoint, read_metrics
+import parallel
+import report
+from checkpoint import load, read_checkpoint, read_figures, read_metrics, without_folders
 from generation import DEFAULT, Options, sample_batch
 from noise import mix_seed
 from prompts import read_breaks
@@ -46,6 +49,10 @@ MARK = "made by plot.py"  # in each picture, so that only pictures are written o
 METADATA = {"png": {"Software": MARK}, "svg": {"Creator": MARK, "Date": None}}
 WATCH_SECONDS = 5
 DENSITY_BINS, DENSITY_DRAWS = 20, 8  # of losses by time
+N_TEXTS = 5  # of the page of a run; fewer where rows are long
+MOST_TOKENS = 512  # of them
+N_ALTERNATIVES = 6  # at each network call
+LEAST = 5  # per mille: less likely alternatives are left out
 PACKED_ROWS = 32  # that are drawn
 
 _reported = set()  # messages that `try_to_save` has printed
@@ -176,7 +183,7 @@ def to_cell(value):
 
 def draw_times(args):
     """Draw the losses of best.pt and last.pt by time, and the densities that were fitted to them at each validation."""
-    device, found = cli.device(args.device), {}
+    device, found = parallel.find_device(args.device), {}
     for which in ("best", "last"):
         if which == "last" or Path(args.run_dir, "best.pt").exists():
             model, tokenizer, run = load(args.run_dir, which, device)
@@ -350,12 +357,85 @@ def exact_by_calls(content):
 
 def draw_report(args):
     """Write the page of a run."""
-    import report  # it imports this file
-
-    content = report.page(Path(args.run_dir), cli.device(args.device))
+    content = run_page(Path(args.run_dir), parallel.find_device(args.device))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with cli.replacing(args.output) as temporary:
-        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # of file names that are not UTF-8
+    with cli.replacing(args.output) as temporary:  # names of files may not be UTF-8
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
+
+
+def run_page(run_dir, device):
+    """Describe a run folder or an exported one -> HTML. Raises ValueError if there is nothing to show."""
+    metrics, loaded = read_run_so_far(run_dir, device)
+    found = texts = None
+    if loaded:
+        model, tokenizer, run = loaded
+        run = run | dict(args=without_folders(run["args"]))
+        loaded = model, tokenizer, run
+        found = read_figures(run_dir, run["step"]) or run.get("figures", {})
+        texts = sample_texts(*loaded)
+    name, samples = run_dir.resolve().name, report.read_samples(run_dir)
+    return report.page(name, metrics, samples, loaded, found, texts)
+
+
+def read_run_so_far(run_dir, device):
+    """Read what there is of a run -> metrics (list), (model, tokenizer, run) or None.
+
+    Raises ValueError if there is nothing to show, or if a file is damaged.
+    """
+    if not run_dir.is_dir():
+        raise ValueError(f"no folder at {run_dir}: give a run folder")
+    metrics = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
+    has_best = any((run_dir / name).is_file() for name in ("best.pt", "model.safetensors", "config.json"))
+    which = "best" if has_best else "last" if (run_dir / "last.pt").is_file() else None
+    if not which and not metrics:
+        raise ValueError(f"{run_dir} has nothing to show yet: no checkpoint and no metrics; train, or give another folder")
+    return metrics, load(run_dir, which, device) if which else None
+
+
+class Alternatives:
+    """Keep the likeliest tokens of one batch in each network call. bar: shows the calls."""
+
+    def __init__(self, bar):
+        self.calls, self.bar = [], bar
+
+    def __call__(self, t, p, given):
+        """See `watch` in bfn.Controls: p (B, L, K)."""
+        share, ids = p.topk(min(N_ALTERNATIVES, p.shape[-1]))
+        self.calls.append(torch.stack([ids, (1000 * share).round().long()], -1).cpu().numpy())  # (B, L, n, 2)
+        self.bar.update()
+
+    def of_text(self, row, begin, ids, n_calls):
+        """Look up the course of one text from position `begin` on -> dict of ids and calls, see above."""
+        calls = [[likely(pairs) for pairs in call[row, begin : len(ids)]] for call in self.calls[:n_calls]]
+        return dict(ids=ids[begin:], calls=calls)
+
+
+def likely(pairs):
+    """Keep the first token and those that are likely enough: (n, 2) of id and falling per mille -> [id, per mille, id, ...]."""
+    return pairs[: max(1, (pairs[:, 1] >= LEAST).sum())].flatten().tolist()
+
+
+def sample_texts(model, tokenizer, run):
+    """Sample the texts that sample.py prints first -> dict: texts as of `Alternatives.of_text`, pieces of all their ids."""
+    n_texts = min(N_TEXTS, max(1, MOST_TOKENS // run["args"]["sequence_length"]))
+    seeds = [mix_seed(0, i) for i in range(n_texts)]
+    templates = Sampler(model, tokenizer, run).templates([""] * n_texts, 0, None, Options())
+    with tqdm(total=DEFAULT.steps + DEFAULT.corrections, desc="sampling", unit="call", disable=None) as bar:
+        alternatives = Alternatives(bar)
+        options = Options(replace(DEFAULT, watch=alternatives))
+        samples = sample_batch(model, tokenizer, templates, seeds, options)
+    begin = int(tokenizer.bos_id() >= 0)
+    texts = [alternatives.of_text(row, begin, ids, calls) for row, (ids, calls) in enumerate(samples)]
+    used = {k for text in texts for call in text["calls"] for position in call for k in position[::2]}
+    used = used.union(*(text["ids"] for text in texts))
+    return dict(texts=texts, pieces={k: to_text(k, tokenizer) for k in sorted(used)})
+
+
+def to_text(k, tokenizer):
+    """Write a token as it reads within a text -> str."""
+    if k == tokenizer.eos_id():
+        return " (end)"
+    return piece_text(k, tokenizer)
 
 
 # ---------------------------------------------------------------- the command

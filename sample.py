@@ -73,7 +73,7 @@ class Sampler:
     @classmethod
     def load(cls, run_dir: str, checkpoint: str = "best", device: str = "auto") -> "Sampler":
         """Load a run folder or an exported model."""
-        return cls(*load(run_dir, checkpoint, cli.device(device)))
+        return cls(*load(run_dir, checkpoint, parallel.find_device(device)))
 
     def __call__(self, prompt: str = "", n: int = 1, seed: int = 0, **options) -> list[str]:
         """Sample n texts that continue a prompt or fill its gaps -> list of str."""

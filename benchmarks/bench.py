@@ -35,6 +35,7 @@ import cli
 import data
 import fused
 import log
+import parallel
 import plot
 import switches
 import toy
@@ -336,7 +337,7 @@ def measure_all(jobs, args, device, path):
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    device = cli.device(args.device)
+    device = parallel.find_device(args.device)
     torch.set_float32_matmul_precision("high")
     if args.one:
         case, variant, sizes = json.loads(args.one)

@@ -34,6 +34,7 @@ import bench
 
 import cli
 import log
+import parallel
 import plot
 import toy
 import train
@@ -310,7 +311,7 @@ def main(argv=None):
     if args.data_path and not os.path.isfile(args.data_path):
         raise ValueError(f"no text file at {args.data_path}")
     torch.set_float32_matmul_precision("high")
-    args.device, args.folder, begin = cli.device("auto"), Path(args.output), time.monotonic()
+    args.device, args.folder, begin = parallel.find_device("auto"), Path(args.output), time.monotonic()
     args.sizes, args.deadline = SIZES["quick" if args.quick else args.device.type], begin + 60 * args.minutes
     with open_report(args.folder) as report, tempfile.TemporaryDirectory(dir=args.folder, prefix="runs-") as scratch:
         args.scratch = Path(scratch)

@@ -35,6 +35,7 @@ import data
 import evaluate
 import model as model_file
 import optim
+import parallel
 import plot
 import switches
 import train
@@ -324,7 +325,7 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
     """Train one variant on the text that `prepare` returned -> its record."""
     tokenizer, tokens, val = text
     VARIANTS[name](args)
-    device, budget = cli.device(args.device), Budget(minutes, n_tokens)
+    device, budget = parallel.find_device(args.device), Budget(minutes, n_tokens)
     config = train.make_config(args, len(tokenizer))
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())

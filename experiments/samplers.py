@@ -35,6 +35,7 @@ import cache
 import cli
 import evaluate
 import figures
+import parallel
 import plot
 import quality
 import toy
@@ -278,13 +279,13 @@ def held_out_texts(args, run, tokenizer, corpus):
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    model, tokenizer, run = load(args.model_dir, device=cli.device(args.device))
+    model, tokenizer, run = load(args.model_dir, device=parallel.find_device(args.device))
     is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
     check_flags(args, run, is_toy)
     corpus, part = evaluate.find_corpus(args, run)
     real, lengths = held_out_texts(args, run, tokenizer, corpus)
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
-    judge = Judge(args.judge, cli.device(args.device)) if args.judge else None
+    judge = Judge(args.judge, parallel.find_device(args.device)) if args.judge else None
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     measured = measure(real, reference, is_toy, judge, args.seed)
     results = [dict(asdict(Job(HELD_OUT, 0)), calls_per_text=0, seconds=0, n_texts=len(real), figures=measured)]

@@ -22,6 +22,7 @@ import corpus
 import evaluate
 import log
 import moons
+import parallel
 import plot
 import sample
 import train
@@ -156,7 +157,7 @@ def test_a_file_system_without_locks_gets_one_line(monkeypatch, capsys, tmp_path
 def test_the_gpu_of_a_mac_is_refused_with_what_works():
     for name in ("mps", "mps:0"):
         with pytest.raises(ValueError, match="mps .* not supported: use --device=cpu"):
-            cli.device(name)
+            parallel.find_device(name)
 
 
 # ---------------------------------------------------------------- from a notebook

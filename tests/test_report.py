@@ -74,7 +74,7 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(run_dir):
-    return report.page(run_dir, CPU)
+    return plot.run_page(run_dir, CPU)
 
 
 def test_foreign_text_is_text_and_nothing_is_loaded_from_elsewhere(page):
@@ -109,8 +109,8 @@ def test_figures_have_their_errors_in_each_unit(page):
 def test_a_text_at_each_call_is_what_the_network_says(run_dir):
     """Tokens by falling probability, the first of them always; in the end stands what sample.py prints."""
     model, tokenizer, run = load(run_dir)
-    data = report.sample_texts(model, tokenizer, run)
-    printed = sample.Sampler(model, tokenizer, run)(n=report.N_TEXTS)
+    data = plot.sample_texts(model, tokenizer, run)
+    printed = sample.Sampler(model, tokenizer, run)(n=plot.N_TEXTS)
     for text, expected in zip(data["texts"], printed, strict=True):
         drawn = "".join(data["pieces"][k] for k in text["ids"])
         assert drawn.split(" (end)")[0].split() == expected.split()
@@ -119,7 +119,7 @@ def test_a_text_at_each_call_is_what_the_network_says(run_dir):
             for position in call:
                 shares = position[1::2]
                 assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1000 + len(shares)
-                assert all(share >= report.LEAST for share in shares[1:])
+                assert all(share >= plot.LEAST for share in shares[1:])
 
 
 def test_a_run_without_a_checkpoint_or_a_validation_shows_what_it_has(run_dir, tmp_path, capsys, monkeypatch):
@@ -129,11 +129,11 @@ def test_a_run_without_a_checkpoint_or_a_validation_shows_what_it_has(run_dir, t
     (line,) = capsys.readouterr().err.splitlines()
     assert "has nothing to show yet" in line
     write_metrics(tmp_path, METRICS[:1])
-    early = report.page(tmp_path, CPU)
+    early = plot.run_page(tmp_path, CPU)
     assert early.count("There is no checkpoint yet.") == 3 and "training loss over step" in early and "<script" not in early
     shutil.copyfile(run_dir / "best.pt", tmp_path / "last.pt")
     shutil.copyfile(run_dir / "tokenizer.model", tmp_path / "tokenizer.model")
-    stopped = report.page(tmp_path, CPU)
+    stopped = plot.run_page(tmp_path, CPU)
     assert "Nothing was validated at step 10 yet" in stopped and "step 10 of 20" in stopped and "<script" in stopped
     assert "There is no samples.txt" in stopped
 
