@@ -107,9 +107,9 @@ def describe(corpus, example, lengths, characters, duplicates):
     common = " ".join(c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c, _ in characters.most_common(20))
     rare = sum(count == 1 for count in characters.values())
     return [
-        f"{corpus.describe(n, corpus.n_bytes)}; {n_chars:,} characters (--example={example})",
-        f"lengths in characters: half up to {median:,}, nine of ten up to {most:,}, the longest {values[-1]:,}",
-        f"characters: {len(characters):,} different ones, {rare:,} of them once; {_shares(kinds)}",
+        corpus.describe(n, corpus.n_bytes),
+        f"lengths in characters (--example={example}): half up to {median:,}, nine of ten up to {most:,}, the longest {values[-1]:,}",
+        f"characters: {n_chars:,}, {len(characters):,} different ones, {rare:,} of them once; {_shares(kinds)}",
         f"the most frequent ones: {common}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
         f"duplicates: {duplicates:.1%} of the examples are the same as an earlier one",
