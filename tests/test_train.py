@@ -294,6 +294,7 @@ def test_a_run_whose_text_grew_names_the_command_that_trains_on_it(
     with pytest.raises(ValueError) as error:
         run(run_dir, "--max_steps=2")
     words = shlex.split(re.search(r"python (train.py .*)", str(error.value))[1])
+    del error  # it keeps the lock
     monkeypatch.setattr(sys, "argv", [*words, f"--cache_dir={tmp_path / 'cache'}", "--compile=off"])
     train.main()
     flags = train.load(tmp_path / "a run-2")[2]["args"]
