@@ -28,7 +28,7 @@ import log
 import switches
 import train
 from checkpoint import prepare_text
-from documents import Corpus
+from documents import PACKED, Corpus, is_json
 from evaluate import validation_seconds
 from text import VOCAB_SIZES, is_punctuation, read_pieces, read_sample
 
@@ -252,7 +252,7 @@ def normalize(corpus, out, changes):
     """Write a text with all `changes`, functions of text, to a new file. Raises ValueError if there is a file already."""
     if out.exists():
         raise ValueError(f"{out} exists already: give another name")
-    if out.name.endswith((".gz", ".jsonl")):
+    if is_json(out.name) or out.suffix.lower().removeprefix(".") in PACKED:
         raise ValueError(f"{out} would be plain text: give a name that ends in .txt")
 
     def changed():
