@@ -108,8 +108,10 @@ def describe(corpus, example, lengths, characters, duplicates):
     rare = sum(count == 1 for count in characters.values())
     return [
         corpus.describe(n, corpus.n_bytes),
-        f"lengths in characters (--example={example}): half up to {median:,}, nine of ten up to {most:,}, the longest {values[-1]:,}",
-        f"characters: {n_chars:,}, {len(characters):,} different ones, {rare:,} of them once; {_shares(kinds)}",
+        f"lengths in characters (--example={example}): half up to {median:,}, "
+        f"nine of ten up to {most:,}, the longest {values[-1]:,}",
+        f"characters: {n_chars:,}, {len(characters):,} different ones, {rare:,} of them once; "
+        f"{_shares(kinds)}",
         f"the most frequent ones: {common}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
         f"duplicates: {duplicates:.1%} of the examples are the same as an earlier one",
