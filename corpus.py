@@ -105,13 +105,12 @@ def describe(corpus, example, lengths, characters, duplicates):
         if kind == "L":
             scripts[script(c)] += count
     common = " ".join(c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c, _ in characters.most_common(20))
-    rare = sum(count == 1 for count in characters.values())
+    once = f"{sum(count == 1 for count in characters.values()):,} of them once"
+    shares = f"half up to {median:,}, nine of ten up to {most:,}"
     return [
         corpus.describe(n, corpus.n_bytes),
-        f"lengths in characters (--example={example}): half up to {median:,}, "
-        f"nine of ten up to {most:,}, the longest {values[-1]:,}",
-        f"characters: {n_chars:,}, {len(characters):,} different ones, {rare:,} of them once; "
-        f"{_shares(kinds)}",
+        f"lengths in characters (--example={example}): {shares}, the longest {values[-1]:,}",
+        f"characters: {n_chars:,}, {len(characters):,} different ones, {once}; {_shares(kinds)}",
         f"the most frequent ones: {common}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
         f"duplicates: {duplicates:.1%} of the examples are the same as an earlier one",
