@@ -30,7 +30,7 @@ import parallel
 import switches
 import train
 from checkpoint import prepare_text
-from documents import Corpus
+from documents import PACKED, Corpus, is_json
 from evaluate import validation_seconds
 from text import (
     EXAMPLE_HELP,
@@ -119,11 +119,12 @@ def describe(corpus, example, lengths, characters, duplicates):
     n_most, text = duplicates.most
     most_frequent = f", {text!r} {n_most:,} times" if n_most > 1 else ""
     common = " ".join(c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c, _ in characters.most_common(20))
-    rare = sum(count == 1 for count in characters.values())
+    once = f"{sum(count == 1 for count in characters.values()):,} of them once"
+    shares = f"half up to {median:,}, nine of ten up to {most:,}"
     return [
-        f"{corpus.describe(n, corpus.n_bytes)}; {n_chars:,} characters (--example={example})",
-        f"lengths in characters: half up to {median:,}, nine of ten up to {most:,}, the longest {values[-1]:,}",
-        f"characters: {len(characters):,} different ones, {rare:,} of them once; {_shares(kinds)}",
+        corpus.describe(n, corpus.n_bytes),
+        f"lengths in characters (--example={example}): {shares}, the longest {values[-1]:,}",
+        f"characters: {n_chars:,}, {len(characters):,} different ones, {once}; {_shares(kinds)}",
         f"the most frequent ones: {common}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
         f"duplicates: {duplicates.share():.1%} of the examples are the same as an earlier one"
@@ -272,7 +273,7 @@ def normalize(corpus, out, changes):
     """Write a text with all `changes`, functions of text, to a new file. Raises ValueError if there is a file already."""
     if out.exists():
         raise ValueError(f"{out} exists already: give another name")
-    if out.name.endswith((".gz", ".jsonl")):
+    if is_json(out.name) or out.suffix.lower().removeprefix(".") in PACKED:
         raise ValueError(f"{out} would be plain text: give a name that ends in .txt")
 
     def changed():

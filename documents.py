@@ -264,7 +264,7 @@ def _fill(command, path):
 
 
 def _without_nul(head):
-    """Choose a program for a file with NUL bytes. In UTF-16, most often every second byte is one."""
+    """Choose a program for a file with NUL bytes. In UTF-16, about every second byte is one."""
     n_even, n_odd = head[::2].count(0), head[1::2].count(0)
     if max(n_even, n_odd) > len(head) / 8 > 4 * min(n_even, n_odd):
         return TO_UTF8.format("UTF-16LE" if n_odd > n_even else "UTF-16BE")

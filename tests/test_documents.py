@@ -1,13 +1,22 @@
 """A text in one file or in many, plain, packed or as objects: the examples are the same."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
+import re
+import sqlite3
+import subprocess
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
 
-from documents import Corpus, find_files
+import cache
+from documents import Corpus, find_files, left_out, lines_of
 from text import default_vocab_size, read_part, read_pieces, train_tokenizer
 
 TEXTS = ["one\ntwo\n\nthree", "", "fo\u00fcr\n", "  five six\n\n\nseven"]
@@ -145,3 +154,209 @@ def test_a_damaged_gz_file_is_named(tmp_path, damage):
     for function in (read, lambda path: Corpus.of(path).n_bytes):
         with pytest.raises(ValueError, match=r"a\.txt\.gz is damaged or not a \.gz file"):
             function(os.fspath(tmp_path / "a.txt.gz"))
+
+
+# ---------------------------------------------------------------- files that are not what they seem
+
+LINES = "the king sleeps\ncaf\u00e9 \u0416 \u6f22\n\nanna sees\n"
+RECORDS = [dict(text=line) for line in LINES.split("\n") if line]
+PACKERS = gzip.compress, bz2.compress, lzma.compress
+
+
+def write_bytes(path, content):
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"], ids=["\\n", "\\r\\n", "\\r"])
+def test_a_text_with_a_mark_or_old_line_ends_is_read_right(tmp_path, encoding, line_end):
+    path = write_bytes(tmp_path / "a.txt", LINES.replace("\n", line_end).encode(encoding))
+    assert read(path) == LINES.split("\n")[:2] + ["anna sees"]
+    assert read(path, "paragraph") == [LINES.split("\n\n")[0], "anna sees"]
+
+
+@pytest.mark.parametrize(
+    "mark, encoding", [(b"\xfe\xff", "utf-16-be"), (b"\0\0\xfe\xff", "utf-32-be")]
+)
+def test_big_endian_texts_are_read_right(tmp_path, mark, encoding):
+    path = write_bytes(tmp_path / "a", mark + LINES.encode(encoding))
+    assert read(path) == [record["text"] for record in RECORDS]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.TXT.XZ", "a"])
+@pytest.mark.parametrize("pack", [bytes, *PACKERS])
+def test_a_packed_text_is_read_whatever_its_name(tmp_path, name, pack):
+    path = write_bytes(tmp_path / name, pack(LINES.encode()))
+    assert read(path) == [record["text"] for record in RECORDS]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSONL", "a.ndjson", "a.Json.gz"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        objects([record["text"] for record in RECORDS]),
+        json.dumps(RECORDS),
+        "\n " + json.dumps(RECORDS, indent=2),
+        json.dumps([record["text"] for record in RECORDS]),
+        json.dumps(dict(text="".join(LINES)), indent=1),
+    ],
+    ids=["lines", "list", "indented list", "list of texts", "one indented object"],
+)
+def test_json_is_read_as_objects_on_lines_or_in_a_list(tmp_path, name, content):
+    expected = [record["text"] for record in RECORDS]
+    for raw in (content.encode(), content.encode("utf-8-sig"), content.encode("utf-16")):
+        assert read(write_bytes(tmp_path / name, raw)) == expected
+
+
+def test_the_content_of_a_file_that_is_read_otherwise_has_another_hash(tmp_path):
+    """Else a cache of the same bytes, read as lines of text, would be taken."""
+    content = b'{"text": "a"}\r{"text": "b"}'
+    names = "a.txt", "a.json", "a.jsonl"
+    paths = [write_bytes(tmp_path / name, content) for name in names]
+    mac, *json_hashes = (cache.content_hash(Corpus(path), tmp_path) for path in paths)
+    assert mac != cache.file_hash(paths[0]) and set(json_hashes) != {mac}
+    plain = write_bytes(tmp_path / "b.txt", content.replace(b"\r", b"\n"))
+    assert cache.content_hash(Corpus(plain), tmp_path) == cache.file_hash(plain)
+
+
+@pytest.mark.parametrize(
+    "name, content, command",
+    [
+        ("a b.txt", "caf\u00e9 no\u00ebl\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8"),
+        ("a.jsonl", '{"text": "caf\u00e9"}\n'.encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8"),
+        ("a.gz", gzip.compress("caf\u00e9\n".encode("latin-1")), "iconv"),
+        ("a.txt", LINES.encode("utf-16-le"), "iconv -f UTF-16LE"),
+        ("a.txt", LINES.encode("utf-16-be"), "iconv -f UTF-16BE"),
+        ("a.txt", b"the king\0 sleeps\n", "tr -d"),
+        ("b.txt.gz", gzip.compress(b"the king\0 sleeps\n"), "tr -d"),
+        ("a.gz", gzip.compress(gzip.compress(LINES.encode())), "gzip -dc"),
+    ],
+)
+def test_the_command_that_is_named_makes_a_text_of_what_is_none(tmp_path, name, content, command):
+    path = write_bytes(tmp_path / name, content)
+    with pytest.raises(ValueError) as error:
+        read(path)
+    assert "\n" not in str(error.value) and path in str(error.value)
+    line = re.search(r"(?:gzip|iconv|tr) -.*", str(error.value))[0]
+    assert command in line
+    subprocess.run(line, shell=True, check=True)
+    new = path + (".jsonl" if ".jsonl" in name else ".txt")
+    assert read(new) and not any("\0" in text or "\ufffd" in text for text in read(new))
+
+
+def zipped(*names):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return file.getvalue()
+
+
+def tarred():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return file.getvalue()
+
+
+def database():
+    connection = sqlite3.connect(":memory:")
+    connection.execute("create table t (text)")
+    return connection.serialize()
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"%PDF-1.4\n%\xe2", "a PDF, .*pdftotext"),
+        (zipped("[Content_Types].xml", "word/document.xml"), "a document .*pandoc"),
+        (zipped("[Content_Types].xml", "xl/workbook.xml"), "an Excel file.*read_excel"),
+        (zipped("a.txt"), "a zip archive.*unzip"),
+        (tarred(), "a tar archive.*tar -xf"),
+        (gzip.compress(tarred()), "a tar archive.*tar -xf"),
+        (gzip.compress(b"%PDF-1.4\n"), "a PDF.*gzip -dc .* first"),
+        (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z .*7z x"),
+        (b"\x28\xb5\x2f\xfd\0", "packed with zstd.*zstd -d"),
+        (database(), "a database.*sqlite3 -json"),
+        (b"PAR1\x15\4\x15", "a parquet file.*read_parquet"),
+        (b"ARROW1\0\0", "an arrow file.*read_feather"),
+        (b"\xff\xff\xff\xff\x10\2\0\0", "a stream of arrow records.*open_stream"),
+        (b"\x89PNG\r\n\x1a\n\0", "a picture.*tesseract"),
+        (b"\xff\xd8\xff\xe0\0", "a picture"),
+        (b"\xd0\xcf\x11\xe0\xa1", "an old Office file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a link of Git LFS .*git lfs pull"),
+    ],
+)
+def test_what_is_no_text_is_named_in_one_line_with_a_command(tmp_path, content, what):
+    path = write_bytes(tmp_path / "a.txt", content)
+    with pytest.raises(ValueError, match=rf"a\.txt is {what}") as error:
+        read(path)
+    assert "\n" not in str(error.value) and "{" not in str(error.value)
+
+
+FORMATS = "%PDF files", "GIF89a is a format", "BZh9 is how", "PAR1 ", "RIFF and so on"
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_a_text_that_speaks_of_formats_is_a_text(tmp_path, text):
+    assert read(write(tmp_path / "a.txt", text)) == [text]
+
+
+def test_a_text_that_is_damaged_behind_its_mark_is_named(tmp_path):
+    path = write_bytes(tmp_path / "a.txt", LINES.encode("utf-16") + b"x")
+    with pytest.raises(ValueError, match="a.txt begins as UTF-16, but"):
+        read(path)
+
+
+def test_an_object_that_holds_a_list_of_objects_gets_the_command_that_unfolds_it(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps(dict(version=1, data=RECORDS)))
+    command = r"""jq -c '.\["data"\]\[\]' < .*a.json > .*a.json.jsonl"""
+    with pytest.raises(ValueError, match=command):
+        read(path)
+
+
+def test_the_lines_of_a_small_file_are_read_as_those_of_a_corpus(tmp_path):
+    path = write_bytes(tmp_path / "a", gzip.compress("one\r\n\r\ntwo\n".encode("utf-16")))
+    assert lines_of(path) == [(1, "one"), (2, ""), (3, "two")]
+    assert lines_of(write_bytes(tmp_path / "b", b"caf\xe9\x0c\x85")) == [(1, "caf\udce9\x0c\udc85")]
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    names = "a.TXT b.JSONL.GZ c.txt.xz ._a.txt .hidden d.md e.md f.json LICENSE"
+    for name in names.split():
+        write(tmp_path / name, "text\n")
+    for name in ("sub", ".git"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_a_folder_is_searched_for_endings_without_case_and_not_for_hidden_files(folder):
+    names = [os.path.basename(path) for path in find_files(str(folder))]
+    assert names == ["a.TXT", "b.JSONL.GZ", "c.txt.xz"]
+
+
+def test_what_a_folder_holds_besides_is_counted(folder):
+    (line,) = left_out(str(folder))
+    assert line.startswith("left out: hidden 3, .md 2, ") and line.endswith("/**/*.txt')")
+    assert all(f"{reason} 1" in line for reason in ("subfolders", ".json", "without an ending"))
+    assert left_out(f"{folder / 'a.TXT'},{folder / 'd.md'}") == [] == left_out(str(folder / "sub"))
+    assert left_out(str(folder / "*"))[0].startswith("left out: subfolders 1 (")
+    assert left_out(str(folder / "**")) == []
+
+
+def test_the_number_of_files_examples_and_bytes_is_said(folder):
+    corpus = Corpus(f"{folder / 'a.TXT'},{folder / 'c.txt.xz'}")
+    assert corpus.describe(1234, 1) == f"{corpus}: 2 files, 1,234 examples, 1 byte"
+    assert "3 files, 1 example, 9 bytes; left out: " in Corpus(str(folder)).describe(1, 9)
+
+
+def test_a_folder_without_a_text_says_what_it_holds(folder):
+    (folder / "sub" / "a.json").write_text("[]")
+    found = r"no text file at .*searched for .txt, .*left out: .json 1 .*\*\.json"
+    with pytest.raises(ValueError, match=found):
+        find_files(str(folder / "sub"))

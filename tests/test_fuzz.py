@@ -113,7 +113,7 @@ def test_any_corpus_is_tokenised_without_loss_or_refused_in_one_line(tmp_path_fa
         whole, *parts = (cache.load_corpus(path, model, folder / "cache", part, of) for part in ("all", "train", "val"))
         assert whole.offsets[-1] == len(whole.ids) and (whole.lengths > 0).all()
         assert sum(part.n_bytes for part in parts) <= whole.n_bytes
-        assert whole.n_bytes <= len(corpus)
+        assert whole.n_bytes <= len(corpus) or corpus[:2] in (b"\xff\xfe", b"\xfe\xff")  # UTF-16
         if kind in ("bpe", "unigram") and "\u2581".encode() not in corpus:  # SentencePiece's own sign for a space
             for piece in read_part(path, "all", of):
                 assert tokenizer.decode(tokenizer.encode(piece.text)) == piece.text

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -283,6 +284,25 @@ def test_resuming_with_another_corpus_is_refused(run, corpus, tmp_path):
     corpus.write_text(corpus.read_text() + "hugo walks\n")
     with pytest.raises(ValueError, match="trained with another corpus text"):
         run(tmp_path / "run")
+
+
+def test_a_run_whose_text_grew_names_the_command_that_trains_on_it(
+    run, corpus, tmp_path, monkeypatch, capsys
+):
+    run_dir = tmp_path / "a run"
+    run(run_dir, "--max_steps=1")
+    corpus.write_text(corpus.read_text() + "hugo walks\n")
+    with pytest.raises(ValueError) as error:
+        run(run_dir, "--max_steps=2")
+    words = shlex.split(re.search(r"python (train.py .*)", str(error.value))[1])
+    del error  # it keeps the lock
+    monkeypatch.setattr(sys, "argv", [*words, f"--cache_dir={tmp_path / 'cache'}", "--compile=off"])
+    train.main()
+    flags = train.load(tmp_path / "a run-2")[2]["args"]
+    assert (flags["init_from"], flags["max_steps"]) == (str(run_dir), 2)
+    assert f"{corpus}: 1 file, 301 examples, " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a run-3"):
+        run(run_dir)
 
 
 def test_a_file_that_training_did_not_write_is_never_overwritten(run, corpus, tmp_path):
