@@ -1,4 +1,4 @@
-"""What all commands share: numbers out of range, paths, full disks, signals, and what places lack."""
+"""What all commands share: numbers, paths, full disks, signals, and what some places lack."""
 
 import errno
 import fcntl
@@ -107,7 +107,7 @@ def test_the_home_folder_is_written_as_in_a_shell(monkeypatch, tmp_path):
 
 
 def test_a_user_without_a_home_folder_cannot_name_it(monkeypatch):
-    monkeypatch.setattr(os.path, "expanduser", str)  # as for a user id that the system does not know
+    monkeypatch.setattr(os.path, "expanduser", str)  # as for a user id that is not known
     with pytest.raises(ValueError, match="no home folder, give a whole path"):
         train.flags().parse_args(["-mdir=~/runs/a"])
 
@@ -166,7 +166,8 @@ def test_signals_are_handled_as_before_once_they_are_no_longer_caught():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = list(map(signal.getsignal, numbers))
     with suppress(ZeroDivisionError), cli.catch_signals():
-        assert all(signal.getsignal(n) != handler for n, handler in zip(numbers, before, strict=True))
+        pairs = zip(map(signal.getsignal, numbers), before, strict=True)
+        assert all(now != handler for now, handler in pairs)
         raise ZeroDivisionError
     assert list(map(signal.getsignal, numbers)) == before
 
