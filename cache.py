@@ -152,8 +152,8 @@ def share_in_training(tokens, training):
 def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
     """Tokenise a part of a corpus, or open the cache of an earlier call with the same content -> Tokens.
 
-    corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, or text that is not UTF-8, and
-    for a cache_dir that cannot be written.
+    corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, text
+    that is not UTF-8, and a cache_dir that cannot be written.
     """
     corpus = Corpus.of(corpus)
     if str(cache_dir) == default_cache_dir() and not cli.user_cache_dir()[1]:

@@ -118,4 +118,5 @@ def training_command(args):
 
 def export_command(folder, dtype):
     """Write the command that made an exported folder."""
-    return f"python checkpoint.py export RUN_DIR {shlex.quote(str(folder))} --dtype={name_of(dtype)}"
+    export = f"python checkpoint.py export RUN_DIR {shlex.quote(str(folder))}"
+    return f"{export} --dtype={name_of(dtype)}"

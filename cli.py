@@ -30,7 +30,7 @@ if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses unknown and abbreviated flags. Raises ValueError for bad ones.
+    """An argument parser that refuses unknown and abbreviated flags, with a ValueError.
 
     argparse itself reads -dpo=0.1 as -d po=0.1, -bs=12 as -b s=12, and -md as -mdir.
     """
@@ -119,7 +119,7 @@ def path(text):
 
 
 def user_cache_dir():
-    """Find the user's folder for caches -> path, True; a temporary one if it cannot be written -> path, False."""
+    """Find the user's folder for caches, or a temporary one -> path, whether it is the user's."""
     usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not usual.startswith("~"):  # else this user has no home folder
         path = Path(usual).absolute()

@@ -12,7 +12,8 @@ from contextlib import suppress
 from prompts import read_breaks, warn_unknown
 
 SETTINGS = "num_samples length seed".split()  # and the options of sample.py
-HELP = """A prompt is continued; ___ is a gap of one word, \\___ is text. Each prompt draws from the next seed.
+HELP = """A prompt is continued; ___ is a gap of one word, \\___ is text.
+Each prompt draws from the next seed.
   :set NAME VALUE   change a setting       :settings   show them
   :help             this text              :quit       leave, as Ctrl-D does"""
 

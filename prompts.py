@@ -247,7 +247,7 @@ def gap_sizes(low, high, follows_space, tokenizer, word_lengths):
 
 
 def split_gaps(text):
-    """Split a text at its gaps -> the texts between them, and their sizes [(low or None, high or None)].
+    """Split a text at its gaps -> the texts between them, and [(low or None, high or None)].
 
     Underscores after a backslash are text, without the backslash.
     """
@@ -261,8 +261,8 @@ def parse_prompt(prompt, tokenizer, word_lengths):
 
     ___ is one word, ___{3} is three tokens, ___{1-4} is one to four; \\___ is text, and so is ___
     between two Latin letters or digits. Gaps of unknown size give several templates, of which the
-    MAX_CANDIDATES of largest weight are kept. Raises ValueError for a gap that is written otherwise, and for text that
-    is not Unicode.
+    MAX_CANDIDATES of largest weight are kept. Raises ValueError for a gap that is written
+    otherwise, and for text that is not Unicode.
     """
     if re.search(MISSPELLED, prompt):
         usage = "a gap is ___ or ___{N} or ___{N-M}, and \\____ is text"

@@ -274,7 +274,7 @@ def finish(state, sampler, val, args):
 
 
 def main(argv=None):
-    """Train. argv: the flags, such as ["-d=text.txt", "-mdir=runs/a"], or those of the command line.
+    """Train. argv: flags, such as ["-d=text.txt", "-mdir=runs/a"], or those of the command line.
 
     Ctrl-C and other signals end it after a save: it raises KeyboardInterrupt(number of the signal).
     The earlier handlers are back at its end. In a thread, it catches no signals. Raises ValueError

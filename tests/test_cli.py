@@ -1,4 +1,4 @@
-"""What all commands share: numbers out of range, paths, full disks, signals, and what places lack."""
+"""What all commands share: numbers, paths, full disks, signals, and what some places lack."""
 
 import errno
 import fcntl
@@ -108,7 +108,7 @@ def test_the_home_folder_is_written_as_in_a_shell(monkeypatch, tmp_path):
 
 
 def test_a_user_without_a_home_folder_cannot_name_it(monkeypatch):
-    monkeypatch.setattr(os.path, "expanduser", str)  # as for a user id that the system does not know
+    monkeypatch.setattr(os.path, "expanduser", str)  # as for a user id that is not known
     with pytest.raises(ValueError, match="no home folder, give a whole path"):
         train.flags().parse_args(["-mdir=~/runs/a"])
 
@@ -131,7 +131,7 @@ def test_a_user_without_a_folder_for_caches_gets_a_temporary_one(monkeypatch, tm
     home = home.replace("file", str(tmp_path / "file"))
     monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+    monkeypatch.setattr(os, "access", lambda path, mode: home == "~")  # else, root may write
     folder, is_usual = cli.user_cache_dir()
     assert not is_usual and Path(folder).parent == Path(tempfile.gettempdir())
     assert train.flags().parse_args([]).cache_dir == f"{folder}/bayesian-flow-lm"
@@ -167,7 +167,8 @@ def test_signals_are_handled_as_before_once_they_are_no_longer_caught():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = list(map(signal.getsignal, numbers))
     with suppress(ZeroDivisionError), cli.catch_signals():
-        assert all(signal.getsignal(n) != handler for n, handler in zip(numbers, before, strict=True))
+        pairs = zip(map(signal.getsignal, numbers), before, strict=True)
+        assert all(now != handler for now, handler in pairs)
         raise ZeroDivisionError
     assert list(map(signal.getsignal, numbers)) == before
 

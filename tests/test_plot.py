@@ -216,7 +216,7 @@ def test_the_legend_names_every_run_and_the_panels_keep_their_size(drawn, draw, 
         inches = figure.get_size_inches()
         heights.append(figure.axes[0].get_position().height * inches[1])
         box = figure.legends[0].get_window_extent().transformed(figure.transFigure.inverted())
-        assert box.x0 > 0 and box.x1 < 1
+        assert box.x0 > 0 and box.x1 < 1 and box.y0 > figure.axes[0].get_position().y1
     assert heights[1] == pytest.approx(heights[0], rel=0.15)
 
 
