@@ -367,7 +367,7 @@ def spread_out(score, open_mask, n):
     Tokens drawn in the same call are independent, and far apart they depend on each other least.
     """
     B, L = score.shape
-    number = open_mask.cumsum(1) - 1  # of each open position in its row
+    number = open_mask.cumsum(1) - 1  # counts the open positions of a row from 0
     n_open = open_mask.sum(1, keepdim=True).clamp(min=1)
     stretch = (number * n[:, None] // n_open).masked_fill(~open_mask, L)
     rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # 0 for the lowest score
@@ -454,7 +454,7 @@ def log_likelihood(network, ids, cond_mask, s1, K, calls, choose=spread_out):
     most one call per open position; then it is the chain rule. log p_d is 0 where cond_mask (B, L)
     is True. choose: which positions to fill, see `spread_out`.
     """
-    keys = torch.zeros(*ids.shape, 2, dtype=torch.int32, device=ids.device)  # of drowned noise
+    keys = torch.zeros(*ids.shape, 2, dtype=torch.int32, device=ids.device)  # noise is drowned
     task = Reading(network, ids, cond_mask, s1, K, Controls(steps=calls), Draws(keys))
     _, _, log_p_of_ids = fill(task, partial(Commit, choose=choose))
     return log_p_of_ids.masked_fill(cond_mask, 0.0)

@@ -1,7 +1,8 @@
 """The exact likelihood of text under `commit`, and by the chain rule in other orders.
 
     windows   list of n     ids of each window, scored by itself, given its length
-    u         (B, L + 1)    uniform numbers: the first decides how many tokens are unknown, the others a random order
+    u         (B, L + 1)    uniform: the first decides how many tokens are unknown, the others
+                            a random order
     nats      (n,) float64  -log P of each window
     n_scored  (n,) float64  tokens of each window that are neither bos nor given
 """
@@ -34,7 +35,7 @@ def leftmost(score, open_mask, n):
 
 
 def ranks(u, open_mask):
-    """Number the positions `open_mask` by increasing u: 0, 1, 2, ...; the others come after them -> (B, L)."""
+    """Number the positions `open_mask` by increasing u, the others after them -> (B, L)."""
     return u.masked_fill(~open_mask, torch.inf).argsort(1).argsort(1)
 
 
@@ -69,7 +70,7 @@ def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
     return nats
 
 
-ORDERS = {  # of the flag --order: the name of the figure, and how it is computed
+ORDERS = {  # by the flag --order: the name of the figure, and how it is computed
     "sampler": ("exact, a call per token", exact),
     "left": ("left to right", partial(exact, choose=leftmost)),
     "random": ("random order", partial(exact, choose=None)),
@@ -78,7 +79,7 @@ ORDERS = {  # of the flag --order: the name of the figure, and how it is compute
 
 
 def figures_of(calls=(), orders=()):
-    """Name the figures of numbers of calls, and of ORDERS with one call per token -> {name: function}."""
+    """Name the figures of numbers of calls, and of ORDERS -> {name: function}."""
     by_calls = {f"exact, {n} call{'s' if n > 1 else ''}": partial(exact, calls=n) for n in calls}
     return by_calls | dict(ORDERS[order] for order in orders)
 
@@ -103,13 +104,14 @@ class Likelihoods:
 def score(model, windows, bos_id, given, functions, work, seed=0):
     """Compute figures (see `figures_of`) of windows, a list of arrays of ids -> Likelihoods.
 
-    model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model. given:
-    function of segment_ids (B, L) that tells what is given, besides bos. work: see `bounds.Work`; at
-    least one chunk is read. Raises ValueError if no token is left to score.
+    model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model.
+    given: function of segment_ids (B, L) that tells what is given, besides bos. work: see
+    `bounds.Work`; at least one chunk is read. Raises ValueError if no token is left to score.
     """
-    n, longest, device = len(windows), max(map(len, windows)), work.device
+    n = len(windows)
+    longest = max(map(len, windows))
     per_process = math.ceil(n / parallel.size())
-    fitting = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, device))
+    fitting = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, work.device))
     size = min(fitting, per_process)
     chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
     nats = torch.zeros(len(functions), n, dtype=torch.float64)
@@ -118,10 +120,10 @@ def score(model, windows, bos_id, given, functions, work, seed=0):
 
     def add(rows):
         chunk = slice(rows.start, rows.stop)
-        ids, segment_ids = pad([window.tolist() for window in windows[chunk]], device)
+        ids, segment_ids = pad([window.tolist() for window in windows[chunk]], work.device)
         cond_mask = (segment_ids == 0) | (ids == bos_id) | given(segment_ids)
         seeds = [mix_seed(seed, "likelihood", i) for i in rows]
-        keys = Draws.seeded(seeds, [longest + 1] * len(rows), device).keys
+        keys = Draws.seeded(seeds, [longest + 1] * len(rows), work.device).keys
         u = uniform(keys)[:, : ids.shape[1] + 1]
         n_scored[chunk] = (~cond_mask).sum(1)
         network = partial(model, segment_ids=segment_ids)
