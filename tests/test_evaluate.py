@@ -566,7 +566,7 @@ def test_repetition_lowers_entropy_distinct_bigrams_and_compressed_size():
 
 def test_an_empty_training_text_is_refused_before_anything_is_scored(monkeypatch, capsys, run_dir, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    monkeypatch.setattr(evaluate, "score", None)
+    monkeypatch.setattr(bounds, "score", None)
     with pytest.raises(SystemExit):
         command(monkeypatch, capsys, run_dir, "--samples=4", f"--corpus={tmp_path / 'empty.txt'}")
     assert "has no text to compare samples with" in capsys.readouterr().err
