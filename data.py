@@ -41,6 +41,12 @@ class Plan:
         """Compute the share of positions that hold a token."""
         return self.lengths.sum() / (self.n_rows * row_length)
 
+    def first_rows(self, n_rows):
+        """Cut the plan to its first rows, or to all if it has fewer."""
+        row_starts = self.row_starts[: min(n_rows, self.n_rows) + 1]
+        n_windows = row_starts[-1]
+        return Plan(self.starts[:n_windows], self.lengths[:n_windows], row_starts)
+
 
 def pack(lengths, row_length, rng):
     """Place windows of at most `row_length` tokens in rows -> (row of each window (n,), number of rows).

@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ import parallel
 import plot
 import quality
 import toy
-from bounds import Text, clustered_error, n_scorable, nothing_given, score, seconds_per_row, unknown_nats_per_token
+from bounds import Text, Work, clustered_error, n_scorable, nothing_given, unknown_nats_per_token
 from checkpoint import load
 from documents import Corpus, left_out
 from generation import DEFAULT, Options, generate
@@ -52,7 +53,7 @@ PROMISE = "finishing this batch, then the figures so far"
 # ---------------------------------------------------------------- figures
 
 
-def likelihood_figures(scores, tokens, bos_id, conditional=False):
+def likelihood_figures(scores, conditional=False):
     """Compute the figures of a scored text, with units in their names -> dict of floats and ints.
 
     Characters and bytes are those of the raw text; `conditional` leaves out the figures per character and byte, which have
@@ -60,6 +61,7 @@ def likelihood_figures(scores, tokens, bos_id, conditional=False):
     the tokens per character, are averages over the whole text, even if only some windows were scored.
     """
     diffusion, reconstruction = scores.nats_per_token
+    tokens, bos_id = scores.text.tokens, scores.text.bos_id
     n_scored, unknown = n_scorable(tokens, bos_id), unknown_nats_per_token(tokens, bos_id)
     bound = diffusion + reconstruction + unknown
     text_error, n_clusters = scores.text_error()
@@ -86,12 +88,12 @@ def to_key(name):
     return re.sub(r"\W+", "_", name).strip("_")
 
 
-def exact_figures(text, scores, bos_id):
+def exact_figures(text, scores):
     """Compute the figures of `likelihood.score`, in the same units as the bound -> dict of floats.
 
     text: the Text whose first windows were scored. Names are such as exact_8_calls_nats_per_token.
     """
-    n, unknown = len(scores.n_scored), unknown_nats_per_token(text.tokens, bos_id)
+    n, unknown = len(scores.n_scored), unknown_nats_per_token(text.tokens, text.bos_id)
     figures = dict(exact_n_tokens_scored=int(scores.n_scored.sum()))
     for name, mean in scores.nats_per_token.items():
         figures[f"{to_key(name)}_nats_per_token"] = mean + unknown
@@ -232,29 +234,33 @@ def full_precision():
 def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
     """Measure the bound, and the exact likelihood under commit, on the same text and noise each time.
 
-    -> figures (see `likelihood_figures`, `exact_figures`), loss by time: a list of 20 values, nats per token, in even bins.
+    -> figures (see `likelihood_figures`, `exact_figures`), loss by time: a list of 20 values, nats
+    per token, in even bins.
     """
+    text = Text(tokens, row_length, bos_id).first_tokens(max_tokens)
     with full_precision():
-        scores = score(model, tokens, row_length, bos_id, device, seed="validation", max_tokens=max_tokens)
-        exact = exact_likelihood(model, tokens, row_length, bos_id, device, VAL_EXACT_TOKENS)
+        scores = bounds.score(model, text, Work(device), seed="validation")
+        exact = exact_likelihood(model, text.first_tokens(VAL_EXACT_TOKENS), device)
     _, loss_by_time, _ = scores.by_time(20)
-    return likelihood_figures(scores, tokens, bos_id) | exact, np.nan_to_num(loss_by_time).tolist()
+    return likelihood_figures(scores) | exact, np.nan_to_num(loss_by_time).tolist()
 
 
 def validation_seconds(model, tokens, bos_id, row_length, device):
     """Estimate from a few rows how long `validate` takes on VAL_TOKENS -> seconds, with those of the samples after it."""
-    text = Text.planned(tokens, row_length, bos_id, n_rows=-(-VAL_TOKENS // row_length))
-    few = text.first_rows(min(text.plan.n_rows, 16, rows_at_once(row_length, model.config, device)))
-    return 1.4 * 2 * text.plan.n_rows * seconds_per_row(model, few, device, None)  # two draws, exact likelihood and samples
+    text = Text(tokens, row_length, bos_id).first_tokens(VAL_TOKENS)
+    few = text.first_rows(min(16, rows_at_once(row_length, model.config, device)))
+    seconds = text.plan.n_rows * bounds.seconds_per_row(model, few, device, None)
+    return 1.4 * 2 * seconds  # two draws, exact likelihood and samples
 
 
-def exact_likelihood(model, tokens, row_length, bos_id, device, max_tokens):
-    """Measure the exact likelihood under commit on about max_tokens of a text, always the same -> figures."""
-    text = Text.planned(tokens, row_length, bos_id, n_rows=-(-max_tokens // row_length))
-    scores = likelihood.score(model, text.windows(), bos_id, nothing_given, COMMIT, device)
-    figures = exact_figures(text, scores, bos_id)
+def exact_likelihood(model, text, device):
+    """Measure the exact likelihood of a Text under commit -> figures."""
+    tokens, bos_id = text.tokens, text.bos_id
+    scores = likelihood.score(model, text.windows(), bos_id, text.given, COMMIT, Work(device))
+    figures = exact_figures(text, scores)
     bits_per_token = figures["exact_nats_per_token"] / math.log(2)
-    return figures | dict(exact_bits_per_char=bits_per_token * n_scorable(tokens, bos_id) / tokens.n_chars)
+    tokens_per_char = n_scorable(tokens, bos_id) / tokens.n_chars
+    return figures | dict(exact_bits_per_char=bits_per_token * tokens_per_char)
 
 
 def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
@@ -292,7 +298,8 @@ def excess_nats_per_token(model, tokenizer, val, n=400):
     """
     sentences = [val.ids[begin:end] for begin, end in pairwise(val.offsets[: n + 1])]
     device = next(model.parameters()).device
-    scores = likelihood.score(model, sentences, tokenizer.bos_id(), nothing_given, COMMIT, device)
+    bos_id = tokenizer.bos_id()
+    scores = likelihood.score(model, sentences, bos_id, nothing_given, COMMIT, Work(device))
     words = [tokenizer.decode(ids.tolist()).split() for ids in sentences]
     truth = sum(math.log(toy.lengths()[len(w)] / toy.probability(w)) for w in words)
     return (scores.nats["exact"].sum() - truth) / scores.n_scored.sum()
@@ -438,28 +445,10 @@ def warn_of_changes(corpus, tokenizer, example, n=1000):
         )
 
 
-def measure_exact(model, text, bos_id, functions, args, device, interrupts):
-    """Compute the figures of the `functions` (see `likelihood.figures_of`) for a Text that was scored -> figures."""
-    limit = dict(seconds=None if args.all or args.max_tokens else SECONDS, interrupts=interrupts)
-    more = dict(limit, seed=args.seed, progress=True)
-    scores = likelihood.score(model, text.windows(), bos_id, args.given, functions, device, **more)
-    return exact_figures(text, scores, bos_id)
-
-
-def scoring_options(args):
-    """Turn flags into the options of `bounds.score` -> dict. Without a flag that says how much, a minute has to do."""
-    quick = not (args.all or args.max_tokens or args.se or args.draws)
-    return dict(
-        error=None if args.draws else args.se or ERROR,
-        n_draws=args.draws,
-        seconds=SECONDS if quick else None,
-        max_tokens=args.max_tokens,
-        n_steps=args.n_steps,
-        given=args.given,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        progress=True,
-    )
+def measure_exact(model, text, functions, work, seed):
+    """Compute the figures of the `functions` (see `likelihood.figures_of`) for a Text -> figures."""
+    inputs = text.windows(), text.bos_id, text.given
+    return exact_figures(text, likelihood.score(model, *inputs, functions, work, seed))
 
 
 def write_tables(args, scores, figures, title):
@@ -491,13 +480,22 @@ def main(argv=None):
         print(f"{text}: {line}", file=sys.stderr)
     longest = args.window and min(args.window, int(tokens.shard_lengths[:, 1].max()))  # no document fills a longer window
     window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
-    options = scoring_options(args)
+    to_score = Text(tokens, window, bos_id, args.given)
+    if args.max_tokens:
+        to_score = to_score.first_tokens(args.max_tokens)
+    quick = not (args.all or args.max_tokens or args.se or args.draws)  # a minute has to do
+    error = None if args.draws else args.se or ERROR
+    draws = dict(n_draws=args.draws, error=error, n_steps=args.n_steps, seed=args.seed)
     with cli.catch_signals(INTERRUPT, PROMISE) as interrupts:
-        scores = score(model, tokens, window, bos_id, device, **options, interrupts=interrupts)
-        figures = likelihood_figures(scores, tokens, bos_id, conditional=args.given is not nothing_given)
+        work = Work(device, args.batch_size, SECONDS if quick else math.inf, interrupts, progress=True)
+        scores = bounds.score(model, to_score, work, **draws)
+        conditional = args.given is not nothing_given
+        figures = likelihood_figures(scores, conditional)
         functions = {} if parallel.total(len(interrupts)) else likelihood.figures_of(args.calls, args.order)
         if functions:
-            figures |= measure_exact(model, scores.text, bos_id, functions, args, device, interrupts)
+            seconds = math.inf if args.all or args.max_tokens else SECONDS
+            work = replace(work, seconds=seconds)
+            figures |= measure_exact(model, scores.text, functions, work, args.seed)
         stopped = parallel.total(len(interrupts)) > 0
     scores.partial |= stopped and bool(functions)
     write_tables(args, scores, figures if functions else {}, f"{args.model_dir}, step {run['step']}")
@@ -512,7 +510,7 @@ def main(argv=None):
         print(to_json(figures, scores, samples))
     elif samples:
         print("\n".join(quality.table(samples)))
-    for line in notes(scores, options["error"], options["seconds"] is not None) if parallel.rank() == 0 else ():
+    for line in notes(scores, error, quick) if parallel.rank() == 0 else ():
         print(line, file=sys.stderr)
     if scores.partial:
         raise KeyboardInterrupt

@@ -1,9 +1,9 @@
-"""Lengths that fit a prompt: p(length | given tokens), by Bayes' rule from what the network says of the given tokens.
+"""Lengths that fit a prompt: p(length | given tokens), by Bayes' rule from the network.
 
     p(template | given tokens)  is proportional to  p(template) P(given tokens | template)
 
-A template is a prompt with a length, or with a size for each of its gaps. P is the chain rule over the given tokens, from left to
-right, with everything else unknown.
+A template is a prompt with a length, or with a size for each of its gaps. P is the chain rule over
+the given tokens, from left to right, with everything else unknown.
 """
 
 import numpy as np
@@ -18,9 +18,10 @@ MAX_CALLS = 8  # network calls per template; longer prompts are read several tok
 
 @torch.no_grad()
 def given_log_likelihood(model, tokenizer, templates):
-    """Compute log P(given tokens | template) of each template, in nats: list of n -> (n,) float64. bos is not counted.
+    """Compute log P(given tokens | template) of each template, without bos -> (n,) float64, nats.
 
-    Exact for up to MAX_CALLS given tokens; of more, those read in the same call count as independent.
+    Exact for up to MAX_CALLS given tokens; of more, those read in the same call count as
+    independent.
     """
     device = next(model.parameters()).device
     batch_size = rows_at_once(max(map(len, templates)), model.config, device)
@@ -54,14 +55,16 @@ def batch_log_likelihood(model, padded, segment_ids, bos_id):
 
 
 def fit_lengths(model, tokenizer, templates, weights):
-    """Multiply the weights of templates of one prompt by P(given tokens | template) -> templates, weights.
+    """Multiply the weights of a prompt's templates by P(given tokens | template) -> the same two.
 
-    Of more than MAX_CANDIDATES templates, evenly spaced ones are read; log P of the others is interpolated over the length.
+    Of more than MAX_CANDIDATES templates, evenly spaced ones are read; log P of the others is
+    interpolated over the length.
     """
     has_given = any(k >= 0 and k != tokenizer.bos_id() for k in templates[0])
     if len(templates) < 2 or not has_given:
         return templates, weights
-    read = np.linspace(0, len(templates) - 1, min(len(templates), MAX_CANDIDATES)).round().astype(int)
+    n_read = min(len(templates), MAX_CANDIDATES)
+    read = np.linspace(0, len(templates) - 1, n_read).round().astype(int)
     log_p = given_log_likelihood(model, tokenizer, [templates[i] for i in read])
     log_p = np.interp(np.arange(len(templates)), read, log_p) + np.log(weights)
     return templates, np.exp(log_p - log_p.max()).tolist()

@@ -1,7 +1,8 @@
 """The exact likelihood of text under `commit`, and by the chain rule in other orders.
 
     windows   list of n     ids of each window, scored by itself, given its length
-    u         (B, L + 1)    uniform numbers: the first decides how many tokens are unknown, the others a random order
+    u         (B, L + 1)    uniform: the first decides how many tokens are unknown, the others
+                            a random order
     nats      (n,) float64  -log P of each window
     n_scored  (n,) float64  tokens of each window that are neither bos nor given
 """
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 import bfn
 import parallel
+from bounds import add_up_batches
 from model import rows_at_once
 from noise import Draws, mix_seed, uniform
 from prompts import pad
@@ -33,7 +35,7 @@ def leftmost(score, open_mask, n):
 
 
 def ranks(u, open_mask):
-    """Number the positions `open_mask` by increasing u: 0, 1, 2, ...; the others come after them -> (B, L)."""
+    """Number the positions `open_mask` by increasing u, the others after them -> (B, L)."""
     return u.masked_fill(~open_mask, torch.inf).argsort(1).argsort(1)
 
 
@@ -52,12 +54,14 @@ def exact(network, ids, cond_mask, u, config, choose=bfn.spread_out, calls=None)
 
 
 def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
-    """Estimate the bound over all orders: the cross-entropy of m unknown tokens, divided by their share -> (B,) nats.
+    """Estimate the bound over all orders: the cross-entropy of m unknown tokens over their share.
 
-    m is uniform in 1, ..., number of open positions. The mean is -log P by the chain rule, averaged over all orders [Uria
-    et al. 2014, "A deep and tractable density estimator"], which is at least -log of the average P.
+    m is uniform in 1, ..., number of open positions. The mean is -log P by the chain rule, averaged
+    over all orders [Uria et al. 2014, "A deep and tractable density estimator"], which is at least
+    -log of the average P -> (B,) nats.
     """
-    n_open, nats = (~cond_mask).sum(1), 0.0
+    n_open = (~cond_mask).sum(1)
+    nats = 0.0
     for i in range(n_draws):
         m = 1 + ((u[:, 0] + i / n_draws).frac() * n_open).long()
         unknown = ~cond_mask & (ranks(u[:, 1:], ~cond_mask) < m[:, None])
@@ -66,7 +70,7 @@ def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
     return nats
 
 
-ORDERS = {  # of the flag --order: the name of the figure, and how it is computed
+ORDERS = {  # by the flag --order: the name of the figure, and how it is computed
     "sampler": ("exact, a call per token", exact),
     "left": ("left to right", partial(exact, choose=leftmost)),
     "random": ("random order", partial(exact, choose=None)),
@@ -75,8 +79,9 @@ ORDERS = {  # of the flag --order: the name of the figure, and how it is compute
 
 
 def figures_of(calls=(), orders=()):
-    """Name the figures of some numbers of calls, and of some ORDERS with one call per token -> {name: function}."""
-    return {f"exact, {n} call{'s' * (n > 1)}": partial(exact, calls=n) for n in calls} | dict(ORDERS[order] for order in orders)
+    """Name the figures of numbers of calls, and of ORDERS -> {name: function}."""
+    by_calls = {f"exact, {n} call{'s' if n > 1 else ''}": partial(exact, calls=n) for n in calls}
+    return by_calls | dict(ORDERS[order] for order in orders)
 
 
 # ---------------------------------------------------------------- a text
@@ -96,36 +101,43 @@ class Likelihoods:
 
 
 @torch.no_grad()
-def score(model, windows, bos_id, given, functions, device, *, seed=0, seconds=None, interrupts=(), progress=False):
+def score(model, windows, bos_id, given, functions, work, seed=0):
     """Compute figures (see `figures_of`) of windows, a list of arrays of ids -> Likelihoods.
 
-    model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model. given: function of
-    segment_ids (B, L) that tells what is given, besides bos. It stops early, with at least one chunk read, if `seconds`
-    are over or `interrupts` is no longer empty. Raises ValueError if no token is left to score.
+    model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model.
+    given: function of segment_ids (B, L) that tells what is given, besides bos. work: see
+    `bounds.Work`; at least one chunk is read. Raises ValueError if no token is left to score.
     """
-    longest, n = max(map(len, windows)), len(windows)
-    size = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, device), math.ceil(n / parallel.size()))
-    nats, n_scored = torch.zeros(len(functions), n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    begins, start = range(0, n, size), time.perf_counter()
-    is_read = torch.zeros(len(begins), dtype=torch.float64)
-    with tqdm(total=math.ceil(n / parallel.size()), unit="window", desc="likelihood", disable=None if progress else True) as bar:
-        for i in parallel.share(begins):
-            begin, chunk = time.perf_counter(), [window.tolist() for window in windows[i : i + size]]
-            ids, segment_ids = pad(chunk, device)
-            cond_mask = (segment_ids == 0) | (ids == bos_id) | given(segment_ids)
-            seeds = [mix_seed(seed, "likelihood", i + row) for row in range(len(chunk))]
-            u = uniform(Draws.seeded(seeds, [longest + 1] * len(chunk), device).keys)[:, : ids.shape[1] + 1]
-            n_scored[i : i + size] = (~cond_mask).sum(1)
-            network = partial(model, segment_ids=segment_ids)
-            for row, function in zip(nats, functions.values(), strict=True):
-                row[i : i + size] = function(network, ids, cond_mask, u, model.config)
-            bar.update(len(chunk))
-            is_read[i // size] = 1
-            now = time.perf_counter()
-            if interrupts or (seconds and now - start + (now - begin) > seconds):
-                break
-    parallel.add_up([nats, n_scored, is_read], patient=True)
-    n_read = min(n, size * int(is_read.cumprod(0).sum()))  # processes stop at different chunks
+    n = len(windows)
+    longest = max(map(len, windows))
+    per_process = math.ceil(n / parallel.size())
+    fitting = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, work.device))
+    size = min(fitting, per_process)
+    chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
+    nats = torch.zeros(len(functions), n, dtype=torch.float64)
+    n_scored = torch.zeros(n, dtype=torch.float64)
+    deadline = time.perf_counter() + work.seconds
+
+    def add(rows):
+        chunk = slice(rows.start, rows.stop)
+        ids, segment_ids = pad([window.tolist() for window in windows[chunk]], work.device)
+        cond_mask = (segment_ids == 0) | (ids == bos_id) | given(segment_ids)
+        seeds = [mix_seed(seed, "likelihood", i) for i in rows]
+        keys = Draws.seeded(seeds, [longest + 1] * len(rows), work.device).keys
+        u = uniform(keys)[:, : ids.shape[1] + 1]
+        n_scored[chunk] = (~cond_mask).sum(1)
+        network = partial(model, segment_ids=segment_ids)
+        for row, function in zip(nats, functions.values(), strict=True):
+            row[chunk] = function(network, ids, cond_mask, u, model.config)
+        bar.update(len(rows))
+
+    def is_over(seconds):
+        return len(work.interrupts) > 0 or time.perf_counter() + seconds > deadline
+
+    hidden = None if work.progress else True
+    with tqdm(total=per_process, unit="window", desc="likelihood", disable=hidden) as bar:
+        n_chunks = add_up_batches(chunks, add, [nats, n_scored], is_over)
+    n_read = chunks[n_chunks - 1].stop
     figures = zip(functions, nats[:, :n_read].numpy(), strict=True)
     scores = Likelihoods(dict(figures), n_scored[:n_read].numpy())
     if not scores.n_scored.sum():

@@ -1,4 +1,4 @@
-"""Train a small network with the flow of continuous.py on two moons, points along two half circles, and draw its samples.
+"""Train a small network with the flow of continuous.py on two moons, points along half circles.
 
     python moons.py
 """
@@ -22,7 +22,7 @@ SIGMA1 = 0.02
 
 
 class Network(nn.Module):
-    """A small MLP, conditioned on the time by FiLM: mu (B, D), t (B, 1) -> eps (B, D). Untrained, it predicts x_hat = mu."""
+    """A small MLP with FiLM for the time: mu (B, D), t (B, 1) -> eps. Untrained, x_hat = mu."""
 
     def __init__(self, D, sigma1, d_model=64, n_layers=3, d_time=32):
         super().__init__()
@@ -38,26 +38,30 @@ class Network(nn.Module):
         h, time = self.linear_in(mu), self.time(t.squeeze(-1))
         for film, mlp in zip(self.films, self.mlps, strict=True):
             h = h + mlp(film(h, time))
-        return self.linear_out(self.film_out(h, time)) + mu / beta(t.clamp(min=T_MIN), self.sigma1).sqrt()
+        x = self.linear_out(self.film_out(h, time))
+        return x + mu / beta(t.clamp(min=T_MIN), self.sigma1).sqrt()
 
 
 def half_circles(angle, moon):
-    """Points at an angle in [0, pi] on the upper (moon = 0) or the lower half circle (moon = 1): (n,), (n,) -> (n, 2)."""
+    """Points at an angle in [0, pi] on the upper (moon = 0) or lower half circle -> (n, 2)."""
     sign = 1 - 2 * moon
     return np.stack([moon + sign * np.cos(angle), moon / 2 + sign * np.sin(angle)], -1)
 
 
 def two_moons(n, rng):
     """Draw n points -> (n, 2) float32. rng: a numpy Generator."""
-    points = half_circles(rng.uniform(0, np.pi, n), rng.integers(2, size=n)) + NOISE * rng.normal(size=(n, 2))
+    points = half_circles(rng.uniform(0, np.pi, n), rng.integers(2, size=n))
+    points += NOISE * rng.normal(size=(n, 2))
     return torch.from_numpy(points).float()
 
 
 def two_moons_log_density(x, n_angles=200):
     """Integrate the density of points (n, 2) over the angles -> its logarithm (n,), nats."""
-    angle, moon = np.repeat((np.arange(n_angles) + 0.5) * np.pi / n_angles, 2), np.tile([0, 1], n_angles)
+    angle = np.repeat((np.arange(n_angles) + 0.5) * np.pi / n_angles, 2)
+    moon = np.tile([0, 1], n_angles)
     square = torch.cdist(x.double(), torch.from_numpy(half_circles(angle, moon))).square()
-    return (-square / (2 * NOISE**2)).logsumexp(-1) - math.log(2 * n_angles * 2 * math.pi * NOISE**2)
+    log_total = (-square / (2 * NOISE**2)).logsumexp(-1)
+    return log_total - math.log(2 * n_angles * 2 * math.pi * NOISE**2)
 
 
 def train(network, x, max_steps, B=256, learning_rate=3e-3):
@@ -76,14 +80,14 @@ def train(network, x, max_steps, B=256, learning_rate=3e-3):
 
 @torch.no_grad()
 def bound(network, x):
-    """Estimate L_inf and L_rec of data x (n, D), one draw of time and noise for each row -> two means, nats per row."""
+    """Estimate L_inf and L_rec of data x (n, D), one draw per row -> two means, nats per row."""
     t = torch.rand(len(x), 1)
     L_inf = squared_error_loss(predict_noisy(network, x, t, network.sigma1), x, t, network.sigma1)
     return L_inf.mean().item(), reconstruction_loss(network, x, network.sigma1).mean().item()
 
 
 def draw(panels, means):
-    """Draw the points of {title: (n, 2)} and, in a last panel, the paths of means (n_steps + 1, n, 2) -> figure."""
+    """Draw the points of {title: (n, 2)}, and the paths of means (n_steps + 1, n, 2) -> figure."""
     from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(3 * len(panels) + 3, 2.5), layout="constrained")
@@ -117,7 +121,8 @@ def main(argv=None):
     x = two_moons(20_000, rng)
     L_inf, L_rec = np.mean([bound(network, x) for _ in range(10)], axis=0)
     exact = -two_moons_log_density(x).mean().item()
-    print(f"bound {L_inf + L_rec:.2f} nats per point (L_inf {L_inf:.2f}, L_rec {L_rec:.2f}), exact {exact:.2f}")
+    parts = f"L_inf {L_inf:.2f}, L_rec {L_rec:.2f}"
+    print(f"bound {L_inf + L_rec:.2f} nats per point ({parts}), exact {exact:.2f}")
     panels = {"data": x[:2000]}
     for n_steps in (5, 100):
         panels[f"samples, {n_steps} steps"], means = sample(network, 2000, 2, n_steps, SIGMA1)

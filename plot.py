@@ -202,8 +202,9 @@ def measure_times(which, model, tokenizer, run, args, device):
     tokens = cache.load_corpus(
         corpus, run_dir / "tokenizer.model", args.cache_dir, part, flags["example"]
     )
-    sizes = dict(n_draws=DENSITY_DRAWS, max_tokens=args.max_tokens, progress=True)
-    scores = bounds.score(model, tokens, flags["sequence_length"], tokenizer.bos_id(), device, **sizes)
+    text = bounds.Text(tokens, flags["sequence_length"], tokenizer.bos_id())
+    work = bounds.Work(device, progress=True)
+    scores = bounds.score(model, text.first_tokens(args.max_tokens), work, n_draws=DENSITY_DRAWS)
     _, loss, cross_entropy = scores.by_time(DENSITY_BINS)
     t = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
     return figures.ByTime(f"{which}.pt, step {run['step']:,}", t, loss, cross_entropy, density_of(run["times"]))

@@ -1,4 +1,4 @@
-"""Find what is odd in a text: how much each token surprises a model that sees all others, and what it would have written.
+"""Find what is odd in a text: how much each token surprises a model that sees all others.
 
     python sample.py -mdir=RUN_DIR --check "the bakers sees the clock"
 
@@ -16,7 +16,15 @@ from tqdm import tqdm
 
 import bfn
 from model import rows_at_once
-from prompts import GAP, allowed_tokens, check_unicode, read_breaks, read_lines, unknown_pieces, warn_unknown
+from prompts import (
+    GAP,
+    allowed_tokens,
+    check_unicode,
+    read_breaks,
+    read_lines,
+    unknown_pieces,
+    warn_unknown,
+)
 from text import decode, one_line
 
 N_SHOWN = 3  # surprising tokens of a text, and suggestions for each
@@ -29,26 +37,34 @@ class Surprise:
 
     token: str
     bits: float  # -log2 p(token | all others)
-    suggestions: list  # of (text, probability), the likeliest first
+    suggestions: list  # (text, probability), the likeliest first
 
 
 @torch.no_grad()
 def leave_one_out_log_p(model, ids):
-    """Ask the network for each token of a text (L,), with all others given -> log_p (L, K) [Salazar et al. 2020, arXiv 1910.14659]."""
-    device, L, K = next(model.parameters()).device, len(ids), model.config.K
-    ids, others, rows = torch.tensor(ids, device=device), ~torch.eye(L, dtype=torch.bool, device=device), []
+    """Compute log p of each position of a text (L,) with all others given -> (L, K).
+
+    [Salazar et al. 2020, arXiv 1910.14659]
+    """
+    device = next(model.parameters()).device
+    L, K = len(ids), model.config.K
+    ids = torch.tensor(ids, device=device)
+    others = ~torch.eye(L, dtype=torch.bool, device=device)
+    rows = []
     size = rows_at_once(L, model.config, device)
     for i in range(0, L, size):
         cond_mask = others[i : i + size]
-        theta, t = torch.full((*cond_mask.shape, K), 1 / K, device=device), torch.zeros(cond_mask.shape, device=device)
+        theta = torch.full((*cond_mask.shape, K), 1 / K, device=device)
+        t = torch.zeros(cond_mask.shape, device=device)
         log_p = bfn.predict(model, theta, t, ids.expand(cond_mask.shape), cond_mask)
         rows.append(log_p[~cond_mask])
     return torch.cat(rows).cpu()
 
 
 def surprises(sampler, text):
-    """Read a text -> a Surprise for each token that is not bos or eos. Raises ValueError if it is too long."""
-    ids, tokenizer = sampler.encode(text, "the text"), sampler.tokenizer
+    """Read a text -> a Surprise per token, but for bos and eos. Raises ValueError if too long."""
+    ids = sampler.encode(text, "the text")
+    tokenizer = sampler.tokenizer
     words = [d for d, k in enumerate(ids) if not tokenizer.is_control(k)]  # no bos, eos or label
     if not words:
         raise ValueError("the text to check is empty")
@@ -57,10 +73,13 @@ def surprises(sampler, text):
     found, before, unknown = [], "", unknown_pieces(text, tokenizer)
     for i, d in enumerate(words):
         p, best = log_p[d].exp().masked_fill(~may_stand, 0).topk(min(N_SHOWN, int(may_stand.sum())))
-        suggestions = [(decode(tokenizer, [j]), share) for j, share in zip(best.tolist(), p.tolist(), strict=True)]
-        so_far = [ids[j] for j in words[: i + 1]]  # what a token reads as depends on those before it
+        likeliest = zip(best.tolist(), p.tolist(), strict=True)
+        suggestions = [(decode(tokenizer, [j]), share) for j, share in likeliest]
+        # What a token reads as depends on those before it.
+        so_far = [ids[j] for j in words[: i + 1]]
         text_so_far = one_line(decode(tokenizer, so_far, unknown))
-        found.append(Surprise(text_so_far[len(before) :], -log_p[d, ids[d]].item() / math.log(2), suggestions))
+        bits = -log_p[d, ids[d]].item() / math.log(2)
+        found.append(Surprise(text_so_far[len(before) :], bits, suggestions))
         before = text_so_far
     return found
 
@@ -72,18 +91,22 @@ def shade(found):
     return "".join(tokens) + "\x1b[0m"
 
 
+def suggested(surprise, form):
+    """Write the suggestions for a token with their probabilities -> list of str."""
+    return [f"{text} {p:{form}}" for text, p in surprise.suggestions]
+
+
 def report(found, kind):
-    """Describe a text -> lines. kind: "terminal", "columns" (every token, with tabs between the columns), or "json"."""
+    """Describe a text -> lines. kind: "terminal", "columns" (every token, with tabs) or "json"."""
     if kind == "json":
         return [json.dumps([vars(s) for s in found], ensure_ascii=False)]
     if kind == "columns":
-        return ["\t".join([s.token.strip(" "), f"{s.bits:.2f}", *(f"{t} {p:.3f}" for t, p in s.suggestions)]) for s in found] + [""]
+        rows = [[s.token.strip(" "), f"{s.bits:.2f}", *suggested(s, ".3f")] for s in found]
+        return ["\t".join(row) for row in rows] + [""]
     worst = sorted(found, key=lambda s: -s.bits)[:N_SHOWN]
     width = max((len(s.token.strip(" ")) for s in worst), default=0)
-    lines = [
-        f"  {s.token.strip(' '):{width}}  {s.bits:5.1f} bits   " + "  ".join(f"{t} {p:.0%}" for t, p in s.suggestions)
-        for s in worst
-    ]
+    begins = [f"  {s.token.strip(' '):{width}}  {s.bits:5.1f} bits   " for s in worst]
+    lines = [begin + "  ".join(suggested(s, ".0%")) for begin, s in zip(begins, worst, strict=True)]
     return [shade(found), *lines]
 
 

@@ -1,10 +1,12 @@
 """Figures of the quality of generated text, to be compared with the same figures of real text.
 
-Each figure is easy to deceive: a model that repeats one likely sentence has a low n-gram perplexity, and known words do not
-make a sentence. So perplexity is always shown together with entropy, distinct bigrams and how far the texts compress, which
-shows what texts share [Shaib et al. 2024, arXiv 2403.00553: as self-BLEU does, which takes far longer].
+Each figure is easy to deceive: a model that repeats one likely sentence has a low n-gram
+perplexity, and known words do not make a sentence. So perplexity is always shown together with
+entropy, distinct bigrams and how far the texts compress, which shows what texts share [Shaib et al.
+2024, arXiv 2403.00553: as self-BLEU does, which takes far longer].
 
-    stream  (N,)  int64  tokens of all texts in one sequence, with order - 1 marks (the number K) before, between and after
+    stream  (N,)  int64  tokens of all texts in one sequence, with order - 1 marks (the number K)
+                         before, between and after
     grams   (n,)  int64  n-grams of tokens, each written as one integer in base K + 1
 """
 
@@ -19,7 +21,7 @@ import numpy as np
 from text import read_part
 
 REFERENCE_CHARS = 20_000_000  # how much of the training text the n-gram model is fitted to
-N_RESAMPLES = 200  # of the bootstrap
+N_RESAMPLES = 200  # for the bootstrap
 
 # ---------------------------------------------------------------- the n-gram model
 
@@ -30,17 +32,22 @@ class Reference:
 
     words: set
     counts: list  # per order: sorted grams, how often each occurs
-    histories: list  # per order: sorted grams without their last token, how often each occurs, number of its successors
+    # Per order: sorted grams without their last token, how often each occurs, number of its
+    # successors.
+    histories: list
     tokenizer: object
 
     @classmethod
     def fit(cls, corpus, tokenizer, part="all", example="line"):
-        """Count the n-grams of a part of a text file: 6-grams for vocabularies under 400 (characters), else 3-grams.
+        """Count the n-grams of a part of a text: 6-grams for K < 400 (characters), else 3-grams.
 
         Raises ValueError for a part without text.
         """
-        K, order = len(tokenizer), 6 if len(tokenizer) < 400 else 3
-        words, texts, n_chars = set(), [], 0
+        K = len(tokenizer)
+        order = 6 if K < 400 else 3
+        words = set()
+        texts = []
+        n_chars = 0
         for piece in read_part(corpus, part, example):
             words.update(piece.text.split())
             if n_chars < REFERENCE_CHARS:
@@ -55,13 +62,14 @@ class Reference:
             gram, count = np.unique(_grams(stream, n, K)[order - n :][is_token], return_counts=True)
             history, first = np.unique(gram // (K + 1), return_index=True)
             counts.append((gram, count))
-            histories.append((history, np.add.reduceat(count, first), np.diff(np.append(first, len(gram)))))
+            n_successors = np.diff(np.append(first, len(gram)))
+            histories.append((history, np.add.reduceat(count, first), n_successors))
         return cls(words, counts, histories, tokenizer)
 
     def nats(self, text):
-        """Compute -log P of a text's tokens under the interpolated model of Witten and Bell -> nats, number of tokens.
+        """Compute -log P of a text, interpolated as by Witten and Bell -> nats, number of tokens.
 
-            p_n = (count + n_successors p_{n-1}) / (count of the history + n_successors),    p_0 = 1 / K
+            p_n = (count + n_successors p_{n-1}) / (count of history + n_successors),  p_0 = 1 / K
 
         A history that the training text does not have changes nothing: p_n = p_{n-1}.
         """
@@ -71,9 +79,12 @@ class Reference:
             return 0.0, 0
         p = np.full(len(stream) - order + 1, 1 / K)
         for n in range(1, order + 1):
-            gram, (histories, totals, n_successors) = _grams(stream, n, K)[order - n :], self.histories[n - 1]
+            gram = _grams(stream, n, K)[order - n :]
+            histories, totals, n_successors = self.histories[n - 1]
             count = _look_up(gram, *self.counts[n - 1])
-            total, s = (_look_up(gram // (K + 1), histories, values) for values in (totals, n_successors))
+            history = gram // (K + 1)
+            total = _look_up(history, histories, totals)
+            s = _look_up(history, histories, n_successors)
             p = np.where(total > 0, (count + s * p) / np.maximum(1, total + s), p)
         return -np.log(p).sum(), len(p)
 
@@ -81,11 +92,12 @@ class Reference:
 def _stream(texts, K, order):
     """Join the ids of texts into one stream (N,)."""
     marks = np.full(order - 1, K)
-    return np.concatenate([part for ids in texts for part in (marks, ids)] + [marks]).astype(np.int64)
+    parts = [part for ids in texts for part in (marks, ids)]
+    return np.concatenate([*parts, marks]).astype(np.int64)
 
 
 def _grams(stream, n, K):
-    """List the n-grams of a stream (N,) -> (N - n + 1,). Raises ValueError if they do not fit into int64."""
+    """List the n-grams of a stream (N,) -> (N - n + 1,). Raises ValueError beyond int64."""
     if (K + 1) ** n >= 2**63:
         raise ValueError(f"a vocabulary of {K} is too large for {n}-grams")
     grams = np.zeros(len(stream) - n + 1, dtype=np.int64)
@@ -95,7 +107,7 @@ def _grams(stream, n, K):
 
 
 def _look_up(query, grams, values):
-    """Look up the value of each gram of `query` in the sorted `grams`; 0 for a gram that is not there."""
+    """Look up the value of each gram of `query` in the sorted `grams`; 0 where it is missing."""
     index = np.minimum(np.searchsorted(grams, query), len(grams) - 1)
     return np.where(grams[index] == query, values[index], 0)
 
@@ -119,25 +131,27 @@ def _measure(texts):
     counts = np.array(list(Counter(word for text in texts for word in text.words).values()) or [1])
     share = counts / counts.sum()
     joined = "\n".join(text.text for text in texts)
+    n_bits = 8 * len(bz2.compress(joined.encode()))
     return {
         "known words": sum(text.n_known for text in texts) / max(1, n_words),
         "distinct bigrams": len(set(bigrams)) / max(1, len(bigrams)),
         "word entropy (bits)": -(share * np.log2(share)).sum(),
-        "compressed (bits per character)": 8 * len(bz2.compress(joined.encode())) / max(1, len(joined)),
+        "compressed (bits per character)": n_bits / max(1, len(joined)),
         "n-gram perplexity": math.exp(sum(text.nats for text in texts) / max(1, n_tokens)),
     }
 
 
 def figures(texts, reference, seed=0):
-    """Measure a list of texts -> {figure: (value, low, high)}, a 95 % interval from the bootstrap's spread over texts.
+    """Measure texts -> {figure: (value, low, high)}, 95 % intervals by the bootstrap over texts.
 
-    The interval is centred on the value itself. Quantiles of the resamples would be too low: a resample repeats texts, so it
-    is less diverse.
+    The interval is centred on the value itself. Quantiles of the resamples would be too low: a
+    resample repeats texts, so it is less diverse.
     """
     measured = []
     for text in texts:
         words = text.split()
-        measured.append(_Text(text, words, sum(word in reference.words for word in words), *reference.nats(text)))
+        n_known = sum(word in reference.words for word in words)
+        measured.append(_Text(text, words, n_known, *reference.nats(text)))
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(texts), size=(N_RESAMPLES, len(texts)))
     resamples = [_measure([measured[i] for i in indices]) for indices in chosen]
@@ -153,5 +167,6 @@ def table(samples):
     figure_names = next(iter(samples.values()))
     lines = ["", " " * 24 + "".join(f"{name:>26}" for name in figure_names)]
     for name, values in samples.items():
-        lines.append(f"{name:24}" + "".join(f"{v:10.3f} [{low:6.3f}, {high:6.3f}]" for v, low, high in values.values()))
+        cells = [f"{v:10.3f} [{low:6.3f}, {high:6.3f}]" for v, low, high in values.values()]
+        lines.append(f"{name:24}" + "".join(cells))
     return lines

@@ -29,6 +29,7 @@ import interactive
 import likelihood
 import parallel
 import proofread
+from bounds import Work, nothing_given
 from checkpoint import EXPORTED_FILES, RUN_FILES, load
 from generation import DEFAULT, Options, generate, lay_out
 from lengths import fit_lengths
@@ -165,7 +166,8 @@ class Sampler:
         windows = [np.array(self.encode(text, "the text")) for text in texts]
         functions = {"exact": partial(likelihood.exact, calls=calls)}
         bos_id = self.tokenizer.bos_id()
-        scores = likelihood.score(self.model, windows, bos_id, lambda s: s == 0, functions, self.device)
+        work = Work(self.device)
+        scores = likelihood.score(self.model, windows, bos_id, nothing_given, functions, work)
         return -scores.nats["exact"]
 
     def fill(self, ids, given, seed: int = 0, **options) -> torch.Tensor:

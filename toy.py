@@ -1,9 +1,9 @@
 """The built-in language: a small unambiguous grammar whose entropy is known exactly.
 
-A sentence starts as the symbol "S". Each symbol is replaced by one of its rules, drawn by the rules' weights, until only
-words are left. The verb agrees in number with the subject, also if another noun stands between them; pronouns agree in
-gender with a name; some sentences repeat a name at the end. No sentence has two derivations, so the entropy of a sentence
-is that of its derivation.
+A sentence starts as the symbol "S". Each symbol is replaced by one of its rules, drawn by the
+rules' weights, until only words are left. The verb agrees in number with the subject, also if
+another noun stands between them; pronouns agree in gender with a name; some sentences repeat a name
+at the end. No sentence has two derivations, so the entropy of a sentence is that of its derivation.
 """
 
 import math
@@ -50,7 +50,8 @@ def _grammar():
         "ACT one": _words(INTRANSITIVE, "s"),
         "ACT many": _words(INTRANSITIVE),
     }
-    for n in ("one", "many"):  # the verb has the number of the subject, whatever stands between them
+    # The verb has the number of the subject, whatever stands between them.
+    for n in ("one", "many"):
         rules[f"SUBJECT {n}"] = [
             (0.5, ("the", "ADJECTIVE?", f"NOUN {n}")),
             (0.5, ("the", f"NOUN {n}", "PLACE", "the", "PERSON")),
@@ -64,7 +65,8 @@ def _grammar():
         claim = ("SAY", "that", pronoun, "VERB one", own, "ADJECTIVE?", "THING", "PLACE?")
         rules[f"REPORT {pronoun}"] = [(1.0, (f"NAME {pronoun}", *claim))]
     for name in FEMALE + MALE:
-        rules[f"RETURN {name}"] = [(1.0, (name, "VERB one", "OBJECT", "and", "then", name, "ACT one", "TIME?"))]
+        body = (name, "VERB one", "OBJECT", "and", "then", name, "ACT one", "TIME?")
+        rules[f"RETURN {name}"] = [(1.0, body)]
     return rules
 
 
@@ -73,7 +75,8 @@ GRAMMAR = _grammar()
 
 def sample(rng):
     """Draw one sentence with `rng`, a random.Random -> list of words."""
-    words, stack = [], ["S"]
+    words = []
+    stack = ["S"]
     while stack:
         symbol = stack.pop()
         if symbol in GRAMMAR:
@@ -92,12 +95,13 @@ def corpus(n_sentences, seed=0):
 
 def vocabulary():
     """List all words of the language, sorted."""
-    return sorted({word for rules in GRAMMAR.values() for _, body in rules for word in body} - GRAMMAR.keys())
+    symbols = {word for rules in GRAMMAR.values() for _, body in rules for word in body}
+    return sorted(symbols - GRAMMAR.keys())
 
 
 @cache
 def entropy(symbol="S"):
-    """Compute the entropy in nats of what a symbol becomes: that of its rule plus that of the rule's symbols."""
+    """Compute the entropy in nats of what a symbol becomes: its rule's plus its symbols'."""
     if symbol not in GRAMMAR:
         return 0.0
     return sum(w * (-math.log(w) + sum(map(entropy, body))) for w, body in GRAMMAR[symbol])
@@ -105,7 +109,7 @@ def entropy(symbol="S"):
 
 @cache
 def lengths(symbol="S"):
-    """Compute the exact distribution of the number of words that a symbol becomes -> {length: probability}."""
+    """Compute the distribution of the number of words of a symbol -> {length: probability}."""
     if symbol not in GRAMMAR:
         return {1: 1.0}
     total = Counter()
@@ -130,7 +134,7 @@ def count(symbol="S"):
 
 
 def entropy_given_length():
-    """Compute H(sentence | length) = H(sentence) - H(length) in nats; a sentence determines its length."""
+    """Compute H(sentence | length) in nats; a sentence determines its length."""
     return entropy() + sum(p * math.log(p) for p in lengths().values())
 
 

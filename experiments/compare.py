@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bfn
+import bounds
 import checkpoint
 import cli
 import data
@@ -39,7 +40,6 @@ import parallel
 import plot
 import switches
 import train
-from bounds import score
 from noise import mix_seed
 
 N_POINTS = 8  # validations of each run, evenly spaced over its budget
@@ -316,9 +316,10 @@ def spend(budget, step, measure, label):
     return curve
 
 
-def bound(model, val, window, bos_id, device):
-    """Estimate the bound on VAL_TOKENS of the validation text, with the same noise for every model -> figures."""
-    return evaluate.likelihood_figures(score(model, val, window, bos_id, device, max_tokens=VAL_TOKENS), val, bos_id)
+def measure_bound(model, text, device):
+    """Estimate the bound on VAL_TOKENS of a Text, with the same noise for every model -> figures."""
+    scores = bounds.score(model, text.first_tokens(VAL_TOKENS), bounds.Work(device))
+    return evaluate.likelihood_figures(scores)
 
 
 def train_variant(name, args, minutes, n_tokens, text, folder):
@@ -347,11 +348,14 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
         return int((batch[1] > 0).sum())
 
     def measure():
-        inputs = val, args.sequence_length, tokenizer.bos_id(), device
+        held_out = bounds.Text(val, args.sequence_length, tokenizer.bos_id())
+        inputs = state.emas[-1], held_out.first_tokens(EXACT_TOKENS), device
         with evaluate.full_precision():
-            return bound(state.emas[-1], *inputs) | evaluate.exact_likelihood(state.emas[-1], *inputs, EXACT_TOKENS)
+            figures = measure_bound(state.emas[-1], held_out, device)
+            return figures | evaluate.exact_likelihood(*inputs)
 
-    result = record(name, args.seed, state.model, spend(budget, step, measure, f"{name}, seed {args.seed}"))
+    curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
+    result = record(name, args.seed, state.model, curve)
     if name in ("base", "autoregressive"):  # a checkpoint does not record how the network of another variant differs
         state.loss_by_time = evaluate.validate(state.emas[-1], val, tokenizer.bos_id(), args.sequence_length, device)[1]
         try:

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from compare import Budget, add_record, bound, prepare, rate_share, record, spend
+from compare import Budget, add_record, measure_bound, prepare, rate_share, record, spend
 
 import bfn
+import bounds
 import cli
 import data
 import optim
@@ -119,7 +120,7 @@ def train_official(args, sizes, text):
         return int((segment_ids > 0).sum())
 
     def measure():
-        return bound(network, val, L, bos_id, torch.device("cpu"))
+        return measure_bound(network, bounds.Text(val, L, bos_id), torch.device("cpu"))
 
     return record("official", args.seed, net, spend(budget, step, measure, "official"))
 

@@ -341,7 +341,7 @@ def test_the_error_of_an_ode_sampler_falls_with_the_number_of_steps_to_the_power
 
         torch.manual_seed(6)
         draws = Draws(draw_keys(*ids.shape))
-        bfn.solve(bfn.Task(network, ids, nothing, s1, K, Controls(), draws), step, partial(bfn.OnePace, times=times))
+        bfn.solve(bfn.Task(network, ids, nothing, s1, K, Controls(), draws), step, times=times)
         return states[-1]
 
     fine = end(640)
@@ -515,7 +515,7 @@ def test_rows_of_one_position_or_with_everything_given_are_sampled(sampler):
     assert one.shape == (2, 1) and (one < 2).all() and (calls >= 1).all()
 
 
-left_to_right = partial(bfn.solve, step=bfn.ancestral, pace=partial(bfn.Commit, choose=leftmost))  # the recipe of the README
+left_to_right = partial(bfn.fill, pace=partial(bfn.Commit, choose=leftmost))  # the recipe of the README
 
 
 def test_a_sampler_added_to_the_dict_is_exact_for_the_exact_network_at_one_token_per_call(monkeypatch):

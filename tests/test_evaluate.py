@@ -19,7 +19,6 @@ import bfn
 import bounds
 import cache
 import cli
-import data
 import evaluate
 import plot
 import quality
@@ -58,6 +57,16 @@ def tokens_of(ids):
     return cache.Tokens(ids.numpy().ravel(), np.arange(B + 1) * L, ids.numel(), ids.numel(), 0, "test")
 
 
+def score_text(
+    model, tokens, window, bos_id, device, batch_size=None, seconds=math.inf, interrupts=(), max_tokens=None,
+    given=bounds.nothing_given, **draws
+):  # fmt: skip
+    """The scores of a text, or of about max_tokens of it."""
+    text = bounds.Text(tokens, window, bos_id, given)
+    text = text.first_tokens(max_tokens) if max_tokens else text
+    return bounds.score(model, text, bounds.Work(device, batch_size, seconds, interrupts), **draws)
+
+
 def code_length(ids):
     """-log P of the rows, nats per token."""
     return -P.log()[(ids * torch.tensor([16, 4, 1])).sum(-1)].sum().item() / ids.numel()
@@ -71,8 +80,8 @@ def test_the_bound_of_the_exact_network_is_above_the_code_length_and_reaches_it_
     """For the continuous-time loss. Both are of the same text, so only noise and times can make a difference."""
     ids = draw(SEQUENCES, P, 4000)
     tokens = tokens_of(ids)
-    scores = bounds.score(exact_model(s1), tokens, 3, -1, CPU, n_draws=8, n_steps=n_steps, batch_size=500)
-    figures = evaluate.likelihood_figures(scores, tokens, -1)
+    scores = score_text(exact_model(s1), tokens, 3, -1, CPU, n_draws=8, n_steps=n_steps, batch_size=500)
+    figures = evaluate.likelihood_figures(scores)
     gap = figures["bound_nats_per_token"] - code_length(ids)
     error = figures["monte_carlo_error_nats_per_token"]
     assert 0 < error < 0.02
@@ -83,7 +92,7 @@ def test_the_bound_of_the_exact_network_is_above_the_code_length_and_reaches_it_
 
 def test_the_n_step_loss_of_each_step_agrees_with_a_direct_estimate():
     ids, n, s1 = draw(SEQUENCES, P, 3000), 3, 4.0
-    scores = bounds.score(exact_model(s1), tokens_of(ids), 3, -1, CPU, n_draws=4, n_steps=n, batch_size=500)
+    scores = score_text(exact_model(s1), tokens_of(ids), 3, -1, CPU, n_draws=4, n_steps=n, batch_size=500)
     _, loss_by_step, _ = scores.by_time()
     torch.manual_seed(0)
     for i in range(1, n + 1):
@@ -96,7 +105,7 @@ def test_the_n_step_loss_of_each_step_agrees_with_a_direct_estimate():
 @pytest.mark.parametrize("n_steps", [None, 5])
 def test_the_batch_size_changes_no_figure(n_steps):
     tokens = tokens_of(draw(SEQUENCES, P, 50))
-    one, seven = (bounds.score(exact_model(4), tokens, 3, -1, CPU, n_steps=n_steps, batch_size=n) for n in (1, 7))
+    one, seven = (score_text(exact_model(4), tokens, 3, -1, CPU, n_steps=n_steps, batch_size=n) for n in (1, 7))
     for name in ("t", "loss", "cross_entropy", "reconstruction"):
         np.testing.assert_allclose(getattr(one, name), getattr(seven, name), rtol=1e-4, atol=1e-5)
 
@@ -107,7 +116,7 @@ def test_the_two_errors_are_the_spread_over_seeds_and_the_spread_over_texts():
     tokens = tokens_of(ids)
     estimates, errors = [], []
     for seed in range(16):
-        scores = bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=4, seed=seed, batch_size=250)
+        scores = score_text(exact_model(4), tokens, 3, -1, CPU, n_draws=4, seed=seed, batch_size=250)
         estimates.append(sum(scores.nats_per_token))
         errors.append(scores.monte_carlo_error())
     assert 0.6 < np.std(estimates, ddof=1) / np.mean(errors) < 1.5
@@ -121,7 +130,7 @@ def test_the_two_errors_are_the_spread_over_seeds_and_the_spread_over_texts():
 def test_the_monte_carlo_error_holds_for_very_short_texts(n_texts):
     """Times of few windows do not cover [0, 1], and a curve fitted to them would explain away all of the variance."""
     tokens = tokens_of(draw(SEQUENCES, P, n_texts))
-    scores = [bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=8, seed=seed) for seed in range(30)]
+    scores = [score_text(exact_model(4), tokens, 3, -1, CPU, n_draws=8, seed=seed) for seed in range(30)]
     spread = np.std([sum(s.nats_per_token) for s in scores], ddof=1)
     assert 0.5 < np.sqrt(np.mean([s.monte_carlo_error() ** 2 for s in scores])) / spread < 2
     assert math.isnan(scores[0].text_error()[0]) == (n_texts == 1)
@@ -129,9 +138,9 @@ def test_the_monte_carlo_error_holds_for_very_short_texts(n_texts):
 
 def test_draws_are_added_until_the_requested_error_is_reached():
     tokens = tokens_of(draw(SEQUENCES, P, 200))
-    scores = bounds.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
+    scores = score_text(exact_model(4), tokens, 3, -1, CPU, error=0.03)
     assert scores.monte_carlo_error() < 0.04 and 2 < len(scores.loss) < bounds.MAX_DRAWS
-    repeated = bounds.score(exact_model(4), tokens, 3, -1, CPU, error=0.03)
+    repeated = score_text(exact_model(4), tokens, 3, -1, CPU, error=0.03)
     assert np.array_equal(scores.loss, repeated.loss)
 
 
@@ -141,7 +150,7 @@ def test_a_missed_error_is_reported_with_what_to_do(monkeypatch):
     tokens, options = tokens_of(draw(SEQUENCES, P, 5)), dict(error=1e-4, batch_size=2)
     cases = [({}, "MAX_DRAWS"), (dict(max_tokens=6), "more text"), (dict(seconds=11), "more draws lower it (--all)")]
     for limit, advice in cases:
-        scores = bounds.score(
+        scores = score_text(
             clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0), tokens, 3, -1, CPU, **options, **limit
         )
         *_, line = evaluate.notes(scores, 1e-4, quick=False)
@@ -173,7 +182,7 @@ def test_two_draws_of_as_many_rows_as_possible_fit_in_the_time_and_a_small_text_
     """A row takes one second; the text has 50."""
     monkeypatch.setattr(bounds, "MAX_DRAWS", 8)
     model = clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0)
-    scores = bounds.score(model, tokens_of(draw(SEQUENCES, P, 50)), 3, -1, CPU, error=1e-4, batch_size=5, seconds=seconds)
+    scores = score_text(model, tokens_of(draw(SEQUENCES, P, 50)), 3, -1, CPU, error=1e-4, batch_size=5, seconds=seconds)
     assert scores.loss.shape == shape and not scores.partial
 
 
@@ -181,9 +190,9 @@ def test_a_machine_that_becomes_slow_reads_fewer_rows_in_the_same_time(monkeypat
     """The first draw has 40 seconds. A batch takes 4 when the speed is measured and 16 afterwards: the third is the last."""
     model = clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0 if n_calls <= 4 else 4.0)
     tokens = tokens_of(draw(SEQUENCES, P, 50))
-    scores = bounds.score(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=80)
+    scores = score_text(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=80)
     assert scores.loss.shape == (2, 12) and not scores.partial
-    repeated = bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=36)
+    repeated = score_text(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=36)
     assert np.array_equal(scores.loss, repeated.loss)
 
 
@@ -191,18 +200,18 @@ def test_the_speed_is_that_of_the_second_batch_per_row(monkeypatch):
     """The first one is a warm-up: it takes 100 seconds per row here, the second one 2."""
     model = clocked(exact_model(4), monkeypatch, lambda n_calls: 100.0 if n_calls <= 2 else 2.0)
     tokens = tokens_of(draw(SEQUENCES, P, 3))
-    text = bounds.Text(tokens, data.plan_validation(tokens, 3), 3, -1, bounds.nothing_given)
+    text = bounds.Text(tokens, 3, -1)
     assert bounds.seconds_per_row(model, text, CPU, None) == 2.0
 
 
 def test_what_fits_in_the_time_has_the_same_figures_as_that_many_tokens(monkeypatch):
     tokens, model = tokens_of(draw(SEQUENCES, P, 50)), clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0)
-    limited = bounds.score(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=20)
+    limited = score_text(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=20)
     assert limited.loss.shape == (2, 10) and limited.share == 0.2 and not limited.partial
     lines = evaluate.notes(limited, 1e-4, quick=True)
     assert "looked at 20 % of the text: --all looks at everything" in lines
     assert "the same figures again: --max_tokens=30 --draws=2" in lines
-    repeated = bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=30)
+    repeated = score_text(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=30)
     assert np.array_equal(limited.loss, repeated.loss) and np.array_equal(limited.document, repeated.document)
 
 
@@ -219,9 +228,9 @@ def test_after_an_interrupt_the_complete_draws_are_kept_or_the_complete_rows_of_
         return model(theta, t, segment_ids)
 
     interrupted.config = model.config
-    scores = bounds.score(interrupted, tokens, 3, -1, CPU, n_draws=3, batch_size=4, interrupts=interrupts)
+    scores = score_text(interrupted, tokens, 3, -1, CPU, n_draws=3, batch_size=4, interrupts=interrupts)
     assert scores.partial and scores.loss.shape == shape and scores.share == shape[1] / 10
-    repeated = bounds.score(model, tokens, 3, -1, CPU, n_draws=shape[0], batch_size=4, max_tokens=3 * shape[1])
+    repeated = score_text(model, tokens, 3, -1, CPU, n_draws=shape[0], batch_size=4, max_tokens=3 * shape[1])
     assert np.array_equal(scores.loss, repeated.loss)
     assert len(calls) == 2 * n_batches and not repeated.partial
 
@@ -238,8 +247,8 @@ def test_the_progress_bar_shows_the_bound(n_unknown_bytes, monkeypatch):
             bars.append(self)
 
     monkeypatch.setattr(bounds, "BoundBar", Bar)
-    scores = bounds.score(exact_model(4), tokens, 3, -1, CPU, n_draws=3, batch_size=7)
-    bound = evaluate.likelihood_figures(scores, tokens, -1)["bound_nats_per_token"]
+    scores = score_text(exact_model(4), tokens, 3, -1, CPU, n_draws=3, batch_size=7)
+    bound = evaluate.likelihood_figures(scores)["bound_nats_per_token"]
     assert len(bars) == 1 and bars[0].n == bars[0].total == 9
     assert bars[0].postfix == f"bound {bound:.3f} nats/token"
 
@@ -263,11 +272,11 @@ def test_every_token_is_scored_once_for_any_window():
     lengths = rng.integers(1, 40, 30)
     tokens = cache.Tokens(rng.integers(1, 4, lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "test")
     for window in (5, 16, 50):
-        scores = bounds.score(uniform_model(4), tokens, window, 3, CPU)
+        scores = score_text(uniform_model(4), tokens, window, 3, CPU)
         assert scores.n_scored.sum() == (tokens.ids != 3).sum()
         by_document = np.bincount(scores.document, scores.n_scored)
         assert by_document.tolist() == [(tokens.ids[a:b] != 3).sum() for a, b in zip(tokens.offsets, tokens.offsets[1:])]
-    some = bounds.score(uniform_model(4), tokens, 16, -1, CPU, max_tokens=100)
+    some = score_text(uniform_model(4), tokens, 16, -1, CPU, max_tokens=100)
     assert 80 < some.n_scored.sum() <= 112
 
 
@@ -278,7 +287,7 @@ def test_given_tokens_are_not_scored_and_the_bound_is_the_conditional_code_lengt
     assert (~around).nonzero().flatten().tolist() == [4, 5, 12]
     assert (~evaluate.parse_given("around:0.01")(segment_ids)[0, :15]).sum() == 2  # one token of each window
     tokens = tokens_of(draw(SEQUENCES, P, 3000))
-    scores = bounds.score(
+    scores = score_text(
         exact_model(8), tokens, 3, -1, CPU, n_draws=4, given=evaluate.parse_given("prefix:0.34"), batch_size=500
     )
     first = torch.zeros(4).index_add_(0, SEQUENCES[:, 0], P)
@@ -289,6 +298,18 @@ def test_given_tokens_are_not_scored_and_the_bound_is_the_conditional_code_lengt
 
 
 # ---------------------------------------------------------------- validation
+
+
+def test_a_validation_plans_its_text_once(monkeypatch):
+    plan_validation, calls = bounds.data.plan_validation, []
+
+    def counted(*inputs):
+        calls.append(inputs)
+        return plan_validation(*inputs)
+
+    monkeypatch.setattr(bounds.data, "plan_validation", counted)
+    evaluate.validate(exact_model(4), tokens_of(draw(SEQUENCES, P, 50)), -1, 3, CPU, max_tokens=90)
+    assert len(calls) == 1
 
 
 def test_two_validations_use_the_same_tokens_and_noise_and_agree_exactly():
@@ -545,7 +566,7 @@ def test_repetition_lowers_entropy_distinct_bigrams_and_compressed_size():
 
 def test_an_empty_training_text_is_refused_before_anything_is_scored(monkeypatch, capsys, run_dir, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    monkeypatch.setattr(evaluate, "score", None)
+    monkeypatch.setattr(bounds, "score", None)
     with pytest.raises(SystemExit):
         command(monkeypatch, capsys, run_dir, "--samples=4", f"--corpus={tmp_path / 'empty.txt'}")
     assert "has no text to compare samples with" in capsys.readouterr().err

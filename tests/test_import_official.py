@@ -182,7 +182,8 @@ def test_the_commands_evaluate_and_sample_use_the_published_network(saved, netwo
     flags = (f"-mdir={run_dir}", f"-d={text}", "--draws=2", "--seed=3", "--json", f"--cache_dir={tmp_path}")
     figures = json.loads(run_command("evaluate", *flags))
     tokens = cache.load_corpus(text, run_dir / "tokenizer.model", tmp_path)
-    scores = bounds.score(network, tokens, L, -1, torch.device("cpu"), n_draws=2, seed=3)
+    work = bounds.Work(torch.device("cpu"))
+    scores = bounds.score(network, bounds.Text(tokens, L, -1), work, n_draws=2, seed=3)
     found = figures["L_inf_nats_per_token"], figures["L_rec_nats_per_token"]
     assert found == pytest.approx(scores.nats_per_token, rel=1e-6) and figures["n_tokens_scored"] == 23
     assert figures["bits_per_char"] == pytest.approx(figures["bound_bits_per_token"])

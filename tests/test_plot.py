@@ -312,7 +312,8 @@ def test_times_draws_measured_losses_and_the_fit_of_both_checkpoints(draw, drawn
     model, tokenizer, _ = load(run_dir)
     tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
     device, n_draws = torch.device("cpu"), plot.DENSITY_DRAWS
-    scores = bounds.score(model, tokens, 32, tokenizer.bos_id(), device, n_draws=n_draws, max_tokens=2000)
+    text = bounds.Text(tokens, 32, tokenizer.bos_id()).first_tokens(2000)
+    scores = bounds.score(model, text, bounds.Work(device), n_draws=n_draws)
     assert losses.lines[2].get_ydata() == pytest.approx(scores.by_time(plot.DENSITY_BINS)[1])
     assert losses.lines[2].get_ydata().mean() == pytest.approx(scores.nats_per_token[0], rel=0.1)  # L_inf
     fit = Times("learned", 0.0)
