@@ -23,9 +23,10 @@ from itertools import count
 
 import torch
 
-from noise import Draws, draw_keys
+from common.noise import Draws, draw_keys
 
 CROSS_ENTROPY = 5.0  # weight of the cross-entropy in the training loss
+
 
 # ---------------------------------------------------------------- choosing beta(1)
 
@@ -243,9 +244,6 @@ def sample(network, ids, cond_mask, s1, K, controls, draws=None):
 
 START, READ, STEP = range(3)  # each phase of a call has its own random numbers
 
-# ---------------------------------------------------------------- solvers: all positions together
-# A step goes from time u to v > u: z, p (the output at u), dp (its slope), eps (B, L, K), k (B, L).
-
 
 def ancestral(z, p, dp, k, u, v, s1, eps):
     """z + a eps + a^2 e_k,  k ~ p,  a^2 = s1^2 (v^2 - u^2) [Graves et al. 2023, algorithm 9]."""
@@ -431,6 +429,7 @@ SAMPLERS = {
     "ode1": partial(solve, step=ode1, start=ODE_START),
     "ode2": partial(solve, step=ode2, start=ODE_START),
 }
+
 
 # ---------------------------------------------------------------- the likelihood of a text
 

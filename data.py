@@ -12,15 +12,17 @@ no state to save. Training begins with easy texts, in which most tokens are give
 """
 
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from model import segment_positions
 
 EASY_SHARE = 0.8  # see `easy_share`
+
 
 # ---------------------------------------------------------------- packing
 
@@ -182,34 +184,6 @@ def count_up(sizes):
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-# ---------------------------------------------------------------- batches
-
-
-def segment_starts(segment_ids):
-    """Mark the first position of each segment, and of the padding: (B, L) -> (B, L) bool."""
-    starts = torch.ones_like(segment_ids, dtype=torch.bool)
-    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return starts
-
-
-def segment_positions(segment_ids):
-    """Count the tokens since the segment's start and until its end: (B, L) -> two (B, L) int64.
-
-        segment_ids    1 1 1 2 2 0
-        since start    0 1 2 0 1 0
-        until end      2 1 0 1 0 0
-
-    Padding counts as a segment. Like `segment_starts`, this works on any device and does not wait for it.
-    """
-    L = segment_ids.shape[1]
-    i = torch.arange(L, device=segment_ids.device)
-    starts = segment_starts(segment_ids)
-    ends = starts.roll(-1, 1)  # one before each start; the start of the row moves round to the end of the row
-    start = torch.where(starts, i, 0).cummax(1).values
-    end = torch.where(ends, i, L).flip(1).cummin(1).values.flip(1)
-    return i - start, end - i
-
-
 def gather_rows(tokens, plan, rows, row_length):
     """Read the rows of a plan whose numbers are `rows` (B,) -> ids (B, L), segment_ids (B, L), int64 arrays."""
     # A row is filled from the left without holes. So the tokens of all windows, joined, are what the filled positions
@@ -308,20 +282,15 @@ class Loader:
         ]
 
 
-def prefetch(function, items, depth=8, threads=1):
-    """Yield function(item) for each item, in order, while threads compute the next `depth` results."""
-    with ThreadPoolExecutor(threads) as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > depth:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 if __name__ == "__main__":
     import cli
     import corpus
 
     cli.run(corpus.main)
+
+
+def pad(templates, device):
+    """Put templates of different lengths into one batch -> padded (B, L), segment_ids (B, L)."""
+    padded = pad_sequence([torch.tensor(template) for template in templates], batch_first=True)
+    segment_ids = pad_sequence([torch.ones(len(template), dtype=torch.long) for template in templates], batch_first=True)
+    return padded.to(device), segment_ids.to(device)

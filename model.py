@@ -1,12 +1,14 @@
-"""The network of the flow: a FiLM-conditioned transformer that reads distributions over the vocabulary.
+"""From tokens to batches: pack the examples of a corpus into rows, and choose what the network is given.
 
-    theta        (B, L, K)  input distribution: softmax of the state, or the one-hot of a given token
-    t            (B, L)     time in [0, 1] of each position
-    segment_ids  (B, L)     segment of each position in a packed row, 0 = padding: the only source of the attention mask
-    h, hidden    (B, L, D)  residual stream before and after the layers
-    logits       (B, L, K)  p = softmax(logits) is the prediction for each position
+    window       at most L consecutive tokens of one document (an example of the corpus, see cache.py)
+    ids          (B, L) int64  rows of a batch, each packed with windows, 0 = padding
+    segment_ids  (B, L) int64  number of the window in its row: 1, 2, ..., 0 = padding
+    cond_mask    (B, L) bool   True = given to the network, not predicted
 
-The forward pass has three parts: `embed` (theta -> h), `body` (h -> hidden), `head` (hidden -> logits).
+Whatever is random depends only on (seed, epoch), or on (seed, number of the batch, progress of the training), so a loader has
+no state to save. Training begins with easy texts, in which most tokens are given: see `easy_share`.
+
+    python data.py stats TEXT        what is in a text, and how to train on it: see corpus.py, also for `normalize`
 """
 
 import math
@@ -20,7 +22,33 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import segment_positions
+# ---------------------------------------------------------------- batches
+
+
+def segment_starts(segment_ids):
+    """Mark the first position of each segment, and of the padding: (B, L) -> (B, L) bool."""
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return starts
+
+
+def segment_positions(segment_ids):
+    """Count the tokens since the segment's start and until its end: (B, L) -> two (B, L) int64.
+
+        segment_ids    1 1 1 2 2 0
+        since start    0 1 2 0 1 0
+        until end      2 1 0 1 0 0
+
+    Padding counts as a segment. Like `segment_starts`, this works on any device and does not wait for it.
+    """
+    L = segment_ids.shape[1]
+    i = torch.arange(L, device=segment_ids.device)
+    starts = segment_starts(segment_ids)
+    ends = starts.roll(-1, 1)  # one before each start; the start of the row moves round to the end of the row
+    start = torch.where(starts, i, 0).cummax(1).values
+    end = torch.where(ends, i, L).flip(1).cummin(1).values.flip(1)
+    return i - start, end - i
+
 
 BATCH_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a batch's largest tensor: 8 MB fit into a CPU's cache
 compiled_block_mask = torch.compile(create_block_mask, dynamic=False)  # not compiled, it builds the whole L x L mask

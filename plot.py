@@ -25,28 +25,28 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import bfn
-import bounds
-import cache
-import cli
 import data
-import figures
-import parallel
-import report
-from checkpoint import load, read_checkpoint, read_figures, read_metrics, without_folders
-from generation import DEFAULT, Options, sample_batch
-from noise import mix_seed
-from prompts import read_breaks
+from common import drawing, parallel
+from common.drawing import MARK, check_output, save
+from common.files import replacing
+from common.noise import mix_seed
+from evaluation import bounds
+from plotting import pictures, report
 from sample import Sampler
-from text import EXAMPLE_HELP, load_tokenizer, piece_text, train_tokenizer
-from times import Times
+from sampling.generate import DEFAULT, Options, sample_batch
+from sampling.prompts import read_breaks
+from text import cache
+from text.reading import EXAMPLE_HELP
+from text.tokenizer import load_tokenizer, piece_text, train_tokenizer
+from training.checkpoint import load, read_checkpoint, read_figures, read_metrics, without_folders
+from training.times import Times
 
-MARK = "made by plot.py"  # in each picture, so that only pictures are written over
-METADATA = {"png": {"Software": MARK}, "svg": {"Creator": MARK, "Date": None}}
 WATCH_SECONDS = 5
 DENSITY_BINS, DENSITY_DRAWS = 20, 8  # of losses by time
 N_TEXTS = 5  # of the page of a run; fewer where rows are long
@@ -54,55 +54,6 @@ MOST_TOKENS = 512  # of them
 N_ALTERNATIVES = 6  # at each network call
 LEAST = 5  # per mille: less likely alternatives are left out
 PACKED_ROWS = 32  # that are drawn
-
-_reported = set()  # messages that `try_to_save` has printed
-
-# ---------------------------------------------------------------- for other files
-
-
-def lines(path, series, x_label, y_label, title, log=""):
-    """Draw {label: (x, y)} as lines into a picture file -> whether that worked. log: "x" or "xy", the logarithmic axes."""
-    return try_to_save(path, partial(figures.lines, series, x_label, y_label, title, log))
-
-
-def try_to_save(path, make_figure):
-    """Save the picture that make_figure() draws -> whether that worked.
-
-    The file's ending decides its format. A picture never stops a run: if it cannot be drawn or written, one line on standard
-    error says why, once for each path and reason.
-    """
-    try:
-        save(Path(path), make_figure)
-    except Exception as error:  # noqa: BLE001 - a broken matplotlib raises anything
-        message = f"no picture at {path}: {_reason(error)}"
-        if message not in _reported:
-            _reported.add(message)
-            tqdm.write(message, file=sys.stderr)  # unlike print, it leaves a progress bar whole
-        return False
-    return True
-
-
-def save(path, make_figure, dark=False):
-    """Save the picture that make_figure() draws, whole or not at all."""
-    kind = path.suffix[1:] or "png"
-    with figures.style(dark):
-        figure = make_figure()
-        figures.use_fonts(figure)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with cli.replacing(path) as temporary:
-            figure.savefig(temporary, dpi=figures.DPI, format=kind, metadata=METADATA.get(kind))
-
-
-def _reason(error):
-    """What went wrong and what to do about it, in one line."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, ImportError):
-        return f"{text} (pip install matplotlib)"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} (give a path that can be written)"
-    if isinstance(error, ValueError):  # of the data or the file's ending, which its text names
-        return text
-    return f"{type(error).__name__}: {text} (pip install --force-reinstall matplotlib)"
 
 
 # ---------------------------------------------------------------- run and compare
@@ -118,13 +69,13 @@ def read_histories(run_dirs):
 def draw_run(args):
     """Draw the curves of runs, with --watch again and again."""
     draw = partial(save, args.output, dark=args.dark)
-    draw(lambda: figures.training(read_histories(args.run_dirs)))
+    draw(lambda: pictures.training(read_histories(args.run_dirs)))
     if args.watch:
         print(f"{args.output}: drawn again every {WATCH_SECONDS} seconds; Ctrl-C ends this", flush=True)
     with suppress(KeyboardInterrupt):
         while args.watch:
             time.sleep(WATCH_SECONDS)
-            draw(lambda: figures.training(read_histories(args.run_dirs)))
+            draw(lambda: pictures.training(read_histories(args.run_dirs)))
 
 
 def print_comparison(args):
@@ -190,7 +141,7 @@ def draw_times(args):
             found[run["step"]] = which, model, tokenizer, run
     history = [(step, density_of(torch.tensor(curve))) for step, curve in found[max(found)][3].get("times_history", [])]
     measured = [measure_times(*found[step], args, device) for step in sorted(found)]
-    save(args.output, partial(figures.times, measured, history), args.dark)
+    save(args.output, partial(pictures.times, measured, history), args.dark)
 
 
 def measure_times(which, model, tokenizer, run, args, device):
@@ -207,7 +158,7 @@ def measure_times(which, model, tokenizer, run, args, device):
     scores = bounds.score(model, text.first_tokens(args.max_tokens), work, n_draws=DENSITY_DRAWS)
     _, loss, cross_entropy = scores.by_time(DENSITY_BINS)
     t = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
-    return figures.ByTime(f"{which}.pt, step {run['step']:,}", t, loss, cross_entropy, density_of(run["times"]))
+    return pictures.ByTime(f"{which}.pt, step {run['step']:,}", t, loss, cross_entropy, density_of(run["times"]))
 
 
 def density_of(curve):
@@ -232,7 +183,7 @@ def draw_packing(args):
         tokens = cache.load_corpus(args.data_path, tokenizer_path, args.cache_dir, example=args.example)
     plans = packing_plans(tokens, args.sequence_length)
     title = f"{Path(args.data_path).name}: {tokens.n_documents:,} examples in rows of {args.sequence_length} tokens"
-    save(args.output, partial(figures.packing, tokens, plans, args.sequence_length, PACKED_ROWS, title), args.dark)
+    save(args.output, partial(pictures.packing, tokens, plans, args.sequence_length, PACKED_ROWS, title), args.dark)
 
 
 def packing_plans(tokens, row_length):
@@ -289,7 +240,7 @@ def draw_sampling(args):
         save_animation(args.output, texts, title, args.dark)
     else:
         shown = [([piece or "(end)" for piece in pieces], certainty) for pieces, _, certainty in texts]
-        save(args.output, partial(figures.certainty, shown, title), args.dark)
+        save(args.output, partial(pictures.certainty, shown, title), args.dark)
 
 
 def save_animation(path, texts, title, dark):
@@ -302,14 +253,14 @@ def save_animation(path, texts, title, dark):
             is_done = i >= len(at_calls) - 1  # the tokens of the last call are drawn
             row = zip(pieces, [1.0] * len(pieces), strict=True) if is_done else zip(at_calls[i], certainty[i], strict=True)
             frames[-1].append(list(row))
-    with figures.style(dark):
-        content = figures.to_gif(figures.emerging(frames, title), MARK)
+    with drawing.style(dark):
+        content = pictures.to_gif(pictures.emerging(frames, title), MARK)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with cli.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
-# ---------------------------------------------------------------- quality
+# ---------------------------------------------------------------- report
 
 
 def draw_quality(args):
@@ -325,7 +276,7 @@ def draw_quality(args):
             known = "one results.json of experiments/samplers.py at most, and outputs of evaluate.py --json --calls=8,32"
             raise ValueError(f"{path} is not one of the files to give: {known}")
     title = ", ".join(Path(path).name for path in args.files)
-    save(args.output, partial(figures.quality, exact, results, title), args.dark)
+    save(args.output, partial(pictures.quality_figure, exact, results, title), args.dark)
 
 
 def read_json(path):
@@ -353,14 +304,11 @@ def exact_by_calls(content):
     return (sorted(found), [content[name] for name in names], errors, content["bound_nats_per_token"]) if found else None
 
 
-# ---------------------------------------------------------------- report
-
-
 def draw_report(args):
     """Write the page of a run."""
     content = run_page(Path(args.run_dir), parallel.find_device(args.device))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with cli.replacing(args.output) as temporary:  # names of files may not be UTF-8
+    with replacing(args.output) as temporary:  # names of files may not be UTF-8
         temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
@@ -444,12 +392,12 @@ def to_text(k, tokenizer):
 
 def draw_simplex(args):
     """Draw the flow on three tokens."""
-    save(args.output, partial(figures.simplex, args.seed), args.dark)
+    save(args.output, partial(pictures.simplex, args.seed), args.dark)
 
 
 def draw_beta(args):
     """Draw how often the evidence names the token."""
-    save(args.output, partial(figures.beta, args.beta), args.dark)
+    save(args.output, partial(pictures.beta, args.beta), args.dark)
 
 
 def add_run_flags(add):
@@ -490,11 +438,6 @@ def add_sampling_flags(add):
     add_device(add)
 
 
-def add_quality_flags(add):
-    sources = "results.json of experiments/samplers.py, outputs of evaluate.py --json --calls=8,32"
-    add("files", nargs="+", type=cli.path, metavar="FILE.json", help=sources)
-
-
 def add_compare_flags(add):
     add("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR", help="run folders, two or more")
 
@@ -520,6 +463,11 @@ def add_device(add):
 def add_cache(add):
     add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
         help="folder for tokenised corpora (%(default)s)")
+
+
+def add_quality_flags(add):
+    sources = "results.json of experiments/samplers.py, outputs of evaluate.py --json --calls=8,32"
+    add("files", nargs="+", type=cli.path, metavar="FILE.json", help=sources)
 
 
 PICTURES = {  # flags, and what draws the picture from them
@@ -554,14 +502,6 @@ def endings(picture, args):
     if picture == "report":
         return [".html"]
     return [".gif"] if getattr(args, "gif", False) else [".png", ".svg"]
-
-
-def check_output(path, endings):
-    """Raise ValueError for another ending, and for a file that is not a picture of plot.py: it would be lost."""
-    if path.suffix not in endings:
-        raise ValueError(f"--output={path} must end in {' or '.join(endings)}")
-    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        raise ValueError(f"{path} exists already and is not a picture of plot.py: give another --output")
 
 
 def main(argv=None):

@@ -17,24 +17,21 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-import cli  # isort: skip - first, because of Ctrl-C
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import bfn
 import data
-import guidance
-import interactive
-import likelihood
-import parallel
-import proofread
-from bounds import Work, nothing_given
-from checkpoint import EXPORTED_FILES, RUN_FILES, load
-from generation import DEFAULT, Options, generate, lay_out
-from lengths import fit_lengths
-from noise import mix_seed
-from prompts import (
+from common import parallel
+from common.files import writing
+from common.noise import mix_seed
+from evaluation import likelihood
+from evaluation.bounds import Work, nothing_given
+from sampling import guidance, proofread, terminal
+from sampling.generate import DEFAULT, Options, fit_lengths, generate
+from sampling.prompts import (
     ANY_LABEL,
     FREE,
     GAP,
@@ -50,12 +47,15 @@ from prompts import (
     unknown_pieces,
     warn_unknown,
 )
-from text import ONE_LINE, add_marks, decode, label_ids
-from watch import Trace
+from sampling.terminal import Trace
+from text.reading import ONE_LINE
+from text.tokenizer import add_marks, decode, label_ids, one_line
+from training.checkpoint import EXPORTED_FILES, RUN_FILES, load
 
 OPTIONS = "sampler steps corrections temperature top_p argmax until ban hint draft strength guidance scale".split()
 CONTROLS = [field.name for field in fields(bfn.Controls)]
 SEPARATOR = "-" * 20  # printed after each text of several lines
+
 
 # ---------------------------------------------------------------- the model as an object
 
@@ -287,7 +287,7 @@ def main(argv=None):
         check_interactive(args)
         options = [name for name in OPTIONS if name != "draft"]
         parse = flags().parse_args
-        if n_refused := interactive.run(model, args, options, parse, separator, **steering):
+        if n_refused := terminal.run(model, args, options, parse, separator, **steering):
             raise ValueError(f"refused lines: {n_refused}")
         return
     if args.check or args.check_file is not None:
@@ -308,11 +308,11 @@ def print_samples(samples, prompts, args, separator):
     hide_bar = True if args.trace or len(prompts) == 1 else None  # None: show it only in a terminal
     total_calls, path = 0, (parallel.rank() == 0 and args.output) or os.devnull
     unfinished = path if os.path.exists(path) and not os.path.isfile(path) else f"{path}.part"  # not of a pipe
-    with cli.writing(path), open(unfinished, "w", encoding="utf-8") as output:
+    with writing(path), open(unfinished, "w", encoding="utf-8") as output:
         bar = tqdm(samples, total=len(prompts), unit="sample", disable=hide_bar)
         for prompt, (text, ids, calls) in zip(prompts, bar, strict=True):
             total_calls += calls
-            with cli.writing("standard output"):
+            with writing("standard output"):
                 print(text, *separator, sep="\n", flush=True)
             record = dict(prompt=prompt, text=text, ids=ids, calls=calls)
             print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
@@ -324,3 +324,8 @@ def print_samples(samples, prompts, args, separator):
 
 if __name__ == "__main__":
     cli.run(main)
+
+
+def lay_out(text, run):
+    """Put a sample on one line if the model was trained on lines: it may have drawn a line break by chance."""
+    return one_line(text) if run["args"]["example"] in ONE_LINE else text

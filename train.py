@@ -9,30 +9,30 @@ import copy
 import math
 import signal
 import sys
+import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import cli  # isort: skip - first, because of Ctrl-C
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 
 import bfn
-import cache
 import data
 import evaluate
-import fused
-import log
-import memory
-import optim
-import parallel
-import switches
-from checkpoint import State, check_identity, describe_run, load, lock, open_run_folder, prepare_text, restore, save
+from common import parallel
+from common.files import file_hash
+from common.noise import draw_keys, mix_seed, noise
 from model import BFNTransformer, Config
-from noise import draw_keys, mix_seed, noise
 from sample import Sampler
-from text import EXAMPLE_HELP, file_hash, label_ids
-from times import Times
+from text import cache
+from text.reading import EXAMPLE_HELP
+from text.tokenizer import label_ids
+from training import forms, fused, log, memory, optim, speed
+from training.checkpoint import State, load, restore, save
+from training.run_folder import check_identity, decide_steps, describe_run, lock, open_run_folder, prepare_text
+from training.times import Times
 
 PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()
 PRESETS = {
@@ -44,6 +44,7 @@ PRESETS = {
 }  # fmt: skip
 DEFAULT_PRESET = {"cpu": "laptop", "cuda": "base"}
 SHORTEST_ROW, TOY_STEPS = 64, 1_500
+
 
 # ---------------------------------------------------------------- flags
 
@@ -99,6 +100,7 @@ def flags():
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--compile", choices=on_off, default="auto", help="torch.compile (auto: on CUDA, and from width 256)")
     add("--fused", choices=on_off, default="auto", help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")
+    add("--dry_run", action="store_true", help="say what would be trained, and for how long; write nothing")
     add("--recompute", action="store_true", help="keep no activations in the layers: less memory, a third more time")
     return p
 
@@ -282,6 +284,8 @@ def main(argv=None):
     """
     args = flags().parse_args(argv)
     with ExitStack() as until_end:
+        if args.dry_run:
+            args.model_dir = until_end.enter_context(tempfile.TemporaryDirectory())
         train(args, parallel.join(args.device), until_end)
 
 
@@ -307,7 +311,7 @@ def train(args, device, until_end):
     run = describe_run(args, config, tokenizer, tokens, val, run_dir)
     if saved:
         check_identity(saved["identity"], run["identity"], args)
-    log.peak(device, log.fast_bf16(device))  # measured before the memory is needed
+    speed.peak(device, speed.fast_bf16(device))  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
     sampler = Sampler(state.emas[-1], tokenizer, run)
@@ -316,20 +320,22 @@ def train(args, device, until_end):
         print(f"{run_dir} is finished at step {state.step}")
         return finish(state, sampler, val, args)
     trial = loader.batch(0, 0.25), args, device, accumulate_gradients  # of the first half of the training
-    switches.choose_form(state, *trial)
-    seconds = switches.warm_up(state, *trial)
+    forms.choose_form(state, *trial)
+    seconds = forms.warm_up(state, *trial)
     inputs = val, tokenizer.bos_id(), args.sequence_length, device
-    log.decide_steps(args, before, state.step, seconds, evaluate.validation_seconds(state.emas[-1], *inputs))
+    decide_steps(args, before, state.step, seconds, evaluate.validation_seconds(state.emas[-1], *inputs))
     vars(args).update(parallel.from_first(vars(args)))  # speeds differ
     opening = log.opening_lines(state, loader, val, config, seconds, args, device, tokenizer)
     print(*opening, sep="\n")
+    if args.dry_run:
+        return
 
     write, minutes = log.open_metrics(run_dir, state.step)
     meter, bound = log.Meter(state.model, args, device, minutes), None
     caught = until_end.enter_context(cli.catch_signals())
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
-    batches = data.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
+    batches = parallel.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
     bar = log.Progress(state, args)
     if state.step and state.step % args.sample_interval == 0:  # it may have been stopped before the samples
         log.write_samples(run_dir, state.step, examples)

@@ -25,26 +25,27 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import bfn
-import bounds
-import checkpoint
-import cli
 import data
 import evaluate
 import model as model_file
-import optim
-import parallel
-import plot
-import switches
 import train
-from noise import mix_seed
+from common import cli, drawing, parallel
+from common.noise import mix_seed
+from evaluation import bounds, tables
+from training import forms, optim
+from training.checkpoint import save
+from training.run_folder import describe_run, prepare_text
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+
 
 N_POINTS = 8  # validations of each run, evenly spaced over its budget
 VAL_TOKENS = 32_768  # of the validation text, scored each time
 EXACT_TOKENS = 2048  # and of these, for the exact likelihood
+
 
 # ---------------------------------------------------------------- variants: each changes args or patches a module
 
@@ -319,7 +320,7 @@ def spend(budget, step, measure, label):
 def measure_bound(model, text, device):
     """Estimate the bound on VAL_TOKENS of a Text, with the same noise for every model -> figures."""
     scores = bounds.score(model, text.first_tokens(VAL_TOKENS), bounds.Work(device))
-    return evaluate.likelihood_figures(scores)
+    return tables.likelihood_figures(scores)
 
 
 def train_variant(name, args, minutes, n_tokens, text, folder):
@@ -331,8 +332,8 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
     state = train.build(config, args, device, None)
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, tokenizer.bos_id())
     trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
-    switches.choose_form(state, *trial)
-    switches.warm_up(state, *trial)  # compiles, before the time counts
+    forms.choose_form(state, *trial)
+    forms.warm_up(state, *trial)  # compiles, before the time counts
 
     def learning_rate(step, args):
         return args.learning_rate * rate_share(budget.progress)
@@ -359,7 +360,7 @@ def train_variant(name, args, minutes, n_tokens, text, folder):
     if name in ("base", "autoregressive"):  # a checkpoint does not record how the network of another variant differs
         state.loss_by_time = evaluate.validate(state.emas[-1], val, tokenizer.bos_id(), args.sequence_length, device)[1]
         try:
-            save_weights(state, checkpoint.describe_run(args, config, *text, folder), folder / f"{name}-{args.seed}")
+            save_weights(state, describe_run(args, config, *text, folder), folder / f"{name}-{args.seed}")
         except OSError as error:
             print(f"could not save the weights: {error}", file=sys.stderr)
     return result
@@ -371,7 +372,7 @@ def save_weights(state, run, run_dir):
     for name in ("tokenizer.model", "corpus.txt"):
         if (run_dir.parent / name).exists():
             shutil.copyfile(run_dir.parent / name, run_dir / name)
-    checkpoint.save(state, run, run_dir, is_best=True)
+    save(state, run, run_dir, is_best=True)
 
 
 def record(name, seed, model, curve):
@@ -419,7 +420,7 @@ def mean_and_error(values):
 def prepare(args, folder):
     """Prepare the text in the folder of the comparison -> tokenizer, training Tokens, validation Tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    return checkpoint.prepare_text(args, folder, None)
+    return prepare_text(args, folder, None)
 
 
 def flags():
@@ -456,7 +457,7 @@ def main(argv=None):
     options += [f"--tokens={args.tokens}"] * bool(args.tokens)
     for seed in range(args.seeds):
         for name in args.variants:
-            command = [sys.executable, __file__, name, f"--one={seed}", *options]
+            command = [sys.executable, "-m", "experiments.compare", name, f"--one={seed}", *options]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if output.returncode:
                 raise ValueError(f"variant {name}, seed {seed} failed: see above")
@@ -472,7 +473,7 @@ def add_record(new, folder):
     path.write_text(json.dumps(records, indent=1))
     (folder / "results.md").write_text("\n".join(table(records)) + "\n")
     series = {f"{r['name']} {r['seed']}": tuple(zip(*((m, b) for m, _, b in r["curve"]), strict=True)) for r in records}
-    plot.lines(folder / "results.png", series, "minutes of training", "bits per character", "validation bound")
+    drawing.lines(folder / "results.png", series, "minutes of training", "bits per character", "validation bound")
 
 
 if __name__ == "__main__":

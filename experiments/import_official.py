@@ -31,21 +31,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import checkpoint
-import cli
 import evaluate
 import sample
-from data import segment_positions
-from model import Config, attend
-from text import file_hash
+from common import cli
+from common.files import file_hash
+from model import Config, attend, segment_positions
+from training.checkpoint import load, save_checkpoint
 
 CHARACTERS = " " + string.ascii_lowercase  # of text8, in the order of the published ids
 BETA1 = 0.75**2  # beta(1) of the published text8 network
 UNKNOWN = 30.0  # -log p of the unknown token, nats
 TABLE, INPUT = "input_adapter.pos_embedding", "input_adapter.inp_embedding.weight"  # names of published weights
 OTHER = dict(evaluate=evaluate, sample=sample)  # commands that read a run folder
+
 
 # ---------------------------------------------------------------- the network
 
@@ -180,7 +178,7 @@ def write_run(network, row_length, out_dir):
         loss_by_time=None,
         emas=[network.state_dict()],
     )
-    checkpoint.save_checkpoint(out_dir / "best.pt", run)
+    save_checkpoint(out_dir / "best.pt", run)
 
 
 # ---------------------------------------------------------------- the command
@@ -199,7 +197,7 @@ def flags():
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if command := OTHER.get(words[0] if words else None):
-        command.load = partial(checkpoint.load, network=OfficialNetwork)
+        command.load = partial(load, network=OfficialNetwork)
         return command.main(words[1:])
     args = flags().parse_args(words)
     network, row_length = build_network(args.checkpoint, args.num_heads, args.beta)

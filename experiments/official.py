@@ -13,33 +13,33 @@ This runs on the CPU, and only for a corpus of one line, because the published n
 import copy
 import importlib.util
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from compare import Budget, add_record, measure_bound, prepare, rate_share, record, spend
 
 import bfn
-import bounds
-import cli
 import data
-import optim
 import train
-from noise import mix_seed
+from common import cli
+from common.noise import mix_seed
+from evaluation import bounds
+from experiments.compare import Budget, add_record, measure_bound, prepare, rate_share, record, spend
+from training import optim
 
 
 def load_official(code):
     """Import the published code, which also has a model.py -> that module, CategoricalFactory, GPT, TextInputAdapter."""
-    sys.path.append(str(code))
     spec = importlib.util.spec_from_file_location("official_model", Path(code) / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from networks.adapters import TextInputAdapter
-    from networks.transformer import GPT
-    from probability import CategoricalFactory
-
-    return module, CategoricalFactory, GPT, TextInputAdapter
+    try:
+        adapters = importlib.import_module("networks.adapters")
+        networks = importlib.import_module("networks.transformer")
+        probability = importlib.import_module("probability")
+    except ImportError as error:
+        raise ValueError(f"{error}: start this command with PYTHONPATH={code}") from None
+    return module, probability.CategoricalFactory, networks.GPT, adapters.TextInputAdapter
 
 
 def check_one_text_per_row(segment_ids):

@@ -16,7 +16,6 @@ other than 1 trade diversity for quality: the last panel of the picture shows qu
 import json
 import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,23 +25,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from compare import Causal
-
 import bfn
-import cache
-import cli
 import evaluate
-import figures
-import parallel
-import plot
-import quality
-import toy
-from checkpoint import load
-from generation import DEFAULT, Options, generate
-from prompts import GAP, make_template, pad
-from text import add_marks, decode, read_part
+from common import cli, drawing, parallel
+from data import pad
+from evaluation import quality
+from experiments.compare import Causal
+from plotting import pictures
+from sampling.generate import DEFAULT, Options, generate
+from sampling.prompts import GAP, make_template
+from text import cache, toy
+from text.reading import read_part
+from text.tokenizer import add_marks, decode
+from training.checkpoint import load
 
 FILLING = ["pace", "uncorrected", "commit"]  # they fill a few positions in each call
 SOLVERS = [name for name in bfn.SAMPLERS if name not in FILLING]
@@ -299,8 +294,15 @@ def main(argv=None):
         sentences = [piece.text for piece in read_part(corpus, "val")][: args.infill]
         lines += infill_table(model, tokenizer, run, sentences, args)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    plot.try_to_save(folder / "results.png", partial(figures.quality, {}, results, str(args.model_dir)))
+    drawing.try_to_save(folder / "results.png", partial(pictures.quality, {}, results, str(args.model_dir)))
     print("\n".join(lines))
+
+
+
+
+# ---------------------------------------------------------------- quality: figures over network calls
+
+
 
 
 if __name__ == "__main__":

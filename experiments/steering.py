@@ -12,22 +12,22 @@ The label is a function of the sentence: the number of the subject, "report", or
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import cli
-import guidance
-import plot
-import proofread
-import toy
-from noise import mix_seed
+from common import cli, drawing
+from common.files import replacing
+from common.noise import mix_seed
 from sample import Sampler
+from sampling import guidance, proofread
+from text import toy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+
 
 WEIGHTS = 0.0, 0.5, 1.0, 2.0, 4.0  # of guidance by the label
 SCALES = 0.0, 1.0, 2.0, 4.0, 8.0  # of a classifier
@@ -158,7 +158,7 @@ def main(argv=None):
     if args.what == "corpus" and not args.output:
         raise ValueError("corpus writes a file: give --output=FILE.tsv")
     if args.what == "corpus":
-        with cli.replacing(Path(args.output)) as path:
+        with replacing(Path(args.output)) as path:
             path.write_text(labelled_corpus(args.n or 60_000, args.seed))
         return
     sampler = Sampler.load(args.model_dir)
@@ -175,7 +175,7 @@ def main(argv=None):
         x = [r["strength"] for r in rows[1:]]
         series = {what: (x, [100 * r[what] for r in rows[1:]]) for what in ("right", "grammatical", "distinct")}
         name = "scale" if classifier else "W"
-        plot.lines(Path(args.output).with_suffix(".png"), series, name, "% of samples", "steering by a classifier" if classifier else "steering by a label that is given")
+        drawing.lines(Path(args.output).with_suffix(".png"), series, name, "% of samples", "steering by a classifier" if classifier else "steering by a label that is given")
 
 
 if __name__ == "__main__":

@@ -29,30 +29,28 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
 from tqdm import tqdm
 from untrained import equal
 
-import cache
-import cli
 import evaluate
-import log
 import plot
-import switches
-import toy
 import train
-from checkpoint import read_checkpoint
+from common import cli
+from text import cache, toy
+from training import forms, log
+from training.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FLAGS = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=4 -svi=3 --max_steps=8 -lr=0.003 --tokenizer=word".split()
 SECONDS = 120  # a process that takes longer hangs
 PHASES = {  # the functions that are a phase each, or a part of it
     "imports": [],
     "tokenising": [(train, "prepare_text")],
-    "probing": [(switches, "warm_up"), (evaluate, "validation_seconds")],
+    "probing": [(forms, "warm_up"), (evaluate, "validation_seconds")],
     "training": [(train, "accumulate_gradients"), (train, "update_weights")],
     "validating": [(evaluate, "validate"), (log, "draw_curves")],
     "saving": [(train, "save")],

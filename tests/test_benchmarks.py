@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from experiments import bench, prove
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench
-import prove
 
 PASSED = dict(seconds=0.5, tokens_per_s=100.0, memory_mb=1.0, flops_per_s=1e9)
 

@@ -10,8 +10,8 @@ from exact import ExactNetwork, draw, entropy, random_joint
 
 import bfn
 from bfn import Controls
-from likelihood import leftmost
-from noise import Draws, draw_keys
+from common.noise import Draws, draw_keys
+from evaluation.likelihood import leftmost
 
 SEQUENCES, P = random_joint()
 EXACT = ExactNetwork(SEQUENCES, P)

@@ -11,17 +11,17 @@ import pytest
 import torch
 from untrained import equal, random_network
 
-import card
-import checkpoint as checkpoint_file
-import cli
 import evaluate
-import log
 import sample
-import toy
 import train
-from checkpoint import load, read_checkpoint, save_checkpoint
+from common import cli
+from common.files import file_hash
 from model import BFNTransformer, Config
-from text import file_hash, train_tokenizer
+from text import toy
+from text.tokenizer import train_tokenizer
+from tools import export
+from training import checkpoint, log, run_folder
+from training.checkpoint import load, read_checkpoint, save_checkpoint
 
 CONFIG = Config(K=11, beta1=1.0, d_model=32, n_layers=2, n_heads=2)
 TOY = Path(cli.__file__).parent / "examples" / "toy"
@@ -78,7 +78,7 @@ def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
         read_checkpoint(path)
     path.write_bytes(whole)
-    monkeypatch.setattr(checkpoint_file, "FORMAT", 99)
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
     with pytest.raises(ValueError, match="this code reads 99"):
         read_checkpoint(path)
     path.unlink()
@@ -90,7 +90,7 @@ def write_checkpoints(run_dir, **steps):
     """Write last, best and older checkpoints (older_6, ...) of these steps. Those of one step are one file."""
     (run_dir / "older").mkdir(parents=True, exist_ok=True)
     for name, step in steps.items():
-        path = checkpoint_file.older_path(run_dir, step) if name.startswith("older") else run_dir / f"{name}.pt"
+        path = checkpoint.older_path(run_dir, step) if name.startswith("older") else run_dir / f"{name}.pt"
         save_checkpoint(path, dict(step=step, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.full((5000,), float(step))}]))
         if name == "best" and step == steps["last"]:
             path.unlink()
@@ -123,7 +123,7 @@ def test_a_damaged_last_checkpoint_is_answered_with_the_command_that_goes_on(tmp
     for path in (run_dir / name for name in damaged):
         path.write_bytes(DAMAGES[damage](path.read_bytes()))  # into the file, so links to it are damaged too
     with pytest.raises(ValueError, match=r"last\.pt is damaged") as error:
-        checkpoint_file.open_run_folder(run_dir)
+        run_folder.open_run_folder(run_dir)
     message = str(error.value)
     if expected is None:
         assert message.endswith("there is no other that can be read, give another run folder")
@@ -131,14 +131,14 @@ def test_a_damaged_last_checkpoint_is_answered_with_the_command_that_goes_on(tmp
     command = shlex.split(message.split("type: ")[1])
     assert command == ["cp", str(run_dir / expected), str(run_dir / "last.pt")]
     subprocess.run(message.split("type: ")[1], shell=True, check=True)
-    assert equal(checkpoint_file.open_run_folder(run_dir), read_checkpoint(run_dir / expected))
+    assert equal(run_folder.open_run_folder(run_dir), read_checkpoint(run_dir / expected))
     assert f"from step {read_checkpoint(run_dir / 'last.pt')['step']}," in message
 
 
 def test_a_folder_with_only_older_checkpoints_is_not_taken_for_a_new_run(tmp_path):
     write_checkpoints(tmp_path, older_4=4, older_6=6)
     with pytest.raises(ValueError, match=r"no last\.pt: to go on from step 6, type: cp \S+older/step-0000000006\.pt "):
-        checkpoint_file.open_run_folder(tmp_path)
+        run_folder.open_run_folder(tmp_path)
 
 
 def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(run_dir):
@@ -219,7 +219,7 @@ def train_for(folder, name, *flags, steps=8):
 @pytest.fixture
 def out(trained, tmp_path):
     """An exported folder."""
-    checkpoint_file.export(trained, tmp_path / "models" / "out")
+    export.export(trained, tmp_path / "models" / "out")
     return tmp_path / "models" / "out"
 
 
@@ -248,8 +248,8 @@ def test_an_exported_model_gives_the_same_logits(trained, tmp_path, monkeypatch,
     """Bit for bit in float32; in bfloat16, those of the rounded weights."""
     out = tmp_path / "models" / "shared"
     flags = "export", trained, out, f"--dtype={dtype}"
-    assert run_command(monkeypatch, capsys, checkpoint_file, *flags)[0] == 0
-    assert sorted(path.name for path in out.iterdir()) == sorted(checkpoint_file.EXPORTED_FILES)
+    assert run_command(monkeypatch, capsys, checkpoint, *flags)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(checkpoint.EXPORTED_FILES)
     network, tokenizer, run = load(trained)
     network.load_state_dict({name: weight.to(getattr(torch, dtype)) for name, weight in network.state_dict().items()})
     exported, its_tokenizer, its_run = load(out)
@@ -259,7 +259,7 @@ def test_an_exported_model_gives_the_same_logits(trained, tmp_path, monkeypatch,
         assert equal(its_run[name], run[name]), name
     assert its_run["args"] == run["args"] | dict(data_path="corpus.txt", model_dir="run", cache_dir="cache")
     before = {path: path.read_bytes() for path in out.iterdir()}
-    code, _, errors = run_command(monkeypatch, capsys, checkpoint_file, *flags)
+    code, _, errors = run_command(monkeypatch, capsys, checkpoint, *flags)
     assert code == 2 and "exists already: give another folder" in errors
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
@@ -280,20 +280,20 @@ def test_the_commands_do_the_same_with_an_exported_model_as_with_its_run(trained
 
 
 def test_the_card_gives_samples_figures_and_flags_and_no_path_of_the_machine(trained, out, monkeypatch, capsys):
-    card = (out / "README.md").read_text()
+    export = (out / "README.md").read_text()
     samples = run_command(monkeypatch, capsys, sample, f"-mdir={out}", "--num_samples=2")[1]
-    assert "".join(f"    {line}".rstrip() + "\n" for line in samples.splitlines()) in card
+    assert "".join(f"    {line}".rstrip() + "\n" for line in samples.splitlines()) in export
     figures = next(m for m in log.read_metrics(trained) if m["step"] == load(out)[2]["step"] and "val_bits_per_char" in m)
     for name in "bound_nats_per_token bound_bits_per_token bits_per_char exact_nats_per_token exact_bits_per_char".split():
-        assert f"| {figures[f'val_{name}']:.4f} |" in card, name
+        assert f"| {figures[f'val_{name}']:.4f} |" in export, name
         assert load(out)[2]["figures"][name.removeprefix("val_")] == figures[f"val_{name}"]
-    assert "`corpus.txt`" in card and "training text has 293 examples, " in card
+    assert "`corpus.txt`" in export and "training text has 293 examples, " in export
     for path in out.iterdir():
         assert str(trained.parent).encode() not in path.read_bytes(), path
 
 
 def test_the_card_of_a_card_keeps_the_figures(out):
-    checkpoint_file.export(out, out.parent / "again", torch.bfloat16)
+    export.export(out, out.parent / "again", torch.bfloat16)
     table = (out / "README.md").read_text().split("## Figures")[1].split("## Training")[0]
     assert table in (out.parent / "again" / "README.md").read_text()
 
@@ -306,7 +306,7 @@ def test_the_command_in_the_card_trains_with_the_same_flags(trained):
 
 def assert_same_flags(args):
     """Compare the flags of a run with those that train.py makes of the command in its card."""
-    words = shlex.split(card.training_command(args).replace("\\\n", ""))
+    words = shlex.split(export.training_command(args).replace("\\\n", ""))
     again = vars(train.complete(train.flags().parse_args(words[2:])))
     different = {name for name in args if args[name] != again.get(name)}
     assert different <= {"model_dir", "cache_dir", "device", "minutes", "vocab_size", "val_tokens"}, different
@@ -363,9 +363,9 @@ def test_a_hostile_config_is_an_error_of_one_line_and_takes_no_memory(out):
         assert torch.empty(0).device.type == "meta"
         return BFNTransformer(config)
 
-    for name in checkpoint_file.EXPORTED:
+    for name in checkpoint.EXPORTED:
         refused(f"{name} is missing", **{name: {"a": 1}} if name not in ("args", "config") else {name: [1]})
-    for name in checkpoint_file.EXPORTED_ARGS:
+    for name in checkpoint.EXPORTED_ARGS:
         refused(f"{name} is missing", args={**intact["args"], name: [{}]})
     refused("word_lengths is missing", word_lengths=["__import__('os')"])
     refused("K is missing", config={})
@@ -391,16 +391,16 @@ def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(card, "model_card", full)
+    monkeypatch.setattr(export, "model_card", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint_file.export(trained, tmp_path / "out")
+        export.export(trained, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_written_into_an_exported_folder(out, monkeypatch, capsys):
     with pytest.raises(ValueError, match="was exported and cannot be resumed: give another -mdir and --init_from"):
-        checkpoint_file.open_run_folder(out)
-    for name in checkpoint_file.EXPORTED_FILES:
+        run_folder.open_run_folder(out)
+    for name in checkpoint.EXPORTED_FILES:
         code, _, errors = run_command(monkeypatch, capsys, sample, f"-mdir={out}", f"--output={out / name}")
         assert code == 2 and "is a file of the run" in errors
 
@@ -409,7 +409,7 @@ def test_only_exported_models_need_safetensors(trained, out, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
     load(trained)
-    for needs in (lambda: load(out), lambda: checkpoint_file.export(trained, out.parent / "more")):
+    for needs in (lambda: load(out), lambda: export.export(trained, out.parent / "more")):
         with pytest.raises(ValueError, match="pip install safetensors"):
             needs()
 
@@ -423,7 +423,7 @@ def test_weights_that_share_memory_are_exported(trained, tmp_path, monkeypatch):
         self.linear_out.weight = self.embedding.weight
 
     monkeypatch.setattr(BFNTransformer, "__init__", tied)
-    checkpoint_file.export(trained, tmp_path / "out")
+    export.export(trained, tmp_path / "out")
     assert torch.equal(logits_of(load(tmp_path / "out")[0]), logits_of(load(trained)[0]))
 
 
@@ -438,6 +438,6 @@ def test_the_model_in_the_repository_speaks_its_language(monkeypatch, capsys, tm
 
 def test_the_command_runs_as_a_program(trained, tmp_path):
     """There, sample.py imports checkpoint.py a second time."""
-    words = sys.executable, checkpoint_file.__file__, "export", trained, tmp_path / "out"
+    words = sys.executable, checkpoint.__file__, "export", trained, tmp_path / "out"
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr and "MB of weights" in done.stdout

@@ -5,10 +5,10 @@ import pytest
 import torch
 from untrained import make_run, run_command
 
-import classify
-import guidance
 import sample
-import toy
+from sampling import guidance
+from text import toy
+from tools import classify
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,14 @@ from unittest.mock import Mock
 
 import pytest
 
-import checkpoint
-import classify
-import cli
-import corpus
 import evaluate
-import log
-import moons
-import parallel
 import plot
 import sample
 import train
+from common import cli, files, parallel
+from examples import moons
+from tools import classify, stats
+from training import checkpoint, log
 
 
 @pytest.mark.parametrize("command, flag", [(train, "-nl=1001"), (sample, "--num_samples=1000001")])
@@ -45,7 +42,7 @@ def full(_text):
 
 def test_the_error_of_a_full_disk_names_the_file(tmp_path, capsys):
     def main():
-        with cli.replacing(tmp_path / "file"):
+        with files.replacing(tmp_path / "file"):
             full("")
 
     with pytest.raises(SystemExit) as stop:
@@ -85,7 +82,7 @@ TEXT = set("text_field prompt ban hint label draft check flags language one case
 
 def parsers():
     """The parsers of all commands."""
-    commands = train, sample, evaluate, checkpoint, classify, corpus, moons
+    commands = train, sample, evaluate, checkpoint, classify, stats, moons
     yield from (command.flags() for command in commands)
     yield from map(plot.flags, plot.PICTURES)
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import continuous as c
-import moons
+from examples import continuous, moons
 
 
 class Mixture:
@@ -32,7 +31,7 @@ class Mixture:
         return self.weights.log() - square / (2 * total) - x.shape[-1] / 2 * torch.log(2 * math.pi * total)
 
     def posterior_mean(self, mu, t):
-        b = c.beta(t.clamp(min=c.T_MIN), self.sigma1)
+        b = continuous.beta(t.clamp(min=continuous.T_MIN), self.sigma1)
         shown = mu * (1 + b) / b
         share = self.log_density(shown, 1 / b).softmax(-1)[..., None]
         precision = (b * self.deviations**2)[..., None]
@@ -40,7 +39,7 @@ class Mixture:
 
     def __call__(self, mu, t):
         mu, t = mu.double(), t.double()
-        b = c.beta(t.clamp(min=c.T_MIN), self.sigma1)
+        b = continuous.beta(t.clamp(min=continuous.T_MIN), self.sigma1)
         return (mu * (1 + b) / b - self.posterior_mean(mu, t)) * b.sqrt()
 
     def grid(self, n=161, reach=7.0):
@@ -82,7 +81,7 @@ def continuous_time_loss(m, x, eps, n_times=40):
     total = 0.0
     for t, w in zip((nodes + 1) / 2, weights / 2, strict=True):
         t = times(t, x)
-        total = total + w * c.squared_error_loss(c.predict_noisy(m, x, t, m.sigma1, eps), x, t, m.sigma1)
+        total = total + w * continuous.squared_error_loss(continuous.predict_noisy(m, x, t, m.sigma1, eps), x, t, m.sigma1)
     return total
 
 
@@ -90,7 +89,7 @@ def n_step_loss(m, x, eps, n):
     total = 0.0
     for i in range(1, n + 1):
         i = times(float(i), x)
-        total = total + c.n_step_error(c.predict_noisy(m, x, (i - 1) / n, m.sigma1, eps), x, i, n, m.sigma1) / n
+        total = total + continuous.n_step_error(continuous.predict_noisy(m, x, (i - 1) / n, m.sigma1, eps), x, i, n, m.sigma1) / n
     return total
 
 
@@ -102,26 +101,26 @@ def test_the_flow_has_the_mean_and_the_variance_of_the_paper(sigma1):
     t = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
     x, zero = torch.full_like(t, 3.7), torch.zeros_like(t)
     gamma = 1 - sigma1 ** (2 * t)
-    torch.testing.assert_close(c.flow(x, t, sigma1, eps=zero), gamma * x)
-    torch.testing.assert_close(c.flow(zero, t, sigma1, eps=zero + 1).square(), gamma * (1 - gamma))
-    torch.testing.assert_close(c.beta(t, sigma1), sigma1 ** (-2 * t) - 1)
+    torch.testing.assert_close(continuous.flow(x, t, sigma1, eps=zero), gamma * x)
+    torch.testing.assert_close(continuous.flow(zero, t, sigma1, eps=zero + 1).square(), gamma * (1 - gamma))
+    torch.testing.assert_close(continuous.beta(t, sigma1), sigma1 ** (-2 * t) - 1)
 
 
 def test_the_flow_is_precise_in_float32_at_both_ends():
     t = torch.tensor([[1e-6], [1e-3], [0.5], [1.0]])
     one = torch.ones_like(t)
     for eps in (one, -one):
-        torch.testing.assert_close(c.flow(one, t, 1e-3, eps), c.flow(one.double(), t.double(), 1e-3, eps.double()).float())
+        torch.testing.assert_close(continuous.flow(one, t, 1e-3, eps), continuous.flow(one.double(), t.double(), 1e-3, eps.double()).float())
 
 
 def test_fresh_noise_is_standard_normal():
     torch.manual_seed(0)
     x, t = torch.full((100_000, 1), 2.0), torch.full((100_000, 1), 0.3)
     gamma = 1 - 0.1**0.6
-    mu = c.flow(x, t, 0.1)
+    mu = continuous.flow(x, t, 0.1)
     assert mu.mean().item() == pytest.approx(2 * gamma, abs=0.01)
     assert mu.var().item() == pytest.approx(gamma * (1 - gamma), rel=0.02)
-    assert c.sender_sample(x, 4.0).var().item() == pytest.approx(0.25, rel=0.02)
+    assert continuous.sender_sample(x, 4.0).var().item() == pytest.approx(0.25, rel=0.02)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
@@ -132,8 +131,8 @@ def test_updates_by_the_accuracies_of_n_steps_are_exactly_the_flow(n):
     x, noises = inputs[:, :1], inputs[:, 1:]
     mu, rho = torch.zeros_like(x), torch.ones_like(x)
     for i in range(1, n + 1):
-        a = c.alpha(times(float(i), x), n, sigma1)
-        mu, rho = c.bayesian_update(mu, rho, c.sender_sample(x, a, noises[:, i - 1 : i]), a)
+        a = continuous.alpha(times(float(i), x), n, sigma1)
+        mu, rho = continuous.bayesian_update(mu, rho, continuous.sender_sample(x, a, noises[:, i - 1 : i]), a)
         gamma = 1 - sigma1 ** (2 * i / n)
         torch.testing.assert_close(rho, torch.full_like(rho, sigma1 ** (-2 * i / n)))
         assert mu[0].item() == pytest.approx(gamma, rel=1e-12)
@@ -145,7 +144,7 @@ def test_an_update_is_bayes_rule():
     mu, rho, y, a = 0.7, 2.0, -1.5, 3.0
     p = torch.exp(-rho / 2 * (x - mu) ** 2 - a / 2 * (y - x) ** 2)
     p /= p.sum()
-    new_mu, new_rho = c.bayesian_update(mu, rho, y, a)
+    new_mu, new_rho = continuous.bayesian_update(mu, rho, y, a)
     assert new_mu == pytest.approx((p * x).sum().item())
     assert 1 / new_rho == pytest.approx((p * (x - new_mu) ** 2).sum().item())
 
@@ -153,7 +152,7 @@ def test_an_update_is_bayes_rule():
 @pytest.mark.parametrize("sigma1", [0.0, 1.0, -0.1, 3.0, math.nan])
 def test_a_sigma1_that_no_flow_has_is_refused(sigma1):
     with pytest.raises(ValueError, match="sigma1"):
-        c.flow(torch.zeros(1, 1), torch.zeros(1, 1), sigma1)
+        continuous.flow(torch.zeros(1, 1), torch.zeros(1, 1), sigma1)
 
 
 # ---------------------------------------------------------------- the parametrisation
@@ -162,16 +161,16 @@ def test_a_sigma1_that_no_flow_has_is_refused(sigma1):
 def test_the_networks_noise_gives_back_x():
     torch.manual_seed(1)
     x, eps, t = 5 * torch.randn(50, 3).double(), torch.randn(50, 3).double(), torch.rand(50, 1).double() * 0.99 + 0.01
-    torch.testing.assert_close(c.predict_noisy(lambda mu, t: eps, x, t, 0.02, eps), x)
+    torch.testing.assert_close(continuous.predict_noisy(lambda mu, t: eps, x, t, 0.02, eps), x)
     mu, gamma = torch.randn(50, 3).double(), 1 - 0.02 ** (2 * t)
     published = mu / gamma - ((1 - gamma) / gamma).sqrt() * eps
-    torch.testing.assert_close(c.predict(lambda mu, t: eps, mu, t, 0.02), published)
+    torch.testing.assert_close(continuous.predict(lambda mu, t: eps, mu, t, 0.02), published)
 
 
 def test_before_t_min_the_prediction_is_0_and_the_gradient_finite():
     eps = torch.ones(3, 2, requires_grad=True)
-    t = torch.tensor([[0.0], [c.T_MIN / 2], [c.T_MIN]])
-    x_hat = c.predict(lambda mu, t: eps, torch.ones(3, 2), t, 0.02)
+    t = torch.tensor([[0.0], [continuous.T_MIN / 2], [continuous.T_MIN]])
+    x_hat = continuous.predict(lambda mu, t: eps, torch.ones(3, 2), t, 0.02)
     assert (x_hat[:2] == 0).all() and (x_hat[2] != 0).all() and x_hat.isfinite().all()
     x_hat.sum().backward()
     assert (eps.grad[:2] == 0).all() and eps.grad.isfinite().all()
@@ -182,12 +181,12 @@ def test_an_untrained_network_predicts_the_mean_and_its_bound_is_the_entropy_of_
     """x_hat = mu is exact for x ~ N(0, 1): L_inf = log(1 / sigma1) and L_inf + L_rec = log(2 pi e) / 2, up to E[x^2] sigma1^2 / 2."""
     torch.manual_seed(2)
     mu, t = torch.randn(100, 2), torch.rand(100, 1)
-    torch.testing.assert_close(c.predict(moons.Network(2, sigma1), mu, t, sigma1), mu, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(continuous.predict(moons.Network(2, sigma1), mu, t, sigma1), mu, rtol=1e-4, atol=1e-4)
     network = moons.Network(1, sigma1).double()
     x, eps, q = Mixture([1.0], [[0.0]], [1.0], sigma1).grid(n=41)
     with torch.no_grad():
         L_inf = (q * continuous_time_loss(network, x, eps, n_times=3)).sum().item()
-        L_rec = (q * c.reconstruction_loss(network, x, sigma1, eps)).sum().item()
+        L_rec = (q * continuous.reconstruction_loss(network, x, sigma1, eps)).sum().item()
     assert L_inf == pytest.approx(-math.log(sigma1), rel=1e-5)
     assert L_inf + L_rec == pytest.approx(math.log(2 * math.pi * math.e) / 2, abs=1e-4)
 
@@ -218,7 +217,7 @@ def test_on_average_the_bound_falls_to_the_entropy_of_the_data_and_never_below(s
     """E[L_inf + L_rec] - h(x) = E KL(p(x | mu(1)) || N(x_hat, sigma1^2)), which is 0 when the evidence is sharp."""
     m = mixture(sigma1)
     x, eps, q = m.grid()
-    L_rec = (q * c.reconstruction_loss(m, x, sigma1, eps)).sum().item()
+    L_rec = (q * continuous.reconstruction_loss(m, x, sigma1, eps)).sum().item()
     gap = information(m) + L_rec - entropy(m.log_density)
     assert 0 <= gap < excess
 
@@ -235,7 +234,7 @@ def test_for_each_x_the_bound_is_above_the_models_negative_log_density(x):
     one = torch.ones_like(shown)
     log_q = m.log_density(shown, 1 / b).logsumexp(-1)
     log_q_x = (-b / 2 * (shown - x).square() + math.log(b / (2 * math.pi)) / 2).squeeze(-1)
-    x_hat = c.predict(m, shown * b / (1 + b), one, 0.3)
+    x_hat = continuous.predict(m, shown * b / (1 + b), one, 0.3)
     log_p_x = (-((x - x_hat) / 0.3).square() / 2 - math.log(0.3 * math.sqrt(2 * math.pi))).squeeze(-1)
     step = (shown[1] - shown[0]).item()
     divergence = (log_q_x.exp() * (log_q_x - log_q)).sum().item() * step
@@ -245,7 +244,7 @@ def test_for_each_x_the_bound_is_above_the_models_negative_log_density(x):
     q /= q.sum()
     xs = torch.full_like(eps, x)
     L_inf = (q * continuous_time_loss(m, xs, eps)).sum().item()
-    L_rec = (q * c.reconstruction_loss(m, xs, 0.3, eps)).sum().item()
+    L_rec = (q * continuous.reconstruction_loss(m, xs, 0.3, eps)).sum().item()
     assert L_inf == pytest.approx(divergence, abs=1e-4)
     assert exact <= L_inf + L_rec < exact + 0.5
 
@@ -263,7 +262,7 @@ def test_with_the_exact_network_samples_follow_the_distribution():
     torch.manual_seed(3)
     m = Mixture([0.3, 0.5, 0.2], [[-2.0, 3.0], [0.5, -0.5], [4.0, 1.0]], [0.5, 0.3, 0.6], sigma1=0.05)
     n = 4000
-    x, path = c.sample(m, n, 2, 400, m.sigma1)
+    x, path = continuous.sample(m, n, 2, 400, m.sigma1)
     assert path.shape == (401, n, 2) and (path[0] == 0).all()
     x = x.double()
     mean = m.weights @ m.means
@@ -282,7 +281,7 @@ def test_one_step_samples_from_a_normal_have_the_variance_of_its_algebra():
     """Data N(0, s^2): y ~ N(0, 1 / beta) around x_hat = 0, and x_hat = beta s^2 / (1 + beta s^2) y."""
     torch.manual_seed(4)
     s, sigma1, n = 2.0, 0.5, 100_000
-    x, _ = c.sample(Mixture([1.0], [[0.0]], [s], sigma1), n, 1, 1, sigma1)
+    x, _ = continuous.sample(Mixture([1.0], [[0.0]], [s], sigma1), n, 1, 1, sigma1)
     b = sigma1**-2 - 1
     assert x.var().item() == pytest.approx((b * s * s / (1 + b * s * s)) ** 2 / b, rel=0.02)
 

@@ -10,7 +10,7 @@ import crash
 import pytest
 import torch
 
-from checkpoint import save_checkpoint
+from training.checkpoint import save_checkpoint
 
 
 def test_interrupted_trainings_resume_to_the_same_result_bit_for_bit():

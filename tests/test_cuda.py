@@ -7,16 +7,15 @@ import pytest
 import torch
 
 import bfn
-import cli
-import fused
-import optim
 import sample
-import toy
 import train
-from checkpoint import State
+from common import cli
+from common.noise import draw_keys, noise, uniform
 from model import BFNTransformer, Config, Form
-from noise import draw_keys, noise, uniform
-from times import Times
+from text import toy
+from training import fused, optim
+from training.checkpoint import State
+from training.times import Times
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU and BFN_TEST_CUDA=1")

@@ -18,9 +18,12 @@ import pytest
 import sentencepiece
 import torch
 
-import cache
 import data
-from text import load_tokenizer, read_part, read_pieces, train_tokenizer
+import model as model_file
+from common import parallel
+from text import cache
+from text.reading import read_part, read_pieces
+from text.tokenizer import load_tokenizer, train_tokenizer
 
 
 def write(path, text):
@@ -635,17 +638,17 @@ def test_short_lines_fill_rows_as_well_as_best_fit_within_half_a_percent(row_len
 )
 def test_positions_are_counted_from_both_ends_of_each_segment(segment_ids, since_start, until_end):
     segment_ids = torch.tensor([segment_ids, segment_ids])  # the second row must not continue the first
-    before, after = data.segment_positions(segment_ids)
+    before, after = model_file.segment_positions(segment_ids)
     assert before.dtype == after.dtype == torch.int64
     assert before.tolist() == [since_start] * 2 and after.tolist() == [until_end] * 2
-    starts = data.segment_starts(segment_ids)
+    starts = model_file.segment_starts(segment_ids)
     assert starts.dtype == torch.bool and starts.tolist() == [[n == 0 for n in since_start]] * 2
 
 
 def test_segment_functions_do_not_wait_for_the_device():
     """A tensor on the meta device has no values: reading one back raises an error."""
     segment_ids = torch.ones(2, 5, dtype=torch.int64, device="meta")
-    assert all(x.shape == (2, 5) for x in (data.segment_starts(segment_ids), *data.segment_positions(segment_ids)))
+    assert all(x.shape == (2, 5) for x in (model_file.segment_starts(segment_ids), *model_file.segment_positions(segment_ids)))
 
 
 # ---------------------------------------------------------------- batches
@@ -721,9 +724,9 @@ def test_at_first_most_of_every_text_is_given_and_then_no_more_than_usual(tokens
 
 def test_prefetch_keeps_the_order_passes_errors_on_and_stops_its_threads():
     started, n_threads = [], threading.active_count()
-    results = data.prefetch(lambda n: started.append(n) or n * n, range(20), depth=3)
+    results = parallel.prefetch(lambda n: started.append(n) or n * n, range(20), depth=3)
     assert next(results) == 0 and len(started) <= 5
     assert list(results) == [n * n for n in range(1, 20)]
     with pytest.raises(ZeroDivisionError):
-        list(data.prefetch(lambda n: 1 // n, [1, 0]))
+        list(parallel.prefetch(lambda n: 1 // n, [1, 0]))
     assert threading.active_count() == n_threads

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import toy
+from text import toy
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

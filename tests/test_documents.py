@@ -15,9 +15,9 @@ import zipfile
 import numpy as np
 import pytest
 
-import cache
-from documents import Corpus, find_files, left_out, lines_of
-from text import default_vocab_size, read_part, read_pieces, train_tokenizer
+from text import cache
+from text.reading import Corpus, find_files, left_out, lines_of, read_part, read_pieces
+from text.tokenizer import default_vocab_size, train_tokenizer
 
 TEXTS = ["one\ntwo\n\nthree", "", "fo\u00fcr\n", "  five six\n\n\nseven"]
 EXAMPLES = {

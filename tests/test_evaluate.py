@@ -16,15 +16,12 @@ from exact import ExactNetwork, draw, random_joint
 from untrained import make_run
 
 import bfn
-import bounds
-import cache
-import cli
 import evaluate
-import plot
-import quality
-import toy
-from checkpoint import load
-from text import load_tokenizer, train_tokenizer
+from common import cli, drawing
+from evaluation import bounds, quality, tables
+from text import cache, toy
+from text.tokenizer import load_tokenizer, train_tokenizer
+from training.checkpoint import load
 
 SEQUENCES, P = random_joint()
 CPU = torch.device("cpu")
@@ -81,7 +78,7 @@ def test_the_bound_of_the_exact_network_is_above_the_code_length_and_reaches_it_
     ids = draw(SEQUENCES, P, 4000)
     tokens = tokens_of(ids)
     scores = score_text(exact_model(s1), tokens, 3, -1, CPU, n_draws=8, n_steps=n_steps, batch_size=500)
-    figures = evaluate.likelihood_figures(scores)
+    figures = tables.likelihood_figures(scores)
     gap = figures["bound_nats_per_token"] - code_length(ids)
     error = figures["monte_carlo_error_nats_per_token"]
     assert 0 < error < 0.02
@@ -153,9 +150,9 @@ def test_a_missed_error_is_reported_with_what_to_do(monkeypatch):
         scores = score_text(
             clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0), tokens, 3, -1, CPU, **options, **limit
         )
-        *_, line = evaluate.notes(scores, 1e-4, quick=False)
+        *_, line = tables.notes(scores, 1e-4, quick=False)
         assert f"after {len(scores.loss)} draws, not 0.0001" in line and advice in line
-        assert not evaluate.notes(scores, 5.0, quick=False)
+        assert not tables.notes(scores, 5.0, quick=False)
 
 
 # ---------------------------------------------------------------- what fits in the time, and what is complete
@@ -208,7 +205,7 @@ def test_what_fits_in_the_time_has_the_same_figures_as_that_many_tokens(monkeypa
     tokens, model = tokens_of(draw(SEQUENCES, P, 50)), clocked(exact_model(4), monkeypatch, lambda n_calls: 1.0)
     limited = score_text(model, tokens, 3, -1, CPU, error=1e-4, batch_size=4, seconds=20)
     assert limited.loss.shape == (2, 10) and limited.share == 0.2 and not limited.partial
-    lines = evaluate.notes(limited, 1e-4, quick=True)
+    lines = tables.notes(limited, 1e-4, quick=True)
     assert "looked at 20 % of the text: --all looks at everything" in lines
     assert "the same figures again: --max_tokens=30 --draws=2" in lines
     repeated = score_text(exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=30)
@@ -248,7 +245,7 @@ def test_the_progress_bar_shows_the_bound(n_unknown_bytes, monkeypatch):
 
     monkeypatch.setattr(bounds, "BoundBar", Bar)
     scores = score_text(exact_model(4), tokens, 3, -1, CPU, n_draws=3, batch_size=7)
-    bound = evaluate.likelihood_figures(scores)["bound_nats_per_token"]
+    bound = tables.likelihood_figures(scores)["bound_nats_per_token"]
     assert len(bars) == 1 and bars[0].n == bars[0].total == 9
     assert bars[0].postfix == f"bound {bound:.3f} nats/token"
 
@@ -399,7 +396,7 @@ def test_a_bound_of_exactly_zero_and_an_error_that_no_draws_reach_are_no_error()
     """A network may be certain; --se=1e-300 asks for the most draws."""
     names = "L_inf L_rec bound monte_carlo_error text_error unknown".split()
     figures = {f"{name}_nats_per_token": 0.0 for name in names} | dict(bits_per_char=0.0, bits_per_byte=0.0, perplexity_per_token=1.0)
-    assert "nan" in evaluate.table(figures, None)[1]
+    assert "nan" in tables.table(figures, None)[1]
     scores = SimpleNamespace(loss=np.zeros((2, 1)), monte_carlo_error=lambda: np.float64(0.1))
     with warnings.catch_warnings(action="error"):
         assert bounds.draws_needed(scores, 1e-300) == bounds.MAX_DRAWS
@@ -578,8 +575,8 @@ def test_an_empty_training_text_is_refused_before_anything_is_scored(monkeypatch
 @pytest.fixture
 def picture(tmp_path, monkeypatch):
     """picture(name) draws a line into a file of tmp_path."""
-    monkeypatch.setattr(plot, "_reported", set())
-    return lambda name: plot.lines(tmp_path / name, {"a line": ([0, 1], [1, 2])}, "t", "nats", "title")
+    monkeypatch.setattr(drawing, "_reported", set())
+    return lambda name: drawing.lines(tmp_path / name, {"a line": ([0, 1], [1, 2])}, "t", "nats", "title")
 
 
 def test_without_matplotlib_a_picture_is_one_line_on_standard_error(picture, monkeypatch, tmp_path, capsys):

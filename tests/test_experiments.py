@@ -14,25 +14,21 @@ from exact import ExactNetwork, draw, random_joint
 from untrained import make_run
 
 import bfn
-import checkpoint
 import data
-import model
-import optim
-import toy
+import model as model_file
 import train
-from text import add_marks
+from experiments import bench, compare, samplers
+from text import toy
+from text.tokenizer import add_marks
+from training import checkpoint, optim
 
 ROOT = Path(train.__file__).parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-import bench
-import compare
-import samplers
-
 PATCHED = [
-    (model, "FiLM"),
-    (model.BFNTransformer, "__init__ head attention_mask forward"),
-    (model.Convolution, "forward"),
+    (model_file, "FiLM"),
+    (model_file.BFNTransformer, "__init__ head attention_mask forward"),
+    (model_file.Convolution, "forward"),
     (train, "BFNTransformer"),
     (bfn, "CROSS_ENTROPY clamp_given predict predict_noisy squared_error_loss reconstruction_loss"),
     (data, "draw_cond_mask EASY_SHARE"),
@@ -52,7 +48,7 @@ def test_the_probabilities_of_the_autoregressive_baseline_sum_to_one(unpatched):
     """Over all sequences, so its loss is a likelihood and can be compared with the bound."""
     compare.autoregressive(SimpleNamespace())
     torch.manual_seed(0)
-    network = train.BFNTransformer(model.Config(K=3, beta1=0.5, d_model=32, n_layers=2, n_heads=2))
+    network = train.BFNTransformer(model_file.Config(K=3, beta1=0.5, d_model=32, n_layers=2, n_heads=2))
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3)
     ids = torch.cartesian_prod(*[torch.arange(3)] * 4)

@@ -6,12 +6,11 @@ import torch
 from untrained import random_network
 
 import bfn
-import fused
-import switches
 import train
+from common.noise import draw_keys, noise
 from model import BFNTransformer, Config, Form
-from noise import draw_keys, noise
-from times import Times
+from training import forms, fused
+from training.times import Times
 
 CPU = torch.device("cpu")
 
@@ -225,7 +224,7 @@ def trained_losses(form, K=1500):
     args = arguments(f"--fused={form}", "--max_steps=3", "-lr=0.01")
     state = train.build(train.make_config(args, K), args, CPU)
     state.model.load_state_dict(model.state_dict())
-    switches.choose_form(state, batch, args, CPU, train.accumulate_gradients)
+    forms.choose_form(state, batch, args, CPU, train.accumulate_gradients)
     state.model.use(state.model.form._replace(bf16=False))  # on every CPU the same
     losses = []
     for state.step in range(3):
@@ -271,12 +270,12 @@ def test_without_an_edit_the_check_passes_for_every_vocabulary_and_number_of_hea
     for K, n_heads in ((2, 1), (1001, 3), (32_000, 8)):
         model = BFNTransformer(Config(K=K, beta1=bfn.auto_beta1(K), d_model=8 * n_heads, n_layers=1, n_heads=n_heads))
         before = torch.get_rng_state()
-        assert switches.can_fuse(model, arguments("--fused=on"), CPU, train.accumulate_gradients)
+        assert forms.can_fuse(model, arguments("--fused=on"), CPU, train.accumulate_gradients)
         assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_fusing_is_refused_where_its_numbers_would_overflow():
     model = BFNTransformer(Config(K=1001, beta1=0.2, d_model=32, n_layers=1, n_heads=2))
     with pytest.raises(ValueError, match=r"sqrt\(K beta\) below 13.*14\.1.*--fused=off"):
-        switches.can_fuse(model, arguments("--fused=on"), CPU, train.accumulate_gradients)
-    assert not switches.can_fuse(model, arguments("--fused=auto"), CPU, train.accumulate_gradients)
+        forms.can_fuse(model, arguments("--fused=on"), CPU, train.accumulate_gradients)
+    assert not forms.can_fuse(model, arguments("--fused=auto"), CPU, train.accumulate_gradients)

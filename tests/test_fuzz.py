@@ -13,21 +13,21 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 
 import numpy as np
 import pytest
-
-pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from untrained import make_run
 
-import cache
-import cli
 import evaluate
-import log
 import sample
-import toy
 import train
-from checkpoint import load
-from text import load_tokenizer, read_part, train_tokenizer
+from common import cli
+from text import cache, toy
+from text.reading import read_part
+from text.tokenizer import load_tokenizer, train_tokenizer
+from training import log
+from training.checkpoint import load
+
+pytest.importorskip("hypothesis")
 
 FUZZ = int(os.environ.get("FUZZ", "1"))  # how many times as many examples
 SECONDS = 60  # what takes longer hangs

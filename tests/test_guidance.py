@@ -5,7 +5,7 @@ import torch
 from exact import ExactNetwork, random_joint
 
 import bfn
-import guidance
+from sampling import guidance
 
 K, L, N, S1 = 3, 3, 6000, 3.0
 

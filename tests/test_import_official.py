@@ -16,17 +16,14 @@ import torch
 from untrained import make_run
 
 import bfn
-import bounds
-import cache
-import checkpoint
-import cli
-import toy
-from text import decode, load_tokenizer
+from common import cli
+from evaluation import bounds
+from experiments import import_official, official
+from text import cache, toy
+from text.tokenizer import decode, load_tokenizer
+from training import checkpoint
 
 sys.path.insert(0, str(Path(checkpoint.__file__).parent / "experiments"))
-
-import import_official
-import official
 
 L, D, HEADS = 8, 16, 2
 OF_A_BLOCK = {

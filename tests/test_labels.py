@@ -9,23 +9,14 @@ import pytest
 import torch
 from untrained import run_command
 
-import cache
 import data
-import log
 import sample
-import toy
 import train
-from documents import Corpus
-from prompts import ANY_LABEL, allowed_tokens, split_label
-from text import (
-    decode,
-    label_ids,
-    load_tokenizer,
-    read_part,
-    read_pieces,
-    reading_notes,
-    train_tokenizer,
-)
+from sampling.prompts import ANY_LABEL, allowed_tokens, split_label
+from text import cache, toy
+from text.reading import Corpus, read_part, read_pieces, reading_notes
+from text.tokenizer import decode, label_ids, load_tokenizer, train_tokenizer
+from training import log
 
 KINDS = ["bpe", "unigram", "word", "char"]
 
@@ -93,7 +84,7 @@ def test_a_header_is_neither_an_example_nor_a_label_in_any_file(tmp_path, mark):
     (tmp_path / "m").write_bytes(train_tokenizer(tmp_path, "word", example="labelled"))
     assert set(label_ids(load_tokenizer(tmp_path / "m"))) == {"good", "bad"}
     (note,) = reading_notes(Corpus.of(tmp_path), "labelled")
-    assert r"'label\ttext'" in note and "a.txt, and those of 1 more files" in note
+    assert r"'label\ttext'" in note and "a.txt, and those of 1 more file" in note
     first = next(read_pieces(tmp_path / "a.txt", "labelled"))
     assert read(tmp_path / "a.txt", start=first.end) == lines[1:]
 

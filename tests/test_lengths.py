@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import lengths
-import prompts
-from lengths import fit_lengths, given_log_likelihood
-from prompts import FREE, GAP
+from sampling import generate as generation
+from sampling import prompts
+from sampling.generate import fit_lengths, given_log_likelihood
+from sampling.prompts import FREE, GAP
 
 K, L = 4, 5
 SHARES = torch.tensor([0.0, 0.0, 0.4, 0.3, 0.2, 0.1])  # of texts with 0, 1, ..., L tokens
@@ -101,8 +101,8 @@ def test_without_given_tokens_or_with_one_candidate_nothing_is_computed():
 
 def test_long_prompts_and_many_lengths_take_a_bounded_number_of_calls(monkeypatch):
     """Several tokens per call, and only some of the lengths; log P of the others is interpolated."""
-    monkeypatch.setattr(lengths, "MAX_CALLS", 2)
-    monkeypatch.setattr(lengths, "MAX_CANDIDATES", 2)
+    monkeypatch.setattr(generation, "MAX_CALLS", 2)
+    monkeypatch.setattr(generation, "MAX_CANDIDATES", 2)
     network, templates = ExactNetwork(), templates_of([0])
     _, fitted = fit_lengths(network, Letters(), templates, [1.0] * len(templates))
     assert network.n_rows <= 2 * 2 and len(fitted) == len(templates) == 4

@@ -12,11 +12,10 @@ import torch
 from exact import ExactNetwork, draw, random_joint
 from untrained import make_run
 
-import bounds
-import cli
 import evaluate
-import likelihood
-import toy
+from common import cli
+from evaluation import bounds, likelihood
+from text import toy
 
 SEQUENCES, P = random_joint()
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-import log
 from model import Config, Form
+from text import cache
+from training import log, speed
 
 
 def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
@@ -27,9 +27,9 @@ def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
 
 def test_measuring_the_machine_draws_no_random_numbers():
     """Else the first step of a process would not be what it is in the middle of one."""
-    log.peak.cache_clear()
+    speed.peak.cache_clear()
     torch.manual_seed(0)
-    log.peak(torch.device("cpu"), False)
+    speed.peak(torch.device("cpu"), False)
     drawn = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3))
@@ -103,7 +103,7 @@ def test_a_disk_without_room_for_the_checkpoints_to_come_gets_one_warning(
 def test_minutes_of_training_add_up_and_leave_out_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(log, "peak", lambda device, bf16: 1e9)
+    monkeypatch.setattr(speed, "peak", lambda device, bf16: 1e9)
     args = SimpleNamespace(accumulation_steps=1, batch_size=1, sequence_length=4)
     model = SimpleNamespace(config=Config(K=5, beta1=1.0, d_model=32, n_layers=1, n_heads=2), form=Form())
     meter = log.Meter(model, args, torch.device("cpu"), minutes=2.0)

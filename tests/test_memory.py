@@ -6,14 +6,13 @@ import pytest
 import torch
 from test_train import TINY
 
-import cli
 import data
-import log
-import memory
-import toy
 import train
+from common import cli
 from model import BFNTransformer, Config, Form
-from times import Times
+from text import toy
+from training import memory, speed
+from training.times import Times
 
 CPU = torch.device("cpu")
 
@@ -48,7 +47,7 @@ def kept_bytes(n_layers, bf16, recompute):
 @pytest.mark.parametrize("bf16, recompute", [(False, False), (True, False), (False, True)])
 def test_a_layer_keeps_what_the_estimate_says(monkeypatch, bf16, recompute):
     """Where an edit of the network changes this, the constants of memory.py change too."""
-    monkeypatch.setattr(log, "fast_bf16", lambda device: bf16)
+    monkeypatch.setattr(speed, "fast_bf16", lambda device: bf16)
     flags = ["-d=none", "-mdim=128", "-nh=4", "-bsz=2", "-slen=64", "--compile=off", *["--recompute"] * recompute]
     args = train.complete(train.flags().parse_args(flags))
     estimated = [memory.activation_bytes(Config(11, 1.0, 128, n_layers, 4), args, CPU) / 128 for n_layers in (2, 3)]
@@ -57,7 +56,7 @@ def test_a_layer_keeps_what_the_estimate_says(monkeypatch, bf16, recompute):
 
 
 def test_what_takes_more_memory_is_estimated_to_take_more(monkeypatch):
-    monkeypatch.setattr(log, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(speed, "fast_bf16", lambda device: False)
     usual = estimate()
     for more in ("-bsz=32", "-slen=256", "-mdim=512", "-nl=8", "-ema=0.9,0.99", "--compile=off", "-acc=2"):
         assert estimate(more) > usual, more
@@ -69,7 +68,7 @@ def test_what_takes_more_memory_is_estimated_to_take_more(monkeypatch):
 
 
 def test_the_presets_fit_the_machines_that_they_are_for(monkeypatch):
-    monkeypatch.setattr(log, "fast_bf16", lambda device: device.type == "cuda")
+    monkeypatch.setattr(speed, "fast_bf16", lambda device: device.type == "cuda")
     assert estimate("--compile=off", K=8192) < 2e9
     assert estimate("--preset=base", "-slen=256", "-bsz=64", K=32_000, device=torch.device("cuda")) < 24e9
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import noise
+from common import noise
 
 
 def test_noise_is_standard_normal():

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import optim
-import parallel
+from common import parallel
 from model import BFNTransformer, Config
-from optim import Muon, orthogonalise_by_gram, orthogonalise_directly
+from training import optim
+from training.optim import Muon, orthogonalise_by_gram, orthogonalise_directly
 
 ARGS = SimpleNamespace(learning_rate=0.003, weight_decay=0.1)
 

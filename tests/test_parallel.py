@@ -12,11 +12,11 @@ from test_train import TINY, assert_same_run
 from untrained import make_run, run_command
 
 import evaluate
-import parallel
 import sample
-import toy
 import train
-from checkpoint import read_checkpoint
+from common import parallel
+from text import toy
+from training.checkpoint import read_checkpoint
 
 TRAIN = """
 import os, sys

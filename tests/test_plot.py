@@ -15,21 +15,18 @@ from PIL import Image
 from untrained import make_run
 
 import bfn
-import bounds
-import cache
-import cli
 import data
-import evaluate
-import figures
-import likelihood
 import plot
-import toy
 from bfn import Controls
-from checkpoint import load, read_checkpoint, read_metrics, save_checkpoint
-from generation import Options, sample_batch
-from prompts import make_template
-from text import SPACE
-from times import N_BINS, Times
+from common import cli, drawing
+from evaluation import bounds, likelihood, tables
+from plotting import pictures
+from sampling.generate import Options, sample_batch
+from sampling.prompts import make_template
+from text import cache, toy
+from text.tokenizer import SPACE
+from training.checkpoint import load, read_checkpoint, read_metrics, save_checkpoint
+from training.times import N_BINS, Times
 
 METRICS = [
     dict(step=10, loss=9.0, grad_norm=3.0, learning_rate=0.1, tokens_per_s=100.0, peak_memory_gb=1.0, minutes=0.5),
@@ -74,11 +71,11 @@ def drawn(monkeypatch):
     made = []
 
     def keep(path, make_figure, dark=False):
-        with figures.style(dark):
+        with drawing.style(dark):
             made.append(make_figure())
-        path.write_bytes(plot.MARK.encode())
+        path.write_bytes(drawing.MARK.encode())
 
-    monkeypatch.setattr(plot, "save", keep)
+    monkeypatch.setattr(drawing, "save", keep)
     return made
 
 
@@ -108,7 +105,7 @@ def test_pictures_are_png_or_svg_by_their_ending_and_light_or_dark(draw, exact_j
     draw("quality", exact_json, "--output=a.svg")
     for name, least, most in (("quality.png", 250, 255), ("pictures/dark.png", 0, 40)):
         with Image.open(tmp_path / name) as image:
-            assert image.format == "PNG" and image.width == round(5.5 * figures.DPI)
+            assert image.format == "PNG" and image.width == round(5.5 * drawing.DPI)
             assert all(least <= channel <= most for channel in image.convert("RGB").getpixel((0, 0)))
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()[:1000]
 
@@ -128,7 +125,7 @@ def test_a_figure_of_several_panels_is_saved(draw, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "other")
     draw("run", run_dir, "other", "--dark")
     with Image.open(tmp_path / "run.png") as image:
-        assert image.format == "PNG" and image.width == round(figures.WIDTH * figures.DPI)
+        assert image.format == "PNG" and image.width == round(drawing.WIDTH * drawing.DPI)
 
 
 @pytest.mark.parametrize("picture", plot.PICTURES)
@@ -144,7 +141,7 @@ def test_the_help_of_the_command_names_every_picture(picture, capsys):
 def test_paths_of_theta_begin_uniform_and_end_in_the_flow_at_time_one():
     """The difference of two logits is normal, of mean s1^2 and variance 2 s1^2."""
     s1, n = 2.0, 4000
-    paths = figures.flow_paths(torch.zeros(n, 1, dtype=torch.long), 7, s1, 3, torch.Generator().manual_seed(0))
+    paths = pictures.flow_paths(torch.zeros(n, 1, dtype=torch.long), 7, s1, 3, torch.Generator().manual_seed(0))
     assert paths.shape == (8, n, 1, 3) and torch.allclose(paths[0], torch.tensor(1 / 3))
     difference = (paths[-1, :, 0, 0] / paths[-1, :, 0, 1]).log()
     assert difference.mean().item() == pytest.approx(s1**2, abs=4 * math.sqrt(2 * s1**2 / n))
@@ -152,7 +149,7 @@ def test_paths_of_theta_begin_uniform_and_end_in_the_flow_at_time_one():
 
 
 def test_the_network_of_two_positions_is_exact():
-    network = figures.AgreeingPair(3)
+    network = pictures.AgreeingPair(3)
     sequences = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     theta = torch.rand(5, 2, 3).softmax(-1)
     expected = ExactNetwork(sequences, network.P.flatten())(theta, None)
@@ -160,29 +157,29 @@ def test_the_network_of_two_positions_is_exact():
 
 
 def test_the_clouds_rise_to_the_corner_and_the_sampled_paths_end_near_their_tokens():
-    with figures.style():
-        figure = figures.simplex(seed=6)
-    clouds, pair = figure.axes[: len(figures.CLOUD_TIMES)], figure.axes[-2:]
+    with drawing.style():
+        figure = pictures.simplex(seed=6)
+    clouds, pair = figure.axes[: len(pictures.CLOUD_TIMES)], figure.axes[-2:]
     heights = [np.asarray(axes.collections[0].get_offsets())[:, 1].mean() for axes in clouds]
     assert heights == sorted(heights) and heights[0] > math.sqrt(3) / 6 and heights[-1] > 0.8
     for axes in pair:
-        token = figures.TOKENS.index(axes.get_title()[-1])
+        token = pictures.TOKENS.index(axes.get_title()[-1])
         path = axes.lines[1].get_xydata()
-        assert len(path) == figures.CALLS and path[0] == pytest.approx([0.5, math.sqrt(3) / 6])
-        assert np.hypot(*(path[-1] - figures.CORNERS[token])) < 0.1
+        assert len(path) == pictures.CALLS and path[0] == pytest.approx([0.5, math.sqrt(3) / 6])
+        assert np.hypot(*(path[-1] - pictures.CORNERS[token])) < 0.1
 
 
 def test_beta_draws_how_often_the_evidence_names_the_token(draw, drawn):
     draw("beta", "--beta", "0.005")
     by_time, by_beta = drawn[0].axes
-    for i, K in enumerate(figures.VOCABULARIES):
+    for i, K in enumerate(pictures.VOCABULARIES):
         auto, other = by_time.lines[2 * i : 2 * i + 2]
         assert auto.get_ydata()[[0, -1]] == pytest.approx([1 / K, 0.955], abs=1e-3)
         assert other.get_ydata()[50] == pytest.approx(bfn.evidence_accuracy(math.sqrt(K * 0.005) / 2, K))
     stars = {line.get_xdata()[0]: line.get_ydata()[0] for line in by_beta.lines if line.get_marker() == "*"}
     assert stars[0.5625] == pytest.approx(0.955, abs=1e-3) and stars[3.0] == pytest.approx(0.958, abs=1e-3)
     dots = [line for line in by_beta.lines if line.get_marker() == "o"]
-    assert [line.get_xdata()[0] for line in dots] == [bfn.auto_beta1(K) for K in figures.VOCABULARIES]
+    assert [line.get_xdata()[0] for line in dots] == [bfn.auto_beta1(K) for K in pictures.VOCABULARIES]
 
 
 # ---------------------------------------------------------------- runs
@@ -233,13 +230,13 @@ def bundled_fonts(monkeypatch):
 def test_characters_that_the_usual_font_lacks_are_drawn_in_a_font_that_has_them(
     bundled_fonts, capsys
 ):
-    with figures.style():
-        assert figures.fonts_for("plain") == ["sans-serif"]
-        assert figures.fonts_for("\u1d81") == ["sans-serif", "STIXGeneral"]
-        assert figures.fonts_for("\u05d0", "monospace") == ["monospace", "DejaVu Sans"]
-        figure = figures.new_figure(1)
+    with drawing.style():
+        assert drawing.fonts_for("plain") == ["sans-serif"]
+        assert drawing.fonts_for("\u1d81") == ["sans-serif", "STIXGeneral"]
+        assert drawing.fonts_for("\u05d0", "monospace") == ["monospace", "DejaVu Sans"]
+        figure = drawing.new_figure(1)
         text, other = figure.text(0, 0, "\u1d81"), figure.text(0, 0, "a", family="monospace")
-        figures.use_fonts(figure)
+        drawing.use_fonts(figure)
     assert text.get_fontfamily() == ["sans-serif", "STIXGeneral"]
     assert other.get_fontfamily()[0] == "monospace" and not capsys.readouterr().err
 
@@ -248,14 +245,14 @@ def test_characters_that_no_font_has_are_named_in_one_line(bundled_fonts, capsys
     series = {"\u5929\u6c14": ([0, 1], [0, 1])}
     with warnings.catch_warnings(record=True) as warned:
         for name in ("a.png", "b.svg"):
-            assert plot.lines(tmp_path / name, series, "\u5929", "y", "title")
+            assert drawing.lines(tmp_path / name, series, "\u5929", "y", "title")
     error = capsys.readouterr().err
     assert "no font on this system has \u5929 \u6c14 (2 characters)" in error
     assert error.count("\n") == 1 and not warned
 
 
 def test_wide_letters_do_not_overlap_in_an_animation():
-    assert figures.n_columns("ab\u5929\u6c14c") == 7
+    assert pictures.n_columns("ab\u5929\u6c14c") == 7
 
 
 def test_watching_draws_again_until_it_is_interrupted(draw, drawn, monkeypatch, tmp_path):
@@ -378,13 +375,13 @@ def test_an_animation_has_a_frame_per_call_and_holds_the_last(draw, run_dir, tmp
     with Image.open(tmp_path / "sampling.gif") as image:
         assert image.format == "GIF" and image.n_frames == 4 and image.info["loop"] == 0
         image.seek(3)
-        assert image.info["duration"] == 1000 * figures.HOLD_SECONDS
+        assert image.info["duration"] == 1000 * pictures.HOLD_SECONDS
     draw("sampling", run_dir, "--gif", "--sampler=sde2", "--steps=1", "--length=6")  # over its own picture
 
 
 def test_texts_in_an_animation_are_dark_where_they_are_certain():
-    with figures.style():
-        image = figures.emerging([[[("MMMM", 1.0)], [("MMMM", 0.1)]]], "title")[0]
+    with drawing.style():
+        image = pictures.emerging([[[("MMMM", 1.0)], [("MMMM", 0.1)]]], "title")[0]
     pixels = np.asarray(image.convert("L"))[len(np.asarray(image)) // 3 :]
     upper, lower = np.array_split(pixels, 2)
     assert upper.min() < 80 and 170 < lower.min() < 250
@@ -411,7 +408,7 @@ def test_quality_draws_figures_over_calls_and_diversity_over_temperatures(draw, 
 
 
 def test_quality_draws_the_exact_likelihoods_that_evaluate_prints(draw, drawn, tmp_path):
-    names = [evaluate.to_key(name) for name in likelihood.figures_of([1, 16])]
+    names = [tables.to_key(name) for name in likelihood.figures_of([1, 16])]
     values = {f"{name}_nats_per_token": 3.0 - i for i, name in enumerate(names)}
     errors = {f"{name}_text_error_nats_per_token": error for name, error in zip(names, (0.25, None), strict=True)}
     (tmp_path / "exact.json").write_text(json.dumps(dict(values, **errors, bound_nats_per_token=2.5)))

@@ -9,11 +9,10 @@ import torch
 from untrained import make_run, run_command
 
 import bfn
-import interactive
-import proofread
 import sample
-import toy
-from proofread import Surprise
+from sampling import proofread, terminal
+from sampling.proofread import Surprise
+from text import toy
 
 
 @pytest.fixture(scope="module", params=["bpe", "word", "char"])
@@ -154,7 +153,7 @@ def test_ctrl_d_leaves_and_ctrl_c_leaves_the_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
-    assert interactive.next_line(True) == ":"
+    assert terminal.next_line(True) == ":"
     monkeypatch.undo()
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert interactive.next_line(False) is None
+    assert terminal.next_line(False) is None

@@ -14,9 +14,9 @@ import evaluate
 import model as model_file
 import plot
 import sample
-import toy
 import train
 from model import BFNTransformer, Config
+from text import toy
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()

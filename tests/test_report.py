@@ -15,12 +15,12 @@ import torch
 from test_plot import METRICS, write_metrics
 from untrained import make_run
 
-import cli
-import log
 import plot
-import report
 import sample
-from checkpoint import load, read_checkpoint, save_checkpoint
+from common import cli
+from plotting import report
+from training import log
+from training.checkpoint import load, read_checkpoint, save_checkpoint
 
 ROOT = Path(report.__file__).parent
 HOSTILE = "</script><img src=x onerror=alert(1)>"

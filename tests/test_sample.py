@@ -15,21 +15,18 @@ import torch
 from untrained import make_run
 
 import bfn
-import cache
-import cli
 import data
 import evaluate
-import generation
 import model as model_file
-import prompts as prompts_file
 import sample
-import toy
-import watch
 from bfn import Controls
-from checkpoint import load
-from generation import Options, generate
-from noise import Draws, mix_seed
-from prompts import (
+from common import cli
+from common.noise import Draws, mix_seed
+from sample import Sampler
+from sampling import generate as generation
+from sampling import prompts, terminal
+from sampling.generate import Options, generate
+from sampling.prompts import (
     FREE,
     GAP,
     WORD_REST,
@@ -37,7 +34,6 @@ from prompts import (
     allowed_at,
     allowed_tokens,
     check_hints,
-    count_word_lengths,
     find_ids,
     make_template,
     parse_hint,
@@ -46,9 +42,10 @@ from prompts import (
     unknown_pieces,
     warn_unknown,
 )
-from sample import Sampler
-from text import add_marks
-from watch import Trace
+from sampling.terminal import Trace
+from text import cache, toy
+from text.tokenizer import add_marks, count_word_lengths
+from training.checkpoint import load
 
 QUICK = Options(Controls(steps=3))
 
@@ -324,8 +321,8 @@ def test_a_misspelled_gap_is_refused(loaded, prompt):
     ],
 )
 def test_underscores_in_a_word_or_after_a_backslash_are_text(prompt, text):
-    assert not re.search(prompts_file.MISSPELLED, prompt)
-    assert prompts_file.split_gaps(prompt) == ([text or prompt], [])
+    assert not re.search(prompts.MISSPELLED, prompt)
+    assert prompts.split_gaps(prompt) == ([text or prompt], [])
 
 
 @pytest.mark.parametrize(
@@ -339,7 +336,7 @@ def test_underscores_in_a_word_or_after_a_backslash_are_text(prompt, text):
     ],
 )
 def test_other_underscores_are_gaps_also_between_letters_of_scripts_without_spaces(prompt, texts):
-    assert prompts_file.split_gaps(prompt)[0] == texts
+    assert prompts.split_gaps(prompt)[0] == texts
 
 
 def test_underscores_that_are_text_reach_the_template():
@@ -355,8 +352,8 @@ def test_a_prompt_that_is_not_unicode_is_refused(loaded):
 
 
 def test_a_sample_of_a_model_of_lines_is_printed_on_one_line():
-    assert generation.lay_out("a\u2028b\x0cc\r\nd", {"args": {"example": "line"}}) == "a b c d"
-    assert generation.lay_out("a\nb", {"args": {"example": "paragraph"}}) == "a\nb"
+    assert sample.lay_out("a\u2028b\x0cc\r\nd", {"args": {"example": "line"}}) == "a b c d"
+    assert sample.lay_out("a\nb", {"args": {"example": "paragraph"}}) == "a\nb"
 
 
 @pytest.fixture(params=["bpe", "char", "word"])
@@ -582,7 +579,7 @@ def test_the_command_samples_a_prompt_with_a_gap_next_to_a_long_text(run_dir, mo
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_trace_has_control_codes_only_in_a_terminal(loaded, monkeypatch, is_terminal):
     _, tokenizer, _ = loaded
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: None)
     p = torch.eye(len(tokenizer))[tokenizer.encode("the king sleeps")][None] * 0.5
     given = torch.zeros(p.shape[:2], dtype=torch.bool)
     given[0, 0] = True

@@ -7,20 +7,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import cache
-from documents import HEAD, Corpus
-from text import (
-    add_marks,
-    check_separator,
-    default_vocab_size,
-    find_separator,
-    keeps_breaks,
-    load_tokenizer,
-    read_part,
-    read_pieces,
-    reading_notes,
-    train_tokenizer,
-)
+from text import cache
+from text.reading import HEAD, Corpus, check_separator, find_separator, read_part, read_pieces, reading_notes
+from text.tokenizer import add_marks, default_vocab_size, keeps_breaks, load_tokenizer, train_tokenizer
 
 UNICODE = [
     "plain words",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from times import N_BINS, UNIFORM_SHARE, Times, draw_evenly
+from training.times import N_BINS, UNIFORM_SHARE, Times, draw_evenly
 
 
 def test_each_segment_has_one_time_and_the_times_are_uniform():

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-import checkpoint
-import toy
+from text import toy
+from training import checkpoint
 
 
 def test_the_weights_of_each_symbols_rules_sum_to_one():

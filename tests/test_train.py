@@ -23,19 +23,18 @@ from exact import draw, random_joint
 from untrained import equal
 
 import bfn
-import checkpoint
-import cli
 import evaluate
-import log
 import sample
-import switches
-import toy
 import train
-from cache import Tokens
-from checkpoint import read_checkpoint
+from common import cli
+from common.files import file_hash
 from model import Form
-from text import file_hash, train_tokenizer
-from times import Times, draw_evenly
+from text import toy
+from text.cache import Tokens
+from text.tokenizer import train_tokenizer
+from training import checkpoint, forms, log, run_folder
+from training.checkpoint import read_checkpoint
+from training.times import Times, draw_evenly
 
 ROOT = Path(train.__file__).parent
 TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3 --max_steps=8 -lr=0.003".split()
@@ -234,7 +233,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_ends_with_the_same_result(r
     assert (run_dir / "last.pt").samefile(run_dir / "best.pt") and older_steps(run_dir) == [6, 4]
     os.truncate(run_dir / "last.pt", 5000)
     with pytest.raises(ValueError, match=r"last.pt is damaged") as error:
-        checkpoint.open_run_folder(run_dir)
+        run_folder.open_run_folder(run_dir)
     advice = re.search(r"to go on from step 6, type: (.*)", str(error.value))[1]
     subprocess.run(advice, shell=True, check=True)
     run(run_dir)
@@ -313,7 +312,7 @@ def test_a_file_that_training_did_not_write_is_never_overwritten(run, corpus, tm
     assert (tmp_path / "run" / "tokenizer.model").read_text() == "mine"
     (tmp_path / "run" / "corpus.txt").write_text("mine")
     with pytest.raises(ValueError, match="corpus.txt exists already"):
-        checkpoint.prepare_text(train.complete(train.flags().parse_args([])), tmp_path / "run", None)
+        run_folder.prepare_text(train.complete(train.flags().parse_args([])), tmp_path / "run", None)
     assert (tmp_path / "run" / "corpus.txt").read_text() == "mine"
 
 
@@ -681,13 +680,13 @@ def decided(run_dir):
 
 def test_minutes_become_steps_by_the_measured_speed_and_a_resumed_run_keeps_them(run, tmp_path, monkeypatch):
     """At 0.5 s per step 6 seconds are 12 steps, less the time of 10 validations; twice the minutes are twice the steps."""
-    monkeypatch.setattr(switches, "warm_up", lambda *anything: 0.5)
+    monkeypatch.setattr(forms, "warm_up", lambda *anything: 0.5)
     monkeypatch.setattr(evaluate, "validation_seconds", lambda *anything: 0.05)
     no_steps = [flag for flag in TINY if not flag.startswith(("--max_steps", "-vli", "-smi", "-svi"))]
     monkeypatch.setattr(sys.modules[__name__], "TINY", no_steps)
     run(tmp_path / "run", "--minutes=0.1", "-nex=0")
     assert decided(tmp_path / "run") == [11, 2, 2, 2]
-    monkeypatch.setattr(switches, "warm_up", lambda *anything: 0.001)
+    monkeypatch.setattr(forms, "warm_up", lambda *anything: 0.001)
     run(tmp_path / "run", "--minutes=0.1", "-nex=0")  # finished: nothing is trained
     run(tmp_path / "run", "--minutes=0.2", "-nex=0")
     assert decided(tmp_path / "run") == [22, 2, 2, 2]
@@ -705,11 +704,11 @@ def test_minutes_become_steps_by_the_measured_speed_and_a_resumed_run_keeps_them
 def test_validations_happen_ten_times_a_run_or_every_five_minutes(seconds, max_steps, val_seconds, often, val_tokens):
     """And take at most 15 % of the time: in a short run they see fewer tokens. Samples and saves happen as often."""
     args = train.flags().parse_args([f"--max_steps={max_steps}", "-smi=7"])
-    log.decide_steps(args, {}, 0, seconds, val_seconds)
+    run_folder.decide_steps(args, {}, 0, seconds, val_seconds)
     assert (args.val_interval, args.sample_interval, args.save_interval) == (often, 7, often)
     assert args.val_tokens == val_tokens
     again = train.flags().parse_args([f"--max_steps={max_steps}"])
-    log.decide_steps(again, vars(args), 0, 0.001, 7.0)  # another speed after a resume
+    run_folder.decide_steps(again, vars(args), 0, 0.001, 7.0)  # another speed after a resume
     decisions = [(a.val_interval, a.sample_interval, a.save_interval, a.val_tokens) for a in (args, again)]
     assert decisions[0] == decisions[1]
 
@@ -780,7 +779,7 @@ def test_a_batch_of_padding_alone_is_trained_on(run, tmp_path):
 
 def test_a_folder_in_which_another_process_trains_is_refused(run, tmp_path):
     """The lock ends with its process, so that a killed one leaves none behind."""
-    held = checkpoint.lock(tmp_path / "run")
+    held = run_folder.lock(tmp_path / "run")
     with pytest.raises(ValueError, match=rf"another process trains in .* \(pid {os.getpid()} on .+\)"):
         run(tmp_path / "run", "--max_steps=1")
     held.close()

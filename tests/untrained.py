@@ -4,10 +4,11 @@ import sys
 
 import torch
 
-import cli
-from checkpoint import save_checkpoint
+from common import cli
+from common.files import file_hash
 from model import BFNTransformer, Config
-from text import file_hash, load_tokenizer, train_tokenizer
+from text.tokenizer import load_tokenizer, train_tokenizer
+from training.checkpoint import save_checkpoint
 
 WORDS = {
     "word_lengths": [0, 3, 1],

@@ -1,0 +1,1 @@
+"""What all wings share: flags and errors, files, random numbers, processes, drawing."""

@@ -1,0 +1,243 @@
+"""What all commands share: strict flags, devices, errors in one line, signals, and files that are replaced as a whole."""
+
+import argparse
+import difflib
+import errno
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+from common.files import writing
+
+MAY_BE_EMPTY = ("--prompt", "--flags")
+NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL  # no locks here
+ROOT = Path(__file__).resolve().parent.parent
+memory_advice = "a shorter text or a smaller model takes less"  # training says more: memory.py
+
+
+# A command imports this file first. Ctrl-C while it imports the rest ends it without a traceback, until `run` takes over.
+_main = getattr(sys.modules["__main__"], "__file__", None)
+_is_command = bool(_main) and Path(_main).resolve().is_relative_to(ROOT)
+
+
+if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in a script's background
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses unknown and abbreviated flags, with a ValueError.
+
+    argparse itself reads -dpo=0.1 as -d po=0.1, -bs=12 as -b s=12, and -md as -mdir.
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        known = self._option_string_actions  # not public, but argparse has no other list of its flags
+        for word in words:
+            flag = word.split("=", 1)[0]
+            if flag[:1] == "-" and flag not in known and " " not in flag and not _is_number(flag):
+                close = difflib.get_close_matches(flag, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else "a value that begins with a dash is written --flag=VALUE"
+                self.error(f"unknown flag {flag} ({hint})")
+        for flag, value in [*(word.split("=", 1) for word in words if "=" in word), *pairwise(words)]:
+            if value == "" and flag in known and flag not in MAY_BE_EMPTY:  # an unset shell variable
+                self.error(f"{flag} is empty: give a value or leave the flag out")
+            if value == "--" and flag in known:  # argparse would make it an empty list
+                self.error(f"{flag} cannot be --: give another value")
+        return super().parse_args(words, namespace)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def _is_number(word):
+    """Tell whether a word is a number, because a negative one looks like a flag."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
+    """Make a type for flags: a function that turns text into a number of this kind and range, or refuses it."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
+        if not (least < value if exclusive else least <= value):
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {least}")
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"{text} must be below {below}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} must be at most {most}")
+        return value
+
+    return convert
+
+
+natural, count, several = (_number(int, least) for least in (0, 1, 2))  # types for flags: 0, 1, ...; 1, 2, ...; 2, 3, ...
+steps = _number(int, 1, most=10**6)  # beyond, random numbers and float32 run out
+samples = _number(int, 1, most=10**6)  # beyond, memory runs out
+layers = _number(int, 1, most=1000)  # beyond, a network takes hours to build
+positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
+share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
+above_zero_to_one = _number(float, 0, exclusive=True, most=1)
+
+
+def counts(text):
+    """Read "8,32" -> [8, 32]."""
+    return [count(part) for part in text.split(",")]
+
+
+def shares(text):
+    """Read "0.99,0.999" -> [0.99, 0.999]."""
+    return [share(part) for part in text.split(",")]
+
+
+def auto_or_positive(text):
+    """Read "auto" or a positive number."""
+    return text if text == "auto" else positive(text)
+
+
+def path(text):
+    """Read a path, or several with commas, as a shell would: ~ is the home folder."""
+    parts = [os.path.expanduser(part) for part in text.split(",")]
+    if any(f"{part}/".startswith("~/") for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: this user has no home folder, give a whole path")
+    return ",".join(parts)
+
+
+def user_cache_dir():
+    """Find the user's folder for caches, or a temporary one -> path, whether it is the user's."""
+    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not usual.startswith("~"):  # else this user has no home folder
+        path = Path(usual).absolute()
+        above = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+        if os.access(above, os.W_OK | os.X_OK):
+            return usual, True
+    user = getattr(os, "getuid", os.getpid)()
+    return os.path.join(tempfile.gettempdir(), f"cache-of-user-{user}"), False
+
+
+@cache
+def warn_once(message):
+    """Print a line on standard error, unless this process has printed it already."""
+    print(message, file=sys.stderr)
+
+
+def hold(file, wait=False):
+    """Lock an open file until it is closed -> whether that worked.
+
+    Windows and some file systems have no locks; of the latter, one line on standard error says so.
+    Raises BlockingIOError if another process holds it; with `wait`, waits for that process.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        folder = os.path.dirname(os.path.abspath(file.name))
+        advice = "going on; start no second process that writes there"
+        warn_once(f"{folder} cannot be locked ({error.strerror}): {advice}")
+        return False
+    return True
+
+
+@contextmanager
+def catch_signals(
+    names=("SIGINT", "SIGTERM", "SIGHUP"), promise="finishing this step, then saving"
+):
+    """Collect signals in the list that is yielded, instead of stopping. A second one stops at once.
+
+    Signals within a second count as one: a terminal and torchrun send the same one twice. At the
+    end the earlier handlers are back. In a thread other than the main one, none is caught: Python
+    allows no handlers there.
+    """
+    caught, before, first_at = [], {}, 0.0
+
+    def handle(number, _frame):
+        nonlocal first_at
+        if not caught:
+            first_at = time.monotonic()
+            caught.append(number)
+            if os.environ.get("RANK", "0") == "0":  # print is not safe here
+                os.write(2, f"\n{promise} (again to leave at once)\n".encode())
+        elif time.monotonic() - first_at > 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name, None) for name in names]  # Windows has no SIGHUP
+        before = {n: signal.getsignal(n) for n in numbers if n is not None}
+        kept = signal.SIG_IGN, None  # nohup ignores SIGHUP; None is a handler that is not Python's
+        before = {n: handler for n, handler in before.items() if handler not in kept}
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fail(message):
+    """Print one line to standard error and leave with exit code 2. Many processes that fail together print it once."""
+    if os.environ.get("RANK", "0") != "0" or isinstance(message, ConnectionError):
+        time.sleep(2)  # torchrun ends this process meanwhile if the first one, or the one that was lost, has said why
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def open_closed_streams():
+    """Send what would go to a closed stream (`>&-`) nowhere, and not into the next file that is opened."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            setattr(sys, name, open(number, "w", closefd=False))
+
+
+def run(main):
+    """Call main(). An error that the user can correct becomes one line and exit code 2; BFN_DEBUG=1 shows tracebacks.
+
+    KeyboardInterrupt(number of a signal) becomes exit code 128 + number; Ctrl-C is the default.
+    What the encoding of standard output does not have is written with a backslash, as on standard error.
+    """
+    open_closed_streams()
+    try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with suppress(AttributeError):  # a notebook has another kind of standard output
+            sys.stdout.reconfigure(errors="backslashreplace")
+        with writing("standard output"):  # all other writing names its own path
+            main()
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (*stop.args, signal.SIGINT)[0])
+    except BrokenPipeError:  # whoever reads our output has stopped, for example head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
+        if os.environ.get("BFN_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
+            raise
+        fail(f"out of memory: {memory_advice}" if out_of_memory else error)

@@ -1,0 +1,235 @@
+"""One run in many processes: torchrun starts them, each does its share of every step, and the first one writes.
+
+    torchrun --nproc_per_node=4 train.py -d=CORPUS.txt -mdir=RUN_DIR
+
+A step consists of numbered micro-batches. Process r takes micro-batches r, r + size, ...; what is in them follows from the
+seed and their numbers alone. So the result does not depend on the number of processes, except for the order in which
+gradients are added up. Each process holds all weights, moments and averages. Samples are numbered and shared in the same
+way. Without torchrun there is one process, and every function here returns what it was given.
+
+Small counts are sent between CPUs (gloo), so that nothing waits for a GPU; gradients go by NCCL between GPUs.
+"""
+
+import atexit
+import io
+import os
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+
+START_TIMEOUT = timedelta(minutes=1)  # until all processes have started; also between GPUs
+STEP_TIMEOUT = timedelta(seconds=15)  # in training, see `limit_steps`: torchrun takes 30 s more to end what hangs
+LONG_TIMEOUT = timedelta(days=1)  # for what the first process does alone, such as tokenising
+_step_group = _patient_group = None  # groups of all processes, between CPUs, that wait for so long
+
+
+class WithoutBars(io.TextIOWrapper):
+    """Standard error of a process that is not the first: errors, but no progress bars."""
+
+    def isatty(self):
+        return False
+
+
+def find_device(name):
+    """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device. Raises ValueError if there is none."""
+    if str(name).startswith("mps"):
+        raise ValueError("--device=mps (the GPU of a Mac) is not supported: use --device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+        torch.zeros((), device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"no device {name!r} here: use --device=cpu, or --device=cuda if there is a GPU")
+    return found
+
+
+def join(name):
+    """Find the device by its name, as `find_device` does, and meet the other processes of torchrun -> torch.device."""
+    global _step_group, _patient_group
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = find_device(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        if device.index is None and local >= torch.cuda.device_count():
+            n = torch.cuda.device_count()
+            raise ValueError(f"process {local + 1} of this machine has no GPU, there are {n}: lower --nproc_per_node")
+        device = find_device(f"cuda:{local}") if device.index is None else device
+        torch.cuda.set_device(device)
+    with _report_lost_process():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)
+        _step_group = _patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+    atexit.register(dist.destroy_process_group)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr = WithoutBars(open(2, "wb", closefd=False), line_buffering=True)
+    return device
+
+
+def limit_steps(seconds):
+    """From now on, end with an error if another process answers late within a step, in which all do equal work.
+
+    seconds: time that a step takes. Late is after STEP_TIMEOUT, or after four steps if they take longer.
+    """
+    global _step_group
+    if size() > 1:
+        with _report_lost_process():
+            _step_group = dist.new_group(backend="gloo", timeout=max(STEP_TIMEOUT, 4 * timedelta(seconds=seconds)))
+
+
+def size():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process: 0, 1, ..."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(items):
+    """Select this process's part of a sequence: items r, r + size, ..."""
+    return items[rank() :: size()]
+
+
+def micro_batches(count=None):
+    """Return the number of micro-batches of a step: `count`, or one for each process.
+
+    Raises ValueError if the processes cannot share them evenly.
+    """
+    count = count or size()
+    if count % size():
+        message = f"{size()} processes cannot share {count} micro-batches of a step evenly"
+        raise ValueError(f"{message}: give -acc={size()} or a multiple")
+    return count
+
+
+def first_only(function):
+    """Make a function that only the first process runs. The others wait until it has, and get None."""
+
+    @wraps(function)
+    def run(*args, **options):
+        result = function(*args, **options) if rank() == 0 else None
+        wait()
+        return result
+
+    return run
+
+
+@contextmanager
+def _report_lost_process():
+    """Say in one line that another process is gone. Raises ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = f"process {os.environ.get('RANK')}: another process of this run has stopped, or does not answer"
+        raise ConnectionError(f"{message} ({str(error).splitlines()[0]:.200}). Run the same command again; training resumes") from error
+
+
+@contextmanager
+def first_alone():
+    """Run the block in the first process, then in the others: they find the files that it has written."""
+    if size() > 1 and rank() > 0:
+        wait()
+    yield
+    if size() > 1 and rank() == 0:
+        wait()
+
+
+def wait():
+    """Wait until all processes are here."""
+    if size() > 1:
+        with _report_lost_process():
+            dist.barrier(group=_patient_group)
+
+
+def from_first(value):
+    """Send a value of plain types from the first process to all -> it."""
+    if size() == 1:
+        return value
+    box = [value]
+    with _report_lost_process():
+        dist.broadcast_object_list(box, group=_patient_group)
+    return box[0]
+
+
+def total(count):
+    """Add up a count over all processes -> int."""
+    if size() == 1:
+        return count
+    box = torch.tensor([count])
+    with _report_lost_process():
+        dist.all_reduce(box, group=_step_group)
+    return int(box)
+
+
+def add_up(tensors, patient=False):
+    """Add up tensors of one dtype and device over all processes, in place, in one message.
+
+    patient: their work is not equal, so wait for them. Only for tensors on the CPU.
+    """
+    if size() == 1:
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    with _report_lost_process():
+        dist.all_reduce(flat, group=_patient_group if patient else _group_of(flat))
+    _unflatten(flat, tensors)
+
+
+def exchange(tensors, owners):
+    """Send each tensor from the process that owns it to all, in place. All are of one dtype and device.
+
+    owners: a rank for each tensor.
+    """
+    parts = [[x for x, owner in zip(tensors, owners, strict=True) if owner == r] for r in range(size())]
+    flats = [torch.cat([x.flatten() for x in part] or [tensors[0].new_empty(0)]) for part in parts]
+    with _report_lost_process():
+        messages = [dist.broadcast(flat, r, group=_group_of(flat), async_op=True) for r, flat in enumerate(flats)]
+        for message in messages:
+            message.wait()
+    for flat, part in zip(flats, parts, strict=True):
+        _unflatten(flat, part)
+
+
+def _group_of(x):
+    """The group that exchanges a tensor within a step."""
+    return None if x.is_cuda else _step_group
+
+
+def _unflatten(flat, tensors):
+    """Copy one long tensor into those that it was joined from."""
+    parts = flat.split([x.numel() for x in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])
+
+
+def in_order(items, n):
+    """Merge what each process makes of its `share` of n things, an iterator over plain types -> iterator over all n."""
+    if size() == 1:
+        yield from items
+        return
+    for i in range(0, n, size()):
+        item, box = next(items, None), [None] * size()
+        with _report_lost_process():
+            dist.all_gather_object(box, item, group=_patient_group)
+        yield from box[: n - i]
+
+
+def prefetch(function, items, depth=8, threads=1):
+    """Yield function(item) for each item, in order, while threads compute the next `depth` results."""
+    with ThreadPoolExecutor(threads) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,1 @@
+"""Behind evaluate.py: bounds, exact likelihoods, tables, quality of samples."""

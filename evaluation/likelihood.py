@@ -1,0 +1,146 @@
+"""The exact likelihood of text under `commit`, and by the chain rule in other orders.
+
+    windows   list of n     ids of each window, scored by itself, given its length
+    u         (B, L + 1)    uniform: the first decides how many tokens are unknown, the others
+                            a random order
+    nats      (n,) float64  -log P of each window
+    n_scored  (n,) float64  tokens of each window that are neither bos nor given
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import bfn
+from common import parallel
+from common.noise import Draws, mix_seed, uniform
+from data import pad
+from evaluation.bounds import add_up_batches
+from model import rows_at_once
+
+ANY_ORDER_DRAWS = 8  # per window
+CHUNK_TOKENS = 2048  # every figure is computed of so many tokens before the next ones are read
+
+
+# ---------------------------------------------------------------- figures of a batch: (B,) nats
+
+
+def leftmost(score, open_mask, n):
+    """Choose the first n (B,) of the positions `open_mask` (B, L), whatever their score."""
+    return open_mask & (open_mask.cumsum(1) <= n[:, None])
+
+
+def ranks(u, open_mask):
+    """Number the positions `open_mask` by increasing u, the others after them -> (B, L)."""
+    return u.masked_fill(~open_mask, torch.inf).argsort(1).argsort(1)
+
+
+def exact(network, ids, cond_mask, u, config, choose=bfn.spread_out, calls=None):
+    """Compute -log P of each row with one call per token, or `calls` -> (B,) nats.
+
+    choose: which positions to fill, see `bfn.spread_out`; None is a random order, by u[:, 1:].
+    """
+
+    def by_u(score, open_mask, n):
+        return open_mask & (ranks(u[:, 1:], open_mask) < n[:, None])
+
+    calls = calls or ids.shape[1]
+    log_p = bfn.log_likelihood(network, ids, cond_mask, config.s1, config.K, calls, choose or by_u)
+    return -log_p.double().sum(1)
+
+
+def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
+    """Estimate the bound over all orders: the cross-entropy of m unknown tokens over their share.
+
+    m is uniform in 1, ..., number of open positions. The mean is -log P by the chain rule, averaged
+    over all orders [Uria et al. 2014, "A deep and tractable density estimator"], which is at least
+    -log of the average P -> (B,) nats.
+    """
+    n_open = (~cond_mask).sum(1)
+    nats = 0.0
+    for i in range(n_draws):
+        m = 1 + ((u[:, 0] + i / n_draws).frac() * n_open).long()
+        unknown = ~cond_mask & (ranks(u[:, 1:], ~cond_mask) < m[:, None])
+        log_p = bfn.log_likelihood(network, ids, ~unknown, config.s1, config.K, calls=1)
+        nats -= log_p.double().sum(1) * n_open / m / n_draws
+    return nats
+
+
+ORDERS = {  # by the flag --order: the name of the figure, and how it is computed
+    "sampler": ("exact, a call per token", exact),
+    "left": ("left to right", partial(exact, choose=leftmost)),
+    "random": ("random order", partial(exact, choose=None)),
+    "any": ("any order (bound)", any_order),
+}
+
+
+def figures_of(calls=(), orders=()):
+    """Name the figures of numbers of calls, and of ORDERS -> {name: function}."""
+    by_calls = {f"exact, {n} call{'s' if n > 1 else ''}": partial(exact, calls=n) for n in calls}
+    return by_calls | dict(ORDERS[order] for order in orders)
+
+
+# ---------------------------------------------------------------- a text
+
+
+@dataclass
+class Likelihoods:
+    """What each figure says of the windows that were read."""
+
+    nats: dict  # {name of the figure: (n,)}
+    n_scored: np.ndarray  # (n,)
+
+    @property
+    def nats_per_token(self):
+        """The mean of each figure: {name: nats per scored token}."""
+        return {name: float(nats.sum() / self.n_scored.sum()) for name, nats in self.nats.items()}
+
+
+@torch.no_grad()
+def score(model, windows, bos_id, given, functions, work, seed=0):
+    """Compute figures (see `figures_of`) of windows, a list of arrays of ids -> Likelihoods.
+
+    model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model.
+    given: function of segment_ids (B, L) that tells what is given, besides bos. work: see
+    `bounds.Work`; at least one chunk is read. Raises ValueError if no token is left to score.
+    """
+    n = len(windows)
+    longest = max(map(len, windows))
+    per_process = math.ceil(n / parallel.size())
+    fitting = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, work.device))
+    size = min(fitting, per_process)
+    chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
+    nats = torch.zeros(len(functions), n, dtype=torch.float64)
+    n_scored = torch.zeros(n, dtype=torch.float64)
+    deadline = time.perf_counter() + work.seconds
+
+    def add(rows):
+        chunk = slice(rows.start, rows.stop)
+        ids, segment_ids = pad([window.tolist() for window in windows[chunk]], work.device)
+        cond_mask = (segment_ids == 0) | (ids == bos_id) | given(segment_ids)
+        seeds = [mix_seed(seed, "likelihood", i) for i in rows]
+        keys = Draws.seeded(seeds, [longest + 1] * len(rows), work.device).keys
+        u = uniform(keys)[:, : ids.shape[1] + 1]
+        n_scored[chunk] = (~cond_mask).sum(1)
+        network = partial(model, segment_ids=segment_ids)
+        for row, function in zip(nats, functions.values(), strict=True):
+            row[chunk] = function(network, ids, cond_mask, u, model.config)
+        bar.update(len(rows))
+
+    def is_over(seconds):
+        return len(work.interrupts) > 0 or time.perf_counter() + seconds > deadline
+
+    hidden = None if work.progress else True
+    with tqdm(total=per_process, unit="window", desc="likelihood", disable=hidden) as bar:
+        n_chunks = add_up_batches(chunks, add, [nats, n_scored], is_over)
+    n_read = chunks[n_chunks - 1].stop
+    figures = zip(functions, nats[:, :n_read].numpy(), strict=True)
+    scores = Likelihoods(dict(figures), n_scored[:n_read].numpy())
+    if not scores.n_scored.sum():
+        raise ValueError("nothing of this text is left to score: give less of it")
+    return scores

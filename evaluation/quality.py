@@ -1,0 +1,173 @@
+"""Figures of the quality of generated text, to be compared with the same figures of real text.
+
+Each figure is easy to deceive: a model that repeats one likely sentence has a low n-gram
+perplexity, and known words do not make a sentence. So perplexity is always shown together with
+entropy, distinct bigrams and how far the texts compress, which shows what texts share [Shaib et al.
+2024, arXiv 2403.00553: as self-BLEU does, which takes far longer].
+
+    stream  (N,)  int64  tokens of all texts in one sequence, with order - 1 marks (the number K)
+                         before, between and after
+    grams   (n,)  int64  n-grams of tokens, each written as one integer in base K + 1
+"""
+
+import bz2
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from text.reading import read_part
+
+REFERENCE_CHARS = 20_000_000  # how much of the training text the n-gram model is fitted to
+N_RESAMPLES = 200  # for the bootstrap
+
+
+# ---------------------------------------------------------------- the n-gram model
+
+
+@dataclass
+class Reference:
+    """The words of the training text, and a model of its token n-grams of orders 1 to `order`."""
+
+    words: set
+    counts: list  # per order: sorted grams, how often each occurs
+    # Per order: sorted grams without their last token, how often each occurs, number of its
+    # successors.
+    histories: list
+    tokenizer: object
+
+    @classmethod
+    def fit(cls, corpus, tokenizer, part="all", example="line"):
+        """Count the n-grams of a part of a text: 6-grams for K < 400 (characters), else 3-grams.
+
+        Raises ValueError for a part without text.
+        """
+        K = len(tokenizer)
+        order = 6 if K < 400 else 3
+        words = set()
+        texts = []
+        n_chars = 0
+        for piece in read_part(corpus, part, example):
+            words.update(piece.text.split())
+            if n_chars < REFERENCE_CHARS:
+                texts.append(piece.text)
+                n_chars += len(piece.text)
+        if not words:
+            raise ValueError(f"{corpus} has no text to compare samples with")
+        stream = _stream(tokenizer.encode_as_numpy(texts), K, order)
+        is_token = stream[order - 1 :] < K  # an n-gram ends in a token, not in a mark
+        counts, histories = [], []
+        for n in range(1, order + 1):
+            gram, count = np.unique(_grams(stream, n, K)[order - n :][is_token], return_counts=True)
+            history, first = np.unique(gram // (K + 1), return_index=True)
+            counts.append((gram, count))
+            n_successors = np.diff(np.append(first, len(gram)))
+            histories.append((history, np.add.reduceat(count, first), n_successors))
+        return cls(words, counts, histories, tokenizer)
+
+    def nats(self, text):
+        """Compute -log P of a text, interpolated as by Witten and Bell -> nats, number of tokens.
+
+            p_n = (count + n_successors p_{n-1}) / (count of history + n_successors),  p_0 = 1 / K
+
+        A history that the training text does not have changes nothing: p_n = p_{n-1}.
+        """
+        K, order = len(self.tokenizer), len(self.counts)
+        stream = _stream([self.tokenizer.encode(text)], K, order)[: -(order - 1) or None]
+        if len(stream) < order:
+            return 0.0, 0
+        p = np.full(len(stream) - order + 1, 1 / K)
+        for n in range(1, order + 1):
+            gram = _grams(stream, n, K)[order - n :]
+            histories, totals, n_successors = self.histories[n - 1]
+            count = _look_up(gram, *self.counts[n - 1])
+            history = gram // (K + 1)
+            total = _look_up(history, histories, totals)
+            s = _look_up(history, histories, n_successors)
+            p = np.where(total > 0, (count + s * p) / np.maximum(1, total + s), p)
+        return -np.log(p).sum(), len(p)
+
+
+def _stream(texts, K, order):
+    """Join the ids of texts into one stream (N,)."""
+    marks = np.full(order - 1, K)
+    parts = [part for ids in texts for part in (marks, ids)]
+    return np.concatenate([*parts, marks]).astype(np.int64)
+
+
+def _grams(stream, n, K):
+    """List the n-grams of a stream (N,) -> (N - n + 1,). Raises ValueError beyond int64."""
+    if (K + 1) ** n >= 2**63:
+        raise ValueError(f"a vocabulary of {K} is too large for {n}-grams")
+    grams = np.zeros(len(stream) - n + 1, dtype=np.int64)
+    for i in range(n):
+        grams = grams * (K + 1) + stream[i : len(stream) - n + 1 + i]
+    return grams
+
+
+def _look_up(query, grams, values):
+    """Look up the value of each gram of `query` in the sorted `grams`; 0 where it is missing."""
+    index = np.minimum(np.searchsorted(grams, query), len(grams) - 1)
+    return np.where(grams[index] == query, values[index], 0)
+
+
+# ---------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True)
+class _Text:
+    text: str
+    words: list
+    n_known: int  # words that are in the training text
+    nats: float  # under the n-gram model
+    n_tokens: int
+
+
+def _measure(texts):
+    """Compute the figures of a list of _Text -> {figure: value}."""
+    n_words, n_tokens = sum(len(text.words) for text in texts), sum(text.n_tokens for text in texts)
+    bigrams = [bigram for text in texts for bigram in pairwise(text.words)]
+    counts = np.array(list(Counter(word for text in texts for word in text.words).values()) or [1])
+    share = counts / counts.sum()
+    joined = "\n".join(text.text for text in texts)
+    n_bits = 8 * len(bz2.compress(joined.encode()))
+    return {
+        "known words": sum(text.n_known for text in texts) / max(1, n_words),
+        "distinct bigrams": len(set(bigrams)) / max(1, len(bigrams)),
+        "word entropy (bits)": -(share * np.log2(share)).sum(),
+        "compressed (bits per character)": n_bits / max(1, len(joined)),
+        "n-gram perplexity": math.exp(sum(text.nats for text in texts) / max(1, n_tokens)),
+    }
+
+
+def figures(texts, reference, seed=0):
+    """Measure texts -> {figure: (value, low, high)}, 95 % intervals by the bootstrap over texts.
+
+    The interval is centred on the value itself. Quantiles of the resamples would be too low: a
+    resample repeats texts, so it is less diverse.
+    """
+    measured = []
+    for text in texts:
+        words = text.split()
+        n_known = sum(word in reference.words for word in words)
+        measured.append(_Text(text, words, n_known, *reference.nats(text)))
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(len(texts), size=(N_RESAMPLES, len(texts)))
+    resamples = [_measure([measured[i] for i in indices]) for indices in chosen]
+    result = {}
+    for name, value in _measure(measured).items():
+        margin = 1.96 * np.std([resample[name] for resample in resamples])
+        result[name] = (float(value), float(value - margin), float(value + margin))
+    return result
+
+
+def table(samples):
+    """Lay out {name: {figure: (value, low, high)}} -> lines of text."""
+    figure_names = next(iter(samples.values()))
+    lines = ["", " " * 24 + "".join(f"{name:>26}" for name in figure_names)]
+    for name, values in samples.items():
+        cells = [f"{v:10.3f} [{low:6.3f}, {high:6.3f}]" for v, low, high in values.values()]
+        lines.append(f"{name:24}" + "".join(cells))
+    return lines

@@ -1,0 +1,1 @@
+"""Comparisons, speed, the proof of a machine, and their record."""

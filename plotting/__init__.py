@@ -1,0 +1,1 @@
+"""Behind plot.py: the pictures, and the page of a run."""

@@ -1,0 +1,480 @@
+"""The pictures of plot.py: from numbers to matplotlib figures, one function per picture.
+
+    theta   (..., K)   float32  input distribution
+    series  {label: (x, y)}     lines of equal length each
+    plan    data.Plan           windows in rows
+
+Call them in `style`, which sets light or dark colours. matplotlib is imported where it is needed: it takes a second.
+"""
+
+import io
+import math
+import os
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import bfn
+import data
+from common import cli
+from common.drawing import N_COLOURS, WIDTH, fonts_for, ink, mark_level, new_figure, plain
+from common.noise import Draws
+
+if not cli.user_cache_dir()[1]:  # matplotlib's as well
+    os.environ.setdefault("MPLCONFIGDIR", os.path.join(cli.user_cache_dir()[0], "matplotlib"))
+
+
+# ---------------------------------------------------------------- simplex: the flow on three tokens
+
+TOKENS = "ABC"
+
+
+CORNERS = np.array([[0, 0], [1, 0], [0.5, math.sqrt(3) / 2]])  # of the triangle
+CLOUD_TIMES = 0.25, 0.5, 0.75, 1.0  # of the flow's density
+CLOUD_POINTS, N_PATHS, PATH_STEPS, CALLS = 1000, 3, 40, 16
+AGREE = 0.9  # probability that the two positions of the small joint distribution hold the same token
+
+
+def to_triangle(theta):
+    """Place distributions over three tokens in the triangle: theta (..., 3) -> x, y, both (...)."""
+    return np.moveaxis(np.asarray(theta, dtype=float) @ CORNERS, -1, 0)
+
+
+def flow_paths(ids, n_steps, s1, K, generator):
+    """Follow theta from the uniform prior through n_steps Bayesian updates: ids (B, L) -> theta (n_steps + 1, B, L, K).
+
+    Step i brings evidence of accuracy a^2 = s1^2 (2i - 1) / n_steps^2, so theta is then the flow's at
+    t = i / n_steps.
+    """
+    states = [torch.zeros(*ids.shape, K)]
+    for i in range(1, n_steps + 1):
+        a = torch.tensor(s1 * math.sqrt(2 * i - 1) / n_steps)
+        eps = torch.randn(*ids.shape, K, generator=generator)
+        states.append(bfn.bayesian_update(states[-1], bfn.sender_sample(ids, a, K, eps)))
+    return torch.stack(states).softmax(-1)
+
+
+class AgreeingPair:
+    """The exact network of a joint distribution of two positions that mostly hold the same token.
+
+    p_d(k) is proportional to the sum over pairs with x_d = k of P(x_1, x_2) theta_1(x_1) theta_2(x_2). It keeps what it was
+    asked and what it answered: `asked` and `answers`, lists of (B, 2, K).
+    """
+
+    def __init__(self, K):
+        self.P = torch.full((K, K), (1 - AGREE) / (K * K - K)).fill_diagonal_(AGREE / K)
+        self.asked, self.answers = [], []
+
+    def __call__(self, theta, t):
+        joint = self.P * theta[:, 0, :, None] * theta[:, 1, None, :]  # (B, K, K)
+        log_p = torch.stack([joint.sum(2), joint.sum(1)], 1).log().log_softmax(-1)  # (B, 2, K)
+        self.asked.append(theta)
+        self.answers.append(log_p.exp())
+        return log_p
+
+
+def sample_pair(seed, s1, K):
+    """Sample both positions with the published sampler and the exact network -> theta, p: both (CALLS, 2, K), tokens (2,)."""
+    network, nothing = AgreeingPair(K), torch.zeros(1, 2, dtype=torch.bool)
+    controls = bfn.Controls("ancestral", steps=CALLS - 1)
+    ids, _ = bfn.sample(network, nothing.long(), nothing, s1, K, controls, Draws.seeded([seed], [2]))
+    return torch.cat(network.asked), torch.cat(network.answers), ids[0]
+
+
+def simplex(seed=0):
+    """Draw the flow on three tokens: its density at four times, paths of theta, and the pull of an exact network."""
+    K = len(TOKENS)
+    s1, generator = math.sqrt(K * bfn.auto_beta1(K)), torch.Generator().manual_seed(seed)
+    above, below = (figure := new_figure(5.6)).subfigures(2, 1, height_ratios=(1, 1.3))
+    clouds, paths = above.subplots(1, len(CLOUD_TIMES)), below.subplots(1, 3)
+    pull = "Theta step by step from the square; the arrows lead to the network's answer, which pulls it"
+    above.suptitle("The flow of token C: draws of theta (the dot is their mean)", fontsize=10)
+    below.suptitle(pull, fontsize=10)
+    token = K - 1  # the corner at the top
+    for axes, t in zip(clouds, CLOUD_TIMES, strict=True):
+        ids = torch.full((1, CLOUD_POINTS), token)
+        eps = torch.randn(*ids.shape, K, generator=generator)
+        theta = bfn.flow(ids, torch.full(ids.shape, t), s1, K, eps).softmax(-1)[0]
+        frame(axes, f"t = {t:g}")
+        axes.scatter(*to_triangle(theta), s=3, alpha=0.25, linewidths=0, rasterized=True)
+        axes.plot(*to_triangle(theta.mean(0)), "o", color="C1", markersize=5)
+    ids = torch.full((N_PATHS, 1), token)
+    frame(paths[0], f"{N_PATHS} paths of the flow of C")
+    for path in flow_paths(ids, PATH_STEPS, s1, K, generator)[:, :, 0].unbind(1):
+        paths[0].plot(*to_triangle(path), linewidth=1.1)
+    mark_prior(paths[0])
+    theta, p, tokens = sample_pair(seed, s1, K)
+    for d, axes in enumerate(paths[1:]):
+        frame(axes, f"position {d + 1} of two that agree: {TOKENS[tokens[d]]}")
+        begin, end = to_triangle(theta[:, d]), to_triangle(p[:, d])
+        axes.quiver(*begin, *(end - begin), angles="xy", scale_units="xy", scale=1, width=0.006, color="C1", alpha=0.7)
+        axes.plot(*begin, "o-", color="C0", markersize=3, linewidth=1.4)
+        mark_prior(axes)
+    return figure
+
+
+def frame(axes, title):
+    """Draw the triangle with the tokens at its corners."""
+    axes.plot(*CORNERS[[0, 1, 2, 0]].T, color=ink(0.4), linewidth=1)
+    for (x, y), name in zip(CORNERS, TOKENS, strict=True):
+        offset, va = ((0, 4), "bottom") if y else ((0, -4), "top")
+        axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha="center", va=va)
+    axes.set(aspect="equal", xlim=(-0.08, 1.08), ylim=(-0.14, 1.0))
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
+
+
+def mark_prior(axes):
+    """Mark where all paths begin, the uniform distribution."""
+    axes.plot(*to_triangle(np.full(3, 1 / 3)), "s", color=ink(), markersize=5, zorder=3)
+
+
+# ---------------------------------------------------------------- beta: how much the evidence tells
+
+VOCABULARIES = 2, 27, 256, 4096, 32_000
+
+
+ACCURACY = 0.955  # at t = 1, of beta(1) = auto
+PUBLISHED = [  # K, beta(1), where, offset of the label in points
+    (27, 0.75**2, "text8", (-22, -13)),
+    (2, 3.0, "MNIST,\npaper", (14, -24)),
+    (2, 9.0, "MNIST,\ncode", (10, 8)),
+]  # [Graves et al. 2023; its code sets the root of beta(1)]
+
+
+def beta(more=()):
+    """Draw how often the noisy view names the token: over t, and at t = 1 over beta(1). more: further beta(1) to draw."""
+    figure = new_figure(4.4)
+    by_time, by_beta = figure.subplots(1, 2, sharey=True)
+    t, betas = np.linspace(0, 1, 101), np.geomspace(1e-4, 40, 121)
+    for i, K in enumerate(VOCABULARIES):
+        auto = bfn.auto_beta1(K)
+        for beta1, dashes in [(auto, "-"), *((b, "--") for b in more)]:
+            label = f"K = {K:,}: beta(1) = {auto:.3g}" if dashes == "-" else None
+            by_time.plot(t, accuracies(K, beta1 * t**2), dashes, color=f"C{i}", label=label, linewidth=1.8 if label else 1.2)
+        by_beta.plot(betas, accuracies(K, betas), color=f"C{i}", linewidth=1.8)
+        by_beta.plot(auto, bfn.evidence_accuracy(math.sqrt(K * auto), K), "o", color=f"C{i}", markersize=6)
+    for K, beta1, where, offset in PUBLISHED:
+        y, colour = bfn.evidence_accuracy(math.sqrt(K * beta1), K), f"C{VOCABULARIES.index(K)}"
+        by_beta.plot(beta1, y, "*", color=ink(), markersize=9, zorder=3)
+        by_beta.annotate(where, (beta1, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8, color=colour)
+    for beta1 in more:
+        by_beta.axvline(beta1, color=ink(0.6), linestyle="--", linewidth=1)
+    for axes in (by_time, by_beta):
+        mark_level(axes, ACCURACY, f"{ACCURACY:.1%} at t = 1")
+        axes.grid()
+    others = f"; dashed: beta(1) = {', '.join(f'{b:g}' for b in more)}" if more else ""
+    by_time.set(xlabel="t", ylabel="the evidence names the token", title=f"beta(1) = auto{others}", ylim=(0, 1.16))
+    by_time.yaxis.set_major_formatter("{x:.0%}")
+    name_lines(figure, by_time, "outside lower center")
+    by_beta.set(xscale="log", xlabel="beta(1)", title="at t = 1: dots are auto, stars are published", xlim=(1e-4, 40))
+    return figure
+
+
+def accuracies(K, betas):
+    """Compute how often the evidence names the token at each beta(t) -> list."""
+    return [bfn.evidence_accuracy(math.sqrt(K * b), K) for b in betas]
+
+
+# ---------------------------------------------------------------- run: the course of a training
+
+PANELS = [  # title, unit, name in metrics.jsonl
+    ("training loss", "nats per token", "loss"),
+    ("bound", "bits per character", "val_bits_per_char"),
+    ("exact likelihood", "bits per character", "val_exact_bits_per_char"),
+    ("learning rate", "", "learning_rate"),
+    ("gradient norm", "", "grad_norm"),
+    ("speed", "tokens per second", "tokens_per_s"),
+]
+
+
+def history(metrics, key):
+    """Pick a figure from the lines of metrics.jsonl -> its steps and values, both lists."""
+    lines = [line for line in metrics if key in line]
+    return [line["step"] for line in lines], [line[key] for line in lines]
+
+
+def training(histories):
+    """Draw the PANELS of runs by step: {run: lines of its metrics.jsonl}."""
+    figure = new_figure(5.0 + legend_height(histories))
+    for axes, (title, unit, key) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        for i, (name, metrics) in enumerate(histories.items()):
+            x, y = history(metrics, key)
+            axes.plot(x, y, marker="." if len(x) < 20 else None, label=plain(name), **line_look(i))
+        axes.set(title=title, xlabel="step", ylabel=unit, ylim=(0, None))
+        axes.grid()
+    name_lines(figure, axes)
+    return figure
+
+
+def panel(x, y, title, unit, x_label):
+    """Draw one line as a small figure, for a page of several."""
+    figure = new_figure(2.7, width=4.2)
+    axes = figure.subplots()
+    axes.plot(x, y, marker="." if len(x) < 20 else None, linewidth=1.5)
+    axes.set(title=title, xlabel=x_label, ylabel=unit, ylim=(0, None))
+    axes.grid()
+    return figure
+
+
+def line_look(i):
+    """Choose colour and dashes of line i, so that many lines differ."""
+    dashes = "- -- : -.".split()[i // N_COLOURS % 4]
+    return dict(color=f"C{i % N_COLOURS}", linestyle=dashes, linewidth=1.5)
+
+
+def legend_columns(names):
+    """Choose in how many columns a legend as wide as the figure names lines -> 1, 2 or 3."""
+    longest = max(map(n_columns, names), default=0)
+    return max(1, min(3, len(names), int(WIDTH / (0.6 + 0.08 * longest))))
+
+
+def legend_height(names):
+    """Estimate the height of that legend, in inches."""
+    return 0.19 * math.ceil(len(names) / legend_columns(names))
+
+
+def name_lines(figure, axes, place="outside upper center"):
+    """Put one legend of the lines of `axes` above or below all panels of a figure."""
+    handles = [line for line in axes.get_lines() if not line.get_label().startswith("_child")]
+    labels = [line.get_label() for line in handles]  # matplotlib's own list leaves out "_name"
+    labels = [x if len(x) < 90 else f"{x[:40]} ... {x[-40:]}" for x in labels]
+    figure.legend(handles, labels, loc=place, ncols=legend_columns(labels))
+
+
+# ---------------------------------------------------------------- times: loss and training times
+
+
+@dataclass(frozen=True)
+class ByTime:
+    """What a checkpoint tells by time."""
+
+    label: str
+    t: np.ndarray  # (n,) middles of the bins of the two losses
+    loss: np.ndarray  # (n,) nats per token; its mean is L_inf
+    cross_entropy: np.ndarray  # (n,) nats per token
+    density: np.ndarray  # (n_bins,) of the learned training times, mean 1
+
+
+def times(checkpoints, history=()):
+    """Draw loss, cross-entropy and fitted density by time of ByTime checkpoints, the oldest first and palest.
+
+    history: (step, density) of earlier fits, as thin lines.
+    """
+    figure = new_figure(4.2)
+    losses, density = figure.subplots(1, 2)
+    density.axhline(1, color=ink(0.6), linestyle="--", linewidth=1, label="before training")
+    for i, (_, earlier) in enumerate(history, 1):
+        edges, alpha = np.linspace(0, 1, len(earlier) + 1), 0.1 + 0.5 * i / len(history)
+        label = f"at {len(history)} validations" if i == len(history) else None
+        density.stairs(earlier, edges, baseline=None, color=ink(0.4), linewidth=0.8, alpha=alpha, label=label)
+    for i, c in enumerate(checkpoints, 1):
+        strength = dict(alpha=i / len(checkpoints) if len(checkpoints) > 1 else 1.0, linewidth=1.8)
+        losses.plot(c.t, c.loss, color="C0", label=plain(f"loss, {c.label}"), **strength)
+        losses.plot(c.t, c.cross_entropy, color="C1", label=plain(f"cross-entropy, {c.label}"), **strength)
+        edges = np.linspace(0, 1, len(c.density) + 1)
+        density.stairs(c.density, edges, baseline=None, color="C2", label=plain(c.label), **strength)
+    losses.set(xlabel="t", ylabel="nats per token", title="loss (its mean is L_inf) and cross-entropy", ylim=(0, None))
+    density.set(xlabel="t", title="density of learned times, fitted to the loss", ylim=(0, None))
+    for axes, n_columns in ((losses, 2), (density, 1)):
+        axes.grid()
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=n_columns)
+    return figure
+
+
+# ---------------------------------------------------------------- packing: examples in rows
+
+
+def packing(tokens, plans, row_length, n_rows, title):
+    """Draw the first rows of plans {title: Plan} as bars of segments, with the share of positions that hold a token."""
+    from matplotlib.colors import ListedColormap
+
+    colours = ListedColormap([ink(0.07), "C0", "C1", "C2"])
+    figure = new_figure(4.2)
+    figure.suptitle(plain(title), fontsize=10)
+    for axes, (name, plan) in zip(figure.subplots(1, len(plans)), plans.items(), strict=True):
+        rows = np.arange(min(n_rows, plan.n_rows))
+        _, segment_ids = data.gather_rows(tokens, plan, rows, row_length)
+        colour = np.where(segment_ids > 0, 1 + (segment_ids - 1) % 3, 0)  # neighbours differ
+        axes.imshow(colour, cmap=colours, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+        for row in rows[1:]:
+            axes.axhline(row - 0.5, color=ink(0), linewidth=1.2)
+        axes.set(title=f"{name}: {plan.fill(row_length):.1%} filled, {plan.n_rows:,} rows")
+        axes.set(xlabel="position", ylabel="row")
+    return figure
+
+
+# ---------------------------------------------------------------- sampling: a text at each network call
+
+HOLD_SECONDS, FRAME_SECONDS = 2.0, 0.17
+
+
+CHARACTER_WIDTH = 0.602 * 10 / 72  # inches, of the font of fixed width in 10 points
+
+
+def certainty(texts, title):
+    """Draw how certain each position is at each network call: [(tokens of the text, certainty (calls, L))]."""
+    longest = max(len(tokens) for tokens, _ in texts)
+    figure = new_figure(0.8 + 3.0 * len(texts), width=min(max(5, 1.6 + 0.22 * longest), 16))
+    all_axes = figure.subplots(len(texts), 1, squeeze=False)[:, 0]
+    for axes, (tokens, shares) in zip(all_axes, texts, strict=True):
+        image = axes.imshow(shares, vmin=0, vmax=1, aspect="auto", interpolation="nearest", cmap="viridis")
+        axes.set_xticks(range(len(tokens)), [plain(token) for token in tokens], rotation=90, fontsize=8)
+        axes.set_yticks(range(0, len(shares), max(1, len(shares) // 8)))
+        axes.set_yticklabels(1 + int(i) for i in axes.get_yticks())
+        axes.set(ylabel="network call")
+    all_axes[0].set_title(plain(title))
+    figure.colorbar(image, ax=list(all_axes), label="probability of the likeliest token")
+    return figure
+
+
+def emerging(frames, title):
+    """Draw texts that emerge from noise -> list of images: frames[i][row] = [(text of a token, certainty in [0, 1]), ...].
+
+    Uncertain tokens are pale.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    lines = ["".join(text for text, _ in row) for frame in frames for row in frame]
+    columns, characters = max(map(n_columns, lines)), {*title, *"".join(lines)}
+    fonts = fonts_for(characters, "monospace")
+    n_rows, images = len(frames[0]), []
+    for i, texts in enumerate(frames, 1):
+        figure = new_figure(0.24 * n_rows + 0.5, max(CHARACTER_WIDTH * columns + 0.3, 0.065 * len(title) + 1.5))
+        figure.set_layout_engine("none")
+        look = dict(va="top", fontsize=8, color=ink(0.6), family=["sans-serif", *fonts[1:]])
+        figure.text(0.02, 0.97, plain(f"{title}, call {i} of {len(frames)}"), **look)
+        for j, row in enumerate(texts):
+            draw_row(figure, row, 0.97 - (j + 1.9) / (n_rows + 1.6), fonts)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    return images
+
+
+def n_columns(text):
+    """Count the columns of a text in a font of fixed width: letters of East Asia take two."""
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def draw_row(figure, row, y, fonts):
+    """Draw the tokens of one text from left to right in fonts of fixed width."""
+    column, width = 0, CHARACTER_WIDTH / figure.get_size_inches()[0]  # as a share of the figure
+    for text, certainty in row:
+        colour = ink(0.12 + 0.88 * (1 - (1 - certainty) ** 0.7))
+        look = dict(va="baseline", family=fonts, fontsize=10, color=colour)
+        figure.text(0.02 + column * width, y, plain(text), **look)
+        column += n_columns(text)
+
+
+def to_gif(images, comment):
+    """Join images to an animation that repeats and holds the last one -> bytes."""
+    milliseconds = [int(1000 * FRAME_SECONDS)] * (len(images) - 1) + [int(1000 * HOLD_SECONDS)]
+    few = [image.quantize(16) for image in images]  # colours: shades of one ink
+    content, options = io.BytesIO(), dict(save_all=True, duration=milliseconds, loop=0, comment=comment.encode())
+    few[0].save(content, "GIF", append_images=few[1:], **options)
+    return content.getvalue()
+
+
+# ---------------------------------------------------------------- quality: figures over the number of network calls
+
+
+def quality_figure(exact, results, title):
+    """Draw exact likelihoods, and figures of samples with their intervals, over the number of network calls.
+
+    exact: {name: (calls, nats per token, errors, bound)}. results: records of experiments/samplers.py, the first of held-out
+    text, or []; with several temperatures or top-p, the last panel shows quality over diversity.
+    """
+    names = list(results[0]["figures"]) if results else []
+    sweeps = by_diversity(results) if results else {}
+    panels = ["exact likelihood (nats per token)"] * bool(exact) + names + ["diversity"] * bool(sweeps)
+    n_columns = min(3, len(panels))
+    n_rows = math.ceil(len(panels) / n_columns)
+    figure = new_figure(0.9 + 2.6 * n_rows, width=WIDTH if n_columns > 1 else 5.5)
+    figure.suptitle(plain(title), fontsize=10)
+    all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
+    for axes in all_axes[len(panels) :]:
+        axes.axis("off")
+    for axes, panel in zip(all_axes[: len(panels)], panels, strict=True):
+        axes.set_title(panel)
+        if panel == "diversity":
+            draw_diversity(axes, sweeps, results)
+        elif panel in names:
+            draw_by_calls(axes, results, panel)
+        else:
+            draw_exact(axes, exact)
+        axes.grid()
+    if results:
+        name_lines(figure, all_axes[panels.index(names[0])], "outside lower center")
+    return figure
+
+
+def draw_exact(axes, exact):
+    """Draw exact likelihoods over calls, and the bounds as dashed lines. exact: see `quality_figure`."""
+    for i, (name, (calls, nats, errors, bound)) in enumerate(exact.items()):
+        axes.errorbar(calls, nats, errors, fmt="o-", color=f"C{i}", markersize=4, capsize=3, label=plain(f"exact, {name}"))
+        axes.axhline(bound, color=f"C{i}", linestyle="--", linewidth=1, label=plain(f"bound, {name}"))
+    log_calls(axes)
+    axes.legend(fontsize=8)
+
+
+def log_calls(axes):
+    """Show network calls on a logarithmic axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set(xscale="log", xlabel="network calls")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_by_calls(axes, results, figure_name):
+    """Draw a figure over network calls with its interval, one line per sampler, at temperature and top-p 1."""
+    held_out, *sampled = results
+    points = {}
+    for r in sampled:
+        if r["temperature"] == r["top_p"] == 1:
+            points.setdefault(r["sampler"], []).append((r["calls_per_text"], *r["figures"][figure_name]))
+    for sampler, rows in points.items():
+        calls, value, low, high = zip(*sorted(rows), strict=True)
+        axes.plot(calls, value, marker=".", label=sampler, linewidth=1.5)
+        axes.fill_between(calls, low, high, alpha=0.15, linewidth=0)
+    mark_level(axes, held_out["figures"][figure_name][0], held_out["sampler"])
+    log_calls(axes)
+    if figure_name.endswith("perplexity"):
+        axes.set(yscale="log")
+
+
+def main_figure(results):
+    """Choose the figure that stands for quality: the share of grammatical texts if known, else n-gram perplexity."""
+    return "grammatical" if "grammatical" in results[0]["figures"] else "n-gram perplexity"
+
+
+def by_diversity(results):
+    """Collect quality over distinct bigrams by temperature and by top-p -> {(sampler, calls, control): (x, y)}.
+
+    Only lines of two points or more.
+    """
+    points = {}
+    for r in results[1:]:
+        for control, other in (("temperature", "top_p"), ("top_p", "temperature")):
+            if r[other] == 1:
+                diversity, value = (r["figures"][name][0] for name in ("distinct bigrams", main_figure(results)))
+                points.setdefault((r["sampler"], r["calls"], control), []).append((r[control], diversity, value))
+    return {job: tuple(zip(*sorted(rows), strict=True))[1:] for job, rows in points.items() if len(rows) > 1}
+
+
+def draw_diversity(axes, sweeps, results):
+    """Draw the lines of `by_diversity` in their sampler's colour, and the held-out text as a star."""
+    samplers = list(dict.fromkeys(r["sampler"] for r in results[1:]))
+    for (sampler, calls, control), (x, y) in sweeps.items():
+        colour, dashes = f"C{samplers.index(sampler)}", "-" if control == "temperature" else "--"
+        axes.plot(x, y, dashes, marker=".", linewidth=1.5, color=colour)
+        axes.annotate(f"{calls}", (x[-1], y[-1]), xytext=(4, 2), textcoords="offset points", fontsize=7, color=colour)
+    held_out = (results[0]["figures"][name][0] for name in ("distinct bigrams", main_figure(results)))
+    axes.plot(*held_out, "*", color=ink(), markersize=9)
+    axes.set(title="quality over diversity", ylabel=main_figure(results))
+    axes.set_xlabel("distinct bigrams (numbers: calls, star: held-out text)", fontsize=8)

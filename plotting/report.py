@@ -1,0 +1,195 @@
+"""One HTML page about a run, in one file: its data, figures, curves, samples, and texts at each network call.
+
+    python plot.py report RUN_DIR
+
+    calls  list of n_calls, each a list of L   what the network says of each position in a call: [id, per mille, id, ...]
+    ids    list of L                           the tokens that were drawn
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+from collections import defaultdict
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from common import drawing
+from plotting import pictures
+
+MOST_POINTS, MOST_STEPS = 400, 40  # of a curve, and of the samples; more are thinned out
+
+
+# ---------------------------------------------------------------- what a run folder has
+
+
+def read_samples(run_dir):
+    """Read samples.txt -> {step: texts}, at most MOST_STEPS steps, evenly spaced."""
+    path, samples = run_dir / "samples.txt", defaultdict(list)
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        step, _, text = line.decode(errors="replace").partition("\t")
+        with suppress(ValueError):
+            samples[int(step)].append(text.replace("\\n", "\n"))
+    return {step: samples[step] for step in thin(sorted(samples), MOST_STEPS)}
+
+
+def thin(values, most):
+    """Choose at most `most` of some values, evenly spaced, with the first and the last -> list."""
+    return [values[i] for i in np.linspace(0, len(values) - 1, min(len(values), most)).round().astype(int)]
+
+
+# ---------------------------------------------------------------- parts of the page
+
+
+def table(rows, header=(), kind=""):
+    """Write rows of cells as a table; the first cell of each names the row -> HTML."""
+    head = "".join(f"<th scope=col>{escape(str(cell))}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th scope=row>{escape(str(name))}</th>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
+        for name, *cells in rows
+    )
+    return f'<table class="{kind}">' + (f"<thead><tr>{head}</tr></thead>" if head else "") + f"<tbody>{body}</tbody></table>"
+
+
+def note(text):
+    """Write a line -> HTML."""
+    return f"<p class=note>{escape(text)}</p>"
+
+
+def describe(model, tokenizer, run, metrics):
+    """Say what was trained on what -> HTML."""
+    args, config = run["args"], model.config
+    step = max([run["step"], *(line["step"] for line in metrics)])
+    minutes = [line["minutes"] for line in metrics if "minutes" in line][-1:]
+    progress = [f"step {step:,} of {max(step, args.get('max_steps') or 0):,}", *(f"{value:.1f} minutes" for value in minutes)]
+    source = args.get("spm_model") or f"{args.get('tokenizer') or 'no name'}, trained on the text"
+    facts = [
+        ("text", args["data_path"] or "the built-in language (toy.py)"),
+        ("validation text", args.get("val_path") or "a held-out part"),
+        ("tokenizer", f"{len(tokenizer):,} tokens ({source})"),
+        ("model", f"{sum(p.numel() for p in model.parameters()):,} parameters: {config.n_layers} layers of width {config.d_model}"),
+        ("rows", f"{args['sequence_length']:,} tokens"),
+        ("beta(1)", f"{config.beta1:.4g}"),
+        ("training", ", ".join(progress)),
+        ("weights shown", f"of step {run['step']:,}"),
+    ]
+    sizes = run.get("sizes", {})
+    units = list(dict.fromkeys(unit for size in sizes.values() for unit in size))
+    counts = [(unit, *(f"{size[unit]:,}" for size in sizes.values())) for unit in units]
+    flags = [(f"--{name}", ",".join(map(str, v)) if isinstance(v, list) else v) for name, v in sorted(args.items())]
+    amounts = f"<div class=wide>{table(counts, ['', *sizes], 'numbers')}</div>" if sizes else ""
+    details = f"<details><summary>All flags</summary>{table(flags, kind='facts')}</details>"
+    return table(facts, kind="facts") + amounts + details
+
+
+def show_figures(found, step):
+    """Lay out the figures of a validation at a step with their errors in each unit -> HTML."""
+    rows = []
+    for label, prefix, noise in (("bound", "", "monte_carlo_error_nats_per_token"), ("exact", "exact_", None)):
+        nats = found.get("exact_nats_per_token" if prefix else "bound_nats_per_token")
+        errors = [found.get(noise), found.get(f"{prefix}text_error_nats_per_token")]
+        per_char = found.get(f"{prefix}bits_per_char")
+        for unit, value in (("nats per token", nats), ("bits per token", nats and nats / math.log(2)), ("bits per character", per_char)):
+            if nats and value:  # errors are a constant factor away in each unit
+                cells = [value, *(error and error * value / nats for error in errors)]
+                rows.append((f"{label}, {unit}", *("" if cell is None else f"{cell:.4f}" for cell in cells)))
+    if not rows:
+        return note(f"Nothing was validated at step {step:,} yet, so there are no figures.")
+    scored = [f"{found[key]:,}" for key in ("n_tokens_scored", "exact_n_tokens_scored") if key in found]
+    return f"<div class=wide>{table(rows, ['', 'value', '± noise', '± text'], 'numbers')}</div>" + note(
+        f"-log P of the validation text, given the lengths, at step {step:,}: an upper bound, and exact for the sampler commit"
+        + (f" ({' and '.join(scored)} tokens were scored)" if scored else "")
+        + ". Errors are standard errors: from the noise that was drawn, and from the choice of text."
+    )
+
+
+def to_svg(figure, title):
+    """Write a figure of the light style as SVG whose colours follow the page."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+    svg = file.getvalue()
+    for name, colour in colours(drawing.LIGHT).items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return f'<svg role="img" aria-label="{escape(title)}" ' + svg[svg.index("<svg ") + 5 :]
+
+
+def draw_curves(metrics, loss_by_time):
+    """Draw the panels of `plot.py run` that have points, and the loss by time, each as a small figure -> HTML."""
+    import matplotlib
+
+    panels = [(title, unit, "step", *pictures.history(metrics, key)) for title, unit, key in pictures.PANELS]
+    if loss_by_time:
+        panels.append(("loss by time", "nats per token", "t", (np.arange(len(loss_by_time)) + 0.5) / len(loss_by_time), loss_by_time))
+    drawn = []
+    with drawing.style(), matplotlib.rc_context({"svg.fonttype": "none"}):
+        for title, unit, x_label, x, y in panels:
+            if len(x):
+                figure = pictures.panel(thin(x, MOST_POINTS), thin(y, MOST_POINTS), title, unit, x_label)
+                drawn.append(to_svg(figure, f"{title} over {x_label}"))
+    return f"<div class=curves>{''.join(drawn)}</div>" if drawn else note("Nothing is logged yet.")
+
+
+def show_samples(samples):
+    """Lay out samples by step -> HTML."""
+    if not samples:
+        return note("There is no samples.txt, or nothing in it yet.")
+    rows = (f"<dt>{step:,}</dt>" + "".join(f"<dd>{escape(text)}</dd>" for text in texts) for step, texts in samples.items())
+    return f'<dl class=samples tabindex=0 aria-label="samples by step">{"".join(rows)}</dl>'
+
+
+def colours(style):
+    """Name the colours of figures.LIGHT or DARK -> {name: colour}."""
+    names = {name: style[name] for name in ("background", "ink", "pale")}
+    return names | {f"c{i}": colour for i, colour in enumerate(style["colours"].split())}
+
+
+def to_css(style):
+    """Write the colours of a style as CSS variables."""
+    return " ".join(f"--{name}: {colour};" for name, colour in colours(style).items())
+
+
+def to_json(data):
+    """Write data as JSON that no text in it can end the script element of."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def page(name, metrics, samples, loaded=None, found=None, texts=None):
+    """Describe a run -> HTML.
+
+    metrics, samples: of the run folder. loaded: model, tokenizer and run, if there is a checkpoint;
+    found: the figures of its validation; texts: what it writes, as `plot.sample_texts` returns it.
+    """
+    body, emerging_part, script = read_parts()
+    about = values = emerging = note("There is no checkpoint yet.")
+    loss_by_time = None
+    if loaded:
+        model, tokenizer, run = loaded
+        loss_by_time = run["loss_by_time"]
+        about = describe(model, tokenizer, run, metrics)
+        values = show_figures(found, run["step"])
+        emerging = Template(emerging_part).substitute(data=to_json(texts))
+    return Template(body).substitute(
+        mark=drawing.MARK,
+        name=escape(name),
+        hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        light=to_css(drawing.LIGHT),
+        dark=to_css(drawing.DARK),
+        about=about,
+        values=values,
+        curves=draw_curves(metrics, loss_by_time),
+        emerging=emerging,
+        samples=show_samples(samples),
+        script=f"<script>{script}</script>" if loaded else "",
+    )
+
+
+def read_parts():
+    """Read report.html -> the page, what shows texts at each network call, and its script."""
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return re.split(r"<!-- next part: .* -->\n", template)

@@ -1,0 +1,1 @@
+"""Behind sample.py: prompts, batches of texts, guidance, proof-reading, terminal."""

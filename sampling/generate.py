@@ -1,0 +1,233 @@
+"""From templates to ids: sample in batches, each text from its own random numbers.
+
+    template     list of L         ids of given tokens, and FREE, GAP, ... where a token is drawn (prompts.py)
+    padded       (B, L)     int64  the templates of a batch, 0 after the end of each
+    segment_ids  (B, L)     int64  1 within a template, 0 = padding
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+import bfn
+from common import parallel
+from common.noise import Draws, mix_seed
+from data import pad
+from model import rows_at_once
+from sampling import guidance
+from sampling.prompts import FREE, MAX_CANDIDATES, allowed_at, make_hint
+from sampling.terminal import Trace
+
+DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
+DEFAULT = bfn.Controls(corrections=4)  # the best that we measured
+SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
+
+
+@dataclass(frozen=True, eq=False)  # it may hold tensors
+class Options:
+    """How to sample, and what the user knows about the text.
+
+    `sample_batch` fills in hint, hint_time and allowed of the controls.
+    """
+
+    controls: bfn.Controls = DEFAULT
+    hints: tuple = ()  # of (position, log-odds (K,)), see prompts.parse_hint
+    banned: tuple = ()  # ids that are never drawn
+    draft: tuple = ()  # ids of a text to edit, with bos and eos
+    strength: float = 0.0  # the draft counts as observed at noise level t = strength
+    guidance: float = 0.0  # how much more a text should follow its prompt, see guidance.by_prompt
+    guide: object = None  # a function (z, t) -> log p of the text's label, see guidance.by_function
+    scale: float = 1.0  # of the guide's slope
+    guide_is_exact: bool = False  # the guide is the true log p, not a learned one
+    trace: Trace | None = None  # shows text number 0 at each network call
+
+    def __post_init__(self):
+        c = self.controls
+        values = vars(c) | vars(self)
+        in_range = dict(
+            sampler=c.sampler in bfn.SAMPLERS,
+            steps=isinstance(c.steps, int) and c.steps >= 1,
+            corrections=isinstance(c.corrections, int) and c.corrections >= 0,
+            temperature=c.temperature > 0,
+            top_p=0 < c.top_p <= 1,
+            until=c.until >= 0,
+            strength=0 <= self.strength < 1,
+            guidance=self.guidance >= 0,
+            scale=self.scale >= 0,
+        )
+        wrong = [name for name, is_right in in_range.items() if not is_right]
+        if wrong:
+            raise ValueError("; ".join(f"{name}={values[name]!r} is out of range" for name in wrong))
+
+
+def generate(
+    model, tokenizer, templates, seed, options=Options(), limit=math.inf, numbers=None
+):
+    """Yield the ids and the number of network calls for each template, in order.
+
+    Template i draws its random numbers from (seed, i), so the other templates do not change its
+    text. limit: the trained length; longer texts are written in blocks. numbers: what i is for each
+    template, if this process samples all of them; if None, the processes of torchrun share them out.
+    """
+    if numbers is None:
+        numbers = parallel.share(range(len(templates)))
+        mine = [templates[i] for i in numbers]
+        samples = generate(model, tokenizer, mine, seed, options, limit, numbers)
+        yield from parallel.in_order(samples, len(templates))
+        return
+    seeds = [mix_seed(seed, number) for number in numbers]
+    longest = max(map(len, templates), default=1)
+    batch_size = rows_at_once(min(longest, limit), model.config, next(model.parameters()).device)
+    group_size = 1 if longest > limit else SORTED_BATCHES * batch_size
+    for start in range(0, len(templates), group_size):
+        group = range(start, min(start + group_size, len(templates)))
+        samples = {}
+        for batch in cut_into_batches(group, templates, batch_size, options):
+            inputs = [templates[i] for i in batch], [seeds[i] for i in batch]
+            if len(templates[start]) > limit:
+                drawn = [write_blocks(model, tokenizer, templates[start], limit, seeds[start], options)]
+            elif options.trace and numbers[batch[0]] == 0:
+                drawn = [sample_traced(model, tokenizer, *inputs, options)]
+            else:
+                drawn = sample_batch(model, tokenizer, *inputs, options)
+            samples.update(zip(batch, drawn, strict=True))
+        yield from (samples[i] for i in group)
+
+
+def cut_into_batches(group, templates, batch_size, options):
+    """Cut a group of templates into batches of similar length, which need little padding -> lists of indices.
+
+    A guide sees no padding, so its batches have one length. A text that is traced has a batch to itself.
+    """
+    order = sorted(group, key=lambda i: len(templates[i]))
+    if options.trace and 0 in group:
+        order.remove(0)
+        yield [0]
+    while order:
+        batch = order[:batch_size]
+        if options.guide is not None:
+            batch = [i for i in batch if len(templates[i]) == len(templates[batch[0]])]
+        order = order[len(batch) :]
+        yield batch
+
+
+def sample_batch(model, tokenizer, templates, seeds, options):
+    """Sample one batch of templates, each from its own seed -> [(ids, calls)]."""
+    config, lengths = model.config, [len(template) for template in templates]
+    padded, segment_ids = pad(templates, next(model.parameters()).device)
+    draws = Draws.seeded(seeds, lengths, padded.device)
+    controls = replace(
+        options.controls,
+        allowed=allowed_at(padded, tokenizer, options.banned),
+        hint=combine_evidence(options, tokenizer, config, draws),
+        hint_time=options.strength if options.draft else 0.0,
+    )
+    network, given = partial(model, segment_ids=segment_ids), padded >= 0
+    if options.guidance:
+        prompt_mask = given & (segment_ids > 0) & (padded != tokenizer.bos_id())
+        network = guidance.by_prompt(model, segment_ids, prompt_mask, options.guidance)
+    if options.guide is not None:
+        network = guidance.by_function(network, options.guide, options.scale, options.guide_is_exact)
+    ids, calls = bfn.sample(network, padded.clamp(min=0), given, config.s1, config.K, controls, draws)
+    calls *= 2 if options.guidance else 1
+    return [(row[:n], c) for row, n, c in zip(ids.tolist(), lengths, calls.tolist(), strict=True)]
+
+
+def combine_evidence(options, tokenizer, config, draws):
+    """Add the log-odds of the hints and of the draft -> (L, K) or (B, L, K), or None if there are neither.
+
+    The draft is observed through the flow at t = strength.
+    """
+    (B, L, _), device = draws.keys.shape, draws.keys.device
+    evidence = []
+    if options.hints:
+        evidence.append(make_hint(options.hints, L, tokenizer.bos_id() >= 0, config.K).to(device))
+    if options.draft:
+        draft = torch.tensor(options.draft, device=device).expand(B, L)
+        t = torch.full((B, L), options.strength, device=device)
+        evidence.append(bfn.flow(draft, t, config.s1, config.K, draws.at(DRAFT, 0).normal(config.K)))
+    return sum(evidence) if evidence else None
+
+
+def sample_traced(model, tokenizer, templates, seeds, options):
+    """Sample one template, and show it at each of its network calls and as it is printed -> (ids, calls)."""
+    options = replace(options, controls=replace(options.controls, watch=options.trace))
+    (sample,) = sample_batch(model, tokenizer, templates, seeds, options)
+    options.trace.close(sample[0])
+    return sample
+
+
+def write_blocks(model, tokenizer, template, limit, seed, options):
+    """Write a text longer than `limit`, the trained length -> ids, calls. The template is given tokens, then FREE.
+
+    The text is written in blocks of `limit` tokens, each of which begins with the last limit // 2 tokens so far. It ends
+    with the block that has eos.
+    """
+    ids, calls = [k for k in template if k >= 0], 0
+    while len(ids) < len(template) and tokenizer.eos_id() not in ids:
+        given = ids[-(limit // 2) :]
+        block = given + [FREE] * min(limit - len(given), len(template) - len(ids))
+        block_seed = mix_seed(mix_seed(seed, len(ids)), 0)
+        ((block_ids, block_calls),) = sample_batch(model, tokenizer, [block], [block_seed], options)
+        ids, calls = ids + block_ids[len(given) :], calls + block_calls
+    return ids, calls
+
+
+MAX_CALLS = 8  # network calls per template; longer prompts are read several tokens per call
+
+
+@torch.no_grad()
+def given_log_likelihood(model, tokenizer, templates):
+    """Compute log P(given tokens | template) of each template, without bos -> (n,) float64, nats.
+
+    Exact for up to MAX_CALLS given tokens; of more, those read in the same call count as
+    independent.
+    """
+    device = next(model.parameters()).device
+    batch_size = rows_at_once(max(map(len, templates)), model.config, device)
+    parts = []
+    for i in range(0, len(templates), batch_size):
+        padded, segment_ids = pad(templates[i : i + batch_size], device)
+        parts.append(batch_log_likelihood(model, padded, segment_ids, tokenizer.bos_id()))
+    return torch.cat(parts).cpu()
+
+
+def batch_log_likelihood(model, padded, segment_ids, bos_id):
+    """Compute log P(given tokens | template) of one batch: padded, segment_ids (B, L) -> (B,)."""
+
+    def network(theta, t):
+        return model(theta, t, segment_ids)
+
+    ids, t = padded.clamp(min=0), torch.zeros(padded.shape, device=padded.device)
+    scored = (padded >= 0) & (segment_ids > 0) & (padded != bos_id)
+    known = (padded >= 0) & ~scored  # bos and padding
+    n_scored = scored.sum(1, keepdim=True)
+    order = scored.cumsum(1) - 1  # 0, 1, 2, ... at the scored positions
+    n_calls = n_scored.clamp(1, MAX_CALLS)
+    theta = torch.full((*padded.shape, model.config.K), 1 / model.config.K, device=padded.device)
+    total = torch.zeros(len(padded), dtype=torch.float64, device=padded.device)
+    for call in range(n_calls.max().item()):
+        now = scored & (order * n_calls // n_scored.clamp(min=1) == call)
+        log_p = bfn.predict(network, theta, t, ids, known)
+        total += (bfn.pick(log_p, ids) * now).double().sum(1)
+        known = known | now
+    return total
+
+
+def fit_lengths(model, tokenizer, templates, weights):
+    """Multiply the weights of a prompt's templates by P(given tokens | template) -> the same two.
+
+    Of more than MAX_CANDIDATES templates, evenly spaced ones are read; log P of the others is
+    interpolated over the length.
+    """
+    has_given = any(k >= 0 and k != tokenizer.bos_id() for k in templates[0])
+    if len(templates) < 2 or not has_given:
+        return templates, weights
+    n_read = min(len(templates), MAX_CANDIDATES)
+    read = np.linspace(0, len(templates) - 1, n_read).round().astype(int)
+    log_p = given_log_likelihood(model, tokenizer, [templates[i] for i in read])
+    log_p = np.interp(np.arange(len(templates)), read, log_p) + np.log(weights)
+    return templates, np.exp(log_p - log_p.max()).tolist()

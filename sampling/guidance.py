@@ -1,0 +1,164 @@
+"""Steer a sampler by what its network answers. A guided network is a network for any sampler.
+
+    theta  (B, L, K)  float32  input distribution
+    t      (B, L)     float32  time of each position
+    z      (B, L, K)  float32  log theta: the state of the flow, up to a constant per position
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bfn
+from common.files import replacing
+
+CLASSIFIER_FORMAT = 1  # format of the file of a classifier
+WIDTH = 128  # channels of a classifier's head
+N_POOLS = 4  # averages over the positions in it
+SMALLEST = 1e-37  # a probability whose logarithm is finite
+LARGEST = 50.0  # nats by which a guide may lower a token
+
+
+def by_prompt(model, segment_ids, prompt_mask, weight):
+    """Steer towards the prompt, by `weight` W: ask with and without it, in one batch of 2 B rows.
+
+        p(x | prompt)^(1 + W) p(x)^-W, normalised for each position
+
+    This is classifier-free guidance [Ho and Salimans 2022, arXiv 2207.12598; for tokens Schiff et
+    al. 2024, arXiv 2412.10193]. prompt_mask (B, L): the given positions that the second answer does
+    not see -> network(theta, t).
+    """
+    both_ids = segment_ids.repeat(2, 1)
+
+    def network(theta, t):
+        prompt = prompt_mask[..., None]
+        without = theta.masked_fill(prompt, 1 / theta.shape[-1]), t.masked_fill(prompt_mask, 0.0)
+        inputs = (torch.cat(pair) for pair in zip((theta, t), without, strict=True))
+        log_p, log_p_without = model(*inputs, both_ids).float().log_softmax(-1).chunk(2)
+        return log_p + weight * (log_p - log_p_without)
+
+    return network
+
+
+def by_function(network, guide, scale, is_exact=False):
+    """Steer towards a large guide(z, t) -> log p(label | z), (B,) -> network(theta, t).
+
+    By default for a guide that was learned, to first order in each token:
+
+        p(x | z, label) is proportional to p(x | z) exp(scale (d log p(label | z) / dz_x) / theta_x)
+
+    The exponent is how log p(label | z) changes if theta becomes the one-hot of x [as in Nisonoff
+    et al. 2024, arXiv 2406.01572, for other noise]. It is kept below -scale log p(label | z), which
+    no token can gain. is_exact:
+
+        p(x | z, label)  =  p(x | z) + scale d log p(label | z) / dz_x
+
+    For scale 1 and the true log p(label | z) this is exact: z is e_x with Gaussian noise, so the
+    slope of log p(z) tells the mean of e_x (Tweedie's formula), with and without the label. A
+    learned guide has slopes at tokens that p rules out, and would bring these in. In both forms any
+    differentiable function will do, such as a reward minus its maximum.
+    """
+
+    def guided(theta, t):
+        log_p = network(theta, t).float().log_softmax(-1)
+        with torch.enable_grad():
+            z = theta.clamp(min=SMALLEST).log().requires_grad_()
+            log_label = guide(z, t)
+            (slope,) = torch.autograd.grad(log_label.sum(), z)
+        if is_exact:
+            return (log_p.exp() + scale * slope).clamp(min=SMALLEST).log()
+        most = (-scale * log_label.detach()).clamp(min=0)[:, None, None]
+        return log_p + (scale * slope / theta.clamp(min=SMALLEST)).clamp(min=-LARGEST).minimum(most)
+
+    return guided
+
+
+@torch.no_grad()
+def fit_lengths(options, model, templates, weights):
+    """Multiply the weights of templates by p(label | length, given tokens)^scale -> the same two.
+
+    So by Bayes' rule a text gets a length that texts of this label have.
+    """
+    K = model.config.K
+    device = next(model.parameters()).device
+    log_p = []
+    for template in templates:
+        ids = torch.tensor([template], device=device)
+        theta = torch.full((*ids.shape, K), 1 / K, device=device)
+        t = torch.zeros(ids.shape, device=device)
+        theta, t = bfn.clamp_given(theta, t, ids.clamp(min=0), ids >= 0)
+        log_p.append(options.scale * options.guide(theta.clamp(min=SMALLEST).log(), t).item())
+    return templates, [w * math.exp(x - max(log_p)) for w, x in zip(weights, log_p, strict=True)]
+
+
+# ---------------------------------------------------------------- a classifier
+
+
+class Classifier(nn.Module):
+    """Label noisy texts: theta (B, L, K), t (B, L), segment_ids (B, L) -> log p (B, n_labels).
+
+    The frozen network's first and last hidden states, through one layer, averaged with learned
+    weights (N_POOLS times).
+    """
+
+    def __init__(self, model, labels):
+        super().__init__()
+        # In a list: its weights are not this module's.
+        self.model, self.labels = [model], list(labels)
+        D = 2 * model.config.d_model
+        self.norm = nn.LayerNorm(D)
+        self.up = nn.Linear(D, WIDTH)
+        self.pool = nn.Linear(WIDTH, N_POOLS)
+        self.out = nn.Linear(N_POOLS * WIDTH, len(self.labels))
+
+    def forward(self, theta, t, segment_ids=None):
+        segment_ids = torch.ones_like(t, dtype=torch.long) if segment_ids is None else segment_ids
+        (model,) = self.model
+        first = model.embed(theta)
+        last = model.body(first, t, segment_ids)
+        hidden = F.gelu(self.up(self.norm(torch.cat([first, last], -1))))
+        weight = self.pool(hidden).masked_fill((segment_ids == 0)[..., None], -torch.inf).softmax(1)
+        return self.out((weight.transpose(1, 2) @ hidden).flatten(1)).log_softmax(-1)
+
+    def guide(self, label):
+        """Make the function (z, t) -> log p(label | z) for `by_function`. Raises ValueError."""
+        if label not in self.labels:
+            known = ", ".join(self.labels)
+            raise ValueError(f"the classifier knows no label {label!r}, only {known}")
+        return lambda z, t: self(z.softmax(-1), t)[:, self.labels.index(label)]
+
+
+def save_classifier(path, classifier, tokenizer_hash):
+    """Write the head and its labels whole or not at all."""
+    (model,) = classifier.model
+    state = dict(
+        classifier=CLASSIFIER_FORMAT,
+        labels=classifier.labels,
+        tokenizer_hash=tokenizer_hash,
+        config=vars(model.config).copy(),
+    )
+    with replacing(path) as temporary:
+        torch.save(dict(**state, head=classifier.state_dict()), temporary)
+
+
+def load_classifier(path, sampler):
+    """Read a classifier for a Sampler. Raises ValueError for another file, or of another model."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        same = saved["classifier"] == CLASSIFIER_FORMAT
+        config, labels, head = saved["config"], saved["labels"], saved["head"]
+    except PermissionError:
+        raise
+    except FileNotFoundError:
+        raise ValueError(f"no classifier at {path}: train one with classify.py") from None
+    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+        message = f"{path} is damaged, or no file of classify.py ({type(error).__name__})"
+        raise ValueError(message) from None
+    same = same and saved["tokenizer_hash"] == sampler.run["tokenizer_hash"]
+    if not same or config != vars(sampler.model.config):
+        raise ValueError(f"{path} is of another model: train one for this run with classify.py")
+    classifier = Classifier(sampler.model, labels).to(sampler.device)
+    classifier.load_state_dict(head)
+    return classifier.eval()

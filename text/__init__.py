@@ -1,0 +1,1 @@
+"""From files to tokens: reading, tokenizers, the cache of tokenised corpora, the built-in language."""

@@ -1,0 +1,262 @@
+"""Text and SentencePiece tokenizers: read a corpus in pieces of bounded size, train and load a tokenizer.
+
+A corpus is a `documents.Corpus`, or the path of one.
+"""
+
+import io
+import os
+import re
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from unicodedata import category
+
+import numpy as np
+import sentencepiece
+from tqdm import tqdm
+
+from common.files import writing
+from text.reading import Corpus, read_pieces
+
+SPACE = "\u2581"  # the character that SentencePiece writes for a space
+JOIN = "\u2040"  # in a word tokenizer: no space before this token
+BREAK = "\u2424"  # in a word tokenizer: a line break
+LABEL = "label:"  # begins the name of a label's token
+MAX_LABELS = 1000
+TOKENIZER_BYTES = 20_000_000  # how much text a tokenizer is trained on
+VOCAB_SIZES = 512, 8192  # the smallest and the largest that follow from the corpus
+BYTES_PER_TOKEN = 250  # of the corpus, for a new vocabulary
+MAX_PUNCTUATION = 100  # marks that a word tokenizer takes from words, and characters that may follow them
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def default_vocab_size(corpus, kind):
+    """Choose the size of a vocabulary by the size of the corpus: a token per BYTES_PER_TOKEN, up to a power of two.
+
+    Whole words have the largest, because what is not in it cannot be written.
+    """
+    smallest, largest = VOCAB_SIZES
+    n_bytes = Corpus.of(corpus).n_bytes
+    return largest if kind == "word" else min(max(smallest, 1 << (n_bytes // BYTES_PER_TOKEN).bit_length()), largest)
+
+
+def train_tokenizer(corpus, kind, vocab_size=None, example="line"):
+    """Train a SentencePiece model of `kind` bpe, unigram, char or word on a corpus -> bytes.
+
+    Text encoded with bpe, unigram or char decodes to exactly the same text, but for SPACE, which
+    becomes a space. char has one token per character and one for unknown characters, and nothing
+    else. word has one token per word and per punctuation mark (`spacing_rules`), and does not keep
+    repeated spaces. A line break inside an example is a token. vocab_size: None chooses one
+    (`default_vocab_size`, or more if the characters need more). Raises ValueError if the corpus
+    has no text or SentencePiece cannot build it.
+    """
+    texts, characters, labels = read_sample(corpus, example)
+    if not texts:
+        raise ValueError(f"{corpus} has no text")
+    size = vocab_size or default_vocab_size(corpus, kind)
+    refused = f"no {kind} tokenizer with --vocab_size={size} from {corpus}"
+    n_reserved = 4 + len(labels)  # unk, bos, eos and a word: SentencePiece gives no reason for less
+    if kind == "word" and size < n_reserved:
+        raise ValueError(f"{refused}: give {n_reserved} or more")
+    try:
+        return _train(kind, max(size, n_reserved), texts, characters, labels)
+    except RuntimeError as error:
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if least and not vocab_size:
+            return _train(kind, 1 << int(least[1]).bit_length(), texts, characters, labels)
+        reason = str(error).split("] ")[-1].split(". Increase")[0].strip() or "no reason given"
+        if least:
+            reason = f"its {len(characters):,} different characters need {least[1]} or more"
+        refused = refused if kind != "char" else f"no char tokenizer from {corpus}"
+        raise ValueError(f"{refused}: {reason}") from None
+
+
+def _train(kind, vocab_size, texts, characters, labels):
+    """Call SentencePiece's trainer -> the model as bytes. Raises RuntimeError, as it does."""
+    model = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        options = trainer_options(kind, vocab_size, texts, characters, labels, Path(folder))
+        options |= dict(sentence_iterator=iter(texts), model_writer=model)
+        train = partial(sentencepiece.SentencePieceTrainer.train, **options)
+        show_seconds(train, f"training a {kind} tokenizer")
+    return model.getvalue()
+
+
+def read_sample(corpus, example):
+    """Read about TOKENIZER_BYTES of a corpus, spread over all of it -> texts, and the sets of all characters and labels.
+
+    Raises ValueError for more than MAX_LABELS labels.
+    """
+    corpus, texts, characters, labels = Corpus.of(corpus), [], set(), set()
+    n = 1 + corpus.n_bytes // TOKENIZER_BYTES  # every n-th piece is kept
+    with tqdm(desc=f"reading {Path(corpus.path).name}", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        for i, piece in enumerate(read_pieces(corpus, example, max_bytes=1000)):
+            texts += [piece.text] * (i % n == 0)
+            characters.update(piece.text)
+            labels.update({piece.label} - {None})
+            bar.update(piece.n_bytes)
+    if len(labels) > MAX_LABELS:
+        raise ValueError(f"{corpus} has {len(labels)} labels, at most {MAX_LABELS} are possible: a line is label<TAB>text")
+    return texts, characters, labels
+
+
+def trainer_options(kind, vocab_size, texts, characters, labels, folder):
+    """Choose the options of SentencePiece's trainer -> dict. Files that they name are written into `folder`."""
+    options = dict(
+        model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.9999,
+        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
+        num_threads=4,  # unigram's result depends on it
+        control_symbols=[LABEL + label for label in sorted(labels)],  # text never becomes these
+    )  # fmt: skip
+    if kind == "word":
+        return options | dict(add_dummy_prefix=True, remove_extra_whitespaces=True) | write_rules(texts, folder)
+    options |= dict(add_dummy_prefix=False, remove_extra_whitespaces=False)
+    if kind != "char":
+        return options | dict(byte_fallback=True, user_defined_symbols=["\n"] if "\n" in characters else [])
+    characters = characters - {"\0"}  # SentencePiece cannot have it: it stays unknown
+    symbols = sorted(c for c in characters if c != " " and not c.isprintable())  # it would leave these out otherwise
+    rest = sorted({SPACE if c == " " else c for c in characters} - set(symbols))
+    sizes = dict(vocab_size=len(symbols) + len(rest) + len(labels) + 1, character_coverage=1.0, bos_id=-1, eos_id=-1)
+    return options | sizes | dict(user_defined_symbols=symbols, required_chars="".join(rest))
+
+
+def show_seconds(function, what):
+    """Call a function and show how long it takes so far, in a terminal."""
+    with ThreadPoolExecutor(1) as pool, tqdm(desc=what, bar_format="{desc}: {elapsed}", disable=None) as bar:
+        future = pool.submit(function)
+        while wait([future], timeout=0.5).not_done:
+            bar.refresh()
+        return future.result()
+
+
+def spacing_rules(texts):
+    """List the rules by which a word tokenizer takes punctuation from words and puts it back -> two lists of (old, new).
+
+    The first list normalises text before it is cut at spaces. JOIN marks what had no space before it:
+
+        He said: "Yes!"    becomes    He said JOIN: " JOINYes JOIN! JOIN"
+
+    The second list undoes that. Apostrophes and hyphens belong to words. A line break takes the spaces around it along.
+    """
+    pairs = Counter(pair for text in texts for pair in pairwise(text + " "))
+    punctuation, followers = Counter(), Counter()
+    for (c, after), n in pairs.items():
+        if is_punctuation(c):
+            punctuation[c] += n
+            followers[after] += n * (not after.isspace() and not is_punctuation(after))
+    rules = [("\n", f" {BREAK} ")] if any("\n" in pair for pair in pairs) else []
+    for c, _ in punctuation.most_common(MAX_PUNCTUATION):
+        rules += [(c, f" {JOIN}{c} "), (f" {c}", f" {c} ")]
+        for w, n in followers.most_common(MAX_PUNCTUATION):
+            rules += [(c + w, f" {JOIN}{c} {JOIN}{w}"), (f" {c}{w}", f" {c} {JOIN}{w}")] * (n > 0)
+    undo = [(f"{before}{BREAK}{after}", "\n") for before in (" ", "") for after in (" ", "")]
+    return rules, [(f" {JOIN}", ""), (JOIN, ""), *undo] if rules else []
+
+
+def is_punctuation(c):
+    """Whether a word tokenizer makes a token of a character: punctuation and symbols, but not apostrophes and hyphens."""
+    return category(c)[0] in "PS" and c not in "'\u2019-_"
+
+
+def write_rules(texts, folder):
+    """Write `spacing_rules` as the files that SentencePiece reads -> its options."""
+    options = {}
+    for name, rules in zip(("normalization_rule_tsv", "denormalization_rule_tsv"), spacing_rules(texts), strict=True):
+        if rules:
+            lines = ["\t".join(" ".join(f"{ord(c):X}" for c in text) for text in rule) for rule in rules]
+            with writing(folder / name):
+                (folder / name).write_text("\n".join(lines) + "\n")
+            options[name] = str(folder / name)
+    return options
+
+
+def load_tokenizer(path):
+    """Read a SentencePiece model. Raises ValueError for a file that is missing or is not one."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no tokenizer at {path}")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise ValueError(f"{path} is not a SentencePiece model") from None
+
+
+def adds_prefix(tokenizer):
+    """Tell whether the tokenizer puts a space before every text, also before the rest of a line."""
+    return "".join(tokenizer.encode("a", out_type=str)).startswith(SPACE)
+
+
+def keeps_breaks(tokenizer):
+    """Tell whether a line break is still there after encoding and decoding."""
+    ids = tokenizer.encode("a\na")
+    return tokenizer.decode(ids).count("\n") == 1 and tokenizer.unk_id() not in tokenizer.encode("\n")
+
+
+def unknown_bytes(text, tokenizer):
+    """Count the bytes of a text that the tokenizer turns into unknown tokens."""
+    pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
+    return sum(len(piece.replace(SPACE, "").replace(JOIN, "").encode()) for i, piece in pieces if i == tokenizer.unk_id())
+
+
+def add_marks(ids, tokenizer, begin=True, end=True):
+    """Put bos before and eos after the tokens of a text, each only if the tokenizer has one: list -> list."""
+    bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
+    return ([bos] if begin and bos >= 0 else []) + ids + ([eos] if end and eos >= 0 else [])
+
+
+@lru_cache(maxsize=4)
+def label_ids(tokenizer):
+    """List the labels that have a token -> {label: id}, empty unless the tokenizer was trained on labelled lines."""
+    pieces = {k: tokenizer.id_to_piece(k) for k in range(len(tokenizer)) if tokenizer.is_control(k)}
+    return {piece.removeprefix(LABEL): k for k, piece in pieces.items() if piece.startswith(LABEL)}
+
+
+def piece_text(k, tokenizer):
+    """Write one token as it reads within a text: its space before it, a label with its tab -> str."""
+    piece = tokenizer.id_to_piece(k)
+    piece = piece.removeprefix(LABEL) + "\t" if k in label_ids(tokenizer).values() else piece
+    return piece.replace(SPACE + JOIN, "").replace(SPACE + BREAK, "\n").replace(SPACE, " ")
+
+
+def decode(tokenizer, ids, unknown=()):
+    """Turn ids into text, up to the first eos, as label<TAB>text if it has a label.
+
+    Unknown tokens read as `unknown`, in order, or as nothing.
+    """
+    if tokenizer.eos_id() in ids:
+        ids = ids[: ids.index(tokenizer.eos_id())]
+    rest, unk = iter(unknown), tokenizer.unk_id()
+    pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != tokenizer.bos_id()]
+    labels = {k: label for label, k in label_ids(tokenizer).items()}
+    label = "".join(f"{labels[k]}\t" for k in ids if k in labels)
+    return label + tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ")  # SPACE: of `unknown`
+
+
+def one_line(text):
+    """Put a text on one line, with a space for each line break."""
+    return " ".join(text.splitlines())
+
+
+# ---------------------------------------------------------------- the tokenizer's habits
+
+
+def starts_word(piece):
+    """Tell whether a token begins with a space."""
+    return piece.startswith(SPACE) and not piece.startswith(SPACE + JOIN)
+
+
+def count_word_lengths(tokenizer, tokens, longest=16):
+    """Count the words of 0, 1, ..., `longest` tokens in the first million tokens of a text -> list of counts."""
+    pieces = [tokenizer.id_to_piece(k) for k in range(len(tokenizer))]
+    ids = tokens.ids[:1_000_000]
+    starts = np.array([starts_word(piece) for piece in pieces])[ids]
+    breaks = np.array([piece == "\n" for piece in pieces])[ids]
+    begins = np.flatnonzero(starts | breaks)
+    document = np.searchsorted(tokens.offsets, begins, side="right")
+    lengths = np.diff(begins)[(document[1:] == document[:-1]) & starts[begins[:-1]]]  # not from a document to the next
+    counts = np.bincount(lengths[lengths <= longest], minlength=2)
+    return counts.tolist() if counts.any() else [0, 1]

@@ -1,0 +1,1 @@
+"""Commands that few need: statistics of a text, normalising it, classifiers, exports."""

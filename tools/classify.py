@@ -1,0 +1,173 @@
+"""Train a classifier of noisy texts, so that samples can be steered to a label.
+
+    python classify.py -mdir=RUN_DIR -d=LABELLED.tsv --output=CLASSIFIER.pt
+    python sample.py -mdir=RUN_DIR --classifier=CLASSIFIER.pt --label=food --scale=2
+
+Each line of the text is `label<TAB>text`. The network of the run is frozen. A small head reads its hidden states, for the
+same noisy inputs and times as in training: it must recognise a text before the text is finished.
+
+    log_p  (B, n_labels)  log-probabilities of the labels of each text
+"""
+
+import collections
+import random
+import shlex
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import bfn
+import data
+from common import cli
+from data import pad
+from sample import Sampler
+from sampling.guidance import Classifier, load_classifier, save_classifier
+from sampling.prompts import check_unicode
+from text.reading import lines_of
+from text.tokenizer import label_ids
+from training.times import Times
+
+BATCH = 32  # texts
+HELD_OUT_SHARE = 0.1
+ACCURACY_TIMES = 0.0, 0.2, 0.4, 0.6, 0.8, 1.0  # at which the accuracy is measured
+
+
+# ---------------------------------------------------------------- training
+
+
+def read_labelled(path, sampler):
+    """Read a text of label<TAB>text lines -> list of (label, ids).
+
+    Raises ValueError for a line without a tab or that is too long for the model, with its number, and for fewer than two labels.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no text file at {path}")
+    examples = []
+    for number, line in lines_of(path):
+        label, tab, text = line.partition("\t")
+        check_unicode(line)
+        if not line.strip():
+            continue
+        if not tab or not label.strip() or not text.strip():
+            raise ValueError(f"{path}, line {number} is not label<TAB>text")
+        examples.append((label.strip(), sampler.encode(text, f"{path}, line {number}")))
+    labels = collections.Counter(label for label, _ in examples)
+    if len(labels) < 2 or min(labels.values()) < 2:
+        rare = ", ".join(f"{label} ({n})" for label, n in labels.items()) or "none"
+        raise ValueError(f"{path} needs two or more labels with at least two texts each, here: {rare}")
+    return examples
+
+
+def split(examples, seed):
+    """Hold out one example in ten of each label, at least one -> training examples, held-out examples."""
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    train, held_out = [], []
+    for label in sorted({label for label, _ in examples}):
+        own = [example for example in shuffled if example[0] == label]
+        n = max(1, round(HELD_OUT_SHARE * len(own)))
+        held_out, train = held_out + own[:n], train + own[n:]
+    return train, held_out
+
+
+def batches(examples, seed):
+    """Yield shuffled batches of examples for ever."""
+    for epoch in count():
+        order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
+        for i in range(0, len(order), BATCH):
+            yield order[i : i + BATCH]
+
+
+def read_noisy(classifier, examples, sampler, t, given=None):
+    """Draw the noisy view of examples at time t, a number or (segment_ids) -> (B, L), and label it -> log p, labels (B,).
+
+    given: function of segment_ids that tells what is given, besides bos.
+    """
+    ids, segment_ids = pad([ids for _, ids in examples], sampler.device)
+    t = t(segment_ids) if callable(t) else torch.full(ids.shape, t, device=sampler.device)
+    cond_mask = (segment_ids == 0) | (ids == sampler.tokenizer.bos_id())
+    if given is not None:
+        cond_mask |= given(segment_ids)
+    config = sampler.model.config
+    theta = bfn.flow(ids, t, config.s1, config.K).softmax(-1)
+    labels = torch.tensor([classifier.labels.index(label) for label, _ in examples], device=sampler.device)
+    return classifier(*bfn.clamp_given(theta, t, ids, cond_mask), segment_ids), labels
+
+
+def train(sampler, examples, labels, n_steps, seed):
+    """Train a head on the frozen network -> Classifier."""
+    torch.manual_seed(seed)
+    sampler.model.requires_grad_(False)
+    classifier = Classifier(sampler.model, labels).to(sampler.device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
+    times, rng = Times("stratified", position_share=0.5, device=sampler.device), np.random.default_rng(seed)
+
+    def given(segment_ids):
+        return torch.from_numpy(data.draw_cond_mask(segment_ids.cpu().numpy(), rng)).to(sampler.device)
+
+    bar = tqdm(islice(batches(examples, seed), n_steps), total=n_steps, desc="training", unit="step", disable=None)
+    for batch in bar:
+        log_p, wanted = read_noisy(classifier, batch, sampler, lambda segment_ids: times.draw(segment_ids)[0], given)
+        loss = F.nll_loss(log_p, wanted)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return classifier.eval()
+
+
+@torch.no_grad()
+def accuracy(classifier, examples, sampler, t, seed):
+    """Share of examples whose label is the likeliest at time t."""
+    torch.manual_seed(seed)
+    right = 0
+    for i in range(0, len(examples), BATCH):
+        log_p, labels = read_noisy(classifier, examples[i : i + BATCH], sampler, t)
+        right += (log_p.argmax(1) == labels).sum().item()
+    return right / len(examples)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def flags():
+    p = cli.Parser(__doc__.split("\n")[0])
+    add = p.add_argument
+    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    add("-d", "--data_path", type=cli.path, required=True,
+        help="text file, each line label<TAB>text")
+    add("--output", type=cli.path, required=True,
+        help="file for the classifier; a classifier that is there is replaced")
+    add("--steps", type=cli.count, default=500, help=f"training steps of {BATCH} texts (500)")
+    add("--seed", type=cli.natural, default=0, help="of the noise and the held-out tenth (0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
+    return p
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
+    sampler = Sampler.load(args.model_dir, device=args.device)
+    if Path(args.output).exists():
+        load_classifier(args.output, sampler)  # anything else is not overwritten
+    if label_ids(sampler.tokenizer):
+        raise ValueError(f"{args.model_dir} was trained with --labelled: sample.py --label steers it without a classifier")
+    examples = read_labelled(args.data_path, sampler)
+    train_examples, held_out = split(examples, args.seed)
+    labels = collections.Counter(label for label, _ in examples)
+    print(f"{len(train_examples)} texts to train on, {len(held_out)} held out; {len(labels)} labels: {', '.join(sorted(labels))}")
+    classifier = train(sampler, train_examples, sorted(labels), args.steps, args.seed)
+    print(f"accuracy on held-out texts by time (the most frequent label: {max(labels.values()) / len(examples):.1%})")
+    for t in ACCURACY_TIMES:
+        print(f"  t = {t:.1f}   {accuracy(classifier, held_out, sampler, t, args.seed):6.1%}")
+    save_classifier(Path(args.output), classifier, sampler.run["tokenizer_hash"])
+    words = [f"-mdir={args.model_dir}", f"--classifier={args.output}", f"--label={min(labels)}"]
+    print(f"next: {shlex.join(['python', 'sample.py', *words])}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

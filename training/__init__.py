@@ -1,0 +1,1 @@
+"""Behind train.py: optimizer, times, fused loss, forms, checkpoints, run folder, log."""

@@ -1,0 +1,348 @@
+"""The run folder: what is saved, how a run resumes, and how to hand a model on.
+
+    python checkpoint.py export RUN_DIR OUT_DIR
+
+A checkpoint is one file of plain types and tensors, the description of the run (made when training starts or resumes) and
+its state:
+
+    args, identity, config, tokenizer_hash, sizes, lengths, word_lengths             `describe_run`
+    step, best, model, emas, optimizers, times, times_history, loss_by_time          `State`
+
+last.pt is the newest, best.pt the one of the lowest validation bound, and older/ holds those that last.pt was before.
+
+An exported folder holds the last of the emas as model.safetensors. Its config.json has what is left of the checkpoint
+without model, optimizers and times, and the figures of the validation.
+"""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import zipfile
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from common import parallel
+from common.files import file_hash, replacing
+from model import BFNTransformer, Config
+from text.tokenizer import load_tokenizer
+from training.times import Times
+
+FORMAT = 5  # of the checkpoint file and the network in it
+RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png report.html lock".split()
+EXPORTED_FILES = "model.safetensors config.json tokenizer.model README.md".split()
+TOY_SENTENCES = 60_000
+
+
+# What a run is: these must not change when it is resumed, everything else may.
+IDENTITY = (
+    "seed model_dim num_layers num_heads dropout_prob beta sequence_length batch_size accumulation_steps ema_rate "
+    "tokenizer vocab_size tokenizer_hash example corpus validation"
+).split()
+
+
+# What config.json must have, and what its "args" must have.
+EXPORTED = dict(
+    format=int,
+    step=int,
+    args=dict,
+    config=dict,
+    weights_hash=str,
+    tokenizer_hash=str,
+    lengths=list,
+    word_lengths=list,
+    loss_by_time=list | None,
+)
+
+
+SIZES = dict.fromkeys("model_dim num_layers num_heads batch_size sequence_length".split(), int)
+EXPORTED_ARGS = dict(SIZES, ema_rate=list, beta=float | str, example=str, data_path=str | None, val_path=str | None)
+PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split()  # exported as names of files, without their folders
+
+
+# ---------------------------------------------------------------- files
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint whole or not at all. Raises OSError where it cannot."""
+    try:
+        with replacing(path) as temporary:
+            torch.save({"format": FORMAT, **checkpoint}, temporary)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        raise OSError(f"cannot write {path}: {error}. Earlier checkpoints are intact: make room, run again") from error
+
+
+def read_checkpoint(path):
+    """Read a checkpoint -> dict of plain types and of tensors on the CPU.
+
+    Raises ValueError for a missing or damaged file, or one of another format.
+    """
+    if not os.path.isfile(path):
+        has_last = Path(path).with_name("last.pt").is_file()
+        hint = "nothing is validated yet, use --checkpoint=last" if has_last else "train first, or give another run folder"
+        raise ValueError(f"no checkpoint at {path}: {hint}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch.load checks no sums
+                raise zipfile.BadZipFile(part)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        version = int(checkpoint["format"])
+        [checkpoint[name] for name in ("step", "emas", "config", "tokenizer_hash")]  # raises KeyError
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+        hint = "use another"
+        if Path(path).name == "last.pt":
+            hint = way_back(Path(path).parent) or "there is no other that can be read, give another run folder"
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}") from None
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it, or another run folder"
+        )
+    for part in ("args", "identity"):
+        checkpoint.get(part, {}).setdefault("example", "line")  # runs of before --example
+    checkpoint.get("args", {}).setdefault("text_field", "text")
+    return checkpoint
+
+
+def older_checkpoints(run_dir):
+    """List the checkpoints that last.pt was before, the newest first -> paths."""
+    return sorted((Path(run_dir) / "older").glob("step-*.pt"), reverse=True)
+
+
+def older_path(run_dir, step):
+    """Name the file that keeps the checkpoint of a step. The names sort as the steps do."""
+    return Path(run_dir) / "older" / f"step-{step:010}.pt"
+
+
+def way_back(run_dir):
+    """Find the latest checkpoint of a run that can be read, except for last.pt -> what the user can do, or None."""
+    found = []
+    for path in [run_dir / "best.pt", *older_checkpoints(run_dir)]:
+        with suppress(ValueError, OSError):
+            found.append((read_checkpoint(path)["step"], path))
+    if not found:
+        return None
+    step, path = max(found)
+    return f"to go on from step {step}, type: {shlex.join(['cp', str(path), str(run_dir / 'last.pt')])}"
+
+
+def read_run(run_dir, which="best"):
+    """Read a checkpoint of a run folder, or an exported folder -> dict. Raises ValueError as the two functions do."""
+    path = Path(run_dir) / f"{which}.pt"
+    if which == "best" and not path.is_file() and any(path.with_name(name).is_file() for name in EXPORTED_FILES[:2]):
+        return read_exported(path.parent)
+    return read_checkpoint(path)
+
+
+def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
+    """Load a trained model from a run folder or an exported one: `model, tokenizer, run = load("runs/demo")`.
+
+    which: "best" by validation or "last". ema: index of the weight average, by default the last. network: its class.
+    `model.config` is the Config; run is the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
+    Raises ValueError for a missing or damaged checkpoint, or a tokenizer that the model was not trained with.
+    """
+    if which not in ("best", "last"):
+        raise ValueError(f"there is no checkpoint {which!r}: best or last")
+    run = read_run(run_dir, which)
+    path = Path(run_dir) / "tokenizer.model"
+    if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:
+        raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
+    if not -len(run["emas"]) <= ema < len(run["emas"]):
+        raise ValueError(f"{run_dir} has {len(run['emas'])} weight averages, counted from 0: there is no {ema}")
+    config, weights = Config(**run["config"]), run["emas"][ema]
+    with refuse_other_network(), torch.device("meta"):  # takes no memory, whatever sizes a foreign file asks for
+        network(config).load_state_dict(dict(weights), assign=True)  # a copy, because torch notes `assign` in it
+    model = network(config)
+    model.load_state_dict(weights)
+    rest = {name: value for name, value in run.items() if name not in ("model", "emas", "optimizers")}
+    return model.to(device).eval(), load_tokenizer(path), rest
+
+
+@contextmanager
+def refuse_other_network():
+    """Raise ValueError where weights are put into a network that they do not fit."""
+    try:
+        yield
+    except RuntimeError:
+        message = "the weights do not fit the network in model.py: it was edited after training"
+        raise ValueError(f"{message}; undo the edit, or give another -mdir") from None
+
+
+# ---------------------------------------------------------------- exported folders
+
+
+def import_safetensors():
+    """Import the library, which only exported folders need. Raises ValueError if it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("exported models are read and written with safetensors: pip install safetensors") from None
+    return safetensors.torch
+
+
+def read_exported(folder):
+    """Read an exported folder -> dict as of `read_checkpoint`, with one average.
+
+    Raises ValueError for a damaged or foreign file, or one of another format.
+    """
+    library = import_safetensors()
+    try:
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_kinds(run, EXPORTED)
+        run["args"].setdefault("text_field", "text")  # exports of before --text_field
+        check_kinds(run["args"], EXPORTED_ARGS)
+        check_kinds(run["config"], {field.name: field.type for field in fields(Config)})
+        if run["format"] != FORMAT:
+            raise ValueError(f"format {run['format']}, this code reads {FORMAT}")
+        if file_hash(folder / "model.safetensors") != run["weights_hash"]:
+            raise ValueError("config.json was written for another model.safetensors")
+        weights, config = library.load_file(folder / "model.safetensors"), Config(**run["config"])
+        sizes = [config.K, config.d_model, config.n_heads, config.beta1, *(run["args"][name] for name in SIZES)]
+        if min(sizes) <= 0 or not 0 < config.n_layers <= len(weights):
+            raise ValueError("a size is not that of a network")
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} is damaged or not an exported model ({reason}): copy or export it again") from None
+    return {**run, "emas": [weights]}
+
+
+def check_kinds(values, kinds):
+    """Compare a dictionary with {key: type}; lists must be of numbers. Raises ValueError for a value missing or of another type."""
+    for name, kind in kinds.items():
+        value = values[name] if isinstance(values, dict) and name in values else ...
+        if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(n, int | float) for n in value)):
+            raise ValueError(f"{name} is missing or of another type")
+
+
+def without_folders(args):
+    """Reduce the paths among the flags to names of files -> dict: what is shown to others has no folders of this machine."""
+    names = {name: ",".join(Path(path).name for path in str(args[name]).split(",")) for name in PATH_FLAGS if args.get(name)}
+    return args | names
+
+
+# ---------------------------------------------------------------- the state of a run
+
+
+@dataclass
+class State:
+    """What training changes."""
+
+    model: BFNTransformer
+    optimizers: list
+    emas: list  # averaged copies of the model, one per rate
+    times: Times
+    step: int = 0
+    best: float = math.inf  # lowest validation bound so far, nats per token
+    loss_by_time: list | None = None  # of the last validation, in even bins
+    saved_step: int | None = None  # of last.pt
+
+
+def restore(state, saved):
+    """Put a checkpoint back into a new state."""
+    with refuse_other_network():
+        state.model.load_state_dict(saved["model"])
+    for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
+        groups = optimizer.state_dict()["param_groups"]  # today's: weight decay may change
+        optimizer.load_state_dict({**moments, "param_groups": groups})
+    for ema, weights in zip(state.emas, saved["emas"], strict=True):
+        ema.load_state_dict(weights)
+    state.step, state.best, state.loss_by_time = saved["step"], saved["best"], saved["loss_by_time"]
+    state.saved_step = state.step
+    state.times.curve.copy_(saved["times"])
+    state.times.history = list(saved.get("times_history", []))
+
+
+@parallel.first_only
+def save(state, run, run_dir, is_best=False):
+    """Write last.pt, if it is not of this step yet. If it is the best so far, write best.pt first and link last.pt to it.
+
+    The last.pt from before stays in older/, as one of --keep. A crash at any moment leaves the old last.pt or the new one:
+    with the old one, the run repeats its last steps and writes best.pt again.
+    """
+    if state.saved_step == state.step:
+        return
+    path, last = run_dir / ("best.pt" if is_best else "last.pt"), run_dir / "last.pt"
+    networks = dict(model=state.model.state_dict(), emas=[ema.state_dict() for ema in state.emas])
+    if not all(bool(w.isfinite().all()) for weights in (networks["model"], *networks["emas"]) for w in weights.values()):
+        raise ValueError("the weights are not finite: nothing is saved. Run again, with a lower -lr, to resume from last.pt")
+    optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
+    progress = dict(step=state.step, best=state.best, loss_by_time=state.loss_by_time)
+    progress |= dict(times=state.times.curve, times_history=state.times.history)
+    keep = run["args"]["keep"]
+    if keep and state.saved_step is not None and last.exists():
+        older_path(run_dir, state.saved_step).parent.mkdir(exist_ok=True)
+        link(last, older_path(run_dir, state.saved_step))
+    save_checkpoint(path, {**run, **networks, **progress, "optimizers": optimizers})
+    if is_best:
+        link(path, last)
+    state.saved_step = state.step
+    delete_older(run_dir, state.step, keep)
+
+
+def link(source, target):
+    """Make the file `target` the same as `source`, without writing it again; a copy where the file system has no links."""
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)  # checkpoints are only ever replaced, never changed
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def delete_older(run_dir, step, keep):
+    """Delete the checkpoints in older/, except for the `keep` newest from before a step: a run that went back repeats the rest."""
+    paths = older_checkpoints(run_dir)
+    kept = [path for path in paths if path < older_path(run_dir, step)][:keep]
+    for path in set(paths).difference(kept):
+        path.unlink(missing_ok=True)
+
+
+def count_checkpoints(run_dir):
+    """Count the checkpoints of a run folder. Links to one file count once."""
+    paths = run_dir / "last.pt", run_dir / "best.pt", *older_checkpoints(run_dir)
+    return len({path.stat().st_ino for path in paths if path.exists()})
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def read_metrics(run_dir):
+    """Read metrics.jsonl -> list of dicts, one per line, in the order of the steps. A last line that is not whole is left out.
+
+    Raises ValueError if there is none, or it is not of a run.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"no {path}: give the folder of a run that has begun to train")
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        [line["step"] for line in lines]  # raises
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not of a run: give a run folder") from None
+    return lines
+
+
+def read_figures(run_dir, step):
+    """Read the figures of the validation at a step from metrics.jsonl -> dict, {} if they are not there."""
+    lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
+    figures = {name: value for line in lines if line["step"] == step for name, value in line.items()}
+    return {name[4:]: value for name, value in figures.items() if name.startswith("val_") and math.isfinite(value)}
+
+
+def new_run(args):
+    """Write the command that starts a new run on the text of `args` from the weights of its run."""
+    run_dir, number = Path(args.model_dir), 2
+    while os.path.exists(f"{run_dir}-{number}"):
+        number += 1
+    words = [f"-d={args.data_path}", f"--init_from={run_dir}", f"-mdir={run_dir}-{number}"]
+    words += [f"--val_path={args.val_path}"] * bool(args.val_path)
+    words += [f"--text_field={args.text_field}"] * (args.text_field != "text")
+    length = "minutes" if args.minutes else "max_steps"
+    words += [f"--preset={args.preset}", f"--{length}={getattr(args, length)}"]
+    return shlex.join(["python", "train.py", *words])

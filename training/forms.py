@@ -1,0 +1,284 @@
+"""How a step computes its numbers: compiled, fused, in bfloat16, with flex attention.
+
+A form is used only after a check that it gives the loss and the gradients of the plain form. `accumulate` is
+train.accumulate_gradients(model, batches, seeds, device, times) throughout.
+"""
+
+import re
+import sys
+import time
+from dataclasses import replace
+from functools import cached_property
+from itertools import combinations
+
+import torch
+
+from common import parallel
+from model import Form
+from training import fused, optim, speed
+from training.times import Times
+
+FUSED_FROM = 1000  # tokens of vocabulary; below, the plain form is as fast
+COMPILED_FROM = 256  # width, on a CPU; below, compiling gains nothing
+FLEX_FROM = 256  # length of rows; below, the mask is small
+LEAST_FLEX_HEAD = 16  # flex attention takes no narrower heads
+CHECKED_LAYERS = 2  # all layers are one program
+TOLERANCE = {"float32": 1e-3, "tf32": 0.02, "bf16": 0.05}  # of a tensor's norm
+
+
+# ---------------------------------------------------------------- which form
+
+
+def wanted_form(args, config, device):
+    """Choose a form by the flags, the device and the sizes, not yet checked -> Form."""
+    on_gpu = device.type == "cuda"
+    bf16 = speed.fast_bf16(device)
+    compiled = args.compile == "on"
+    if args.compile == "auto":
+        compiled = on_gpu or config.d_model >= COMPILED_FROM
+    long_rows = (args.sequence_length or 0) >= FLEX_FROM
+    wide_heads = config.d_model // config.n_heads >= LEAST_FLEX_HEAD
+    return Form(
+        fused=args.fused == "on" or (args.fused == "auto" and config.K >= FUSED_FROM),
+        bf16=bf16,
+        compiled=compiled,
+        flex=compiled and on_gpu and long_rows and wide_heads,
+        written=bf16 and not on_gpu,
+        recompute=args.recompute,
+    )
+
+
+def without(form, names):
+    """Leave parts of a form out, and what only makes sense with them -> Form."""
+    form = form._replace(**dict.fromkeys(names, False))
+    return form._replace(flex=form.flex and form.compiled, written=form.written and form.bf16)
+
+
+def choose_form(state, batch, args, device, accumulate):
+    """Make the network and the optimizers of a State compute in a form that is fast and right here.
+
+    batch: a micro-batch of the run. If the form of `wanted_form` is wrong here, as little of it as
+    possible is left out, and a line says why. Raises ValueError for --fused=on if fused.py is wrong.
+    """
+    model = state.model
+    form = wanted_form(args, model.config, device)
+    if form.fused:
+        form = form._replace(fused=can_fuse(model, args, device, accumulate))
+    config = replace(model.config, n_layers=min(CHECKED_LAYERS, model.config.n_layers), dropout=0.0)
+    check = Check(type(model), config, Form(fused=form.fused), batch, device, accumulate)
+    if reason := check.fault(form):
+        slower = fastest_right_form(form, check)
+        print(f"{reason} ({form}): training with {slower}", file=sys.stderr)
+        form = slower
+    model.use(form)
+    for optimizer in state.optimizers:
+        if isinstance(optimizer, optim.Muon):
+            optimizer.by_gram = can_use_gram(model, device)
+
+
+def fastest_right_form(form, check):
+    """Leave out one part of a form, or two, ..., until one is right -> the fastest of these."""
+    parts = [name for name, used in form._asdict().items() if used and name != "fused"]
+    for n_parts in range(1, len(parts) + 1):
+        forms = sorted({without(form, names) for names in combinations(parts, n_parts)})
+        if right := [other for other in forms if not check.fault(other)]:
+            return right[0] if len(right) == 1 else min(right, key=check.seconds)
+    return check.plain
+
+
+def can_fuse(model, args, device, accumulate):
+    """Whether fused.py computes what bfn.py and model.py say, on a small network.
+
+    If not, an edit of the flow, the given positions, the embedding or the head is not in fused.py.
+    Raises ValueError for --fused=on; --fused=auto then says so and trains without it.
+    """
+    n_heads, K = model.config.n_heads, model.config.K
+    small = replace(model.config, d_model=8 * n_heads, n_layers=1, dropout=0.0)
+    if model.config.s1 >= fused.LARGEST_S1:
+        limit = f"sqrt(K beta) below {fused.LARGEST_S1:g}"
+        reason = f"fused.py needs {limit}, here it is {model.config.s1:.1f}"
+    else:
+        segment_ids = torch.tensor([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2])
+        given = torch.tensor(
+            [[0, 0, 1, 0, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0, 0, 0]]
+        ).bool()  # also where t is in the middle
+        ids = torch.randint(K, (2, 8), generator=torch.Generator().manual_seed(0))
+        check = Check(type(model), small, Form(), (ids, segment_ids, given), device, accumulate)
+        reason = check.fault(Form(fused=True))
+    if reason and args.fused == "on":
+        raise ValueError(f"{reason}: use --fused=off")
+    if reason:
+        print(f"{reason}: training in the plain form, as with --fused=off", file=sys.stderr)
+    return not reason
+
+
+def can_use_gram(model, device):
+    """Whether both ways to orthogonalise matrices of the layers' shapes agree here."""
+    generator = torch.Generator(device).manual_seed(0)
+    for shape in sorted({matrix.shape for matrix in model.layer_matrices()}):
+        X = torch.randn(1, *shape, generator=generator, device=device)
+        found, expected = (
+            {"matrix": optim.orthogonalise(X)},
+            {"matrix": optim.orthogonalise(X, by_gram=False)},
+        )
+        if reason := difference(found, expected, TOLERANCE["float32"]):
+            print(
+                f"orthogonalise_by_gram is wrong for {tuple(shape)} ({reason}): not used",
+                file=sys.stderr,
+            )
+            return False
+    return True
+
+
+# ---------------------------------------------------------------- is it right?
+
+
+class CheckTimes(Times):
+    """Times of the check, with both ends: an edit that only matters there must show."""
+
+    def draw(self, segment_ids):
+        t = torch.tensor([0.0, 0.001, 0.5, 0.01, 1.0, 0.99, 0.3, 0.999], device=segment_ids.device)
+        t = t.repeat(-(-segment_ids.shape[1] // len(t)))[: segment_ids.shape[1]].expand(
+            segment_ids.shape
+        )
+        return t.contiguous(), torch.ones_like(t)
+
+
+class Check:
+    """Compare forms on one training step with random weights: its loss and all gradients.
+
+    kind, config: class and sizes of the network. plain: the form that is right. batch: see
+    train.accumulate_gradients.
+    """
+
+    def __init__(self, kind, config, plain, batch, device, accumulate):
+        self.kind, self.config, self.plain = kind, config, plain
+        self.batch, self.device, self.accumulate = batch, device, accumulate
+
+    @cached_property
+    def expected(self):
+        """What the plain form gives in full float32 precision: see `step`."""
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return self.step(self.network(self.plain))
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    def network(self, form):
+        """Build a network that computes in a form. Its weights are always the same, none zero."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            network = self.kind(self.config)
+            for p in network.parameters():
+                if p.requires_grad:
+                    torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.ndim > 1 else 0.2)
+        network.to(self.device).use(form)
+        return network
+
+    def step(self, network):
+        """Take the loss and the gradients of a step, with the same noise -> {name: tensor}."""
+        network.zero_grad(set_to_none=True)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            loss = self.accumulate(
+                network, [self.batch], [0], self.device, CheckTimes("uniform", 0.0, self.device)
+            )
+        parameters = reversed(
+            list(network.named_parameters())
+        )  # a fault shows first where it begins
+        gradients = {
+            f"the gradient of {name}": p.grad for name, p in parameters if p.grad is not None
+        }
+        return {"the loss": loss, **gradients}
+
+    def fault(self, form):
+        """Say what is wrong in this form, in any process of the run -> a reason, or None."""
+        if form == self.plain:
+            return None
+        reason = None
+        try:
+            found = self.step(self.network(form))
+            kind = "bf16" if form.bf16 else "tf32" if self.device.type == "cuda" else "float32"
+            if reason := difference(found, self.expected, TOLERANCE[kind]):
+                reason = f"wrong numbers on this machine, {reason}"
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a compiler raises many kinds
+            misfit = f"{form} does not fit this network{in_brackets(error)}"
+            reason = compiler_fault(error) if form.compiled else misfit
+        n_wrong = parallel.total(int(reason is not None))
+        return reason or ("wrong numbers in another process" if n_wrong else None)
+
+    def seconds(self, form):
+        """Measure a step in this form, as the first process does -> seconds."""
+        network = self.network(form)
+        seconds = mean_seconds(lambda: self.step(network)["the loss"].item())
+        return parallel.from_first(seconds)
+
+
+def difference(found, expected, tolerance):
+    """Say which tensor differs by more than tolerance times its norm -> words, or None."""
+    for name, x in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        error, size = (found[name].float() - x).norm().item(), x.norm().item()
+        if not error <= tolerance * size + 1e-7:  # NaN is not less than anything
+            return (
+                f"{name} is off by {error / max(size, 1e-30):.1%}"
+                if error < float("inf")
+                else f"{name} is not finite"
+            )
+    return None
+
+
+def compiler_fault(error):
+    """Say why torch.compile failed -> words."""
+    if re.search("No working C\\+\\+ compiler|Failed to find C compiler", str(error)):
+        return "no C++ compiler (g++) was found"
+    while inner := getattr(error, "inner_exception", None):  # the outer one says: "backend raised"
+        error = inner
+    return f"torch.compile failed{in_brackets(error)}"
+
+
+def in_brackets(error):
+    """Quote an error in one line -> words, or nothing if it has no message."""
+    lines = str(error).strip().splitlines()
+    return f" ({type(error).__name__}: {lines[0]:.200})" if lines else ""
+
+
+# ---------------------------------------------------------------- how fast?
+
+
+def warm_up(state, batch, args, device, accumulate):
+    """Do the work of some steps, but change nothing -> seconds that a step takes."""
+    times, model = Times(args.times, args.position_times, device), state.model
+
+    def micro_batch():
+        model.zero_grad(set_to_none=True)
+        accumulate(model, [batch], [0], device, times).item()
+
+    def update():
+        for optimizer in state.optimizers:
+            optimizer.found_inf = torch.ones(
+                (), device=device
+            )  # it computes the update and leaves it out
+            optimizer.step()
+        next(model.parameters()).sum().item()  # waits for the device
+
+    for _ in range(2):
+        micro_batch()
+    seconds = args.accumulation_steps // parallel.size() * mean_seconds(micro_batch)
+    parallel.wait()  # they may have compiled for different times
+    seconds += mean_seconds(update, 5, 5)  # as often in all processes, which exchange their updates
+    parallel.limit_steps(seconds)
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def mean_seconds(work, least=2, most=10, seconds=2.0):
+    """Repeat work for about 2 seconds, 2 to 10 times -> mean time."""
+    begin, n = time.perf_counter(), 0
+    while n < least or (n < most and time.perf_counter() - begin < seconds):
+        work()
+        n += 1
+    return (time.perf_counter() - begin) / n

@@ -1,0 +1,333 @@
+"""What a run reports: metrics, figures, lines for the terminal; and how fast the device is.
+
+The figures of a log line carry their units in their names. utilisation is the share of the floating-point operations per
+second that large matrix products reach on this device.
+"""
+
+import json
+import math
+import shlex
+import shutil
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import drawing, parallel
+from common.files import replacing, writing
+from text.cache import share_in_training
+from text.reading import Corpus, list_labels, reading_notes
+from text.tokenizer import label_ids
+from training.checkpoint import count_checkpoints, read_metrics, way_back
+from training.speed import model_flops, peak, peak_memory
+
+FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
+VALIDATIONS = 10  # of a run, and at least one every MOST_MINUTES
+MOST_MINUTES = 5
+VAL_SHARE = 0.15  # of the time, at most
+LEAST_VAL_TOKENS = 2048
+WORTH_SAYING = 0.005  # share of a text that gets a warning
+PLAIN_SECONDS = 30  # between lines where there is no terminal
+POSTFIX = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {utilisation:.0%} of peak, {peak_memory_gb:.1f} GB"
+
+
+# ---------------------------------------------------------------- the logs of a run
+
+
+def not_finite(loss, norm, step, model, args):
+    """Say what was tried when a loss or a gradient norm is not finite, and what the user can do -> a line."""
+    found = f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite at step {step}, or shortly before"
+    advice = f"{found} (-lr={args.learning_rate:g}, form: {model.form}): run again with a lower -lr"
+    back = way_back(Path(args.model_dir))
+    return f"{advice}; if that does not help, {back}" if back else advice
+
+
+def drop_undone(path, step_of, step):
+    """Remove the lines of a log that belong to steps which a crash undid, and lines that are not whole."""
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            kept += [line + b"\n"] * (step_of(line) <= step)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+
+
+def step_of_figures(line):
+    """Read the step of a line of metrics.jsonl -> int. Raises ValueError, KeyError, TypeError, ... for a damaged line."""
+    figures = json.loads(line.decode())
+    step = figures["step"]
+    if not all(isinstance(value, int | float) for value in figures.values()):
+        raise ValueError("a figure is no number")
+    return step
+
+
+def open_metrics(run_dir, step):
+    """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures), minutes of training so far."""
+    if parallel.rank() > 0:
+        parallel.wait()
+        return (lambda step, **figures: parallel.wait()), 0.0
+    drop_undone(run_dir / "metrics.jsonl", step_of_figures, step)
+    drop_undone(run_dir / "samples.txt", lambda line: int(line.split(b"\t")[0]), step)
+    file = open(run_dir / "metrics.jsonl", "a", buffering=1)
+    board = None
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(run_dir, purge_step=step + 1)
+
+    def write(step, **figures):
+        with writing(file.name):
+            file.write(json.dumps(dict(step=step, **figures)) + "\n")
+        for name, value in figures.items() if board else ():
+            board.add_scalar(name, value, step)
+        parallel.wait()  # the disk may be slow
+
+    parallel.wait()
+    return write, max((line.get("minutes", 0.0) for line in read_metrics(run_dir)), default=0.0)
+
+
+class Meter:
+    """Losses, gradient norms, tokens and time since the last log line. After the first step, only `figures` waits for the device.
+
+    minutes: time of training so far, without validations, samples and saves.
+    """
+
+    def __init__(self, model, args, device, minutes=0.0):
+        self.model, self.args, self.device, self.minutes = model, args, device, minutes
+        self.is_first = True
+        self.restart()
+
+    def restart(self):
+        self.steps, self.n_tokens, self.start = [], 0, time.perf_counter()
+
+    def add(self, step, loss, norm, batches):
+        """Count a step: its loss and gradient norm, on the device, and its micro-batches.
+
+        Raises ValueError if those of the first step are not finite.
+        """
+        self.steps.append(torch.stack([loss, norm]))
+        self.n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in batches)
+        if self.is_first:
+            self.mean(step)
+            self.is_first = False
+
+    def mean(self, step):
+        """Average over the steps since the last log line -> loss, gradient norm. Raises ValueError if they are not finite."""
+        loss, norm = torch.stack(self.steps).mean(0).tolist()  # waits for the device
+        if not math.isfinite(loss + norm):
+            raise ValueError(not_finite(loss, norm, step, self.model, self.args))
+        return loss, norm
+
+    @contextmanager
+    def paused(self):
+        """Do not count the time of validating, sampling and saving."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
+
+    def figures(self, step, learning_rate):
+        """Average over the steps since the last call and start again -> dict. Raises ValueError as `mean` does."""
+        loss, norm = self.mean(step)
+        args, form = self.args, self.model.form
+        seconds = time.perf_counter() - self.start
+        n_tokens, self.minutes = parallel.total(self.n_tokens), self.minutes + seconds / 60
+        tokens_per_s = n_tokens / seconds
+        n_positions = len(self.steps) * args.accumulation_steps * args.batch_size * args.sequence_length
+        flops_per_s = tokens_per_s * model_flops(self.model.config, args.sequence_length)
+        figures = dict(
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            fill=n_tokens / n_positions,
+            tokens_per_s=tokens_per_s,
+            utilisation=flops_per_s / (peak(self.device, form.bf16) * parallel.size()),
+            peak_memory_gb=peak_memory(self.device),
+            minutes=self.minutes,
+        )
+        self.restart()
+        return figures
+
+
+@parallel.first_only
+def draw_curves(run_dir):
+    """Draw the training loss and the validation bound over steps, as curves.png."""
+    metrics = read_metrics(run_dir)
+    points = {"training loss": "loss", "validation bound": "val_bound_nats_per_token"}
+    series = {name: zip(*[(m["step"], m[key]) for m in metrics if key in m], strict=True) for name, key in points.items()}
+    series = {name: tuple(xy) for name, xy in series.items()}
+    series = {name: xy for name, xy in series.items() if xy}
+    drawing.lines(run_dir / "curves.png", series, "step", "nats per token", str(run_dir))
+
+
+def bounds(run_dir):
+    """List the bounds of the validations so far, and their steps -> [(nats per token, step)]."""
+    return [(m["val_bound_nats_per_token"], m["step"]) for m in read_metrics(run_dir) if "val_bound_nats_per_token" in m]
+
+
+@parallel.first_only
+def write_samples(run_dir, step, sample_texts):
+    """Add the texts of sample_texts() to samples.txt, if it has none of this step -> the texts, to be printed."""
+    path = run_dir / "samples.txt"
+    before = path.read_bytes() if path.exists() else b""
+    if any(line.startswith(b"%d\t" % step) for line in before.split(b"\n")):
+        return []
+    texts = sample_texts()
+    lines = "".join(f"{step}\t{mark_breaks(text)}\n" for text in texts)
+    with replacing(path) as temporary:  # all texts of a step or none
+        temporary.write_bytes(before + lines.encode())
+    return ["  " + text.replace("\n", "\n  ") for text in texts]
+
+
+def mark_breaks(text):
+    """Write a text on one line, with \\n for each line break."""
+    return text.replace("\n", "\\n")
+
+
+@parallel.first_only
+def overfitting_line(run_dir, n_worse=3):
+    """Say that the bound has risen in the last `n_worse` validations -> a line, or None."""
+    validated = bounds(run_dir)
+    recent = validated[-n_worse - 1 :]
+    if len(recent) <= n_worse or any(later[0] <= earlier[0] for earlier, later in pairwise(recent)):
+        return None
+    best, step = min(validated)
+    return f"the bound has risen {n_worse} times in a row: overfitting. best.pt is from step {step} ({best:.3f} nats per token)"
+
+
+# ---------------------------------------------------------------- lines for the terminal
+
+
+def checkpoint_bytes(state):
+    """Estimate the size of a checkpoint from above: weights, averages, and at most two moments of each weight, in float32."""
+    return 4 * sum(p.numel() for p in state.model.parameters()) * (3 + len(state.emas))
+
+
+class Progress(tqdm):
+    """A bar with the latest figures. Where there is no terminal, a plain line every half minute instead.
+
+    It also warns, once, when the disk has no room for the checkpoints to come: those of --keep, last.pt and best.pt that are
+    not there yet, and the new one, which is written before an old one is deleted.
+    """
+
+    def __init__(self, state, args):
+        super().__init__(total=args.max_steps, initial=state.step, unit="step", smoothing=0.05, disable=None)
+        self.max_steps, self.printed_at, self.run_dir = args.max_steps, time.monotonic(), Path(args.model_dir)
+        self.most_checkpoints, self.bytes_each, self.warned = 3 + args.keep, checkpoint_bytes(state), False
+
+    def show(self, step, figures, bound):
+        """Show a step's figures (see `Meter.figures`) and the last validation bound, if there is one."""
+        text = POSTFIX.format(**figures) + (f", bound {bound:.3f}" if bound is not None else "")
+        self.set_postfix_str(text)
+        if not self.warned:
+            self.warn_of_full_disk()
+        if self.disable and time.monotonic() - self.printed_at >= PLAIN_SECONDS:
+            self.printed_at = time.monotonic()
+            print(f"step {step} of {self.max_steps}, {figures['minutes']:.1f} minutes of training, {text}", flush=True)
+
+    def warn_of_full_disk(self):
+        """Compare the free space with what the checkpoints to come may take."""
+        n = max(1, self.most_checkpoints - count_checkpoints(self.run_dir))
+        free, needed = shutil.disk_usage(self.run_dir).free, n * self.bytes_each
+        if free < needed:
+            message = f"only {free / 1e9:.1f} GB are free for {self.run_dir}, {n} checkpoints to come take up to {needed / 1e9:.1f} GB"
+            self.write(f"{message}: make room, or stop and go on with a lower --keep, or a save will fail", file=sys.stderr)
+            self.warned = True
+
+
+def opening_lines(state, loader, val, config, seconds_per_step, args, device, tokenizer):
+    """Size of the model, memory, tokens, when the run will end, and what its figures mean -> lines.
+
+    val: Tokens of the validation text.
+    """
+    seconds = (args.max_steps - state.step) * seconds_per_step
+    corpora = [Corpus(path, args.text_field) for path in (args.data_path, args.val_path) if path]
+    warnings = [note for corpus in corpora for note in reading_notes(corpus, args.example)]
+    warnings += label_lines(tokenizer, loader.tokens, val) + text_warnings(loader.tokens, val)
+    if args.max_steps < FEW_STEPS:
+        warnings.append(few_steps(args, seconds_per_step))
+    meaning = "the loss is the squared error plus the cross-entropy at random times; the bound comes with each validation"
+    opening = (
+        f"preset {args.preset}: {sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
+        f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens per epoch "
+        f"({loader.fill():.1%} of positions), step {state.step} to {args.max_steps} "
+        f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
+    )
+    return [*text_lines(args, loader.tokens, val), opening, *warnings, meaning]
+
+
+def text_lines(args, training, val):
+    """Say what was read, and what was left out. training, val: Tokens -> a line for each text."""
+    path = args.data_path or Path(args.model_dir) / "corpus.txt"
+    parts = [(path, [training, val])]
+    if args.val_path:
+        parts = [(path, [training]), (args.val_path, [val])]
+    return [
+        Corpus(str(path)).describe(sum(t.n_documents for t in texts), sum(t.n_bytes for t in texts))
+        for path, texts in parts
+    ]
+
+
+def label_lines(tokenizer, *texts):
+    """List the labels of Tokens with their numbers of examples, the most frequent first -> lines.
+
+    The line is left out if there are no labels.
+    """
+    names = {k: label for label, k in label_ids(tokenizer).items()}
+    counts, after_bos = Counter(), int(tokenizer.bos_id() >= 0)
+    for tokens in texts if names else ():
+        for shard in range(tokens.n_shards):
+            starts, _ = tokens.read_shard(shard)
+            counts.update(tokens.ids[starts + after_bos].tolist())
+    return list_labels(Counter({label: counts[k] for k, label in names.items() if counts[k]}))
+
+
+def text_warnings(training, val):
+    """Say which share of the training text the tokenizer does not know, and which of the validation text was trained on.
+
+    training, val: Tokens. -> lines
+    """
+    unknown, known = training.n_unknown_bytes / training.n_bytes, share_in_training(val, training)
+    lines = []
+    if unknown > WORTH_SAYING:
+        lines.append(f"the tokenizer does not know {unknown:.1%} of the text: try another tokenizer or a larger --vocab_size")
+    if known > WORTH_SAYING:
+        lines.append(f"{known:.0%} of the validation examples are in the training text too: for new text the bound is too low")
+    return lines
+
+
+def few_steps(args, seconds_per_step=None):
+    """Say that a run is too short to learn from -> a line."""
+    example = f" (about {600 / seconds_per_step:,.0f} steps)" if seconds_per_step else ""
+    return f"{args.max_steps} steps are too few to learn a language: samples will be noise. Try --minutes=10{example}"
+
+
+def validation_line(figures):
+    """Validation figures -> a line."""
+    names = "L_inf", "L_rec", "bound", "monte_carlo_error"
+    L_inf, L_rec, bound, error = (figures[f"{name}_nats_per_token"] for name in names)
+    unknown = figures["unknown_nats_per_token"]
+    spelling = f" + unknown text {unknown:.3f}" if unknown else ""
+    return (
+        f"validation L_inf {L_inf:.3f} + L_rec {L_rec:.3f}{spelling} = bound {bound:.3f} +- {error:.3f} nats per token, "
+        f"{figures['bits_per_char']:.3f} bits per character; exact {figures['exact_bits_per_char']:.3f}"
+    )
+
+
+def closing_lines(args):
+    """Say where a finished run lies and what to do with it -> lines."""
+    again = (
+        "python train.py -d=CORPUS.txt -mdir=runs/mine --minutes=10"
+        if args.data_path is None
+        else "more --minutes or --max_steps train on"
+    )
+    if args.max_steps < FEW_STEPS and args.data_path is not None:
+        return few_steps(args)
+    contents = "best.pt (weights of the lowest bound), last.pt (to resume), samples.txt, curves.png, metrics.jsonl"
+    sample = shlex.join(["python", "sample.py", f"-mdir={args.model_dir}"])
+    report = shlex.join(["python", "plot.py", "report", args.model_dir])
+    return f"in {args.model_dir}: {contents}\nnext: {sample}\n      {report}\n      {again}"

@@ -1,0 +1,113 @@
+"""How much memory a training step takes, how much there is, and the refusal of a step that does not fit.
+
+The estimate is known before anything is allocated. Its constants were measured on CPUs with torch 2.13: the bytes that
+autograd keeps, and the peak of the process. With tensors of 32 MB and more the estimate is between 15 % below that peak and
+2 % above it. With smaller ones, malloc keeps up to as much again.
+"""
+
+import math
+import os
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from common import cli, parallel
+from model import BFNTransformer
+from training import forms, fused
+
+# Bytes that a layer keeps for the gradient, per token and unit of width.
+LAYER = {("eager", "float32"): 142, ("eager", "bfloat16"): 120, ("compiled", "float32"): 96, ("compiled", "bfloat16"): 68}
+
+
+RECOMPUTED = 4  # the same with --recompute: the layer's input
+OUTSIDE = 55  # the same before and after the layers
+LOGITS = 32  # bytes per token and token of the vocabulary; the fused form has only a chunk of them
+MUON_COPIES = 6  # of all matrices of a shape, while they are orthogonalised
+PROCESS = {"cpu": 0.35e9, "cuda": 0.0}  # of Python and torch
+MARGIN = 1.3  # a step is refused only if it takes this much more than there is: a run that fits must start
+
+
+def step_bytes(config, args, device):
+    """Estimate the most memory that a training step takes at once, in bytes.
+
+        weights + averages + moments + max(activations, gradients + work space of the optimizer)
+
+    With several micro-batches, the gradients are there while the next ones are computed. A batch or a length that is
+    not chosen yet (None) counts as one.
+    """
+    with torch.device("meta"):  # takes no memory
+        model = BFNTransformer(config)
+    of_shape = Counter()
+    for matrix in model.layer_matrices():
+        of_shape[matrix.shape] += 4 * matrix.numel()
+    weights, in_muon = sum(4 * p.numel() for p in model.parameters()), of_shape.total()
+    moments = 2 * (weights - in_muon) + in_muon
+    optimizer = weights + MUON_COPIES * max(of_shape.values())
+    accumulated = weights if args.accumulation_steps > parallel.size() else 0
+    at_once = max(optimizer, accumulated + activation_bytes(config, args, device))
+    return int(PROCESS[device.type] + weights * (1 + len(args.ema_rate)) + moments + at_once)
+
+
+def activation_bytes(config, args, device):
+    """Estimate what a micro-batch keeps for its gradient, in bytes, from (B, L) and the form of the computation."""
+    B, L, D = args.batch_size or 1, args.sequence_length or 1, config.d_model
+    form = forms.wanted_form(args, config, device)
+    layer = LAYER["compiled" if form.compiled else "eager", "bfloat16" if form.bf16 else "float32"] * D
+    if device.type == "cpu":  # the scores, or the mask in float32; GPUs compute them again
+        layer += 2 * config.n_heads * L if form.written else 4 * L
+    layers = config.n_layers * layer
+    if form.recompute:
+        layers = config.n_layers * RECOMPUTED * D + layer
+    n_logits = B * L * config.K
+    if form.fused:
+        n_logits = min(n_logits, fused.CHUNK[device.type])
+    return B * L * (layers + OUTSIDE * D) + LOGITS * n_logits
+
+
+def total_bytes(device):
+    """Read how much memory a process may use, in bytes: of the GPU, or of the machine within its limits (cgroups) -> float.
+
+    Processes that torchrun starts on one machine share it. It is infinite where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [math.inf]
+    with suppress(AttributeError, ValueError, OSError):  # Windows
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError):  # not Linux
+        limits += cgroup_limits(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
+    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cgroup_limits(groups, root):
+    """Read the limits of the groups in the text of /proc/self/cgroup, and of those that they are in -> list of bytes.
+
+    root: the folder of all groups. Both versions of cgroups are known; a container sees its own group as the root.
+    """
+    limits = []
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        first = "memory" in controllers.split(",")  # the first version has a folder for each controller
+        top, name = (root / "memory", "memory.limit_in_bytes") if first else (root, "memory.max")
+        path = PurePosixPath(path).relative_to("/")
+        for group in (path, *path.parents):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                limits.append(int((top / group / name).read_text()))
+    return limits
+
+
+def check(config, args, device):
+    """Refuse a training step that does not fit -> config. Keeps the figures for the error if memory runs out all the same.
+
+    Raises ValueError if the estimate is more than MARGIN times what there is.
+    """
+    needed, there = step_bytes(config, args, device), total_bytes(device)
+    ways = ["a lower -bsz with a higher -acc"] * ((args.batch_size or 1) > 1) + ["--recompute"] * (not args.recompute)
+    ways += ["a lower -slen", "a smaller --preset"]
+    figures = f"a training step takes about {needed / 1e9:,.1f} GB, and there are {there / 1e9:,.1f} GB on {device}"
+    cli.memory_advice = f"{figures}: {', '.join(ways[:-1])} or {ways[-1]} takes less"
+    if needed > MARGIN * there:
+        raise ValueError(cli.memory_advice)
+    return config

@@ -1,0 +1,163 @@
+"""The optimizer: Muon for the matrices of the layers, AdamW for the rest, the schedule, and averaged weights.
+
+Muon is momentum, orthogonalised [Jordan et al. 2024]. torch.optim.Muon orthogonalises in bfloat16, one matrix at a time,
+which is slow on CPUs without bfloat16 units. Here it is float32 (TF32 where allowed), for all matrices of a shape at once.
+"""
+
+import torch
+
+from common import parallel
+
+# Coefficients of a x + b x^3 + c x^5. Applied one after the other, these polynomials map singular values in [0.003, 1] to
+# [0.8, 1.2]: each one minimises the largest distance from 1 on the range that the one before leaves [after Amsel et al.
+# 2025, arXiv 2505.16932]. Three polynomials for [0.01, 1] are cheaper but trained worse (experiments/RECORD.md).
+QUINTICS = (
+    (8.3837, -24.7659, 18.3571),
+    (4.0434, -3.0114, 0.5695),
+    (3.5056, -2.6267, 0.5257),
+    (2.4901, -1.8343, 0.4368),
+)
+
+
+MARGIN = 1.01  # the polynomials grow fast beyond 1, so a rounded norm must not be below the largest singular value
+
+
+def orthogonalise_directly(X):
+    """Move all singular values of matrices (n, height, width >= height) close to 1."""
+    X = X / (MARGIN * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in QUINTICS:
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A)) @ X
+    return X
+
+
+def orthogonalise_by_gram(X):
+    """The same as `orthogonalise_directly`, computed on the small matrix X X^T: half the work where X is wide.
+
+    On a CPU it makes a whole training step 12 % faster. It needs full float32 precision, so it is not used with TF32.
+    """
+    X = X / (MARGIN * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    A, product = X @ X.mT, None
+    for i, (a, b, c) in enumerate(QUINTICS):
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = P if product is None else P @ product
+        if i + 1 < len(QUINTICS):
+            A = P @ A @ P
+    return product @ X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates. The factor 0.2 sqrt(longer side) makes them as large as AdamW's [Liu et al. 2025].
+
+    As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and momentum unchanged. by_gram: use the
+    cheaper of the two functions above for wide matrices.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.found_inf, self.by_gram = None, True
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            directions = (self._move_momentum(params, group) for params in by_shape.values())
+            for params, update in zip(by_shape.values(), orthogonalise_in_shares(directions, self.by_gram), strict=True):
+                self._move_weights(params, update, group)
+
+    def _keep(self):
+        """1, or 0 where the step is left out."""
+        return 1.0 if self.found_inf is None else 1 - self.found_inf
+
+    def _move_momentum(self, params, group):
+        """Move the momentum of n parameters of one shape towards their gradients -> what to orthogonalise, (n, *shape)."""
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momentum = torch.stack([self.state[p]["momentum"] for p in params])
+        gradient = torch.stack([p.grad for p in params]).nan_to_num(0, 0, 0)
+        momentum += self._keep() * (1 - group["momentum"]) * (gradient - momentum)
+        for p, m in zip(params, momentum, strict=True):
+            self.state[p]["momentum"].copy_(m)
+        return gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
+
+    def _move_weights(self, params, update, group):
+        """Subtract the orthogonalised update (n, *shape) from n parameters of one shape, and let them decay."""
+        rate = self._keep() * group["lr"]
+        for p, u in zip(params, update, strict=True):
+            p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * max(p.shape) ** 0.5 * u)
+
+
+def orthogonalise_in_shares(stacks, by_gram=True):
+    """Orthogonalise stacks of matrices, each (n, height, width) -> iterator over the results. Each process does its share.
+
+    All processes get the same results.
+    """
+    if parallel.size() == 1:
+        yield from (orthogonalise(X, by_gram) for X in stacks)
+        return
+    stacks = list(stacks)
+    owners = share_by_cost([X.shape for X in stacks], parallel.size())
+    for X, ranks in zip(stacks, owners, strict=True):
+        if mine := [i for i, rank in enumerate(ranks) if rank == parallel.rank()]:
+            X[mine] = orthogonalise(X[mine], by_gram)
+    parallel.exchange([matrix for X in stacks for matrix in X], [rank for ranks in owners for rank in ranks])
+    yield from stacks
+
+
+def share_by_cost(shapes, size):
+    """Share stacks of matrices of some shapes (n, height, width) out over processes -> the rank for each matrix of each stack.
+
+    The costliest matrices come first. Each one goes to the process with the least work.
+    """
+    costs = [height * width * min(height, width) for _, height, width in shapes]
+    load, owners = [0] * size, [[] for _ in shapes]
+    for cost, (n, *_), ranks in sorted(zip(costs, shapes, owners, strict=True), key=lambda stack: -stack[0]):
+        for _ in range(n):
+            ranks.append(load.index(min(load)))
+            load[ranks[-1]] += cost
+    return owners
+
+
+def orthogonalise(X, by_gram=True):
+    """Orthogonalise matrices (n, height, width) of any shape, by the faster of the two functions or, without by_gram, directly."""
+    height, width = X.shape[1:]
+    if height > width:
+        return orthogonalise(X.mT, by_gram).mT
+    if by_gram and width >= 2 * height and not X.is_cuda:
+        return orthogonalise_by_gram(X)
+    return orthogonalise_directly(X)
+
+
+def make_optimizers(model, args):
+    """Make AdamW and Muon; weight decay is on matrices only.
+
+    Every optimizer here must skip its step where its `found_inf` is 1.
+    """
+    matrices = model.layer_matrices()
+    in_muon = set(map(id, matrices))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_muon]
+    groups = [
+        dict(params=[p for p in rest if p.ndim >= 2], weight_decay=args.weight_decay),
+        dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
+    ]
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)  # only the fused form reads found_inf
+    return [adamw, Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay)]
+
+
+def learning_rate(step, args):
+    """The learning rate of a step: a linear warm-up, then a straight line that reaches zero after the last step."""
+    warmup = min(args.warmup_steps, args.max_steps // 5)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    return args.learning_rate * max(0.0, (args.max_steps - step) / (args.max_steps - warmup))
+
+
+def average_weights(ema, model, rate, step):
+    """Move the averaged weights towards the model's: ema <- rate ema + (1 - rate) model."""
+    rate = min(rate, (1 + step) / (10 + step))  # early averages forget the initial weights sooner
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)

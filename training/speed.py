@@ -1,0 +1,75 @@
+"""What a run reports: metrics, figures, lines for the terminal; and how fast the device is.
+
+The figures of a log line carry their units in their names. utilisation is the share of the floating-point operations per
+second that large matrix products reach on this device.
+"""
+
+import math
+import sys
+import time
+from contextlib import suppress
+from functools import cache
+
+import torch
+
+# ---------------------------------------------------------------- speed
+
+
+def synchronise(device):
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@cache
+def peak(device, bf16):
+    """Measure the floating-point operations per second of large matrix products, in bfloat16 or in float32."""
+    n = 8192 if device.type == "cuda" else 512
+    generator = torch.Generator(device).manual_seed(0)  # leaves the caller's random numbers alone
+    a = torch.randn(n, n, device=device, generator=generator)  # ones would be faster: they take less power
+    a = a.bfloat16() if bf16 else a
+    seconds = math.inf
+    for _ in range(5):
+        synchronise(device)
+        begin = time.perf_counter()
+        a @ a
+        synchronise(device)
+        seconds = min(seconds, time.perf_counter() - begin)
+    del a
+    if device.type == "cuda":  # the run's memory is counted from here
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return 2 * n**3 / seconds
+
+
+def fast_bf16(device):
+    """Whether the device has instructions for products in bfloat16: all recent GPUs and some CPUs.
+
+    A CPU without them is far slower in bfloat16 than in float32. A torch that cannot tell counts as a CPU without them.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def model_flops(config, row_length):
+    """Count the floating-point operations per token of training, forward and backward, without recomputation.
+
+    Each weight takes 2 forward and 4 backward (2 for the embedding, whose input needs no gradient); attention over the
+    whole row takes 12 L D per layer.
+    """
+    D, d_time = config.d_model, config.d_time
+    layer = 12 * D**2 + 4 * d_time * D
+    return 6 * (config.n_layers * (layer + 2 * row_length * D) + D**2 + 2 * d_time * D) + 10 * config.K * D
+
+
+def peak_memory(device):
+    """Largest memory in use so far, in GB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return math.nan
