@@ -38,8 +38,8 @@ import plot
 import train
 from common import cli
 from text import cache, toy
-from training import forms, log
-from training.checkpoint import read_checkpoint
+from training import forms, log, run_folder
+from training.checkpoint import read_checkpoint, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -153,7 +153,7 @@ def victim(folder, pipes, phase, moment, action, as_nobody):
     os.dup2(pipes["err"][1], 2)
     if as_nobody:
         os.seteuid(65534)
-    log.VAL_TOKENS = log.LEAST_VAL_TOKENS  # and not a number that follows from the speed
+    run_folder.VAL_TOKENS = run_folder.LEAST_VAL_TOKENS  # and not a number that follows from the speed
     cache.BATCH, cache.PART_BYTES = 10, 1000  # so that this small text has several parts
     plot._draw = lambda path, *_: path.write_bytes(b"a picture, without the seconds that matplotlib takes")
     watch = Watch(pipes["notes"][1], phase, moment, action)
@@ -245,7 +245,7 @@ def check_interrupted(outcome, action, folder):
 def figures_of(run_dir):
     """The lines of metrics.jsonl without what depends on the speed of the machine -> list of dicts."""
     measured = "tokens_per_s", "utilisation", "peak_memory_gb", "minutes"
-    return [{name: value for name, value in line.items() if name not in measured} for line in log.read_metrics(run_dir)]
+    return [{name: value for name, value in line.items() if name not in measured} for line in read_metrics(run_dir)]
 
 
 def differences(one, other):

@@ -20,11 +20,12 @@ from model import BFNTransformer, Config
 from text import toy
 from text.tokenizer import train_tokenizer
 from tools import export
-from training import checkpoint, log, run_folder
+from training import checkpoint, run_folder
 from training.checkpoint import load, read_checkpoint, save_checkpoint
 
 CONFIG = Config(K=11, beta1=1.0, d_model=32, n_layers=2, n_heads=2)
-TOY = Path(cli.__file__).parent / "examples" / "toy"
+ROOT = Path(train.__file__).parent
+TOY = ROOT / "examples" / "toy"
 
 
 @pytest.fixture
@@ -179,7 +180,8 @@ def test_equal_sees_any_difference():
 def test_a_closed_stream_takes_nothing_and_no_other_file_gets_it(tmp_path, closed, out, err):
     """Without care, the next file that is opened has the number of the closed stream."""
     (tmp_path / "command.py").write_text(
-        "import os, sys, cli\n"
+        "import os, sys\n"
+        "from common import cli\n"
         "def main():\n"
         "    with open('file', 'w') as file:\n"
         "        os.write(2, b'error\\n')\n"
@@ -187,7 +189,7 @@ def test_a_closed_stream_takes_nothing_and_no_other_file_gets_it(tmp_path, close
         "        file.write('mine')\n"
         "cli.run(main)\n"
     )
-    environment = dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parent))
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} command.py {closed}"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
@@ -247,8 +249,8 @@ def logits_of(network):
 def test_an_exported_model_gives_the_same_logits(trained, tmp_path, monkeypatch, capsys, dtype):
     """Bit for bit in float32; in bfloat16, those of the rounded weights."""
     out = tmp_path / "models" / "shared"
-    flags = "export", trained, out, f"--dtype={dtype}"
-    assert run_command(monkeypatch, capsys, checkpoint, *flags)[0] == 0
+    flags = trained, out, f"--dtype={dtype}"
+    assert run_command(monkeypatch, capsys, export, *flags)[0] == 0
     assert sorted(path.name for path in out.iterdir()) == sorted(checkpoint.EXPORTED_FILES)
     network, tokenizer, run = load(trained)
     network.load_state_dict({name: weight.to(getattr(torch, dtype)) for name, weight in network.state_dict().items()})
@@ -259,7 +261,7 @@ def test_an_exported_model_gives_the_same_logits(trained, tmp_path, monkeypatch,
         assert equal(its_run[name], run[name]), name
     assert its_run["args"] == run["args"] | dict(data_path="corpus.txt", model_dir="run", cache_dir="cache")
     before = {path: path.read_bytes() for path in out.iterdir()}
-    code, _, errors = run_command(monkeypatch, capsys, checkpoint, *flags)
+    code, _, errors = run_command(monkeypatch, capsys, export, *flags)
     assert code == 2 and "exists already: give another folder" in errors
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
@@ -283,7 +285,7 @@ def test_the_card_gives_samples_figures_and_flags_and_no_path_of_the_machine(tra
     export = (out / "README.md").read_text()
     samples = run_command(monkeypatch, capsys, sample, f"-mdir={out}", "--num_samples=2")[1]
     assert "".join(f"    {line}".rstrip() + "\n" for line in samples.splitlines()) in export
-    figures = next(m for m in log.read_metrics(trained) if m["step"] == load(out)[2]["step"] and "val_bits_per_char" in m)
+    figures = next(m for m in checkpoint.read_metrics(trained) if m["step"] == load(out)[2]["step"] and "val_bits_per_char" in m)
     for name in "bound_nats_per_token bound_bits_per_token bits_per_char exact_nats_per_token exact_bits_per_char".split():
         assert f"| {figures[f'val_{name}']:.4f} |" in export, name
         assert load(out)[2]["figures"][name.removeprefix("val_")] == figures[f"val_{name}"]
@@ -437,7 +439,6 @@ def test_the_model_in_the_repository_speaks_its_language(monkeypatch, capsys, tm
 
 
 def test_the_command_runs_as_a_program(trained, tmp_path):
-    """There, sample.py imports checkpoint.py a second time."""
-    words = sys.executable, checkpoint.__file__, "export", trained, tmp_path / "out"
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    words = sys.executable, "-m", "tools.export", trained, tmp_path / "out"
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr and "MB of weights" in done.stdout

@@ -134,7 +134,7 @@ def test_a_very_long_line_tokenised_in_pieces_is_the_same_text(tmp_path, corpus,
     )  # fmt: skip
     (tmp_path / "model").write_bytes(model.getvalue())
     tokenizer = load_tokenizer(tmp_path / "model")
-    monkeypatch.setattr("text.PIECE_BYTES", 5000)
+    monkeypatch.setattr("text.reading.PIECE_BYTES", 5000)
     assert len(list(read_pieces(text))) > 4
     tokens = cache.load_corpus(text, tmp_path / "model", tmp_path / "cache")
     assert len(tokens.lengths) == 1
@@ -409,7 +409,7 @@ def test_a_temporary_cache_folder_is_named(corpus, tokenizer_path, tmp_path, mon
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
 def test_reading_can_go_on_at_the_end_of_every_example(tmp_path, monkeypatch, example, part, kind):
     """Also of few examples, which are split by bytes, and of examples in several pieces."""
-    monkeypatch.setattr("text.PIECE_BYTES", 30)
+    monkeypatch.setattr("text.reading.PIECE_BYTES", 30)
     text = "\ufeffone two\r\n\n\nthree ä four\n" + "five six " * 9 + "\n \nseven\n"
     for i in range(40 if part != "all" else 2):
         raw = (json.dumps(dict(text=text)) if kind == "jsonl" else text).encode()

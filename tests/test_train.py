@@ -108,7 +108,9 @@ def test_a_run_that_is_killed_resumes_to_the_same_result(run, corpus, tmp_path, 
     run(tmp_path / "whole", "-svi=1")
     victim = """
 import os, runpy, sys
-import cli, optim, train
+import train
+from common import cli
+from training import optim
 real_average, real_replace, n_saves = optim.average_weights, os.replace, 0
 
 def average_weights(ema, model, rate, step):
@@ -645,7 +647,7 @@ def test_training_continues_if_a_picture_cannot_be_drawn(broken, run, tmp_path, 
 def test_training_does_not_need_the_optional_packages(corpus, tmp_path):
     """It needs torch, sentencepiece, rotary-embedding-torch, tqdm and numpy, but not matplotlib, tensorboard and scipy."""
     blocked = "import sys\nsys.modules['matplotlib'] = sys.modules['tensorboard'] = sys.modules['scipy'] = None\n"
-    code = f"{blocked}sys.argv = {command(corpus, tmp_path / 'run', '--max_steps=1')!r}\nimport cli, train\ncli.run(train.main)"
+    code = f"{blocked}sys.argv = {command(corpus, tmp_path / 'run', '--max_steps=1')!r}\nimport train\ntrain.cli.run(train.main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "best.pt").exists()
