@@ -20,7 +20,8 @@ from training.checkpoint import read_checkpoint
 
 TRAIN = """
 import os, sys
-import parallel, train
+import train
+from common import cli, parallel
 real = train.update_weights
 
 def update_weights(state, args):
@@ -29,14 +30,15 @@ def update_weights(state, args):
     return real(state, args)
 
 train.update_weights = update_weights
-import cli
 cli.run(train.main)
 """
 
 SLOW_SAVES_AND_A_HUNG_PROCESS = """
 import signal, time
 from datetime import timedelta
-import checkpoint, cli, parallel, train
+import train
+from common import cli, parallel
+from training import checkpoint
 real, parallel.STEP_TIMEOUT = checkpoint.save_checkpoint, timedelta(seconds=4)
 
 def save_checkpoint(*inputs):
@@ -58,7 +60,10 @@ cli.run(train.main)
 
 INTERRUPTED = """
 import signal
-import bfn, bounds, cli, evaluate, generation, model, parallel, sample
+import bfn, evaluate, model, sample
+from common import cli, parallel
+from evaluation import bounds
+from sampling import generate
 
 def interrupted(real, calls=[]):
     def run(*inputs):
@@ -74,7 +79,7 @@ bounds.losses_at = interrupted(bounds.losses_at)
 cli.run(evaluate.main)
 """
 SAMPLE = f"""{INTERRUPTED}
-generation.SORTED_BATCHES, model.BATCH_ELEMENTS["cpu"], bfn.sample = 1, 1, interrupted(bfn.sample)  # batches of one text
+generate.SORTED_BATCHES, model.BATCH_ELEMENTS["cpu"], bfn.sample = 1, 1, interrupted(bfn.sample)  # batches of one text
 cli.run(sample.main)
 """
 

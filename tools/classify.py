@@ -1,6 +1,6 @@
 """Train a classifier of noisy texts, so that samples can be steered to a label.
 
-    python classify.py -mdir=RUN_DIR -d=LABELLED.tsv --output=CLASSIFIER.pt
+    python -m tools.classify -mdir=RUN_DIR -d=LABELLED.tsv --output=CLASSIFIER.pt
     python sample.py -mdir=RUN_DIR --classifier=CLASSIFIER.pt --label=food --scale=2
 
 Each line of the text is `label<TAB>text`. The network of the run is frozen. A small head reads its hidden states, for the

@@ -1,4 +1,7 @@
-"""The model card of an exported folder: how to use it, samples, figures, data and flags."""
+"""Write what is needed to sample from a model into a new folder, with a model card.
+
+    python -m tools.export RUN_DIR OUT_DIR --dtype=bfloat16
+"""
 
 import json
 import math
@@ -124,7 +127,7 @@ def training_command(args):
 
 def export_command(folder, dtype):
     """Write the command that made an exported folder."""
-    export = f"python checkpoint.py export RUN_DIR {shlex.quote(str(folder))}"
+    export = f"python -m tools.export RUN_DIR {shlex.quote(str(folder))}"
     return f"{export} --dtype={name_of(dtype)}"
 
 
@@ -158,7 +161,6 @@ def export(run_dir, out_dir, dtype=torch.float32):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("command", choices=["export"], help="write the averaged weights, what sampling needs, and a model card")
     p.add_argument("run_dir", type=cli.path, help="run folder")
     p.add_argument("out_dir", type=cli.path,
         help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
