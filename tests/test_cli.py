@@ -47,7 +47,10 @@ def test_the_error_of_a_full_disk_names_the_file(tmp_path, capsys):
 
     with pytest.raises(SystemExit) as stop:
         cli.run(main)
-    assert stop.value.code == 2 and f"No space left on device: '{tmp_path / 'file'}'" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and f"No space left on device: '{tmp_path / 'file'}'" in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -77,7 +80,9 @@ def test_ctrl_c_is_caught_again_once_a_command_runs(monkeypatch):
 
 # ---------------------------------------------------------------- paths
 
-TEXT = set("text_field example prompt ban hint label draft check flags language one cases device".split())
+TEXT = set(
+    "text_field example prompt ban hint label draft check flags language one cases device".split()
+)
 
 
 def parsers():

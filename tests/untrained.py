@@ -31,7 +31,9 @@ def make_run(folder, kind, text, example="line"):
     """A run folder with an untrained network of random weights."""
     folder.mkdir()
     (folder / "text.txt").write_text(text)
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(folder / "text.txt", kind, 300, example))
+    (folder / "tokenizer.model").write_bytes(
+        train_tokenizer(folder / "text.txt", kind, 300, example)
+    )
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     torch.manual_seed(0)
     config = Config(K=len(tokenizer), beta1=0.3, d_model=32, n_layers=1, n_heads=2)
