@@ -1,6 +1,8 @@
-"""Random corpora, flags, prompts and damaged files: a command ends with a result or with one line, and never hangs.
+"""Random corpora, flags, prompts and damaged files: a command ends with a result or one line.
 
-FUZZ=10 python -m pytest tests/test_fuzz.py        ten times as many examples, others each time: about five minutes
+It never hangs. Ten times as many examples, others each time, take about five minutes:
+
+    FUZZ=10 python -m pytest tests/test_fuzz.py
 """
 
 import io
@@ -86,7 +88,10 @@ def time_limit():
 
 
 def ends_well(main, *argv):
-    """Run a command, which must end with a result or with one line and exit code 2 -> what it prints, or None."""
+    """Run a command, which must end with a result, or with one line and exit code 2.
+
+    Return what it prints, or None.
+    """
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     before, code, sys.argv = sys.argv, 0, [f"{main.__module__}.py", *argv]
     try:
@@ -177,7 +182,8 @@ def test_any_corpus_can_be_trained_on_or_is_refused_in_one_line(
 
 values = st.one_of(
     st.sampled_from(
-        "0 1 2 3 -1 64 2147483647 99999999999999999999 1e-300 1e300 0.5 0.999 nan inf -inf auto on x 1_0 ٣ , 1,2 0.9,".split()
+        "0 1 2 3 -1 64 2147483647 99999999999999999999 1e-300 1e300 0.5 0.999 nan inf "
+        "-inf auto on x 1_0 ٣ , 1,2 0.9,".split()
     ),
     st.text(st.characters(exclude_characters="\0"), max_size=6),
     st.floats().map(str),
@@ -274,7 +280,8 @@ def test_any_prompt_draft_hint_and_ban_gives_a_text_or_one_line(run_dir, data):
 def test_any_text_is_measured_or_refused_in_one_line(tmp_path_factory, run_dir, data, text):
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "text.txt").write_bytes(text.encode()[:3000])
-    some = "--window=1000000 --window=1 --se=1e-300 --n_steps=3 --given=prefix:0.5 --given=around:0.99 --calls=1,2 --order=left,random --json"
+    some = "--window=1000000 --window=1 --se=1e-300 --n_steps=3 --given=prefix:0.5 "
+    some += "--given=around:0.99 --calls=1,2 --order=left,random --json"
     words = data.draw(st.lists(st.sampled_from(some.split()), max_size=2, unique=True))
     words += (
         ["--draws=1"] if not any(word.startswith("--se") for word in words) else ["--max_tokens=20"]

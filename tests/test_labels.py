@@ -44,7 +44,8 @@ def tokenizer(request, corpus, tmp_path_factory):
 def run_dir(corpus, tmp_path_factory):
     """A run of a few steps."""
     folder = tmp_path_factory.mktemp("run")
-    flags = f"-d={corpus} -mdir={folder / 'run'} --cache_dir={folder / 'cache'} --labelled --tokenizer=word".split()
+    flags = [f"-d={corpus}", f"-mdir={folder / 'run'}", f"--cache_dir={folder / 'cache'}"]
+    flags += ["--labelled", "--tokenizer=word"]
     flags += "-mdim=32 -nl=1 -nh=2 -bsz=4 -slen=32 --max_steps=3 -nex=2".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *flags])

@@ -191,7 +191,7 @@ def test_micro_batches_that_cannot_be_shared_evenly_are_refused(launch, tmp_path
 
 @pytest.fixture
 def judge(tmp_path, monkeypatch, capsys):
-    """judge(n_processes, *flags) -> figures of an untrained run. `stop` stops the second process."""
+    """judge(n_processes, *flags) -> figures of an untrained run. `stop` stops the second one."""
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
     (tmp_path / "text.txt").write_text(toy.corpus(40, seed=5))
     always = [

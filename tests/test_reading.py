@@ -515,7 +515,7 @@ def test_the_error_for_text_that_is_not_utf8_names_the_first_wrong_byte(tmp_path
     ["a line\n" * 500, "word " * 50_000, "é" * 5000, "one two\n" * 20, "one\n\ntwo\n\n" * 99],
 )
 def test_train_and_val_together_are_the_whole_corpus(tmp_path, text, example):
-    """The texts: many lines, one very long line with spaces and one without, few lines, many paragraphs."""
+    """Many lines, one very long line with spaces and one without, few lines, many paragraphs."""
     path = write(tmp_path / "text", text)
     n_chars = {}
     for part in ("all", "train", "val"):

@@ -166,7 +166,7 @@ def test_the_vocabulary_grows_with_the_corpus(tmp_path, n_bytes, size):
 
 
 def sizes(path, kind, example="line"):
-    """Train a tokenizer -> the size that was chosen, and the least that is named when 2 is asked."""
+    """Train a tokenizer -> its size, and the least size that is named when 2 is asked for."""
     model = train_tokenizer(path, kind, example=example)
     with pytest.raises(ValueError, match=rf"no {kind} tokenizer with --vocab_size=2 from") as error:
         train_tokenizer(path, kind, 2, example)

@@ -1,4 +1,4 @@
-"""Untrained networks, run folders for the commands that read them, a comparison of checkpoints, and a command in a test."""
+"""For tests: untrained networks, their run folders, comparing checkpoints, running a command."""
 
 import sys
 
@@ -65,7 +65,7 @@ def equal(a, b):
 
 
 def run_command(main, monkeypatch, capsys, *argv):
-    """Run the main function of a command -> the lines of its standard output, its standard error, its exit code."""
+    """Run the main function of a command -> lines of standard output, standard error, exit code."""
     monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
     code = 0
     try:
