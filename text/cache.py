@@ -190,7 +190,7 @@ def content_hash(corpus, cache_dir):
     """
     hashes = _file_hashes(corpus.files, Path(cache_dir) / "hashes.json")
     objects = f"jsonl {corpus.text_field}"
-    kinds = [(objects if is_json(path) else "text") + str(look_at(path)) for path in corpus.files]
+    kinds = [" ".join(filter(None, [objects if is_json(path) else "text", *look_at(path)])) for path in corpus.files]
     if kinds == ["text"]:
         return hashes[0]
     lines = [f"{kind} {value}" for kind, value in zip(kinds, hashes, strict=True)]
