@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from common.noise import GOLDEN
 
+BYTES_BAR = dict(unit="B", unit_scale=True, disable=None)  # options of tqdm
 HEAD = 1 << 16  # bytes that tell what a file is
 TEXT_ENDINGS = ".txt", ".jsonl", ".ndjson"  # are read of a folder; a .json there is often no text
 JSON_NAME = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|bz2|xz|zst|lz4))?\Z", re.IGNORECASE)
