@@ -101,21 +101,20 @@ class Tokens:
     def shard_lengths(self):
         """Count the documents of each length -> (n, 3) int64: shard, tokens, documents."""
         parts = []
-        for i in self._shards("counting lengths"):
-            lengths, n = np.unique(self.read_shard(i)[1], return_counts=True)
-            parts.append(np.column_stack([np.full_like(lengths, i), lengths, n]))
+        for shard in self._shards("counting lengths"):
+            lengths, n = np.unique(self.read_shard(shard)[1], return_counts=True)
+            parts.append(np.column_stack([np.full_like(lengths, shard), lengths, n]))
         return np.concatenate(parts)
 
     @cached_property
     def hash_counts(self):
         """Find the N_HASHES lowest hashes of documents -> (n, 2) uint64: hash, its documents.
 
-        Hashes are random. So these documents are a random sample of all different ones, and the
-        same in every corpus.
+        Hashes are random, so these are a random sample of all, the same in every corpus.
         """
         known, counts = np.zeros((2, 0), np.uint64)
-        for i in self._shards("comparing documents"):
-            hashes = hash_documents(self, self.shard_documents(i))
+        for shard in self._shards("comparing documents"):
+            hashes = hash_documents(self, self.shard_documents(shard))
             known, index = np.unique(np.append(known, hashes), return_inverse=True)
             counts = np.bincount(index, np.append(counts, np.ones_like(hashes)))
             known, counts = known[:N_HASHES], counts[:N_HASHES].astype(np.uint64)
@@ -137,25 +136,25 @@ class Tokens:
 
 def hash_documents(tokens, which, chunk=1 << 20):
     """Hash the tokens of each of the documents `which` (n,) -> (n,) uint64."""
-    lengths, hashes = tokens.offsets[which + 1] - tokens.offsets[which], []
-    ends = np.arange(chunk, lengths.sum(), chunk)
-    for group in np.split(which, np.searchsorted(lengths.cumsum(), ends)):
-        sizes = tokens.offsets[group + 1] - tokens.offsets[group]
-        position = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
-        x = tokens.ids[np.repeat(tokens.offsets[group], sizes) + position].astype(np.uint64)
+    begins, hashes = tokens.offsets[which], []
+    lengths = tokens.offsets[which + 1] - begins
+    cuts = np.searchsorted(lengths.cumsum(), np.arange(chunk, lengths.sum(), chunk))
+    for starts, sizes in zip(np.split(begins, cuts), np.split(lengths, cuts), strict=True):
+        firsts = sizes.cumsum() - sizes
+        position = np.arange(sizes.sum()) - np.repeat(firsts, sizes)
+        x = tokens.ids[np.repeat(starts, sizes) + position].astype(np.uint64)
         x += position.astype(np.uint64) << np.uint64(32)
         for shift, odd in ((32, 0xD6E8FEB86659FD93), (29, 0xBF58476D1CE4E5B9)):  # mixes the two
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(odd)
-        starts = np.cumsum(sizes) - sizes
-        hashes.append(np.add.reduceat(x, starts) if len(group) else x)
+        hashes.append(np.add.reduceat(x, firsts) if len(starts) else x)
     return np.concatenate(hashes)
 
 
 def share_in_training(tokens, training):
     """Compute the share of documents that the training text has too.
 
-    It is an estimate for more than N_HASHES documents. Both texts are judged by the documents of
-    the lowest hashes, so those that are looked for in the training text would be found.
+    It is an estimate for more than N_HASHES documents: both texts are judged by those of the
+    lowest hashes, so any that is looked for in the training text would be found.
     """
     hashes, n = tokens.hash_counts.T
     known = training.hash_counts[:, 0]
@@ -194,14 +193,14 @@ def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
 def text_key(corpus, tokenizer_path, cache_dir, part="all", example="line"):
     """Compute what identifies the Tokens of a part of a Corpus -> str."""
     key = f"{content_hash(corpus, cache_dir)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}"
-    return hashlib.sha256((key + f" {example}" * (example != "line")).encode()).hexdigest()[:32]
+    key += f" {example}" if example != "line" else ""
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def content_hash(corpus, cache_dir):
     """Compute what identifies the content of a corpus, whatever its files are called -> str.
 
-    That of one plain text file is its sha256, in hexadecimal. The hashes of the files of a large
-    corpus are kept in cache_dir/hashes.json.
+    That of one plain text file is its sha256, in hexadecimal.
     """
     hashes = _file_hashes(corpus.files, Path(cache_dir) / "hashes.json")
     lines = []
@@ -219,11 +218,10 @@ def _file_hashes(files, memory):
     n_bytes = sum(stat.st_size for stat in stats)
     if n_bytes < LARGE_BYTES:
         return list(map(file_hash, files))
-    try:
+    known = {}
+    with suppress(*DAMAGED):
         read = json.loads(memory.read_text())
         known = {path: [size, changed, value] for path, (size, changed, value) in read.items()}
-    except DAMAGED:
-        known = {}
     hashes, is_new = [], False
     with tqdm(desc="reading", total=n_bytes, delay=1, **BYTES_BAR) as bar:
         for path, stat in zip(map(os.path.realpath, files), stats, strict=True):
@@ -253,8 +251,7 @@ def _read_cache(folder, key):
         tokens = _open_arrays(folder, meta, key)
         whole = len(tokens.ids) == meta["n_tokens"] and tokens.n_documents == meta["n_documents"]
         whole = whole and all(check(folder / name, meta["checksums"][name]) for name in ARRAYS)
-        remembered = dict(shard_lengths=(np.int64, 3), hash_counts=(np.uint64, 2))
-        for name, (dtype, width) in remembered.items():
+        for name, dtype, width in (("shard_lengths", np.int64, 3), ("hash_counts", np.uint64, 2)):
             vars(tokens)[name] = np.fromfile(folder / f"{name}.bin", dtype).reshape(-1, width)
     except DAMAGED:
         return None
@@ -305,10 +302,8 @@ def check(path, sums):
     n = len(sums)
     if n != -(-os.path.getsize(path) // BLOCK_BYTES):
         return False
-    blocks = range(n)
-    if n > N_BLOCKS:
-        blocks = sorted({0, n - 1, *random.sample(blocks, N_BLOCKS - 2)})
-    return checksums(path, BLOCK_BYTES, blocks) == [sums[i] for i in blocks]
+    some = {0, n - 1, *random.sample(range(n), N_BLOCKS - 2)} if n > N_BLOCKS else range(n)
+    return checksums(path, BLOCK_BYTES, sorted(some)) == [sums[i] for i in sorted(some)]
 
 
 @contextmanager
@@ -349,10 +344,9 @@ def _open(path):
 
 def _is_at(path, file):
     """Tell whether an open file is the one at a path."""
-    try:
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def _remove_stale(cache_dir):
@@ -380,7 +374,7 @@ def _write_cache(corpus, part, example, tokenizer, folder, temporary):
             tokens.hash_counts.tofile(temporary / "hash_counts.bin")
             for name in ARRAYS:
                 with open(temporary / name, "r+b") as file:
-                    _sync([file])
+                    os.fsync(file.fileno())
             sums = {name: checksums(temporary / name, BLOCK_BYTES) for name in ARRAYS}
             _write_json(temporary / "meta.json", {**meta, "checksums": sums})
         try:
@@ -403,8 +397,7 @@ def _write_cache(corpus, part, example, tokenizer, folder, temporary):
 def _begin(folder, dtype):
     """Begin the files of a cache, or go on with them -> what is complete, see `_tokenize`.
 
-    sums: CRC-32 of each file. position, n_examples: bytes and examples of the corpus that were
-    read.
+    sums: CRC-32 of each file. position, n_examples: bytes and examples of the corpus that are read.
     """
     with suppress(*DAMAGED):
         done = _read_json(folder / "done.json")
@@ -441,26 +434,21 @@ def _tokenize(corpus, part, example, tokenizer, folder):
         for pieces, ids, example_ends in encoded:
             ends = np.unique(done["n_tokens"] + example_ends)
             ends = ends[ends > done["document_end"]]  # an example without tokens is not a document
-            for name, array in (("ids.bin", ids.astype(dtype)), ("offsets.bin", ends)):
-                files[name].write(array.tobytes())
+            for (name, file), array in zip(files.items(), (ids.astype(dtype), ends), strict=True):
+                file.write(array.tobytes())
                 done["sums"][name] = zlib.crc32(array.tobytes(), done["sums"][name])
             _count(done, pieces, ids, ends, tokenizer)
             bar.update(sum(piece.n_bytes for piece in pieces))
             if pieces[-1].last and done["n_bytes"] - n_complete >= PART_BYTES:
-                _sync(files.values())
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
                 _write_json(folder / "done.json", done)
                 n_complete = done["n_bytes"]
     if done["n_tokens"] == 0:
         short = "" if part == "all" else f" for the part {part!r}: it is too short"
         raise ValueError(f"{corpus} has no text{short}")
     return {name: done[name] for name in COUNTS} | dict(dtype=dtype)
-
-
-def _sync(files):
-    """Wait until what was written is on the disk."""
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _count(done, pieces, ids, ends, tokenizer):
@@ -481,14 +469,13 @@ def _encode(pieces, tokenizer):
     strip = adds_prefix(tokenizer) and tokenizer.encode(" a") != tokenizer.encode("a")
     texts = [p.text.removeprefix(" ") if strip and not p.first else p.text for p in pieces]
     encoded = tokenizer.encode_as_numpy(texts)  # without Python's lock: threads run on all cores
-    labels = label_ids(tokenizer)
+    labels = {None: [], **{label: [k] for label, k in label_ids(tokenizer).items()}}
     parts, example_ends, n_tokens = [], [], 0
     for piece, ids in zip(pieces, encoded, strict=True):
-        if piece.label is not None and piece.label not in labels:
+        if piece.label not in labels:
             known = "a tokenizer knows the labels of the text that it was trained on"
             raise ValueError(f"no token for the label {piece.label!r}: {known}")
-        label = [] if piece.label is None else [labels[piece.label]]
-        begin = add_marks(label, tokenizer, piece.first, end=False)
+        begin = add_marks(labels[piece.label], tokenizer, piece.first, end=False)
         end = add_marks([], tokenizer, begin=False, end=piece.last)
         parts += [np.array(begin, np.int32), ids, np.array(end, np.int32)]
         n_tokens += len(begin) + len(ids) + len(end)
