@@ -46,7 +46,8 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions  # not public, but the only list of the flags
         for word in words:
             flag = word.split("=", 1)[0]
-            if flag[:1] == "-" and flag not in known and " " not in flag and not _is_number(flag):
+            is_text = " " in flag or self._negative_number_matcher.match(flag)
+            if flag[:1] == "-" and flag not in known and not is_text:
                 hint = "a value that begins with a dash is written --flag=VALUE"
                 for close in difflib.get_close_matches(flag, known, n=1):
                     hint = f"did you mean {close}?"
@@ -61,15 +62,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise ValueError(message)
-
-
-def _is_number(word):
-    """Tell whether a word is a number, because a negative one looks like a flag."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
@@ -147,8 +139,8 @@ def warn_once(message):
 def hold(file, wait=False):
     """Lock an open file until it is closed -> whether that worked.
 
-    Windows and some file systems have no locks; of the latter, one line on standard error says so.
-    Raises BlockingIOError if another process holds it; with `wait`, waits for that process.
+    Windows and some file systems have no locks. Raises BlockingIOError if another process holds
+    it; with `wait`, waits for that process.
     """
     try:
         import fcntl
@@ -172,9 +164,8 @@ def catch_signals(
 ):
     """Collect signals in the list that is yielded, instead of stopping. A second one stops at once.
 
-    Signals within a second count as one: a terminal and torchrun send the same one twice. At the
-    end the earlier handlers are back. In a thread other than the main one, none is caught: Python
-    allows no handlers there.
+    Signals within a second count as one: a terminal and torchrun send the same one twice. In a
+    thread other than the main one, none is caught: Python allows no handlers there.
     """
     caught, before, first_at = [], {}, 0.0
 
@@ -216,7 +207,7 @@ def fail(message):
 
 
 def open_closed_streams():
-    """Send what goes to a closed stream (`>&-`) nowhere, and not into the next file opened."""
+    """Send what goes to a closed stream (`>&-`) nowhere, and not into the next file."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_WRONLY)

@@ -5,11 +5,9 @@
 A step consists of numbered micro-batches. Process r takes micro-batches r, r + size, ... What is in
 them follows from the seed and their numbers. So the result does not depend on the number of
 processes, except for the order in which gradients are added up. Each process holds all weights,
-moments and averages. Samples are numbered and shared in the same way. Without torchrun there is one
-process, and every function here returns what it was given.
-
-Small counts are sent between CPUs (gloo), so that nothing waits for a GPU. Gradients go by NCCL
-between GPUs.
+moments and averages. Samples are numbered and shared in the same way. Without torchrun, every
+function here returns what it was given. Small counts are sent between CPUs (gloo), so that nothing
+waits for a GPU. Gradients go by NCCL between GPUs.
 """
 
 import atexit
@@ -39,10 +37,7 @@ class WithoutBars(io.TextIOWrapper):
 
 
 def find_device(name):
-    """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device.
-
-    Raises ValueError if there is none.
-    """
+    """Find a device: "auto", "cpu", "cuda", "cuda:1", ... Raises ValueError if there is none."""
     if str(name).startswith("mps"):
         raise ValueError("--device=mps (the GPU of a Mac) is not supported: use --device=cpu")
     if name == "auto":
@@ -84,10 +79,7 @@ def join(name):
 
 
 def limit_steps(seconds):
-    """From now on, end with an error if another process answers late within a step.
-
-    seconds: time that a step takes. Late is after STEP_TIMEOUT, or four steps if they take longer.
-    """
+    """End with an error if a process is STEP_TIMEOUT late, or four steps of `seconds` if longer."""
     global _step_group
     if size() > 1:
         with _report_lost_process():
@@ -111,14 +103,11 @@ def share(items):
 
 
 def micro_batches(count=None):
-    """Return the number of micro-batches of a step: `count`, or one for each process.
-
-    Raises ValueError if the processes cannot share them evenly.
-    """
+    """Check that the processes can share `count` micro-batches evenly -> count, or one for each."""
     count = count or size()
     if count % size():
-        message = f"{size()} processes cannot share {count} micro-batches of a step evenly"
-        raise ValueError(f"{message}: give -acc={size()} or a multiple")
+        found = f"{size()} processes cannot share {count} micro-batches of a step evenly"
+        raise ValueError(f"{found}: give -acc={size()} or a multiple")
     return count
 
 
@@ -140,19 +129,18 @@ def _report_lost_process():
     try:
         yield
     except RuntimeError as error:
-        rank, reason = os.environ.get("RANK"), str(error).splitlines()[0][:200]
-        found = f"process {rank}: another process of this run has stopped, or does not answer"
-        advice = "Run the same command again; training resumes"
-        raise ConnectionError(f"{found} ({reason}). {advice}") from error
+        found = "another process of this run has stopped, or does not answer"
+        found = f"process {os.environ.get('RANK')}: {found} ({str(error).splitlines()[0]:.200})"
+        raise ConnectionError(f"{found}. Run the same command again; training resumes") from error
 
 
 @contextmanager
 def first_alone():
     """Run the block in the first process, then in the others, which find the files it wrote."""
-    if size() > 1 and rank() > 0:
+    if rank() > 0:
         wait()
     yield
-    if size() > 1 and rank() == 0:
+    if rank() == 0:
         wait()
 
 
@@ -175,16 +163,13 @@ def from_first(value):
 
 def total(count):
     """Add up a count over all processes -> int."""
-    if size() == 1:
-        return count
     box = torch.tensor([count])
-    with _report_lost_process():
-        dist.all_reduce(box, group=_step_group)
+    add_up([box])
     return int(box)
 
 
 def add_up(tensors, patient=False):
-    """Add up tensors of one dtype and device over all processes, in place, in one message.
+    """Add up tensors of one dtype and device over all processes, in place.
 
     patient: their work is not equal, so wait for them. Only for tensors on the CPU.
     """
@@ -197,10 +182,7 @@ def add_up(tensors, patient=False):
 
 
 def exchange(tensors, owners):
-    """Send each tensor from the process that owns it to all, in place.
-
-    All are of one dtype and device. owners: a rank for each tensor.
-    """
+    """Send tensors of one dtype and device from the ranks `owners` to all, in place."""
     parts = [[] for _ in range(size())]
     for x, owner in zip(tensors, owners, strict=True):
         parts[owner].append(x)

@@ -265,6 +265,14 @@ def test_the_command_that_is_named_makes_a_text_of_what_is_none(tmp_path, name, 
     assert read(new) and not any("\0" in text or "\ufffd" in text for text in read(new))
 
 
+@pytest.mark.parametrize("pack", ["zst", "lz4"])
+def test_the_command_that_unpacks_objects_gives_them_a_name_of_objects(tmp_path, pack):
+    magic = {"zst": b"\x28\xb5\x2f\xfd\0", "lz4": b"\x04\x22\x4d\x18\0"}[pack]
+    path = write(tmp_path / f"a b.jsonl.{pack}", magic)
+    with pytest.raises(ValueError, match=rf"run \w+ -dc < '{path}' > '{path}.jsonl'"):
+        read(path)
+
+
 def zipped(*names):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:

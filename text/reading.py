@@ -46,7 +46,6 @@ MARKS = {  # that begin a text; the longer ones are first
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
-TO_UTF8 = "iconv -f {} -t UTF-8"
 PANDOC = "pandoc -t plain --wrap=none {path} -o {path}.txt"
 PANDAS = (  # writes a table as one object per line
     'python -c "import sys, pandas, pyarrow.ipc as ipc; %s(sys.argv[1])%s.to_json(sys.argv[2], '
@@ -105,16 +104,12 @@ class Corpus:
 
     @classmethod
     def find(cls, path, text_field, message):
-        """Find a text that an earlier command named -> Corpus.
-
-        Raises ValueError with `message` if it is missing. {} in the message becomes the path.
-        """
-        corpus = cls(os.fspath(path), text_field)
+        """Find a text that an earlier command named. Raises ValueError(message.format(path))."""
         try:
-            corpus.files  # noqa: B018 - looks for them
+            find_files(os.fspath(path))
         except ValueError:
             raise ValueError(message.format(path)) from None
-        return corpus
+        return cls(os.fspath(path), text_field)
 
     def __str__(self):
         return self.path
@@ -131,10 +126,7 @@ class Corpus:
         return sum(stream.seek(0, os.SEEK_END) for _, stream in documents)
 
     def documents(self):
-        """Yield a name for messages and a binary stream of each document, in order.
-
-        Read a stream before the next one. Raises ValueError for what is no text, see `look_at`.
-        """
+        """Yield a name and a stream of each document, to be read before the next. See `look_at`."""
         for path in self.files:
             with open_text(path) as stream:
                 if is_json(path):
@@ -154,14 +146,10 @@ def count(n, thing):
     return f"{n:,} {thing}" + "s" * (n != 1)
 
 
-# ---------------------------------------------------------------- which files
-
-
 def find_files(path):
-    """List the files that a path names.
+    """List the files of a path: a file, a folder, a pattern like "texts/**/*.txt", or several.
 
-    It is a file, a folder, a pattern such as "texts/**/*.txt", or several with commas. Raises
-    ValueError for a part that names no file.
+    Several have commas between them. Raises ValueError for a part that names no file.
     """
     files = []
     for part in _parts(path):
@@ -254,35 +242,33 @@ def _unpack(path, packing):
 
 
 def advice(command, path):
-    """Write the command that makes a text of a file.
+    """Write the command that makes a text of a file: it names {path}, or the text goes through it.
 
-    It has the file as {path}, or else reads the text and writes it. What is packed is unpacked
-    first, but tar does that.
+    What is packed is unpacked first, but tar does that.
     """
     packing, file = _packing_of(path), shlex.quote(path)
-    is_file = "{path}" in command
-    if is_file and (not packing or " tar " in command):
+    if "{path}" in command and (not packing or " tar " in command):
         return command.format(path=file)
     new = shlex.quote(path + (".jsonl" if is_json(path) else ".txt"))
     if not packing:
         return f"{command} < {file} > {new}"
     unpack = f"{PACKED[packing][2]} -dc {file}"
-    if is_file:
+    if "{path}" in command:
         return f"{unpack} > {new} first"
-    return " | ".join(filter(None, [unpack, command])) + f" > {new}"
+    return f"{unpack} | {command} > {new}" if command else f"{unpack} > {new}"
 
 
 def _without_nul(head):
     """Choose a program for a file with NUL bytes. In UTF-16, about every second byte is one."""
     n_even, n_odd = head[::2].count(0), head[1::2].count(0)
     if max(n_even, n_odd) > len(head) / 8 > 4 * min(n_even, n_odd):
-        return TO_UTF8.format("UTF-16LE" if n_odd > n_even else "UTF-16BE")
+        return f"iconv -f UTF-16{'LE' if n_odd > n_even else 'BE'} -t UTF-8"
     return r"tr -d '\000'"
 
 
 def conversion(path):
     """Say how a text that is not UTF-8 becomes it."""
-    command = advice(TO_UTF8.format("WINDOWS-1252"), path)
+    command = advice("iconv -f WINDOWS-1252 -t UTF-8", path)
     return f"Convert it, from Latin-1 or Windows-1252 with {command}"
 
 
@@ -294,10 +280,7 @@ def open_text(path):
 
 
 def lines_of(path):
-    """Read the lines of a small file -> pairs of a number and a line without its end.
-
-    What is not UTF-8 becomes lone surrogates. Raises ValueError, see `look_at`.
-    """
+    """Read a small file -> pairs of a number and a line. Wrong bytes become lone surrogates."""
     with open_text(path) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="\n")
         return [(number, line.rstrip("\r\n")) for number, line in enumerate(text, 1)]
@@ -351,38 +334,28 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-# ---------------------------------------------------------------- objects
-
-
 def _read_objects(path, stream, text_field):
-    """Yield the texts of a JSON file as documents. Raises ValueError that names the line.
-
-    A list, and one object on several lines, are read as a whole.
-    """
+    """Yield the texts of a JSON file as documents. Raises ValueError that names the line."""
     start = stream.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
     stream.seek(0)
+    # A list, and one object on several lines, are read as a whole.
     is_whole = start.startswith(b"[") or start.split(b"\n")[0].strip() == b"{"
     for number, raw in enumerate([stream.read()] if is_whole else stream, 1):
         if raw.isspace():
             continue
         name = path if is_whole else f"{path}, line {number}"
-        value = _parse(raw, name, path)
-        if not (is_whole and isinstance(value, list)):
-            yield name, io.BytesIO(_text_of(value, name, path, text_field))
-            continue
-        for i, member in enumerate(value, 1):
-            name = f"{path}, object {i}"
+        try:
+            value = json.loads(raw)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8: {error.reason}. {conversion(path)}") from None
+        except (ValueError, RecursionError) as error:
+            hint = f"several lines per object? {advice('jq -c .', path)} writes one per line"
+            raise ValueError(f"{name} is not JSON: {error} ({hint})") from None
+        members = {name: value}
+        if is_whole and isinstance(value, list):
+            members = {f"{path}, object {i}": member for i, member in enumerate(value, 1)}
+        for name, member in members.items():
             yield name, io.BytesIO(_text_of(member, name, path, text_field))
-
-
-def _parse(raw, name, path):
-    try:
-        return json.loads(raw)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8: {error.reason}. {conversion(path)}") from None
-    except (ValueError, RecursionError) as error:
-        hint = f"several lines per object? {advice('jq -c .', path)} writes one per line"
-        raise ValueError(f"{name} is not JSON: {error} ({hint})") from None
 
 
 def _text_of(value, name, path, text_field):
@@ -435,8 +408,7 @@ def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None, 
         if size is None or (stop > begin and start < begin + size):
             bounds = max(0, start - begin), stop - begin, max_bytes or PIECE_BYTES
             for *fields, end in _read_document(name, stream, example, *bounds):
-                piece = Piece(*fields, number, begin + end)
-                yield piece
+                yield (piece := Piece(*fields, number, begin + end))
                 number += piece.last
         begin += stream.tell() if size is None else size
 
@@ -463,12 +435,12 @@ def _read_document(name, stream, example, start, stop, max_bytes):
 
 
 def _cut(stream, example, start, stop, max_bytes):
-    """Cut a document into raw pieces -> bytes, begin and end in the document, is last of example.
+    """Cut a document into raw pieces -> bytes, begin and end in it, whether an example ends.
 
-    Between a piece's last byte and its `end` there may be a separator.
+    A separator after a piece lies before its end.
     """
     separator = b"" if example == "paragraph" else example.strip().encode()
-    is_separated = example not in (*ONE_LINE, "file")
+    is_separated = example == "paragraph" or example not in EXAMPLES
     position, held, first = start, bytearray(), True  # held: read but not yielded, at `position`
     longest = max(max_bytes, len(separator) + 100)  # a separator is not read in parts
     for raw, is_whole in _read_lines(stream, start, stop, longest):
@@ -489,10 +461,7 @@ def _cut(stream, example, start, stop, max_bytes):
 
 
 def _read_lines(stream, start, stop, longest):
-    """Yield the lines between two bytes of a document, and whether each is whole.
-
-    Lines of more than `longest` bytes come in parts.
-    """
+    """Yield the lines of a part of a document, long ones in parts, and whether each is whole."""
     stream.seek(start)
     starts_line = True
     while raw := stream.readline(limit := int(min(longest, stop - start))):
@@ -503,10 +472,7 @@ def _read_lines(stream, start, stop, longest):
 
 
 def _find_cut(raw):
-    """Find where to cut a part of a long example.
-
-    Before its last space, else after its last line, else between characters.
-    """
+    """Find where to cut: before the last space, else after the last line, else a character."""
     space, line = raw.rfind(b" ", 1), raw.rfind(b"\n") + 1
     if space > 0 or line:
         return space if space > 0 else line
@@ -530,9 +496,6 @@ def _line_at(stream, position):
     stream.seek(0)
     blocks = (stream.read(min(1 << 20, position - start)) for start in range(0, position, 1 << 20))
     return 1 + sum(block.count(b"\n") for block in blocks)
-
-
-# ---------------------------------------------------------------- headers and separators
 
 
 def header_end(stream):
@@ -623,14 +586,10 @@ def list_labels(counts):
     return [f"{len(counts)} labels: {', '.join(listed)}{rest}"]
 
 
-# ---------------------------------------------------------------- training and validation parts
-
-
 def split_position(corpus, example="line"):
-    """Find the byte where the validation part of a corpus of few examples begins.
+    """Find the byte where few examples are cut for validation: after a space, for the last 5 %.
 
-    It is after a space, close to the last 5 %. Returns None for a corpus of at least FEW_EXAMPLES:
-    `read_part` holds out whole examples of it.
+    None if there are FEW_EXAMPLES or more: `read_part` holds out whole examples.
     """
     examples = (piece for piece in read_pieces(corpus, example) if piece.last)
     if sum(1 for _ in islice(examples, FEW_EXAMPLES)) == FEW_EXAMPLES:

@@ -29,16 +29,10 @@ BYTES_PER_TOKEN = 250  # of the corpus, for a new vocabulary
 MAX_PUNCTUATION = 100  # marks that a word tokenizer takes from words, characters that follow them
 
 
-# ---------------------------------------------------------------- training
-
-
 def default_vocab_size(corpus, kind):
-    """Choose the size of a vocabulary: a token per BYTES_PER_TOKEN of the corpus, a power of two.
-
-    Whole words have the largest, because what is not in it cannot be written.
-    """
+    """Choose the size of a vocabulary: a power of two, about a token per BYTES_PER_TOKEN."""
     smallest, largest = VOCAB_SIZES
-    if kind == "word":
+    if kind == "word":  # what is not in it cannot be written
         return largest
     n_tokens = Corpus.of(corpus).n_bytes // BYTES_PER_TOKEN
     return min(max(smallest, 1 << n_tokens.bit_length()), largest)
@@ -87,10 +81,7 @@ def _train(kind, vocab_size, texts, characters, labels):
 
 
 def read_sample(corpus, example):
-    """Read about TOKENIZER_BYTES from all over a corpus -> texts, all characters, all labels.
-
-    Raises ValueError for more than MAX_LABELS labels.
-    """
+    """Read about TOKENIZER_BYTES from all over a corpus -> texts, all characters, all labels."""
     corpus, texts, characters, labels = Corpus.of(corpus), [], set(), set()
     n = 1 + corpus.n_bytes // TOKENIZER_BYTES  # every n-th piece is kept
     what = f"reading {Path(corpus.path).name}"
@@ -186,9 +177,6 @@ def write_rules(texts, folder):
                 (folder / name).write_text("\n".join(lines) + "\n")
             options[name] = str(folder / name)
     return options
-
-
-# ---------------------------------------------------------------- use
 
 
 def load_tokenizer(path):

@@ -37,14 +37,10 @@ HELD_OUT_SHARE = 0.1
 ACCURACY_TIMES = 0.0, 0.2, 0.4, 0.6, 0.8, 1.0  # at which the accuracy is measured
 
 
-# ---------------------------------------------------------------- training
-
-
 def read_labelled(path, sampler):
     """Read a text of label<TAB>text lines -> list of (label, ids).
 
-    Raises ValueError for fewer than two labels, and for a line without a tab or that is too long
-    for the model, with its number.
+    Raises ValueError for fewer than two labels, and for a line without a tab or that is too long.
     """
     if not Path(path).is_file():
         raise ValueError(f"no text file at {path}")
@@ -142,9 +138,6 @@ def accuracy(classifier, examples, sampler, t, seed):
         log_p, labels = read_noisy(classifier, examples[i : i + BATCH], sampler, t)
         right += (log_p.argmax(1) == labels).sum().item()
     return right / len(examples)
-
-
-# ---------------------------------------------------------------- the command
 
 
 def flags():

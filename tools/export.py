@@ -157,9 +157,6 @@ def export(run_dir, out_dir, dtype=torch.float32):
         raise
 
 
-# ---------------------------------------------------------------- the command
-
-
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument

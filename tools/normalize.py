@@ -22,9 +22,6 @@ TEXT8 = {ord(c): c.lower() for c in map(chr, range(ord("A"), ord("Z") + 1))}
 TEXT8 |= {ord("0") + i: f" {word} " for i, word in enumerate(DIGITS)}
 
 
-# ---------------------------------------------------------------- a simpler form
-
-
 @lru_cache(maxsize=1 << 16)
 def number_in_words(number, language):
     """Write a number in words: "12.5" -> "twelve point five".

@@ -18,17 +18,15 @@ from pathlib import Path
 
 folders = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "bfn.py").exists()]
 if not folders:
-    raise FileNotFoundError("no bfn.py here or above: open the notebook within the repository")
+    raise FileNotFoundError("no bfn.py in this folder or above: \
+open the notebook where it is in the repository")
 os.chdir(folders[0])
 sys.path.insert(0, os.getcwd())
 """
 
 
 def split(page):
-    """Cut a page into its parts -> list of (kind, text).
-
-    The kind is what follows ```, or "" for prose. The text ends in a line break.
-    """
+    """Cut a page into its parts -> list of (kind, text). The kind follows ```, "" is prose."""
     parts, end = [], 0
     for fence in FENCE.finditer(page):
         parts += [("", page[end : fence.start()]), fence.groups()]

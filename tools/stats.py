@@ -30,17 +30,11 @@ FEW_WORDS = VOCAB_SIZES[0]  # so few different words are worth more unknown ones
 NEW_IN_FEW = 0.02  # share of new words that they are worth
 
 
-# ---------------------------------------------------------------- figures of a text
-
-
 @dataclass
 class Duplicates:
-    """Count examples that repeat an earlier one.
+    """Count examples that repeat an earlier one, in bounded memory."""
 
-    Only hashes divisible by a power of two are kept, so that memory is bounded.
-    """
-
-    hashes: Counter = field(default_factory=Counter)
+    hashes: Counter = field(default_factory=Counter)  # only those divisible by `divisor`
     divisor: int = 1
     most: tuple = (1, "")  # times of the most frequent example, and its beginning
 
@@ -61,8 +55,7 @@ class Duplicates:
 
 
 def survey(corpus, example):
-    """Read a text once -> numbers of examples by length in characters, of characters, Duplicates,
-    numbers of examples by label.
+    """Read a text -> counts of lengths in characters, of characters, Duplicates, counts of labels.
 
     Raises ValueError for a text without examples.
     """
@@ -101,11 +94,8 @@ def describe(corpus, example, lengths, characters, duplicates, labels):
         if category == "L":
             scripts[script(c)] += n_times
     n_most, text = duplicates.most
-    most_frequent = f", {text!r} {n_most:,} times" if n_most > 1 else ""
-    common = " ".join(
-        c if c.isprintable() and c != " " else f"U+{ord(c):04X}"
-        for c, _ in characters.most_common(20)
-    )
+    repeated = "the same as an earlier one" + (f", {text!r} {n_most:,} times" if n_most > 1 else "")
+    common = " ".join(map(_visible, dict(characters.most_common(20))))
     once = f"{sum(n_times == 1 for n_times in characters.values()):,} of them once"
     shares = f"half up to {median:,}, nine of ten up to {most:,}"
     return [
@@ -114,10 +104,13 @@ def describe(corpus, example, lengths, characters, duplicates, labels):
         f"characters: {n_chars:,}, {len(characters):,} different ones, {once}; {_shares(kinds)}",
         f"the most frequent ones: {common}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
-        f"duplicates: {duplicates.share():.1%} of the examples are the same as an earlier one"
-        + most_frequent,
+        f"duplicates: {duplicates.share():.1%} of the examples are {repeated}",
         *reading.list_labels(labels),
     ]
+
+
+def _visible(c):
+    return c if c.isprintable() and c != " " else f"U+{ord(c):04X}"
 
 
 def _shares(counts, most=6):
@@ -148,9 +141,7 @@ def suggest_tokenizer(corpus, example):
 
 
 def suggest_example(corpus, example):
-    """Suggest a separator, or paragraphs if the text was read by lines, and blank lines separate
-    several of these -> lines to print.
-    """
+    """Suggest a separator, or paragraphs if blank lines separate several lines -> lines."""
     notes = reading.reading_notes(corpus, example)
     if example != "line" or notes:
         return notes
@@ -158,8 +149,8 @@ def suggest_example(corpus, example):
     if head and all("\t" in text for text in head):
         flags = "--labelled in training and --example=labelled here"
         return [f"each line has a tab: if it is label<TAB>text, {flags}"]
-    kinds = "line", "paragraph"
-    n_lines, n_paragraphs = (sum(piece.last for piece in read_head(corpus, kind)) for kind in kinds)
+    n_lines = sum(piece.last for piece in read_head(corpus, "line"))
+    n_paragraphs = sum(piece.last for piece in read_head(corpus, "paragraph"))
     if not n_lines / 50 < n_paragraphs < 0.9 * n_lines:  # hardly any blank lines, or one each line
         return []
     found = f"blank lines: the first {n_lines:,} lines are {n_paragraphs:,} paragraphs"
@@ -179,9 +170,6 @@ def command(corpus, example):
         f"tokenizer: {kind} ({found})",
         f"suggested: {shlex.join(words)} (with --dry_run, it only says what it would do)",
     ]
-
-
-# ---------------------------------------------------------------- the command
 
 
 def flags():
