@@ -1,4 +1,4 @@
-"""What all commands share: strict flags, devices, errors in one line, signals, and files that are replaced as a whole."""
+"""What all commands share: strict flags, errors in one line, signals, locks."""
 
 import argparse
 import difflib
@@ -24,12 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 memory_advice = "a shorter text or a smaller model takes less"  # training says more: memory.py
 
 
-# A command imports this file first. Ctrl-C while it imports the rest ends it without a traceback, until `run` takes over.
+# A command imports this file first. Ctrl-C while it imports the rest ends it without a traceback,
+# until `run` takes over. In the background of a script, Ctrl-C stays ignored.
 _main = getattr(sys.modules["__main__"], "__file__", None)
 _is_command = bool(_main) and Path(_main).resolve().is_relative_to(ROOT)
-
-
-if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in a script's background
+if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -44,15 +43,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        known = self._option_string_actions  # not public, but argparse has no other list of its flags
+        known = self._option_string_actions  # not public, but the only list of the flags
         for word in words:
             flag = word.split("=", 1)[0]
-            if flag[:1] == "-" and flag not in known and " " not in flag and not _is_number(flag):
-                close = difflib.get_close_matches(flag, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else "a value that begins with a dash is written --flag=VALUE"
+            is_text = " " in flag or self._negative_number_matcher.match(flag)
+            if flag[:1] == "-" and flag not in known and not is_text:
+                hint = "a value that begins with a dash is written --flag=VALUE"
+                for close in difflib.get_close_matches(flag, known, n=1):
+                    hint = f"did you mean {close}?"
                 self.error(f"unknown flag {flag} ({hint})")
-        for flag, value in [*(word.split("=", 1) for word in words if "=" in word), *pairwise(words)]:
-            if value == "" and flag in known and flag not in MAY_BE_EMPTY:  # an unset shell variable
+        joined = [word.split("=", 1) for word in words if "=" in word]
+        for flag, value in [*joined, *pairwise(words)]:
+            if value == "" and flag in known and flag not in MAY_BE_EMPTY:  # an unset variable
                 self.error(f"{flag} is empty: give a value or leave the flag out")
             if value == "--" and flag in known:  # argparse would make it an empty list
                 self.error(f"{flag} cannot be --: give another value")
@@ -62,35 +64,29 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _is_number(word):
-    """Tell whether a word is a number, because a negative one looks like a flag."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
 def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
-    """Make a type for flags: a function that turns text into a number of this kind and range, or refuses it."""
+    """Make a type for flags: a function from text to a number of this kind and range."""
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
-        if not (least < value if exclusive else least <= value):
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {least}")
-        if value >= below:
-            raise argparse.ArgumentTypeError(f"{text} must be below {below}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{text} must be at most {most}")
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {name}") from None
+        lower = f"above {least}" if exclusive else f"at least {least}"
+        for is_met, limit in (
+            (value > least if exclusive else value >= least, lower),
+            (value < below, f"below {below}"),
+            (value <= most, f"at most {most}"),
+        ):
+            if not is_met:
+                raise argparse.ArgumentTypeError(f"{text} must be {limit}")
         return value
 
     return convert
 
 
-natural, count, several = (_number(int, least) for least in (0, 1, 2))  # types for flags: 0, 1, ...; 1, 2, ...; 2, 3, ...
+natural, count, several = (_number(int, least) for least in (0, 1, 2))  # from 0, 1, 2 on
 steps = _number(int, 1, most=10**6)  # beyond, random numbers and float32 run out
 samples = _number(int, 1, most=10**6)  # beyond, memory runs out
 layers = _number(int, 1, most=1000)  # beyond, a network takes hours to build
@@ -143,8 +139,8 @@ def warn_once(message):
 def hold(file, wait=False):
     """Lock an open file until it is closed -> whether that worked.
 
-    Windows and some file systems have no locks; of the latter, one line on standard error says so.
-    Raises BlockingIOError if another process holds it; with `wait`, waits for that process.
+    Windows and some file systems have no locks. Raises BlockingIOError if another process holds
+    it; with `wait`, waits for that process.
     """
     try:
         import fcntl
@@ -168,9 +164,8 @@ def catch_signals(
 ):
     """Collect signals in the list that is yielded, instead of stopping. A second one stops at once.
 
-    Signals within a second count as one: a terminal and torchrun send the same one twice. At the
-    end the earlier handlers are back. In a thread other than the main one, none is caught: Python
-    allows no handlers there.
+    Signals within a second count as one: a terminal and torchrun send the same one twice. In a
+    thread other than the main one, none is caught: Python allows no handlers there.
     """
     caught, before, first_at = [], {}, 0.0
 
@@ -200,15 +195,19 @@ def catch_signals(
 
 
 def fail(message):
-    """Print one line to standard error and leave with exit code 2. Many processes that fail together print it once."""
+    """Print one line to standard error and leave with exit code 2.
+
+    Many processes that fail together print it once: torchrun ends the others while they wait.
+    """
     if os.environ.get("RANK", "0") != "0" or isinstance(message, ConnectionError):
-        time.sleep(2)  # torchrun ends this process meanwhile if the first one, or the one that was lost, has said why
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        time.sleep(2)
+    line = " ".join(str(message).split())
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 def open_closed_streams():
-    """Send what would go to a closed stream (`>&-`) nowhere, and not into the next file that is opened."""
+    """Send what goes to a closed stream (`>&-`) nowhere, and not into the next file."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_WRONLY)
@@ -217,10 +216,11 @@ def open_closed_streams():
 
 
 def run(main):
-    """Call main(). An error that the user can correct becomes one line and exit code 2; BFN_DEBUG=1 shows tracebacks.
+    """Call main(). An error that the user can correct becomes one line and exit code 2.
 
-    KeyboardInterrupt(number of a signal) becomes exit code 128 + number; Ctrl-C is the default.
-    What the encoding of standard output does not have is written with a backslash, as on standard error.
+    BFN_DEBUG=1 shows tracebacks. KeyboardInterrupt(number of a signal) becomes exit code
+    128 + number; Ctrl-C is the default. What the encoding of standard output lacks is written with
+    a backslash, as on standard error.
     """
     open_closed_streams()
     try:
@@ -237,7 +237,8 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
+        out_of_memory = re.search("out of memory|allocate memory", str(error))
+        out_of_memory = out_of_memory or isinstance(error, MemoryError)
         if os.environ.get("BFN_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
         fail(f"out of memory: {memory_advice}" if out_of_memory else error)

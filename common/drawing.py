@@ -1,16 +1,11 @@
-"""The pictures of plot.py: from numbers to matplotlib figures, one function per picture.
+"""What all pictures share: their style, fonts and files, and a plot of lines.
 
-    theta   (..., K)   float32  input distribution
-    series  {label: (x, y)}     lines of equal length each
-    plan    data.Plan           windows in rows
-
-Call them in `style`, which sets light or dark colours. matplotlib is imported where it is needed: it takes a second.
+matplotlib is imported where it is needed: that takes a second.
 """
 
 import sys
 import warnings
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +17,13 @@ from common.files import replacing
 WIDTH = 8.4  # inches; with DPI a little wider than a README's column
 DPI = 120
 N_COLOURS = 6
-LIGHT = dict(background="#ffffff", ink="#24292f", pale="#d0d7de", colours="#0072b2 #d55e00 #009e73 #aa4499 #b8860b #4a9fd8")
-DARK = dict(background="#0d1117", ink="#e6edf3", pale="#3d444d", colours="#58a6ff #ff9b50 #3fcf9f #e58fd0 #e3c04d #9fd3ff")
+LIGHT = dict(background="#ffffff", ink="#24292f", pale="#d0d7de",
+    colours="#0072b2 #d55e00 #009e73 #aa4499 #b8860b #4a9fd8")
+DARK = dict(background="#0d1117", ink="#e6edf3", pale="#3d444d",
+    colours="#58a6ff #ff9b50 #3fcf9f #e58fd0 #e3c04d #9fd3ff")
+MARK = "made by plot.py"  # in each picture, so that only pictures are written over
+METADATA = {"png": {"Software": MARK}, "svg": {"Creator": MARK, "Date": None}}
+_reported = set()  # messages that `try_to_save` has printed
 
 
 @contextmanager
@@ -32,11 +32,11 @@ def style(dark=False):
     import matplotlib
 
     c = DARK if dark else LIGHT
-    inks = "text.color axes.labelcolor axes.titlecolor xtick.color ytick.color axes.edgecolor".split()
-    backgrounds = "figure.facecolor axes.facecolor savefig.facecolor".split()
+    inks = "text.color axes.labelcolor axes.titlecolor axes.edgecolor xtick.color ytick.color"
+    backgrounds = "figure.facecolor axes.facecolor savefig.facecolor"
     settings = {
-        **dict.fromkeys(inks, c["ink"]),
-        **dict.fromkeys(backgrounds, c["background"]),
+        **dict.fromkeys(inks.split(), c["ink"]),
+        **dict.fromkeys(backgrounds.split(), c["background"]),
         "axes.prop_cycle": matplotlib.cycler(color=c["colours"].split()),
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -65,7 +65,8 @@ def ink(share=1.0):
     import matplotlib
     from matplotlib.colors import to_rgb
 
-    background, full = (np.array(to_rgb(matplotlib.rcParams[name])) for name in ("figure.facecolor", "text.color"))
+    background = np.array(to_rgb(matplotlib.rcParams["figure.facecolor"]))
+    full = np.array(to_rgb(matplotlib.rcParams["text.color"]))
     return tuple((1 - share) * background + share * full)
 
 
@@ -113,42 +114,29 @@ def mark_level(axes, y, text):
     axes.axhline(y, color=ink(0.6), linewidth=1, linestyle="--", label=text)
 
 
-# ---------------------------------------------------------------- lines
-
-
-def line_figure(series, x_label, y_label, title, log=""):
-    """Draw {label: (x, y)} as lines. log: "x" or "xy", the logarithmic axes."""
-    figure = new_figure(4.5, width=7)
-    axes = figure.subplots()
-    for label, (x, y) in series.items():
-        axes.plot(x, y, label=plain(label), linewidth=1.8)
-    axes.set(xlabel=x_label, ylabel=y_label, title=plain(title))
-    for axis in log:
-        axes.set(**{f"{axis}scale": "log"})
-    axes.grid()
-    if series:
-        axes.legend()
-    return figure
-
-
-MARK = "made by plot.py"  # in each picture, so that only pictures are written over
-METADATA = {"png": {"Software": MARK}, "svg": {"Creator": MARK, "Date": None}}
-_reported = set()  # messages that `try_to_save` has printed
-
-
-# ---------------------------------------------------------------- for other files
-
-
 def lines(path, series, x_label, y_label, title, log=""):
-    """Draw {label: (x, y)} as lines into a picture file -> whether that worked. log: "x" or "xy", the logarithmic axes."""
-    return try_to_save(path, partial(line_figure, series, x_label, y_label, title, log))
+    """Draw {label: (x, y)} as lines into a file -> whether that worked. log: "x" or "xy"."""
+
+    def draw():
+        figure = new_figure(4.5, width=7)
+        axes = figure.subplots()
+        for label, (x, y) in series.items():
+            axes.plot(x, y, label=plain(label), linewidth=1.8)
+        axes.set(xlabel=x_label, ylabel=y_label, title=plain(title))
+        axes.set(**{f"{axis}scale": "log" for axis in log})
+        axes.grid()
+        if series:
+            axes.legend()
+        return figure
+
+    return try_to_save(path, draw)
 
 
 def try_to_save(path, make_figure):
     """Save the picture that make_figure() draws -> whether that worked.
 
-    The file's ending decides its format. A picture never stops a run: if it cannot be drawn or written, one line on standard
-    error says why, once for each path and reason.
+    A picture never stops a run: one line on standard error says why there is none, once for each
+    path and reason.
     """
     try:
         save(Path(path), make_figure)
@@ -162,7 +150,7 @@ def try_to_save(path, make_figure):
 
 
 def save(path, make_figure, dark=False):
-    """Save the picture that make_figure() draws, whole or not at all."""
+    """Save the picture that make_figure() draws, whole or not at all, in the ending's format."""
     kind = path.suffix[1:] or "png"
     with style(dark):
         figure = make_figure()
@@ -185,8 +173,9 @@ def _reason(error):
 
 
 def check_output(path, endings):
-    """Raise ValueError for another ending, and for a file that is not a picture of plot.py: it would be lost."""
+    """Raise ValueError for another ending, and for a file that is no picture: it would be lost."""
     if path.suffix not in endings:
         raise ValueError(f"--output={path} must end in {' or '.join(endings)}")
     if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        raise ValueError(f"{path} exists already and is not a picture of plot.py: give another --output")
+        found = f"{path} exists already and is not a picture of plot.py"
+        raise ValueError(f"{found}: give another --output")

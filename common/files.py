@@ -1,4 +1,4 @@
-"""What all commands share: strict flags, devices, errors in one line, signals, and files that are replaced as a whole."""
+"""Files that are written as a whole, and what identifies their content."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # no space left, quota exce
 
 @contextmanager
 def writing(path):
-    """Name the path in the error of a full disk, which does not name one. Put it around the `with` that closes the file."""
+    """Name the path in the error of a full disk. Put it around the `with` that closes the file."""
     try:
         yield
     except OSError as error:
@@ -22,21 +22,21 @@ def writing(path):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path next to `path`. At the end it replaces `path`; after an error, `path` stays as it was."""
+    """Yield a temporary path, which replaces `path` at the end. After an error, `path` stays."""
     temporary = Path(f"{path}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         with writing(path):
             yield temporary
             with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())  # the content must be on the disk before the name refers to it
+                os.fsync(file.fileno())  # the content must be on the disk before its name
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def file_hash(path, progress=None):
-    """Compute the sha256 of a file's content, in hexadecimal. progress: is called with the number of bytes of each block."""
+    """Compute the sha256 of a file -> hexadecimal. Calls progress(bytes) after each block."""
     value = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

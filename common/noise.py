@@ -12,10 +12,7 @@ import torch
 # Polynomials in x^2, the highest power first: cos(pi x) and sin(pi x) / x for |x| <= 1, to 2e-6.
 # They take a third of the instructions of the functions themselves on a GPU.
 COSINE = -0.02057725, 0.2296504, -1.332369, 4.058041, -4.934745, 0.9999992
-
-
 SINE = -0.006089475, 0.08074782, -0.5985506, 2.549998, -5.167699, 3.141593
-
 
 # The fractions of 1, 2, 3, ... times this number are spread evenly over (0, 1).
 GOLDEN = (5**0.5 - 1) / 2
@@ -40,7 +37,7 @@ def nth_keys(keys, n):
 
 def _hash(x):
     """Scramble the bits of int32 numbers [the 32-bit finaliser "lowbias32", Wellons 2018]."""
-    # Int32 products wrap; the masks make the shifts unsigned.
+    # Products of int32 wrap; the masks make the shifts unsigned.
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     return x ^ ((x >> 16) & 0xFFFF)
@@ -67,7 +64,7 @@ def noise_halves(keys, K):
     sin(angle) to the second.
     """
     i = torch.arange(K - K // 2, dtype=torch.int32, device=keys.device)
-    # Exact where it is small.
+    # exact where it is small
     u = (_hash(i + keys[..., :1]).float().abs() * 2.0**-31).clamp(min=2.0**-32)
     half_turns = _hash(i ^ keys[..., 1:]).float() * 2.0**-31
     square, radius = half_turns.square(), (-2 * u.log()).sqrt()
@@ -77,10 +74,7 @@ def noise_halves(keys, K):
 
 
 def noise(keys, K):
-    """Compute K standard normal numbers per pair of keys: (..., 2) -> (..., K), |eps| < 6.7.
-
-    They are the same on every device and in every chunk, up to rounding.
-    """
+    """Compute K standard normal numbers per pair of keys: (..., 2) -> (..., K), |eps| < 6.7."""
     return torch.cat(noise_halves(keys, K), -1)
 
 

@@ -1,13 +1,13 @@
-"""One run in many processes: torchrun starts them, each does its share of every step, and the first one writes.
+"""One run in many processes. torchrun starts them, each does its share, and the first one writes.
 
     torchrun --nproc_per_node=4 train.py -d=CORPUS.txt -mdir=RUN_DIR
 
-A step consists of numbered micro-batches. Process r takes micro-batches r, r + size, ...; what is in them follows from the
-seed and their numbers alone. So the result does not depend on the number of processes, except for the order in which
-gradients are added up. Each process holds all weights, moments and averages. Samples are numbered and shared in the same
-way. Without torchrun there is one process, and every function here returns what it was given.
-
-Small counts are sent between CPUs (gloo), so that nothing waits for a GPU; gradients go by NCCL between GPUs.
+A step consists of numbered micro-batches. Process r takes micro-batches r, r + size, ... What is in
+them follows from the seed and their numbers. So the result does not depend on the number of
+processes, except for the order in which gradients are added up. Each process holds all weights,
+moments and averages. Samples are numbered and shared in the same way. Without torchrun, every
+function here returns what it was given. Small counts are sent between CPUs (gloo), so that nothing
+waits for a GPU. Gradients go by NCCL between GPUs.
 """
 
 import atexit
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 START_TIMEOUT = timedelta(minutes=1)  # until all processes have started; also between GPUs
-STEP_TIMEOUT = timedelta(seconds=15)  # in training, see `limit_steps`: torchrun takes 30 s more to end what hangs
+STEP_TIMEOUT = timedelta(seconds=15)  # see `limit_steps`; torchrun ends what hangs after 30 more
 LONG_TIMEOUT = timedelta(days=1)  # for what the first process does alone, such as tokenising
 _step_group = _patient_group = None  # groups of all processes, between CPUs, that wait for so long
 
@@ -37,7 +37,7 @@ class WithoutBars(io.TextIOWrapper):
 
 
 def find_device(name):
-    """Find a device by name ("auto", "cpu", "cuda", "cuda:1", ...) -> torch.device. Raises ValueError if there is none."""
+    """Find a device: "auto", "cpu", "cuda", "cuda:1", ... Raises ValueError if there is none."""
     if str(name).startswith("mps"):
         raise ValueError("--device=mps (the GPU of a Mac) is not supported: use --device=cpu")
     if name == "auto":
@@ -48,12 +48,13 @@ def find_device(name):
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f"no device {name!r} here: use --device=cpu, or --device=cuda if there is a GPU")
+        advice = "use --device=cpu, or --device=cuda if there is a GPU"
+        raise ValueError(f"no device {name!r} here: {advice}")
     return found
 
 
 def join(name):
-    """Find the device by its name, as `find_device` does, and meet the other processes of torchrun -> torch.device."""
+    """Find the device as `find_device` does, and meet the other processes of torchrun."""
     global _step_group, _patient_group
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = find_device(name)
@@ -62,11 +63,13 @@ def join(name):
     if device.type == "cuda":
         if device.index is None and local >= torch.cuda.device_count():
             n = torch.cuda.device_count()
-            raise ValueError(f"process {local + 1} of this machine has no GPU, there are {n}: lower --nproc_per_node")
+            found = f"process {local + 1} of this machine has no GPU, there are {n}"
+            raise ValueError(f"{found}: lower --nproc_per_node")
         device = find_device(f"cuda:{local}") if device.index is None else device
         torch.cuda.set_device(device)
     with _report_lost_process():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=START_TIMEOUT)
         _step_group = _patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
@@ -76,14 +79,12 @@ def join(name):
 
 
 def limit_steps(seconds):
-    """From now on, end with an error if another process answers late within a step, in which all do equal work.
-
-    seconds: time that a step takes. Late is after STEP_TIMEOUT, or after four steps if they take longer.
-    """
+    """End with an error if a process is STEP_TIMEOUT late, or four steps of `seconds` if longer."""
     global _step_group
     if size() > 1:
         with _report_lost_process():
-            _step_group = dist.new_group(backend="gloo", timeout=max(STEP_TIMEOUT, 4 * timedelta(seconds=seconds)))
+            timeout = max(STEP_TIMEOUT, 4 * timedelta(seconds=seconds))
+            _step_group = dist.new_group(backend="gloo", timeout=timeout)
 
 
 def size():
@@ -102,19 +103,16 @@ def share(items):
 
 
 def micro_batches(count=None):
-    """Return the number of micro-batches of a step: `count`, or one for each process.
-
-    Raises ValueError if the processes cannot share them evenly.
-    """
+    """Check that the processes can share `count` micro-batches evenly -> count, or one for each."""
     count = count or size()
     if count % size():
-        message = f"{size()} processes cannot share {count} micro-batches of a step evenly"
-        raise ValueError(f"{message}: give -acc={size()} or a multiple")
+        found = f"{size()} processes cannot share {count} micro-batches of a step evenly"
+        raise ValueError(f"{found}: give -acc={size()} or a multiple")
     return count
 
 
 def first_only(function):
-    """Make a function that only the first process runs. The others wait until it has, and get None."""
+    """Make a function that only the first process runs. The others wait, and get None."""
 
     @wraps(function)
     def run(*args, **options):
@@ -131,17 +129,18 @@ def _report_lost_process():
     try:
         yield
     except RuntimeError as error:
-        message = f"process {os.environ.get('RANK')}: another process of this run has stopped, or does not answer"
-        raise ConnectionError(f"{message} ({str(error).splitlines()[0]:.200}). Run the same command again; training resumes") from error
+        found = "another process of this run has stopped, or does not answer"
+        found = f"process {os.environ.get('RANK')}: {found} ({str(error).splitlines()[0]:.200})"
+        raise ConnectionError(f"{found}. Run the same command again; training resumes") from error
 
 
 @contextmanager
 def first_alone():
-    """Run the block in the first process, then in the others: they find the files that it has written."""
-    if size() > 1 and rank() > 0:
+    """Run the block in the first process, then in the others, which find the files it wrote."""
+    if rank() > 0:
         wait()
     yield
-    if size() > 1 and rank() == 0:
+    if rank() == 0:
         wait()
 
 
@@ -164,16 +163,13 @@ def from_first(value):
 
 def total(count):
     """Add up a count over all processes -> int."""
-    if size() == 1:
-        return count
     box = torch.tensor([count])
-    with _report_lost_process():
-        dist.all_reduce(box, group=_step_group)
+    add_up([box])
     return int(box)
 
 
 def add_up(tensors, patient=False):
-    """Add up tensors of one dtype and device over all processes, in place, in one message.
+    """Add up tensors of one dtype and device over all processes, in place.
 
     patient: their work is not equal, so wait for them. Only for tensors on the CPU.
     """
@@ -186,14 +182,14 @@ def add_up(tensors, patient=False):
 
 
 def exchange(tensors, owners):
-    """Send each tensor from the process that owns it to all, in place. All are of one dtype and device.
-
-    owners: a rank for each tensor.
-    """
-    parts = [[x for x, owner in zip(tensors, owners, strict=True) if owner == r] for r in range(size())]
+    """Send tensors of one dtype and device from the ranks `owners` to all, in place."""
+    parts = [[] for _ in range(size())]
+    for x, owner in zip(tensors, owners, strict=True):
+        parts[owner].append(x)
     flats = [torch.cat([x.flatten() for x in part] or [tensors[0].new_empty(0)]) for part in parts]
     with _report_lost_process():
-        messages = [dist.broadcast(flat, r, group=_group_of(flat), async_op=True) for r, flat in enumerate(flats)]
+        group = _group_of(flats[0])
+        messages = [dist.broadcast(x, r, group=group, async_op=True) for r, x in enumerate(flats)]
         for message in messages:
             message.wait()
     for flat, part in zip(flats, parts, strict=True):
@@ -207,12 +203,12 @@ def _group_of(x):
 
 def _unflatten(flat, tensors):
     """Copy one long tensor into those that it was joined from."""
-    parts = flat.split([x.numel() for x in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])
+    parts = zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)
+    torch._foreach_copy_(list(tensors), [part.view_as(x) for part, x in parts])
 
 
 def in_order(items, n):
-    """Merge what each process makes of its `share` of n things, an iterator over plain types -> iterator over all n."""
+    """Yield what all processes make of n things, in order. items: plain types, of this `share`."""
     if size() == 1:
         yield from items
         return
@@ -224,7 +220,7 @@ def in_order(items, n):
 
 
 def prefetch(function, items, depth=8, threads=1):
-    """Yield function(item) for each item, in order, while threads compute the next `depth` results."""
+    """Yield function(item) for each item, in order. Threads compute the next `depth` meanwhile."""
     with ThreadPoolExecutor(threads) as pool:
         pending = deque()
         for item in items:

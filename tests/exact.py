@@ -1,10 +1,13 @@
-"""The exact network of a small joint distribution: what a perfectly trained network would output."""
+"""The exact network of a small joint distribution: what perfect training would give."""
 
 import torch
 
 
 def random_joint(K=4, L=3, seed=0, spread=2.0):
-    """A random distribution, more peaked for a larger `spread` -> sequences (K^L, L), probabilities (K^L,)."""
+    """A random distribution, more peaked for a larger `spread` -> sequences, probabilities.
+
+    (K^L, L), (K^L,)
+    """
     generator = torch.Generator().manual_seed(seed)
     sequences = torch.cartesian_prod(*[torch.arange(K)] * L)
     return sequences, (spread * torch.randn(K**L, generator=generator)).softmax(0)

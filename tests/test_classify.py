@@ -1,6 +1,5 @@
 """Classifiers of noisy texts: training, files, and steering by them."""
 
-
 import pytest
 import torch
 from untrained import make_run, run_command
@@ -45,7 +44,9 @@ def test_padding_does_not_change_a_label(trained):
     shortest = min(held_out, key=lambda example: len(example[1]))
     with torch.no_grad():
         alone, _ = classify.read_noisy(classifier, [shortest], sampler, 1.0, lambda s: s > 0)
-        padded, _ = classify.read_noisy(classifier, [longest, shortest], sampler, 1.0, lambda s: s > 0)
+        padded, _ = classify.read_noisy(
+            classifier, [longest, shortest], sampler, 1.0, lambda s: s > 0
+        )
     torch.testing.assert_close(padded[1], alone[0], atol=1e-4, rtol=1e-4)
 
 
@@ -53,7 +54,9 @@ def test_the_classifier_finds_its_label_in_samples_that_it_steered(trained):
     sampler, classifier, _ = trained
 
     def share(label, scale):
-        drawn = sampler.stream([""] * 64, length=8, steps=8, guide=classifier.guide(label), scale=scale)
+        drawn = sampler.stream(
+            [""] * 64, length=8, steps=8, guide=classifier.guide(label), scale=scale
+        )
         samples = [(label, ids) for _, ids, _ in drawn]
         return classify.accuracy(classifier, samples, sampler, 1.0, 0)
 
@@ -71,14 +74,25 @@ def test_the_held_out_texts_are_a_tenth_of_each_label(trained, texts):
         assert sum(example[0] == label for example in held_out) == round(0.1 * n)
 
 
-def test_the_commands_write_a_classifier_and_sample_with_it(run_dir, texts, tmp_path, monkeypatch, capsys):
+def test_the_commands_write_a_classifier_and_sample_with_it(
+    run_dir, texts, tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "names.pt"
     flags = [f"-mdir={run_dir}", f"-d={texts}", f"--output={path}", "--steps=4", "--device=cpu"]
     lines, _, code = run_command(classify.main, monkeypatch, capsys, *flags)
-    assert code == 0 and [line.split()[:3] for line in lines[2:8]] == [["t", "=", f"{i / 5:.1f}"] for i in range(6)]
+    assert code == 0 and [line.split()[:3] for line in lines[2:8]] == [
+        ["t", "=", f"{i / 5:.1f}"] for i in range(6)
+    ]
     again, _, _ = run_command(classify.main, monkeypatch, capsys, *flags)  # replaces its own file
     assert again == lines
-    flags = [f"-mdir={run_dir}", f"--classifier={path}", "--label=anna", "--num_samples=2", "--steps=3", "--device=cpu"]
+    flags = [
+        f"-mdir={run_dir}",
+        f"--classifier={path}",
+        "--label=anna",
+        "--num_samples=2",
+        "--steps=3",
+        "--device=cpu",
+    ]
     steered, _, code = run_command(sample.main, monkeypatch, capsys, *flags)
     assert code == 0 and len(steered) == 2
     _, error, code = run_command(sample.main, monkeypatch, capsys, *flags[:2], "--label=emma")
@@ -88,7 +102,9 @@ def test_the_commands_write_a_classifier_and_sample_with_it(run_dir, texts, tmp_
 def test_the_model_is_not_changed(run_dir, trained):
     sampler, _, _ = trained
     fresh = sample.Sampler.load(run_dir, device="cpu").model.state_dict()
-    assert all(torch.equal(value, fresh[name]) for name, value in sampler.model.state_dict().items())
+    assert all(
+        torch.equal(value, fresh[name]) for name, value in sampler.model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,14 +117,23 @@ def test_the_model_is_not_changed(run_dir, trained):
         (f"a\t{'the king ' * 40}\n", "line 1 takes 82 tokens"),
     ],
 )
-def test_texts_that_are_not_labelled_get_one_line(run_dir, tmp_path, monkeypatch, capsys, content, message):
+def test_texts_that_are_not_labelled_get_one_line(
+    run_dir, tmp_path, monkeypatch, capsys, content, message
+):
     (tmp_path / "texts.tsv").write_text(content)
     flags = [f"-mdir={run_dir}", f"-d={tmp_path / 'texts.tsv'}", f"--output={tmp_path / 'out.pt'}"]
     _, error, code = run_command(classify.main, monkeypatch, capsys, *flags)
-    assert code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "out.pt").exists()
+    assert (
+        code == 2
+        and message in error
+        and error.count("\n") == 1
+        and not (tmp_path / "out.pt").exists()
+    )
 
 
-def test_a_classifier_that_is_damaged_missing_or_of_another_model_gets_one_line(run_dir, trained, tmp_path):
+def test_a_classifier_that_is_damaged_missing_or_of_another_model_gets_one_line(
+    run_dir, trained, tmp_path
+):
     sampler, classifier, _ = trained
     path = tmp_path / "c.pt"
     with pytest.raises(ValueError, match="no classifier at"):
@@ -118,7 +143,9 @@ def test_a_classifier_that_is_damaged_missing_or_of_another_model_gets_one_line(
         guidance.load_classifier(path, sampler)
     guidance.save_classifier(path, classifier, sampler.run["tokenizer_hash"])
     loaded = guidance.load_classifier(path, sampler)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), classifier.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), classifier.parameters(), strict=True)
+    )
     for n in (0, 100, path.stat().st_size - 50):
         path.write_bytes(path.read_bytes()[:n])
         with pytest.raises(ValueError, match="is damaged, or no file of classify.py"):

@@ -21,8 +21,8 @@ import sample
 import train
 from common import cli, files, parallel
 from examples import moons
-from tools import classify, stats
-from training import checkpoint, log
+from tools import classify, export, normalize, stats
+from training import log
 
 
 @pytest.mark.parametrize("command, flag", [(train, "-nl=1001"), (sample, "--num_samples=1000001")])
@@ -47,7 +47,10 @@ def test_the_error_of_a_full_disk_names_the_file(tmp_path, capsys):
 
     with pytest.raises(SystemExit) as stop:
         cli.run(main)
-    assert stop.value.code == 2 and f"No space left on device: '{tmp_path / 'file'}'" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and f"No space left on device: '{tmp_path / 'file'}'" in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -77,12 +80,14 @@ def test_ctrl_c_is_caught_again_once_a_command_runs(monkeypatch):
 
 # ---------------------------------------------------------------- paths
 
-TEXT = set("text_field prompt ban hint label draft check flags language one cases device".split())
+TEXT = set(
+    "text_field example prompt ban hint label draft check flags language one cases device".split()
+)
 
 
 def parsers():
     """The parsers of all commands."""
-    commands = train, sample, evaluate, checkpoint, classify, stats, moons
+    commands = train, sample, evaluate, export, classify, stats, normalize, moons
     yield from (command.flags() for command in commands)
     yield from map(plot.flags, plot.PICTURES)
 

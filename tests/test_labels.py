@@ -44,7 +44,8 @@ def tokenizer(request, corpus, tmp_path_factory):
 def run_dir(corpus, tmp_path_factory):
     """A run of a few steps."""
     folder = tmp_path_factory.mktemp("run")
-    flags = f"-d={corpus} -mdir={folder / 'run'} --cache_dir={folder / 'cache'} --labelled --tokenizer=word".split()
+    flags = [f"-d={corpus}", f"-mdir={folder / 'run'}", f"--cache_dir={folder / 'cache'}"]
+    flags += ["--labelled", "--tokenizer=word"]
     flags += "-mdim=32 -nl=1 -nh=2 -bsz=4 -slen=32 --max_steps=3 -nex=2".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *flags])
@@ -143,14 +144,18 @@ def test_documents_begin_with_bos_and_label_and_decode_to_their_line(tokenizer, 
 def test_a_tokenizer_without_the_label_is_refused(corpus, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train_tokenizer(corpus, "bpe", 300))
-    with pytest.raises(ValueError, match="no token for the label .*: a tokenizer knows the labels of"):
+    with pytest.raises(
+        ValueError, match="no token for the label .*: a tokenizer knows the labels of"
+    ):
         cache.load_corpus(corpus, path, tmp_path / "cache", example="labelled")
 
 
 # ---------------------------------------------------------------- training
 
 
-def test_half_of_the_labels_are_given_besides_those_that_are_given_anyway(tokenizer, corpus, tmp_path):
+def test_half_of_the_labels_are_given_besides_those_that_are_given_anyway(
+    tokenizer, corpus, tmp_path
+):
     path, model = tokenizer
     tokens = cache.load_corpus(corpus, path, tmp_path, example="labelled")
     labels = list(label_ids(model).values())
@@ -185,13 +190,19 @@ def test_the_label_of_a_prompt_may_be_named_or_not(tokenizer):
 
 def test_a_run_resumes_and_samples_with_and_without_a_label(run_dir, monkeypatch, capsys):
     flags = [f"-mdir={run_dir}", "--num_samples=4", "--steps=3"]
-    lines, _, code = run_command(sample.main, monkeypatch, capsys, *flags, "--label=anna", "--prompt=anna ___")
+    lines, _, code = run_command(
+        sample.main, monkeypatch, capsys, *flags, "--label=anna", "--prompt=anna ___"
+    )
     assert code == 0 and all(line.startswith("anna\tanna ") for line in lines)
     lines, _, code = run_command(sample.main, monkeypatch, capsys, *flags, "--guidance=1")
     model = sample.Sampler.load(run_dir)
     assert code == 0 and all(line.split("\t")[0] in label_ids(model.tokenizer) for line in lines)
-    assert model("anna\t", n=2, steps=3) == [text for text, *_ in model.stream([""] * 2, label="anna", steps=3)]
-    assert {line.count("\t") for line in open(run_dir / "samples.txt")} == {2}  # after the step and after the label
+    assert model("anna\t", n=2, steps=3) == [
+        text for text, *_ in model.stream([""] * 2, label="anna", steps=3)
+    ]
+    assert {line.count("\t") for line in open(run_dir / "samples.txt")} == {
+        2
+    }  # after the step and after the label
 
 
 def test_a_whole_text_needs_its_label(run_dir):
@@ -202,14 +213,20 @@ def test_a_whole_text_needs_its_label(run_dir):
     assert model(n=1, draft="the\tthe king sleeps", strength=0.9, steps=3)[0].startswith("the\t")
 
 
-@pytest.mark.parametrize("label, message", [("nobody", "the model knows no label 'nobody'"), ("", "no label ''")])
+@pytest.mark.parametrize(
+    "label, message", [("nobody", "the model knows no label 'nobody'"), ("", "no label ''")]
+)
 def test_unknown_labels_get_one_line(run_dir, monkeypatch, capsys, label, message):
-    _, error, code = run_command(sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--label", label or "")
+    _, error, code = run_command(
+        sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--label", label or ""
+    )
     assert code == 2 and error.count("\n") == 1 and (message in error or "empty" in error)
 
 
 def test_checking_a_text_leaves_its_label_out(run_dir, monkeypatch, capsys):
-    lines, _, _ = run_command(sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--check=the\tthe king", "--json")
+    lines, _, _ = run_command(
+        sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--check=the\tthe king", "--json"
+    )
     assert [token["token"].strip() for token in json.loads(lines[0])] == ["the", "king"]
 
 
@@ -220,12 +237,23 @@ def test_a_prompt_with_a_label_and_another_label_are_refused(run_dir):
 
 def test_a_corpus_of_few_labelled_lines_is_split_between_lines(tmp_path):
     (tmp_path / "c.tsv").write_text(corpus_text(50))
-    train_part, val_part = (list(read_part(tmp_path / "c.tsv", part, "labelled")) for part in ("train", "val"))
-    assert len(train_part) + len(val_part) == 50 and len(val_part) >= 2 and all(piece.label for piece in val_part)
+    train_part, val_part = (
+        list(read_part(tmp_path / "c.tsv", part, "labelled")) for part in ("train", "val")
+    )
+    assert (
+        len(train_part) + len(val_part) == 50
+        and len(val_part) >= 2
+        and all(piece.label for piece in val_part)
+    )
 
 
 def test_a_tokenizer_with_labels_needs_labelled_text(run_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "c.txt").write_text(toy.corpus(50))
-    flags = [f"-d={tmp_path / 'c.txt'}", f"--init_from={run_dir}", "--example=line", f"-mdir={tmp_path / 'new'}"]
+    flags = [
+        f"-d={tmp_path / 'c.txt'}",
+        f"--init_from={run_dir}",
+        "--example=line",
+        f"-mdir={tmp_path / 'new'}",
+    ]
     _, error, code = run_command(train.main, monkeypatch, capsys, *flags)
     assert code == 2 and "has tokens for labels: give --labelled" in error

@@ -18,7 +18,9 @@ def test_noise_is_standard_normal():
         assert eps.pow(power).mean().item() == pytest.approx(moment, abs=4 * error)
     assert (eps.abs() > 4).sum().item() == pytest.approx(n * math.erfc(4 / math.sqrt(2)), abs=30)
     steps = torch.arange(n) / n
-    assert (torch.special.ndtr(eps.sort().values) - steps).abs().max() < 1.95 / math.sqrt(n)  # p = 0.001
+    assert (torch.special.ndtr(eps.sort().values) - steps).abs().max() < 1.95 / math.sqrt(
+        n
+    )  # p = 0.001
 
 
 @pytest.mark.parametrize("shift", [(0, 1), (1, 0), (1, 1), (0, 500), (0, 501), (7, 250)])
@@ -62,7 +64,9 @@ def test_uniform_numbers_have_more_than_30_random_bits_and_stay_below_one(monkey
     torch.manual_seed(0)
     u = noise.uniform(noise.draw_keys(100_000))
     steps = torch.arange(100_000) / 100_000
-    assert (u.sort().values - steps).abs().max() < 1.95 / math.sqrt(100_000) and u.unique().numel() == 100_000
+    assert (u.sort().values - steps).abs().max() < 1.95 / math.sqrt(
+        100_000
+    ) and u.unique().numel() == 100_000
     assert ((u * 2**30) % 1).std() > 0.28  # of U(0, 1): 0.289
     monkeypatch.setattr(noise, "_hash", lambda x: torch.full_like(x, 2**31 - 1))
     assert noise.uniform(noise.draw_keys(1)) < 1
@@ -78,7 +82,9 @@ def test_categorical_draws_follow_p():
 def test_a_row_draws_the_same_numbers_whatever_its_neighbours_and_new_ones_each_time():
     single, together = noise.Draws.seeded([8], [5]), noise.Draws.seeded([3, 8], [9, 5])
     first, second = single.normal(4), single.normal(4)
-    assert torch.equal(first[0], together.normal(4)[1, :5]) and torch.equal(second[0], together.normal(4)[1, :5])
+    assert torch.equal(first[0], together.normal(4)[1, :5]) and torch.equal(
+        second[0], together.normal(4)[1, :5]
+    )
     assert not (first == second).any()
 
 

@@ -1,4 +1,4 @@
-"""Many processes: the result does not depend on their number, and nothing is lost when one of them is stopped."""
+"""Many processes: their number changes no result, and one that is stopped loses nothing."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from training.checkpoint import read_checkpoint
 
 TRAIN = """
 import os, sys
-import parallel, train
+import train
+from common import cli, parallel
 real = train.update_weights
 
 def update_weights(state, args):
@@ -29,14 +30,15 @@ def update_weights(state, args):
     return real(state, args)
 
 train.update_weights = update_weights
-import cli
 cli.run(train.main)
 """
 
 SLOW_SAVES_AND_A_HUNG_PROCESS = """
 import signal, time
 from datetime import timedelta
-import checkpoint, cli, parallel, train
+import train
+from common import cli, parallel
+from training import checkpoint
 real, parallel.STEP_TIMEOUT = checkpoint.save_checkpoint, timedelta(seconds=4)
 
 def save_checkpoint(*inputs):
@@ -48,7 +50,8 @@ update = train.update_weights
 
 def update_weights(state, args):
     if (state.step, parallel.rank()) == (2, 1):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun waits 30 seconds before it kills this process
+        # else torchrun waits 30 seconds before it kills this process
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1000)
     return update(state, args)
 
@@ -58,7 +61,10 @@ cli.run(train.main)
 
 INTERRUPTED = """
 import signal
-import bfn, bounds, cli, evaluate, generation, model, parallel, sample
+import bfn, evaluate, model, sample
+from common import cli, parallel
+from evaluation import bounds
+from sampling import generate
 
 def interrupted(real, calls=[]):
     def run(*inputs):
@@ -74,44 +80,69 @@ bounds.losses_at = interrupted(bounds.losses_at)
 cli.run(evaluate.main)
 """
 SAMPLE = f"""{INTERRUPTED}
-generation.SORTED_BATCHES, model.BATCH_ELEMENTS["cpu"], bfn.sample = 1, 1, interrupted(bfn.sample)  # batches of one text
+generate.SORTED_BATCHES, model.BATCH_ELEMENTS["cpu"] = 1, 1  # batches of one text
+bfn.sample = interrupted(bfn.sample)
 cli.run(sample.main)
 """
 
 
 def start(script, n_processes, *flags):
     """Run a script in one process, or in several by torchrun -> the finished process."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"] * (n_processes > 1)
-    environment = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(train.__file__).removesuffix("/train.py"))
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={n_processes}",
+    ] * (n_processes > 1)
+    environment = dict(
+        OMP_NUM_THREADS="1", PYTHONPATH=str(train.__file__).removesuffix("/train.py")
+    )
     command = [sys.executable, *torchrun, str(script), *flags]
-    return subprocess.run(command, check=False, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command,
+        check=False,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """A function launch(run_dir, n_processes, *flags) -> the finished process; with `stop`, the second one is stopped."""
+    """launch(run_dir, n_processes, *flags) -> the finished process. `stop` stops the second one."""
     (tmp_path / "corpus.txt").write_text(toy.corpus(300))
 
     def launch(run_dir, n_processes, *flags, stop=(0, -1)):
         script = tmp_path / f"train{n_processes}.py"
         script.write_text(TRAIN.replace("SIGNAL", str(int(stop[0]))).replace("STEP", str(stop[1])))
-        words = [f"-d={tmp_path / 'corpus.txt'}", f"-mdir={run_dir}", f"--cache_dir={tmp_path / 'cache'}"]
+        words = [
+            f"-d={tmp_path / 'corpus.txt'}",
+            f"-mdir={run_dir}",
+            f"--cache_dir={tmp_path / 'cache'}",
+        ]
         words += [*TINY, "--tokenizer=word", *flags]
         return start(script, n_processes, *words)
 
     return launch
 
 
-def test_a_run_stopped_on_two_processes_and_resumed_on_one_equals_a_whole_one_bit_for_bit(launch, tmp_path):
+def test_a_run_stopped_on_two_processes_and_resumed_on_one_equals_a_whole_one_bit_for_bit(
+    launch, tmp_path
+):
     assert launch(tmp_path / "whole", 1, "-acc=2", "--times=learned").returncode == 0
     stopped = launch(tmp_path / "parts", 2, "--times=learned", stop=(signal.SIGTERM, 4))
     assert stopped.returncode != 0 and "Traceback" not in stopped.stdout, stopped.stderr
-    assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 5  # all finished the step and one saved
+    assert (
+        read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 5
+    )  # all finished the step and one saved
     assert launch(tmp_path / "parts", 1, "--times=learned").returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_if_one_process_is_killed_the_others_end_in_one_line_and_the_run_can_be_resumed(launch, tmp_path):
+def test_if_one_process_is_killed_the_others_end_in_one_line_and_the_run_can_be_resumed(
+    launch, tmp_path
+):
     assert launch(tmp_path / "whole", 1, "-acc=2").returncode == 0
     start = time.perf_counter()
     killed = launch(tmp_path / "parts", 2, stop=(signal.SIGKILL, 6))
@@ -122,21 +153,36 @@ def test_if_one_process_is_killed_the_others_end_in_one_line_and_the_run_can_be_
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_save_that_takes_longer_than_a_step_may_loses_no_process_but_one_that_hangs_ends_the_run(tmp_path):
+def test_a_save_that_takes_longer_than_a_step_may_loses_no_process_but_one_that_hangs_ends_the_run(
+    tmp_path,
+):
     (tmp_path / "corpus.txt").write_text(toy.corpus(300))
     (tmp_path / "slow.py").write_text(SLOW_SAVES_AND_A_HUNG_PROCESS)
-    flags = [f"-d={tmp_path / 'corpus.txt'}", f"-mdir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'cache'}", "--tokenizer=word"]
+    flags = [
+        f"-d={tmp_path / 'corpus.txt'}",
+        f"-mdir={tmp_path / 'run'}",
+        f"--cache_dir={tmp_path / 'cache'}",
+        "--tokenizer=word",
+    ]
     done = start(tmp_path / "slow.py", 2, *flags, *TINY, "-svi=2", "-vli=100", "--max_steps=9")
-    assert done.returncode != 0 and "process 0: another process of this run has stopped, or does not answer" in done.stderr
+    assert (
+        done.returncode != 0
+        and "process 0: another process of this run has stopped, or does not answer" in done.stderr
+    )
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
     torchrun_kills_after = 30
-    assert parallel.STEP_TIMEOUT.total_seconds() + torchrun_kills_after < 50  # a minute, with what it takes to notice and leave
+    assert (
+        parallel.STEP_TIMEOUT.total_seconds() + torchrun_kills_after < 50
+    )  # a minute, with what it takes to notice and leave
 
 
 def test_micro_batches_that_cannot_be_shared_evenly_are_refused(launch, tmp_path):
     refused = launch(tmp_path / "run", 2, "-acc=3")
     assert refused.returncode != 0
-    assert "2 processes cannot share 3 micro-batches of a step evenly: give -acc=2 or a multiple" in refused.stderr
+    assert (
+        "2 processes cannot share 3 micro-batches of a step evenly: give -acc=2 or a multiple"
+        in refused.stderr
+    )
     assert not (tmp_path / "run" / "tokenizer.model").exists()
 
 
@@ -145,10 +191,16 @@ def test_micro_batches_that_cannot_be_shared_evenly_are_refused(launch, tmp_path
 
 @pytest.fixture
 def judge(tmp_path, monkeypatch, capsys):
-    """A function judge(n_processes, *flags) -> figures of an untrained run; with `stop`, the second process is interrupted."""
+    """judge(n_processes, *flags) -> figures of an untrained run. `stop` stops the second one."""
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
     (tmp_path / "text.txt").write_text(toy.corpus(40, seed=5))
-    always = [f"-mdir={run_dir}", f"-d={tmp_path / 'text.txt'}", f"--cache_dir={tmp_path / 'cache'}", "--json", "-bsz=2"]
+    always = [
+        f"-mdir={run_dir}",
+        f"-d={tmp_path / 'text.txt'}",
+        f"--cache_dir={tmp_path / 'cache'}",
+        "--json",
+        "-bsz=2",
+    ]
 
     def judge(n_processes, *flags, stop=0):
         if n_processes == 1:
@@ -165,14 +217,27 @@ def judge(tmp_path, monkeypatch, capsys):
 
 
 def test_two_processes_measure_the_figures_of_one(judge, tmp_path):
-    flags = ["--draws=2", "--calls=4", "--order=left", "--samples=3", f"--corpus={tmp_path / 'text.txt'}"]
+    flags = [
+        "--draws=2",
+        "--calls=4",
+        "--order=left",
+        "--samples=3",
+        f"--corpus={tmp_path / 'text.txt'}",
+    ]
     one, two = judge(1, *flags), judge(2, *flags, f"--by_time={tmp_path / 'curve'}")
-    assert one.pop("samples") == two.pop("samples") and one == pytest.approx(two, rel=1e-5) and not two["partial"]
+    assert (
+        one.pop("samples") == two.pop("samples")
+        and one == pytest.approx(two, rel=1e-5)
+        and not two["partial"]
+    )
     assert (tmp_path / "curve.csv").exists()
 
 
 def test_after_an_interrupt_of_one_process_only_rows_that_all_have_read_are_counted(judge):
-    """The second process stops after its second batch, the fourth of all, each of one row; the first one finishes its share."""
+    """The second process stops after its second batch, the fourth of all, each of one row.
+
+    The first one finishes its share.
+    """
     stopped = judge(2, "--draws=3", stop=2)
     assert stopped["partial"] and stopped["n_draws"] == 1
     row_length = 32
@@ -185,17 +250,30 @@ def test_after_an_interrupt_of_one_process_only_rows_that_all_have_read_are_coun
 
 
 def test_two_processes_print_and_write_the_texts_of_one(tmp_path, monkeypatch, capsys):
-    """The last two texts are long, written in blocks. An interrupt comes in the second process's second text: one of each is there."""
+    """The last two texts are long, written in blocks.
+
+    An interrupt comes in the second process's second text: one of each is there.
+    """
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
     (tmp_path / "prompts.txt").write_text("___ zork the ___\nthe boat ___\nthe king\n")
-    flags = [f"-mdir={run_dir}", f"--prompt_file={tmp_path / 'prompts.txt'}", "--num_samples=2", "--length=40", "--steps=3"]
-    one, warning, _ = run_command(sample.main, monkeypatch, capsys, *flags, f"--output={tmp_path / 'one'}")
+    flags = [
+        f"-mdir={run_dir}",
+        f"--prompt_file={tmp_path / 'prompts.txt'}",
+        "--num_samples=2",
+        "--length=40",
+        "--steps=3",
+    ]
+    one, warning, _ = run_command(
+        sample.main, monkeypatch, capsys, *flags, f"--output={tmp_path / 'one'}"
+    )
     script = tmp_path / "draw.py"
     for stop in (0, 2):
         script.write_text(SAMPLE.replace("STOP", str(stop)))
         done = start(script, 2, *flags, f"--output={tmp_path / f'two{stop}'}")
         n = 2 if stop else len(one)
-        assert done.stdout.splitlines() == one[:n] and (done.returncode != 0) == bool(stop), done.stderr
+        assert done.stdout.splitlines() == one[:n] and (done.returncode != 0) == bool(stop), (
+            done.stderr
+        )
         written = tmp_path / (f"two{stop}.part" if stop else f"two{stop}")
         assert written.read_text().splitlines() == (tmp_path / "one").read_text().splitlines()[:n]
         assert done.stderr.count(warning) == 1 and "sample/s" not in done.stderr
@@ -205,5 +283,7 @@ def test_two_processes_print_and_write_the_texts_of_one(tmp_path, monkeypatch, c
 def test_many_processes_do_not_share_a_keyboard(tmp_path, monkeypatch, capsys):
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
     monkeypatch.setattr(parallel, "size", lambda: 2)
-    _, error, code = run_command(sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--interactive")
+    _, error, code = run_command(
+        sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--interactive"
+    )
     assert code == 2 and "start it without torchrun" in error and error.count("\n") == 1

@@ -1,8 +1,7 @@
-"""What tools.stats says of a text, and what tools.normalize writes."""
+"""What tools.stats says of a text."""
 
 import json
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -10,18 +9,13 @@ import pytest
 import train
 from text import toy
 from text.reading import PIECE_BYTES, Corpus
-from tools import normalize, stats
+from tools import stats
 
 
-@pytest.fixture
-def command(capsys):
-    """command("stats" or "normalize", *words) -> what it prints."""
-
-    def command(name, *words):
-        {"stats": stats, "normalize": normalize}[name].main([*map(str, words)])
-        return capsys.readouterr().out
-
-    return command
+def said_of(capsys, *words):
+    """Run tools.stats -> what it prints."""
+    stats.main([*map(str, words)])
+    return capsys.readouterr().out
 
 
 def write(path, text):
@@ -50,7 +44,10 @@ def test_the_share_of_duplicates_is_estimated_if_there_are_many_examples(monkeyp
     duplicates = stats.Duplicates()
     for n in np.random.default_rng(0).integers(10_000, size=20_000):
         duplicates.add(str(n))
-    assert duplicates.share() == pytest.approx(0.5 * (1 + np.exp(-2)), abs=0.03) and len(duplicates.hashes) <= 1000
+    assert (
+        duplicates.share() == pytest.approx(0.5 * (1 + np.exp(-2)), abs=0.03)
+        and len(duplicates.hashes) <= 1000
+    )
 
 
 def test_words_are_suggested_if_new_text_has_hardly_any_others(tmp_path):
@@ -62,11 +59,17 @@ def test_words_are_suggested_if_new_text_has_hardly_any_others(tmp_path):
 
 
 def test_words_are_suggested_for_few_words_even_if_new_text_has_some_others(tmp_path):
-    """15 of 1,515 words occur once, as in greetings. With more than 512 different words, that is too many."""
+    """15 of 1,515 words occur once, as in greetings. Of more than 512 words, that is too many."""
     rare = "".join(f"{chr(ord('a') + n)}x\n" for n in range(15))
     few, many = (" ".join(f"w{n}" for n in range(N)) for N in (150, 750))
-    assert stats.suggest_tokenizer(write(tmp_path / "a.txt", f"{few}\n" * 10 + rare), "line")[0] == "word"
-    assert stats.suggest_tokenizer(write(tmp_path / "b.txt", f"{many}\n" * 2 + rare), "line")[0] == "bpe"
+    assert (
+        stats.suggest_tokenizer(write(tmp_path / "a.txt", f"{few}\n" * 10 + rare), "line")[0]
+        == "word"
+    )
+    assert (
+        stats.suggest_tokenizer(write(tmp_path / "b.txt", f"{many}\n" * 2 + rare), "line")[0]
+        == "bpe"
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,25 +84,33 @@ def test_words_are_suggested_for_few_words_even_if_new_text_has_some_others(tmp_
 )
 def test_paragraphs_are_suggested_if_blank_lines_separate_them(tmp_path, text, is_said):
     said = stats.suggest_example(Corpus(str(write(tmp_path / "a.txt", text))), "line")
-    assert said == ["blank lines: the first 300 lines are 100 paragraphs; if these are your examples, --example=paragraph"] * is_said
+    assert (
+        said
+        == [
+            "blank lines: the first 300 lines are 100 paragraphs; "
+            "if these are your examples, --example=paragraph"
+        ]
+        * is_said
+    )
     assert stats.suggest_example(Corpus(str(tmp_path / "a.txt")), "paragraph") == []
 
 
-def test_labels_are_not_part_of_the_text(command, tmp_path):
-    path = write(tmp_path / "a.tsv", "".join(f"kind {n % 2}\t{line}\n" for n, line in enumerate(toy.corpus(300).splitlines())))
-    said = command("stats", path, "--example=labelled")
+def test_labels_are_not_part_of_the_text(capsys, tmp_path):
+    path = write(
+        tmp_path / "a.tsv",
+        "".join(f"kind {n % 2}\t{line}\n" for n, line in enumerate(toy.corpus(300).splitlines())),
+    )
+    said = said_of(capsys, path, "--example=labelled")
     assert "--example=labelled --tokenizer=word" in said and "digits" not in said
     assert "2 labels: kind 0 150, kind 1 150" in said
 
 
-def test_the_suggested_command_is_tried_without_writing_anything(
-    command, tmp_path, monkeypatch, capsys
-):
+def test_the_suggested_command_is_tried_without_writing_anything(tmp_path, monkeypatch, capsys):
     """A dry run says what would be trained."""
     texts = toy.corpus(400).splitlines()
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
     path = write(tmp_path / "a.jsonl", lines)
-    said = command("stats", path, "--text_field=body").splitlines()[-1]
+    said = said_of(capsys, path, "--text_field=body").splitlines()[-1]
     words = shlex.split(said.removeprefix("suggested: python train.py ").split(" (with")[0])
     monkeypatch.chdir(tmp_path)
     tiny = [f"--cache_dir={tmp_path / 'cache'}", "-mdim=32", "-nl=1", "-nh=2", "--compile=off"]
@@ -109,84 +120,12 @@ def test_the_suggested_command_is_tried_without_writing_anything(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "cache"]
 
 
-# ---------------------------------------------------------------- normalize
-
-
 @pytest.mark.parametrize(
-    "flags, before, after",
-    [
-        (["--lower"], "The  KING\u2028 \n\n\u00c4 B \n", "the  king\u2028 \n\n\u00e4 b \n"),
-        (["--strip=symbols"], "a + b = \u20ac5, it's\n\n don't-- \u2603 \n", "a b 5, it's\n\ndon't--\n"),
-        (["--strip=punctuation"], "(He said:) \"Don't!\"\nwell-known, 3.50\n", "He said Don't\nwell-known 3 50\n"),
-        (["--text8"], "The 2nd caf\u00e9,\n A\u212aB 10\n", "the two nd caf\na b one zero\n"),
-        (["--lower", "--strip=symbols"], "A\u00a0\u00a0B\t C\n", "a b c\n"),
-    ],
+    "name, message",
+    [("missing.txt", "no text file at missing.txt"), ("empty.txt", "has no text")],
 )
-def test_a_text_is_written_in_a_simpler_form(command, tmp_path, flags, before, after):
-    path = write(tmp_path / "a.txt", before)
-    command("normalize", path, tmp_path / "out.txt", *flags)
-    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == after and path.read_text(encoding="utf-8") == before
-
-
-def test_a_text_of_many_pieces_is_written_as_if_it_were_one(command, tmp_path, monkeypatch):
-    text = "The king's  \u20ac boat,  = and \n\n a dog. \n" * 40
-    path = write(tmp_path / "a.txt", text)
-    command("normalize", path, tmp_path / "whole.txt", "--text8")
-    monkeypatch.setattr("text.reading.PIECE_BYTES", 16)
-    command("normalize", path, tmp_path / "parts.txt", "--text8")
-    assert (tmp_path / "parts.txt").read_text() == (tmp_path / "whole.txt").read_text() == "the king s boat and\n\na dog\n" * 40
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("in 1,234 days", "in one thousand, two hundred and thirty-four days"),
-        ("12.5km or 7.", "twelve point five km or seven."),
-        ("1,2,3", "one,two,three"),
-        ("12345678901234567", "one two three four five six seven eight nine zero one two three four five six seven"),
-        ("x10.4.2021", "x ten point four.two thousand and twenty-one"),
-    ],
-)
-def test_numbers_are_written_in_words(text, expected):
-    pytest.importorskip("num2words")
-    assert normalize.in_words(text) == expected
-
-
-def test_numbers_of_an_unknown_language_or_without_the_package_are_an_error(monkeypatch):
-    pytest.importorskip("num2words")
-    assert normalize.in_words("21", "de") == "einundzwanzig"
-    with pytest.raises(ValueError, match="no numbers for the language 'xx'"):
-        normalize.in_words("21", "xx")
-    monkeypatch.setitem(sys.modules, "num2words", None)
-    with pytest.raises(ValueError, match="pip install num2words"):
-        normalize.in_words("21")
-
-
-def test_no_file_is_written_over_and_an_error_leaves_none(command, tmp_path):
-    path = write(tmp_path / "a.txt", "Text\n")
-    for out in (path, tmp_path / "b.txt"):
-        write(tmp_path / "b.txt", "mine")
-        with pytest.raises(ValueError, match="exists already"):
-            command("normalize", path, out, "--lower")
-    assert path.read_text() == "Text\n" and (tmp_path / "b.txt").read_text() == "mine"
-    (tmp_path / "c.txt").write_bytes(b"text\n" * 100_000 + b"\xff")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        command("normalize", tmp_path / "c.txt", tmp_path / "d.txt", "--lower")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.txt", "b.txt", "c.txt"]
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["normalize", "a.txt", "b.txt"], "one or more of --lower"),
-        (["normalize", "a.txt", "b.txt.gz", "--lower"], "ends in .txt"),
-        (["stats", "missing.txt"], "no text file at missing.txt"),
-        (["stats", "empty.txt"], "has no text"),
-    ],
-)
-def test_a_command_that_cannot_be_done_says_why(command, tmp_path, monkeypatch, words, message):
+def test_a_text_that_is_missing_or_empty_is_named(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "a.txt", "text\n")
     write(tmp_path / "empty.txt", "\n")
     with pytest.raises(ValueError, match=message):
-        command(*words)
+        stats.main([name])

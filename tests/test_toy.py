@@ -21,7 +21,7 @@ def test_the_vocabulary_is_small_and_there_are_many_more_sentences_than_a_run_se
 
 
 def test_the_mean_surprise_of_drawn_sentences_is_the_entropy():
-    """-log P averaged over draws. It agrees with the entropy of derivations only if no sentence has two derivations."""
+    """-log P averaged over draws: the entropy of derivations, if no sentence has two of them."""
     rng = random.Random(1)
     costs = [-math.log(toy.probability(toy.sample(rng))) for _ in range(4000)]
     mean = sum(costs) / len(costs)
@@ -38,7 +38,9 @@ def test_the_distribution_of_lengths_is_exact_and_its_entropy_is_subtracted():
         assert counts[n] / 20_000 == pytest.approx(p, abs=4 * math.sqrt(p / 20_000))
     h_length = -sum(p * math.log(p) for p in lengths.values())
     assert toy.entropy_given_length() == pytest.approx(toy.entropy() - h_length)
-    assert toy.mean_length() == pytest.approx(sum(n * c for n, c in counts.items()) / 20_000, abs=0.1)
+    assert toy.mean_length() == pytest.approx(
+        sum(n * c for n, c in counts.items()) / 20_000, abs=0.1
+    )
 
 
 def test_sentences_with_wrong_agreement_are_not_grammatical():

@@ -1,4 +1,4 @@
-"""Untrained networks, run folders for the commands that read them, a comparison of checkpoints, and a command in a test."""
+"""For tests: untrained networks, their run folders, comparing checkpoints, running a command."""
 
 import sys
 
@@ -31,7 +31,9 @@ def make_run(folder, kind, text, example="line"):
     """A run folder with an untrained network of random weights."""
     folder.mkdir()
     (folder / "text.txt").write_text(text)
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(folder / "text.txt", kind, 300, example))
+    (folder / "tokenizer.model").write_bytes(
+        train_tokenizer(folder / "text.txt", kind, 300, example)
+    )
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     torch.manual_seed(0)
     config = Config(K=len(tokenizer), beta1=0.3, d_model=32, n_layers=1, n_heads=2)
@@ -63,7 +65,7 @@ def equal(a, b):
 
 
 def run_command(main, monkeypatch, capsys, *argv):
-    """Run the main function of a command -> the lines of its standard output, its standard error, its exit code."""
+    """Run the main function of a command -> lines of standard output, standard error, exit code."""
     monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
     code = 0
     try:

@@ -1,1 +1,1 @@
-"""From files to tokens: reading, tokenizers, the cache of tokenised corpora, the built-in language."""
+"""From files to tokens: reading, tokenizers, the token cache, the built-in language."""

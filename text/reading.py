@@ -1,9 +1,10 @@
-"""The files of a corpus, and the documents in them.
+"""Reading a corpus: its files, the documents in them, the examples in the documents.
 
     file      plain text, or JSON: objects, one field of which is text, one per line or in a list
     document  a text file, or the text of one object: a stream of UTF-8 bytes
+    piece     an example, or a part of a very long one
 
-How a file is packed and encoded is told by its first bytes, whatever its name. A name that ends in
+The first bytes of a file tell how it is packed and encoded, whatever its name. A name that ends in
 .json, .jsonl or .ndjson says that it holds objects.
 """
 
@@ -25,71 +26,68 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, takewhile
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from common.noise import GOLDEN
 
+BYTES_BAR = dict(unit="B", unit_scale=True, disable=None)  # options of tqdm
 HEAD = 1 << 16  # bytes that tell what a file is
-JSON_ENDINGS = ".json", ".jsonl", ".ndjson"
-
-
-# Packed forms that are read: their first bytes, how they are opened, the tool that unpacks them
-PACKED = {
+TEXT_ENDINGS = ".txt", ".jsonl", ".ndjson"  # are read of a folder; a .json there is often no text
+JSON_NAME = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|bz2|xz|zst|lz4))?\Z", re.IGNORECASE)
+PACKED = {  # what is unpacked: its first bytes, how it is opened, the program that unpacks it
     "gz": (rb"\x1f\x8b", gzip.open, "gzip"),
     "bz2": (rb"BZh[1-9](1AY&SY|\x17rE8P)", bz2.open, "bzip2"),
     "xz": (rb"\xfd7zXZ\0", lzma.open, "xz"),
 }
-
-
 MARKS = {  # that begin a text; the longer ones are first
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
-TEXT_ENDINGS = ".txt", ".jsonl", ".ndjson"  # are read of a folder; a .json there is often no text
-SUFFIXES = tuple(f"{end}{pack}" for end in TEXT_ENDINGS for pack in ("", ".gz", ".bz2", ".xz"))
-PANDAS = (  # writes a table as one object per line
-    'python -c "import sys, pandas, pyarrow.ipc as ipc; {}.to_json(sys.argv[2], '
-    "orient='records', lines=True)\" {{path}} {{path}}.jsonl (pip install pandas pyarrow openpyxl)"
-)
-TO_UTF8 = "iconv -f {} -t UTF-8"
 PANDOC = "pandoc -t plain --wrap=none {path} -o {path}.txt"
-
-
-# What is not read: its first bytes, what it is, the command that makes a text or a folder of it
-FOREIGN = [
+PANDAS = (  # writes a table as one object per line
+    'python -c "import sys, pandas, pyarrow.ipc as ipc; %s(sys.argv[1])%s.to_json(sys.argv[2], '
+    "orient='records', lines=True)\" {path} {path}.jsonl (pip install pandas pyarrow openpyxl)"
+)
+ARROW_STREAM = "ipc.open_stream", ".read_pandas()"
+SQLITE = "sqlite3 -json {path} 'select * from TABLE' > {path}.json (tables: sqlite3 {path} .tables)"
+LFS = 'cd "$(dirname {path})" && git lfs pull'
+PICTURE = rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a.{4}[\x80-\xff]|RIFF....WEBPVP8|II\*\x00|MM\x00\*"
+FOREIGN = [  # what is not read: its first bytes, what it is, see `advice`
     (rb"%PDF-\d\.\d\s", "a PDF", "pdftotext {path} {path}.txt"),
     (rb"PK\x03\x04.*(word/|mimetypeapplication/)", "a document or an e-book", PANDOC),
-    (rb"PK\x03\x04.*xl/", "an Excel file", PANDAS.format("pandas.read_excel(sys.argv[1])")),
+    (rb"PK\x03\x04.*xl/", "an Excel file", PANDAS % ("pandas.read_excel", "")),
     (rb"PK\x03\x04", "a zip archive", "unzip {path} -d {path}.d"),
     (rb".{257}ustar", "a tar archive", "mkdir {path}.d && tar -xf {path} -C {path}.d"),
     (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "a 7z or rar archive", "7z x {path} -o{path}.d"),
-    (rb"\x28\xb5\x2f\xfd", "packed with zstd", "zstd -d {path} -o {plain}"),
-    (rb"\x04\x22\x4d\x18", "packed with lz4", "lz4 -d {path} {plain}"),
-    (
-        rb"SQLite format 3\x00",
-        "a database",
-        "sqlite3 -json {path} 'select * from TABLE' > {path}.json (tables: sqlite3 {path} .tables)",
-    ),
-    (rb"PAR1[\x15-\x1c]", "a parquet file", PANDAS.format("pandas.read_parquet(sys.argv[1])")),
-    (rb"ARROW1\x00\x00", "an arrow file", PANDAS.format("pandas.read_feather(sys.argv[1])")),
-    (
-        rb"\xff{4}..\x00\x00",
-        "a stream of arrow records",
-        PANDAS.format("ipc.open_stream(sys.argv[1]).read_pandas()"),
-    ),
+    (rb"\x28\xb5\x2f\xfd", "packed with zstd", "zstd -dc"),
+    (rb"\x04\x22\x4d\x18", "packed with lz4", "lz4 -dc"),
+    (rb"SQLite format 3\x00", "a database", SQLITE),
+    (rb"PAR1[\x15-\x1c]", "a parquet file", PANDAS % ("pandas.read_parquet", "")),
+    (rb"ARROW1\x00\x00", "an arrow file", PANDAS % ("pandas.read_feather", "")),
+    (rb"\xff{4}..\x00\x00", "a stream of arrow records", PANDAS % ARROW_STREAM),
     (rb"\{\\rtf1", "a rich text", PANDOC),
     (rb"\xd0\xcf\x11\xe0", "an old Office file", "soffice --headless --convert-to docx {path}"),
-    (
-        rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a.{4}[\x80-\xff]|RIFF....WEBPVP8|II\*\x00|MM\x00\*",
-        "a picture",
-        "tesseract {path} {path}",
-    ),
-    (rb"version https://git-lfs", "a link of Git LFS to a file that is not here", "git lfs pull"),
+    (PICTURE, "a picture", "tesseract {path} {path}"),
+    (rb"version https://git-lfs", "a link of Git LFS to a file that is not here", LFS),
+    *((magic, "packed twice", "") for magic, *_ in PACKED.values()),
 ]
+
+PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, cut at spaces
+EXAMPLES = "line", "labelled", "paragraph", "file"  # else a line that separates examples
+EXAMPLE_HELP = (
+    "what one example is: line, labelled, paragraph, file, or else the separator that stands "
+    "between examples, such as '<|endoftext|>', as a line by itself (line)"
+)
+ONE_LINE = "line", "labelled"  # kinds of examples that have no line break
+SEPARATOR = re.compile(r"<[|/]?\w+\|?>|\[[A-Z]+\]|([-=*#~_+\u2013\u2014])( ?\1){2,}|%")
+MARK = re.compile(r"<\|\w+\|>")  # no text has it by chance
+MOST_LABELS = 10  # that are listed
+HEAD_BYTES = 1 << 20  # of a text, in which blank lines and separators are looked for
+FEW_EXAMPLES = 100  # a corpus of fewer examples is split for validation by bytes
+VAL_SHARE = {"examples": 0.02, "bytes": 0.05}
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,12 @@ class Corpus:
 
     @classmethod
     def find(cls, path, text_field, message):
-        """Find a text that an earlier command named -> Corpus. Raises ValueError with `message`, in which {} is the path."""
-        corpus = cls(os.fspath(path), text_field)
+        """Find a text that an earlier command named. Raises ValueError(message.format(path))."""
         try:
-            corpus.files  # noqa: B018 - looks for them
+            find_files(os.fspath(path))
         except ValueError:
             raise ValueError(message.format(path)) from None
-        return corpus
+        return cls(os.fspath(path), text_field)
 
     def __str__(self):
         return self.path
@@ -129,9 +126,7 @@ class Corpus:
         return sum(stream.seek(0, os.SEEK_END) for _, stream in documents)
 
     def documents(self):
-        """Yield the documents in order -> pairs of a name for messages and a binary stream, to be
-        read before the next. Raises ValueError for a file that is no text, see `look_at`.
-        """
+        """Yield a name and a stream of each document, to be read before the next. See `look_at`."""
         for path in self.files:
             with open_text(path) as stream:
                 if is_json(path):
@@ -152,22 +147,20 @@ def count(n, thing):
 
 
 def find_files(path):
-    """List the files that a path names: a file, all SUFFIXES in a folder, a pattern such as
-    "texts/**/*.txt", or several of these with commas between them. Raises ValueError for a part
-    that names no file.
+    """List the files of a path: a file, a folder, a pattern like "texts/**/*.txt", or several.
+
+    Several have commas between them. Raises ValueError for a part that names no file.
     """
     files = []
     for part in _parts(path):
+        found = [part] if os.path.isfile(part) else glob.glob(part, recursive=True)
         if os.path.isdir(part):
-            found = sorted(entry.path for entry in os.scandir(part) if not _reason(entry))
-        elif os.path.isfile(part):
-            found = [part]
-        else:
-            found = sorted(filter(os.path.isfile, glob.glob(part, recursive=True)))
+            found = [str(entry) for entry in _entries(part) if not _reason(entry)]
+        found = sorted(filter(os.path.isfile, found))
         if not found:
             kinds = ", ".join(TEXT_ENDINGS) + f", also as .{', .'.join(PACKED)}"
-            searched = [f"a folder is searched for {kinds}"] * os.path.isdir(part)
-            more = "; ".join([*searched, *left_out(part)])
+            searched = [f"a folder is searched for {kinds}"] if os.path.isdir(part) else []
+            more = "; ".join(searched + left_out(part))
             raise ValueError(f"no text file at {part}" + (f" ({more})" if more else ""))
         files += found
     return list(dict.fromkeys(files))
@@ -177,138 +170,117 @@ def _parts(path):
     return [path] if os.path.exists(path) else path.split(",")
 
 
+def _entries(part):
+    """List what is in a folder, or the folders that a pattern matches."""
+    if os.path.isdir(part):
+        return Path(part).iterdir()
+    return [] if "**" in part else filter(Path.is_dir, map(Path, glob.glob(part)))
+
+
 def _reason(entry):
     """Say why an entry of a folder is not read -> str, or "" if it is."""
-    if entry.name.startswith("."):
+    name, ending = os.path.splitext(entry.name.lower())
+    if name.startswith("."):
         return "hidden"
     if entry.is_dir():
         return "subfolders"
-    if entry.is_file() and entry.name.lower().endswith(SUFFIXES):
-        return ""
-    return os.path.splitext(entry.name)[1].lower() or "without an ending"
+    text_name = name if ending[1:] in PACKED else name + ending
+    is_read = entry.is_file() and text_name.endswith(TEXT_ENDINGS)
+    return "" if is_read else ending or "without an ending"
 
 
 def left_out(path):
     """Say what the folders of a path hold besides the files that are read -> a line, or none."""
-    reasons, folder = Counter(), ""
-    for part in _parts(path):
-        if os.path.isdir(part):
-            reasons.update(filter(None, map(_reason, os.scandir(part))))
-            folder = folder or part
-        elif not os.path.exists(part) and "**" not in part:  # a pattern
-            reasons["subfolders"] += sum(map(os.path.isdir, glob.glob(part)))
-            folder = folder or os.path.dirname(part)
-    reasons = +reasons
-    if not reasons:
+    entries = [entry for part in _parts(path) for entry in _entries(part) if _reason(entry)]
+    counts = Counter(map(_reason, entries)).most_common()
+    if not counts:
         return []
-    counts = ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
-    endings = [reason for reason, _ in reasons.most_common() if reason[0] == "."]
-    ending = ".txt" if "subfolders" in reasons or not endings else endings[0]
-    pattern = shlex.quote(os.path.join(folder, "**", f"*{ending}"))
-    more = f" (a pattern reads more: -d={pattern})" if set(reasons) != {"hidden"} else ""
-    return [f"left out: {counts}{more}"]
+    line = "left out: " + ", ".join(f"{reason} {n:,}" for reason, n in counts)
+    reasons = [reason for reason, _ in counts if reason != "hidden"]
+    endings = [reason for reason in reasons if reason[0] == "."]
+    ending = endings[0] if endings and "subfolders" not in reasons else ".txt"
+    pattern = shlex.quote(os.path.join(entries[0].parent, "**", f"*{ending}"))
+    return [f"{line} (a pattern reads more: -d={pattern})" if reasons else line]
 
 
 # ---------------------------------------------------------------- what a file is
 
 
-class Form(NamedTuple):
-    """How a text is written in its file."""
-
-    packing: str = ""  # of PACKED
-    encoding: str = ""  # if it is copied as UTF-8 before it is read
-
-    def __str__(self):
-        return "".join(f" {part}" for part in self if part)
-
-
 def is_json(path):
     """Whether a file holds objects instead of plain text, by its name."""
-    name = path.lower()
-    for packing in PACKED:
-        name = name.removesuffix(f".{packing}")
-    return name.endswith(JSON_ENDINGS)
+    return bool(JSON_NAME.search(path))
 
 
 def look_at(path):
-    """Tell by its first bytes how a text is packed and encoded -> Form.
+    """Tell by its first bytes how a text is packed and encoded -> two names, "" for plain UTF-8.
 
     Raises ValueError for what is no text, with the command that makes one of it.
     """
     packing = _packing_of(path)
     with _unpack(path, packing) as stream:
         head = stream.read(HEAD)
-    if _packing(head):
-        raise ValueError(f"{path} is packed twice: run {pipe('', path)}")
     for magic, what, command in FOREIGN:
         if re.match(magic, head, re.DOTALL):
-            raise ValueError(f"{path} is {what}, not a text: run {_fill(command, path)}")
-    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+            raise ValueError(f"{path} is {what}, not a text: run {advice(command, path)}")
+    encoding = next((name for name, marks in MARKS.items() if head.startswith(marks)), "")
     if b"\0" in head and not encoding:
-        advice = pipe(_without_nul(head), path)
-        raise ValueError(f"{path} has NUL bytes: if it is a text, run {advice}")
+        command = advice(_without_nul(head), path)
+        raise ValueError(f"{path} has NUL bytes: if it is a text, run {command}")
     if b"\r" in head[:-1] and b"\n" not in head:
         encoding = encoding or "utf-8"  # the line ends of old Macs
-    return Form(packing, encoding)
-
-
-def _packing(head):
-    return next((name for name, (magic, *_) in PACKED.items() if re.match(magic, head)), "")
+    return packing, encoding
 
 
 def _packing_of(path):
     with open(path, "rb") as file:
-        return _packing(file.read(16))
+        head = file.read(16)
+    return next((name for name, (magic, *_) in PACKED.items() if re.match(magic, head)), "")
 
 
 def _unpack(path, packing):
-    return Unpacked(path, packing) if packing else open(path, "rb")
+    return io.BufferedReader(_Unpacked(path, packing), 1 << 20) if packing else open(path, "rb")
 
 
-def _fill(command, path):
-    """Fill in a command of FOREIGN; a file that is packed is unpacked first, but tar does that."""
-    if _packing_of(path) and "tar " not in command:
-        return f"{pipe('', path)} first"
-    plain, ending = os.path.splitext(path)
-    plain = plain if ending.lower() in (".zst", ".lz4") else f"{path}.txt"
-    return command.format(path=shlex.quote(path), plain=shlex.quote(plain))
+def advice(command, path):
+    """Write the command that makes a text of a file: it names {path}, or the text goes through it.
+
+    What is packed is unpacked first, but tar does that.
+    """
+    packing, file = _packing_of(path), shlex.quote(path)
+    if "{path}" in command and (not packing or " tar " in command):
+        return command.format(path=file)
+    new = shlex.quote(path + (".jsonl" if is_json(path) else ".txt"))
+    if not packing:
+        return f"{command} < {file} > {new}"
+    unpack = f"{PACKED[packing][2]} -dc {file}"
+    if "{path}" in command:
+        return f"{unpack} > {new} first"
+    return f"{unpack} | {command} > {new}" if command else f"{unpack} > {new}"
 
 
 def _without_nul(head):
     """Choose a program for a file with NUL bytes. In UTF-16, about every second byte is one."""
     n_even, n_odd = head[::2].count(0), head[1::2].count(0)
     if max(n_even, n_odd) > len(head) / 8 > 4 * min(n_even, n_odd):
-        return TO_UTF8.format("UTF-16LE" if n_odd > n_even else "UTF-16BE")
+        return f"iconv -f UTF-16{'LE' if n_odd > n_even else 'BE'} -t UTF-8"
     return r"tr -d '\000'"
-
-
-def pipe(program, path):
-    """Write the command that sends the text of a file through a program into a new file."""
-    packing, file = _packing_of(path), shlex.quote(path)
-    new = shlex.quote(path + (".jsonl" if is_json(path) else ".txt"))
-    if not packing:
-        return f"{program} < {file} > {new}"
-    return " | ".join(filter(None, [f"{PACKED[packing][2]} -dc {file}", program])) + f" > {new}"
 
 
 def conversion(path):
     """Say how a text that is not UTF-8 becomes it."""
-    command = pipe(TO_UTF8.format("WINDOWS-1252"), path)
+    command = advice("iconv -f WINDOWS-1252 -t UTF-8", path)
     return f"Convert it, from Latin-1 or Windows-1252 with {command}"
 
 
 def open_text(path):
     """Open a file -> stream of its text, in UTF-8. Raises ValueError, see `look_at`."""
-    form = look_at(path)
-    stream = _unpack(path, form.packing)
-    return _recode(path, stream, form.encoding) if form.encoding else stream
+    packing, encoding = look_at(path)
+    stream = _unpack(path, packing)
+    return _recode(path, stream, encoding) if encoding else stream
 
 
 def lines_of(path):
-    """Read the lines of a small file -> pairs of a number and a line without its end.
-
-    What is not UTF-8 becomes lone surrogates. Raises ValueError, see `look_at`.
-    """
+    """Read a small file -> pairs of a number and a line. Wrong bytes become lone surrogates."""
     with open_text(path) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="\n")
         return [(number, line.rstrip("\r\n")) for number, line in enumerate(text, 1)]
@@ -329,63 +301,9 @@ def _recode(path, stream, encoding):
     return file
 
 
-# ---------------------------------------------------------------- objects
-
-
-def _read_values(path, stream):
-    """Yield the values of a JSON file, each with a name for messages: a line, or what is in a list.
-
-    A list, and one object on several lines, are read as a whole. Raises ValueError.
-    """
-    start = stream.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
-    stream.seek(0)
-    is_whole = start.startswith(b"[") or start.split(b"\n")[0].strip() == b"{"
-    for number, line in enumerate([stream.read()] if is_whole else stream, 1):
-        if line.isspace():
-            continue
-        name = path if is_whole else f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8: {error.reason}. {conversion(path)}") from None
-        except (ValueError, RecursionError) as error:
-            advice = f"several lines per object? {pipe('jq -c .', path)} writes one per line"
-            raise ValueError(f"{name} is not JSON: {error} ({advice})") from None
-        if not (is_whole and isinstance(value, list)):
-            yield name, value
-            continue
-        for i, member in enumerate(value, 1):
-            yield f"{path}, object {i}", member
-
-
-def _read_objects(path, stream, text_field):
-    """Yield the texts of a JSON file as documents. Raises ValueError that names the line."""
-    for name, value in _read_values(path, stream):
-        fields = value if isinstance(value, dict) else {}
-        try:
-            text = (value if isinstance(value, str) else fields.get(text_field)).encode()
-        except AttributeError:
-            has = f"its fields are {', '.join(fields) or 'none'}"[:200]
-            advice = "give --text_field"
-            lists = [key for key, field in fields.items() if isinstance(field, list)]
-            if lists and not any(isinstance(field, str) for field in fields.values()):
-                selected = shlex.quote(f".[{json.dumps(lists[0])}][]")
-                advice += f", or run {pipe(f'jq -c {selected}', path)}"
-            found = f"has no text in a field {text_field!r} ({has})"
-            raise ValueError(f"{name} {found}: {advice}") from None
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} is not Unicode: {error.reason}") from None
-        yield name, io.BytesIO(text)
-
-
-class Unpacked(io.BufferedReader):
+class _Unpacked(io.RawIOBase):
     """The content of a packed file. Raises ValueError that names the file if it is damaged."""
 
-    def __init__(self, path, packing):
-        super().__init__(_Unpacking(path, packing), 1 << 20)
-
-
-class _Unpacking(io.RawIOBase):
     def __init__(self, path, packing):
         self.path, self.packing = path, packing
         self.file = PACKED[packing][1](path)
@@ -399,8 +317,8 @@ class _Unpacking(io.RawIOBase):
     def readinto(self, buffer):
         return self._call(self.file.readinto, buffer)
 
-    def seek(self, offset, whence=os.SEEK_SET):
-        return self._call(self.file.seek, offset, whence)
+    def seek(self, *args):
+        return self._call(self.file.seek, *args)
 
     def _call(self, function, *args):
         try:
@@ -416,22 +334,49 @@ class _Unpacking(io.RawIOBase):
         super().close()
 
 
-PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, cut at spaces
-EXAMPLES = "line", "labelled", "paragraph", "file"  # else a line that separates examples
-EXAMPLE_HELP = (
-    "what one example is: line, labelled, paragraph, file, or else the separator that stands "
-    "between examples, such as '<|endoftext|>', as a line by itself (line)"
-)
-ONE_LINE = "line", "labelled"  # kinds of examples that have no line break
-SEPARATOR = re.compile(r"<[|/]?\w+\|?>|\[[A-Z]+\]|([-=*#~_+\u2013\u2014])( ?\1){2,}|%")
-MARK = re.compile(r"<\|\w+\|>")  # no text has it by chance
-MOST_LABELS = 10  # that are listed
-HEAD_BYTES = 1 << 20  # of a text, in which blank lines and separators are looked for
-FEW_EXAMPLES = 100  # a corpus of fewer examples is split for validation by bytes
-VAL_SHARE = {"examples": 0.02, "bytes": 0.05}
+def _read_objects(path, stream, text_field):
+    """Yield the texts of a JSON file as documents. Raises ValueError that names the line."""
+    start = stream.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
+    stream.seek(0)
+    # A list, and one object on several lines, are read as a whole.
+    is_whole = start.startswith(b"[") or start.split(b"\n")[0].strip() == b"{"
+    for number, raw in enumerate([stream.read()] if is_whole else stream, 1):
+        if raw.isspace():
+            continue
+        name = path if is_whole else f"{path}, line {number}"
+        try:
+            value = json.loads(raw)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8: {error.reason}. {conversion(path)}") from None
+        except (ValueError, RecursionError) as error:
+            hint = f"several lines per object? {advice('jq -c .', path)} writes one per line"
+            raise ValueError(f"{name} is not JSON: {error} ({hint})") from None
+        members = {name: value}
+        if is_whole and isinstance(value, list):
+            members = {f"{path}, object {i}": member for i, member in enumerate(value, 1)}
+        for name, member in members.items():
+            yield name, io.BytesIO(_text_of(member, name, path, text_field))
 
 
-# ---------------------------------------------------------------- reading text
+def _text_of(value, name, path, text_field):
+    """Find the text of a value: a text, or an object with a field of text -> UTF-8."""
+    fields = value if isinstance(value, dict) else {}
+    text = value if isinstance(value, str) else fields.get(text_field)
+    if isinstance(text, str):
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} is not Unicode: {error.reason}") from None
+    has = f"its fields are {', '.join(fields) or 'none'}"[:200]
+    hint = "give --text_field"
+    lists = [key for key, field in fields.items() if isinstance(field, list)]
+    if lists and not any(isinstance(field, str) for field in fields.values()):
+        selected = shlex.quote(f".[{json.dumps(lists[0])}][]")
+        hint += f", or run {advice(f'jq -c {selected}', path)}"
+    raise ValueError(f"{name} has no text in a field {text_field!r} ({has}): {hint}")
+
+
+# ---------------------------------------------------------------- examples
 
 
 class Piece(NamedTuple):
@@ -443,7 +388,7 @@ class Piece(NamedTuple):
     last: bool  # ends its example
     label: str | None  # of the example, if it is labelled and this is its first piece
     number: int  # of its example in the corpus: 0, 1, ...
-    end: int  # bytes of the corpus up to its end; from the last piece of an example, reading can go on there
+    end: int  # bytes of the corpus up to its end; after a last piece, reading can go on there
 
 
 def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None, number=0):
@@ -461,58 +406,96 @@ def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None, 
     for name, stream in Corpus.of(corpus).documents():
         size = stream.seek(0, os.SEEK_END) if start > begin or stop < math.inf else None
         if size is None or (stop > begin and start < begin + size):
-            bounds = max(0, start - begin), stop - begin
-            number = yield from _read_document(name, stream, example, *bounds, max_bytes or PIECE_BYTES, number, begin)
+            bounds = max(0, start - begin), stop - begin, max_bytes or PIECE_BYTES
+            for *fields, end in _read_document(name, stream, example, *bounds):
+                yield (piece := Piece(*fields, number, begin + end))
+                number += piece.last
         begin += stream.tell() if size is None else size
 
 
-def _read_document(name, stream, example, start, stop, max_bytes, number, begin):
-    """Yield the pieces of a document, which is at byte `begin` of the corpus, see `read_pieces` -> number of the next example."""
+def _read_document(name, stream, example, start, stop, max_bytes):
+    """Yield text, n_bytes, first, last, label and end in the document of its `Piece`s."""
     if example == "labelled" and start == 0:
         start = header_end(stream)
-    position, held, first, starts_line = start, bytearray(), True, True  # held: what is read but not yielded, at `position`
-    separator = b"" if example == "paragraph" else example.strip().encode()
-    is_separated = example not in (*ONE_LINE, "file")
-
-    def piece(raw, last, end):
-        nonlocal number
+    first = True
+    for raw, position, end, last in _cut(stream, example, start, stop, max_bytes):
         text = _decode(raw, name, stream, position).replace("\r\n", "\n")
         if position == 0:
             text = text.removeprefix("\ufeff")  # byte order mark
-        if first and last and not text.strip():
-            return []
-        label, tab, rest = text.partition("\t") if example == "labelled" and first else (None, True, text)
-        label = label and label.strip()
-        if not tab or label == "":
-            raise ValueError(f"{name}: line {_line_at(stream, position)} is not label<TAB>text")
-        number += last
-        return [Piece(rest, len(rest.encode()), first, last, label, number - last, begin + end)]
+        if text.strip() or not (first and last):
+            label = None
+            if example == "labelled" and first:
+                label, tab, text = text.partition("\t")
+                label = label.strip()
+                if not tab or not label:
+                    line = _line_at(stream, position)
+                    raise ValueError(f"{name}: line {line} is not label<TAB>text")
+            yield text, len(text.encode()), first, last, label, end
+        first = last
 
-    n_unread = stop - start
-    stream.seek(start)
+
+def _cut(stream, example, start, stop, max_bytes):
+    """Cut a document into raw pieces -> bytes, begin and end in it, whether an example ends.
+
+    A separator after a piece lies before its end.
+    """
+    separator = b"" if example == "paragraph" else example.strip().encode()
+    is_separated = example == "paragraph" or example not in EXAMPLES
+    position, held, first = start, bytearray(), True  # held: read but not yielded, at `position`
     longest = max(max_bytes, len(separator) + 100)  # a separator is not read in parts
-    while raw := stream.readline(limit := int(min(longest, n_unread))):
-        n_unread -= len(raw)
-        ends_line = raw.endswith(b"\n")
-        is_whole = starts_line and (ends_line or len(raw) < limit)
-        begins = first and not held  # a blank line here is left out, like the separator
-        stands_between = raw.strip() == separator or (begins and raw.isspace())
-        is_separator = is_separated and is_whole and stands_between
-        complete = is_separator or (example in ONE_LINE and ends_line)
-        starts_line = ends_line
-        if not is_separator:
-            held += raw
+    for raw, is_whole in _read_lines(stream, start, stop, longest):
+        is_blank = first and not held and raw.isspace()  # left out, like a separator
+        is_separator = is_separated and is_whole and (is_blank or raw.strip() == separator)
+        complete = is_separator or (example in ONE_LINE and raw.endswith(b"\n"))
+        held += b"" if is_separator else raw
         while len(held) > max_bytes or (len(held) == max_bytes and not complete):
-            cut = _find_cut(held[:max_bytes]) or max_bytes  # 0 only of bytes that are not UTF-8
-            yield from piece(held[:cut], False, position + cut)
+            cut = _find_cut(held[:max_bytes])
+            yield held[:cut], position, position + cut, False
             position, held, first = position + cut, held[cut:], False
         if complete:
-            end = position + len(held) + is_separator * len(raw)
-            yield from piece(held.rstrip(b"\r\n"), True, end)
+            end = position + len(held) + (len(raw) if is_separator else 0)
+            yield held.rstrip(b"\r\n"), position, end, True
             position, held, first = end, bytearray(), True
     if held or not first:
-        yield from piece(held.rstrip(b"\r\n"), True, position + len(held))
-    return number
+        yield held.rstrip(b"\r\n"), position, position + len(held), True
+
+
+def _read_lines(stream, start, stop, longest):
+    """Yield the lines of a part of a document, long ones in parts, and whether each is whole."""
+    stream.seek(start)
+    starts_line = True
+    while raw := stream.readline(limit := int(min(longest, stop - start))):
+        start += len(raw)
+        ends_line = raw.endswith(b"\n")
+        yield raw, starts_line and (ends_line or len(raw) < limit)
+        starts_line = ends_line
+
+
+def _find_cut(raw):
+    """Find where to cut: before the last space, else after the last line, else a character."""
+    space, line = raw.rfind(b" ", 1), raw.rfind(b"\n") + 1
+    if space > 0 or line:
+        return space if space > 0 else line
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(raw)
+    return len(raw) - len(decoder.getstate()[0])  # the last character may be incomplete
+
+
+def _decode(raw, name, stream, position):
+    """Decode bytes of a document from `position` on. Raises ValueError for the first wrong one."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong = position + error.start
+        where = f"byte {wrong} is 0x{raw[error.start]:02x}, in line {_line_at(stream, wrong)}"
+        raise ValueError(f"{name} is not UTF-8: {where}. {conversion(name)}") from None
+
+
+def _line_at(stream, position):
+    """Find the line of a byte of a document, counted from 1."""
+    stream.seek(0)
+    blocks = (stream.read(min(1 << 20, position - start)) for start in range(0, position, 1 << 20))
+    return 1 + sum(block.count(b"\n") for block in blocks)
 
 
 def header_end(stream):
@@ -526,7 +509,7 @@ def header_end(stream):
 
     stream.seek(0)
     lines = filter(bytes.strip, iter(partial(stream.readline, PIECE_BYTES), b""))
-    first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")  # byte order mark
+    first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
     end, second, is_header = stream.tell(), next(lines, b""), False
     for raw in lines if b"\t" in first and label(first) != label(second) else ():
         if label(raw) == label(first):
@@ -537,19 +520,25 @@ def header_end(stream):
 
 def reading_notes(corpus, example):
     """Say what of a corpus is left out as a header, and what may be a separator -> lines."""
-    notes, headers = [], []
     if example == "labelled":
-        for name, stream in corpus.documents():
-            if end := header_end(stream):
-                stream.seek(0)
-                headers.append((name, stream.read(end).decode("utf-8-sig", "replace").strip()))
-        for name, header in headers[:1]:
-            also = f", and those of {count(len(headers) - 1, 'more file')}" if len(headers) > 1 else ""
-            notes.append(f"left out as a header: {header!r}, the first line of {name}{also}")
-    elif example in ("line", "paragraph") and (found := find_separator(corpus)):
-        flag, n = shlex.quote(f"--example={found[0]}"), found[1]
-        notes.append(f"{found[0]!r} occurs {n:,} times: if it separates examples, {flag}")
-    return notes
+        return _header_notes(corpus)
+    if example in ("line", "paragraph") and (found := find_separator(corpus)):
+        flag = shlex.quote(f"--example={found[0]}")
+        return [f"{found[0]!r} occurs {found[1]:,} times: if it separates examples, {flag}"]
+    return []
+
+
+def _header_notes(corpus):
+    headers = []
+    for name, stream in corpus.documents():
+        if end := header_end(stream):
+            stream.seek(0)
+            headers.append((name, stream.read(end).decode("utf-8-sig", "replace").strip()))
+    if not headers:
+        return []
+    name, header = headers[0]
+    also = f", and those of {count(len(headers) - 1, 'more file')}" if headers[1:] else ""
+    return [f"left out as a header: {header!r}, the first line of {name}{also}"]
 
 
 def find_separator(corpus):
@@ -566,15 +555,6 @@ def find_separator(corpus):
     return (line, n) if n >= max(3, found.total() / 2) else None
 
 
-def list_labels(counts):
-    """List labels with their numbers of examples, the most frequent first -> a line, or none."""
-    if not counts:
-        return []
-    listed = [f"{label} {n:,}" for label, n in counts.most_common(MOST_LABELS)]
-    rest = f", and {len(counts) - len(listed)} more" if len(counts) > len(listed) else ""
-    return [f"{len(counts)} labels: {', '.join(listed)}{rest}"]
-
-
 def check_separator(corpus, example):
     """Raise ValueError if `example` is a separator, and no line of the corpus is."""
     if example in EXAMPLES:
@@ -584,12 +564,12 @@ def check_separator(corpus, example):
         if piece.text.strip() == separator:
             return
         is_within = is_within or separator in piece.text
-    advice = f"--example is {', '.join(EXAMPLES)}, or a line that stands between examples"
+    hint = f"--example is {', '.join(EXAMPLES)}, or a line that stands between examples"
     if separator and is_within:
         pattern = re.sub(r"([][\\.*^$/])", r"\\\1", separator)
         command = shlex.quote(f"s/{pattern}/\\n&\\n/g")
-        advice = f"it stands within lines: give it lines of its own, with sed {command}"
-    raise ValueError(f"no line of {corpus} is {example!r}: {advice}")
+        hint = f"it stands within lines: give it lines of its own, with sed {command}"
+    raise ValueError(f"no line of {corpus} is {example!r}: {hint}")
 
 
 def read_head(corpus, example):
@@ -597,40 +577,19 @@ def read_head(corpus, example):
     return takewhile(lambda piece: piece.end <= HEAD_BYTES, read_pieces(corpus, example))
 
 
-def _find_cut(raw):
-    """Find where to cut a part of a long example: before its last space, else after its last line, else between characters."""
-    space, line = raw.rfind(b" ", 1), raw.rfind(b"\n") + 1
-    if space > 0 or line:
-        return space if space > 0 else line
-    cut = len(raw)
-    while cut > 1 and raw[cut - 1] & 0xC0 == 0x80:  # a byte that continues a character
-        cut -= 1
-    return cut - 1 if raw and raw[cut - 1] >= 0xC0 else len(raw)  # the last character may be incomplete
-
-
-def _decode(raw, name, stream, position):
-    """Decode UTF-8. Raises ValueError that names the first wrong byte of the document; `raw` begins at `position`."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        wrong = position + error.start
-        raise ValueError(
-            f"{name} is not UTF-8: byte {wrong} is 0x{raw[error.start]:02x}, in line {_line_at(stream, wrong)}. "
-            f"{conversion(name)}"
-        ) from None
-
-
-def _line_at(stream, position):
-    """Find the line of a byte of a document, counted from 1."""
-    stream.seek(0)
-    blocks = (stream.read(min(1 << 20, position - start)) for start in range(0, position, 1 << 20))
-    return 1 + sum(block.count(b"\n") for block in blocks)
+def list_labels(counts):
+    """List labels with their numbers of examples, the most frequent first -> a line, or none."""
+    if not counts:
+        return []
+    listed = [f"{label} {n:,}" for label, n in counts.most_common(MOST_LABELS)]
+    rest = f", and {len(counts) - len(listed)} more" if len(counts) > len(listed) else ""
+    return [f"{len(counts)} labels: {', '.join(listed)}{rest}"]
 
 
 def split_position(corpus, example="line"):
-    """Find the byte where the validation part of a corpus of few examples begins: after a space, close to the last 5 %.
+    """Find the byte where few examples are cut for validation: after a space, for the last 5 %.
 
-    Returns None for a corpus of at least FEW_EXAMPLES, because `read_part` holds out whole examples of it.
+    None if there are FEW_EXAMPLES or more: `read_part` holds out whole examples.
     """
     examples = (piece for piece in read_pieces(corpus, example) if piece.last)
     if sum(1 for _ in islice(examples, FEW_EXAMPLES)) == FEW_EXAMPLES:
@@ -650,10 +609,11 @@ def split_position(corpus, example="line"):
 
 
 def read_part(corpus, part, example="line", start=0, number=0):
-    """Yield the pieces of one part of a corpus: "all", "train" or "val". The last two do not overlap.
+    """Yield the pieces of one part of a corpus: "all", "train" or "val".
 
-    start, number: bytes and examples of the corpus that were read before, see `Piece.end`. Example i is in "val" if frac(i * golden ratio) < 2 %: these are spread evenly over the corpus, whatever period its
-    examples may have. A corpus of few examples is cut in two instead (`split_position`).
+    start, number: bytes and examples of the corpus that were read before, see `Piece.end`. Example
+    i is in "val" if frac(i * golden ratio) < 2 %. These are spread evenly over the corpus, whatever
+    period its examples may have. A corpus of few examples is cut in two (`split_position`).
     """
     if part == "all":
         yield from read_pieces(corpus, example, start, number=number)

@@ -1,7 +1,4 @@
-"""Text and SentencePiece tokenizers: read a corpus in pieces of bounded size, train and load a tokenizer.
-
-A corpus is a `documents.Corpus`, or the path of one.
-"""
+"""SentencePiece tokenizers: train, load and use them."""
 
 import io
 import os
@@ -19,7 +16,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from common.files import writing
-from text.reading import Corpus, read_pieces
+from text.reading import BYTES_BAR, Corpus, read_pieces
 
 SPACE = "\u2581"  # the character that SentencePiece writes for a space
 JOIN = "\u2040"  # in a word tokenizer: no space before this token
@@ -29,20 +26,16 @@ MAX_LABELS = 1000
 TOKENIZER_BYTES = 20_000_000  # how much text a tokenizer is trained on
 VOCAB_SIZES = 512, 8192  # the smallest and the largest that follow from the corpus
 BYTES_PER_TOKEN = 250  # of the corpus, for a new vocabulary
-MAX_PUNCTUATION = 100  # marks that a word tokenizer takes from words, and characters that may follow them
-
-
-# ---------------------------------------------------------------- tokenizers
+MAX_PUNCTUATION = 100  # marks that a word tokenizer takes from words, characters that follow them
 
 
 def default_vocab_size(corpus, kind):
-    """Choose the size of a vocabulary by the size of the corpus: a token per BYTES_PER_TOKEN, up to a power of two.
-
-    Whole words have the largest, because what is not in it cannot be written.
-    """
+    """Choose the size of a vocabulary: a power of two, about a token per BYTES_PER_TOKEN."""
     smallest, largest = VOCAB_SIZES
-    n_bytes = Corpus.of(corpus).n_bytes
-    return largest if kind == "word" else min(max(smallest, 1 << (n_bytes // BYTES_PER_TOKEN).bit_length()), largest)
+    if kind == "word":  # what is not in it cannot be written
+        return largest
+    n_tokens = Corpus.of(corpus).n_bytes // BYTES_PER_TOKEN
+    return min(max(smallest, 1 << n_tokens.bit_length()), largest)
 
 
 def train_tokenizer(corpus, kind, vocab_size=None, example="line"):
@@ -88,25 +81,25 @@ def _train(kind, vocab_size, texts, characters, labels):
 
 
 def read_sample(corpus, example):
-    """Read about TOKENIZER_BYTES of a corpus, spread over all of it -> texts, and the sets of all characters and labels.
-
-    Raises ValueError for more than MAX_LABELS labels.
-    """
+    """Read about TOKENIZER_BYTES from all over a corpus -> texts, all characters, all labels."""
     corpus, texts, characters, labels = Corpus.of(corpus), [], set(), set()
     n = 1 + corpus.n_bytes // TOKENIZER_BYTES  # every n-th piece is kept
-    with tqdm(desc=f"reading {Path(corpus.path).name}", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+    what = f"reading {Path(corpus.path).name}"
+    with tqdm(desc=what, total=corpus.n_bytes, **BYTES_BAR) as bar:
         for i, piece in enumerate(read_pieces(corpus, example, max_bytes=1000)):
-            texts += [piece.text] * (i % n == 0)
+            if i % n == 0:
+                texts.append(piece.text)
             characters.update(piece.text)
             labels.update({piece.label} - {None})
             bar.update(piece.n_bytes)
     if len(labels) > MAX_LABELS:
-        raise ValueError(f"{corpus} has {len(labels)} labels, at most {MAX_LABELS} are possible: a line is label<TAB>text")
+        found = f"{corpus} has {len(labels)} labels, at most {MAX_LABELS} are possible"
+        raise ValueError(f"{found}: a line is label<TAB>text")
     return texts, characters, labels
 
 
 def trainer_options(kind, vocab_size, texts, characters, labels, folder):
-    """Choose the options of SentencePiece's trainer -> dict. Files that they name are written into `folder`."""
+    """Choose the options of SentencePiece's trainer -> dict. It may name files in `folder`."""
     options = dict(
         model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.9999,
         normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
@@ -114,20 +107,24 @@ def trainer_options(kind, vocab_size, texts, characters, labels, folder):
         control_symbols=[LABEL + label for label in sorted(labels)],  # text never becomes these
     )  # fmt: skip
     if kind == "word":
-        return options | dict(add_dummy_prefix=True, remove_extra_whitespaces=True) | write_rules(texts, folder)
+        options |= dict(add_dummy_prefix=True, remove_extra_whitespaces=True)
+        return options | write_rules(texts, folder)
     options |= dict(add_dummy_prefix=False, remove_extra_whitespaces=False)
     if kind != "char":
-        return options | dict(byte_fallback=True, user_defined_symbols=["\n"] if "\n" in characters else [])
+        symbols = ["\n"] if "\n" in characters else []
+        return options | dict(byte_fallback=True, user_defined_symbols=symbols)
     characters = characters - {"\0"}  # SentencePiece cannot have it: it stays unknown
-    symbols = sorted(c for c in characters if c != " " and not c.isprintable())  # it would leave these out otherwise
+    symbols = sorted(c for c in characters if c != " " and not c.isprintable())  # else left out
     rest = sorted({SPACE if c == " " else c for c in characters} - set(symbols))
-    sizes = dict(vocab_size=len(symbols) + len(rest) + len(labels) + 1, character_coverage=1.0, bos_id=-1, eos_id=-1)
-    return options | sizes | dict(user_defined_symbols=symbols, required_chars="".join(rest))
+    options |= dict(character_coverage=1.0, bos_id=-1, eos_id=-1)
+    options["vocab_size"] = len(symbols) + len(rest) + len(labels) + 1
+    return options | dict(user_defined_symbols=symbols, required_chars="".join(rest))
 
 
 def show_seconds(function, what):
     """Call a function and show how long it takes so far, in a terminal."""
-    with ThreadPoolExecutor(1) as pool, tqdm(desc=what, bar_format="{desc}: {elapsed}", disable=None) as bar:
+    bar = tqdm(desc=what, bar_format="{desc}: {elapsed}", disable=None)
+    with ThreadPoolExecutor(1) as pool, bar:
         future = pool.submit(function)
         while wait([future], timeout=0.5).not_done:
             bar.refresh()
@@ -135,40 +132,47 @@ def show_seconds(function, what):
 
 
 def spacing_rules(texts):
-    """List the rules by which a word tokenizer takes punctuation from words and puts it back -> two lists of (old, new).
+    """List how a word tokenizer takes punctuation from words -> two lists of rules (old, new).
 
-    The first list normalises text before it is cut at spaces. JOIN marks what had no space before it:
+    The first list changes text before it is cut at spaces. JOIN marks what had no space before it:
 
         He said: "Yes!"    becomes    He said JOIN: " JOINYes JOIN! JOIN"
 
-    The second list undoes that. Apostrophes and hyphens belong to words. A line break takes the spaces around it along.
+    The second list undoes that. Apostrophes and hyphens belong to words. A line break takes the
+    spaces around it along.
     """
     pairs = Counter(pair for text in texts for pair in pairwise(text + " "))
     punctuation, followers = Counter(), Counter()
     for (c, after), n in pairs.items():
         if is_punctuation(c):
             punctuation[c] += n
-            followers[after] += n * (not after.isspace() and not is_punctuation(after))
+            if not after.isspace() and not is_punctuation(after):
+                followers[after] += n
     rules = [("\n", f" {BREAK} ")] if any("\n" in pair for pair in pairs) else []
     for c, _ in punctuation.most_common(MAX_PUNCTUATION):
         rules += [(c, f" {JOIN}{c} "), (f" {c}", f" {c} ")]
-        for w, n in followers.most_common(MAX_PUNCTUATION):
-            rules += [(c + w, f" {JOIN}{c} {JOIN}{w}"), (f" {c}{w}", f" {c} {JOIN}{w}")] * (n > 0)
+        for w, _ in followers.most_common(MAX_PUNCTUATION):
+            rules += [(c + w, f" {JOIN}{c} {JOIN}{w}"), (f" {c}{w}", f" {c} {JOIN}{w}")]
     undo = [(f"{before}{BREAK}{after}", "\n") for before in (" ", "") for after in (" ", "")]
     return rules, [(f" {JOIN}", ""), (JOIN, ""), *undo] if rules else []
 
 
 def is_punctuation(c):
-    """Whether a word tokenizer makes a token of a character: punctuation and symbols, but not apostrophes and hyphens."""
+    """Whether a character is a token of a word tokenizer. Apostrophes and hyphens are not."""
     return category(c)[0] in "PS" and c not in "'\u2019-_"
 
 
 def write_rules(texts, folder):
     """Write `spacing_rules` as the files that SentencePiece reads -> its options."""
     options = {}
-    for name, rules in zip(("normalization_rule_tsv", "denormalization_rule_tsv"), spacing_rules(texts), strict=True):
+
+    def code_points(text):
+        return " ".join(f"{ord(c):X}" for c in text)
+
+    names = "normalization_rule_tsv", "denormalization_rule_tsv"
+    for name, rules in zip(names, spacing_rules(texts), strict=True):
         if rules:
-            lines = ["\t".join(" ".join(f"{ord(c):X}" for c in text) for text in rule) for rule in rules]
+            lines = ["\t".join(map(code_points, rule)) for rule in rules]
             with writing(folder / name):
                 (folder / name).write_text("\n".join(lines) + "\n")
             options[name] = str(folder / name)
@@ -192,31 +196,32 @@ def adds_prefix(tokenizer):
 
 def keeps_breaks(tokenizer):
     """Tell whether a line break is still there after encoding and decoding."""
-    ids = tokenizer.encode("a\na")
-    return tokenizer.decode(ids).count("\n") == 1 and tokenizer.unk_id() not in tokenizer.encode("\n")
+    is_known = tokenizer.unk_id() not in tokenizer.encode("\n")
+    return is_known and tokenizer.decode(tokenizer.encode("a\na")).count("\n") == 1
 
 
 def unknown_bytes(text, tokenizer):
     """Count the bytes of a text that the tokenizer turns into unknown tokens."""
     pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
-    return sum(len(piece.replace(SPACE, "").replace(JOIN, "").encode()) for i, piece in pieces if i == tokenizer.unk_id())
+    unknown = "".join(piece for k, piece in pieces if k == tokenizer.unk_id())
+    return len(unknown.replace(SPACE, "").replace(JOIN, "").encode())
 
 
 def add_marks(ids, tokenizer, begin=True, end=True):
-    """Put bos before and eos after the tokens of a text, each only if the tokenizer has one: list -> list."""
+    """Put bos before and eos after a list of tokens, each only if the tokenizer has one -> list."""
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
     return ([bos] if begin and bos >= 0 else []) + ids + ([eos] if end and eos >= 0 else [])
 
 
 @lru_cache(maxsize=4)
 def label_ids(tokenizer):
-    """List the labels that have a token -> {label: id}, empty unless the tokenizer was trained on labelled lines."""
+    """List the labels that have a token -> {label: id}, empty if it was trained without labels."""
     pieces = {k: tokenizer.id_to_piece(k) for k in range(len(tokenizer)) if tokenizer.is_control(k)}
     return {piece.removeprefix(LABEL): k for k, piece in pieces.items() if piece.startswith(LABEL)}
 
 
 def piece_text(k, tokenizer):
-    """Write one token as it reads within a text: its space before it, a label with its tab -> str."""
+    """Write one token as it reads within a text: with its space, a label with its tab -> str."""
     piece = tokenizer.id_to_piece(k)
     piece = piece.removeprefix(LABEL) + "\t" if k in label_ids(tokenizer).values() else piece
     return piece.replace(SPACE + JOIN, "").replace(SPACE + BREAK, "\n").replace(SPACE, " ")
@@ -229,19 +234,17 @@ def decode(tokenizer, ids, unknown=()):
     """
     if tokenizer.eos_id() in ids:
         ids = ids[: ids.index(tokenizer.eos_id())]
-    rest, unk = iter(unknown), tokenizer.unk_id()
-    pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != tokenizer.bos_id()]
+    rest, bos, unk = iter(unknown), tokenizer.bos_id(), tokenizer.unk_id()
+    pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != bos]
     labels = {k: label for label, k in label_ids(tokenizer).items()}
     label = "".join(f"{labels[k]}\t" for k in ids if k in labels)
-    return label + tokenizer.decode(pieces).removeprefix(SPACE).replace(SPACE, " ")  # SPACE: of `unknown`
+    text = tokenizer.decode(pieces).removeprefix(SPACE)
+    return label + text.replace(SPACE, " ")  # of `unknown`
 
 
 def one_line(text):
     """Put a text on one line, with a space for each line break."""
     return " ".join(text.splitlines())
-
-
-# ---------------------------------------------------------------- the tokenizer's habits
 
 
 def starts_word(piece):
@@ -250,13 +253,14 @@ def starts_word(piece):
 
 
 def count_word_lengths(tokenizer, tokens, longest=16):
-    """Count the words of 0, 1, ..., `longest` tokens in the first million tokens of a text -> list of counts."""
+    """Count the words of 0, 1, ..., `longest` tokens among the first million tokens -> list."""
     pieces = [tokenizer.id_to_piece(k) for k in range(len(tokenizer))]
     ids = tokens.ids[:1_000_000]
     starts = np.array([starts_word(piece) for piece in pieces])[ids]
     breaks = np.array([piece == "\n" for piece in pieces])[ids]
     begins = np.flatnonzero(starts | breaks)
     document = np.searchsorted(tokens.offsets, begins, side="right")
-    lengths = np.diff(begins)[(document[1:] == document[:-1]) & starts[begins[:-1]]]  # not from a document to the next
+    is_word = starts[begins[:-1]] & (document[1:] == document[:-1])
+    lengths = np.diff(begins)[is_word]
     counts = np.bincount(lengths[lengths <= longest], minlength=2)
     return counts.tolist() if counts.any() else [0, 1]

@@ -1,10 +1,11 @@
 """Train a classifier of noisy texts, so that samples can be steered to a label.
 
-    python classify.py -mdir=RUN_DIR -d=LABELLED.tsv --output=CLASSIFIER.pt
+    python -m tools.classify -mdir=RUN_DIR -d=LABELLED.tsv --output=CLASSIFIER.pt
     python sample.py -mdir=RUN_DIR --classifier=CLASSIFIER.pt --label=food --scale=2
 
-Each line of the text is `label<TAB>text`. The network of the run is frozen. A small head reads its hidden states, for the
-same noisy inputs and times as in training: it must recognise a text before the text is finished.
+Each line of the text is `label<TAB>text`. The network of the run is frozen. A small head reads its
+hidden states, for the same noisy inputs and times as in training. It must recognise a text before
+the text is finished.
 
     log_p  (B, n_labels)  log-probabilities of the labels of each text
 """
@@ -36,13 +37,10 @@ HELD_OUT_SHARE = 0.1
 ACCURACY_TIMES = 0.0, 0.2, 0.4, 0.6, 0.8, 1.0  # at which the accuracy is measured
 
 
-# ---------------------------------------------------------------- training
-
-
 def read_labelled(path, sampler):
     """Read a text of label<TAB>text lines -> list of (label, ids).
 
-    Raises ValueError for a line without a tab or that is too long for the model, with its number, and for fewer than two labels.
+    Raises ValueError for fewer than two labels, and for a line without a tab or that is too long.
     """
     if not Path(path).is_file():
         raise ValueError(f"no text file at {path}")
@@ -58,18 +56,20 @@ def read_labelled(path, sampler):
     labels = collections.Counter(label for label, _ in examples)
     if len(labels) < 2 or min(labels.values()) < 2:
         rare = ", ".join(f"{label} ({n})" for label, n in labels.items()) or "none"
-        raise ValueError(f"{path} needs two or more labels with at least two texts each, here: {rare}")
+        needed = "two or more labels with at least two texts each"
+        raise ValueError(f"{path} needs {needed}, here: {rare}")
     return examples
 
 
 def split(examples, seed):
-    """Hold out one example in ten of each label, at least one -> training examples, held-out examples."""
+    """Hold out a tenth of each label's examples, at least one -> the others, those held out."""
     shuffled = random.Random(seed).sample(examples, len(examples))
     train, held_out = [], []
     for label in sorted({label for label, _ in examples}):
         own = [example for example in shuffled if example[0] == label]
         n = max(1, round(HELD_OUT_SHARE * len(own)))
-        held_out, train = held_out + own[:n], train + own[n:]
+        held_out += own[:n]
+        train += own[n:]
     return train, held_out
 
 
@@ -82,9 +82,10 @@ def batches(examples, seed):
 
 
 def read_noisy(classifier, examples, sampler, t, given=None):
-    """Draw the noisy view of examples at time t, a number or (segment_ids) -> (B, L), and label it -> log p, labels (B,).
+    """Draw a noisy view of examples at time t and label it -> log p (B, n_labels), labels (B,).
 
-    given: function of segment_ids that tells what is given, besides bos.
+    t: a number, or a function of segment_ids -> (B, L). given: a function of segment_ids that tells
+    what is given, besides bos.
     """
     ids, segment_ids = pad([ids for _, ids in examples], sampler.device)
     t = t(segment_ids) if callable(t) else torch.full(ids.shape, t, device=sampler.device)
@@ -93,8 +94,9 @@ def read_noisy(classifier, examples, sampler, t, given=None):
         cond_mask |= given(segment_ids)
     config = sampler.model.config
     theta = bfn.flow(ids, t, config.s1, config.K).softmax(-1)
-    labels = torch.tensor([classifier.labels.index(label) for label, _ in examples], device=sampler.device)
-    return classifier(*bfn.clamp_given(theta, t, ids, cond_mask), segment_ids), labels
+    labels = torch.tensor([classifier.labels.index(label) for label, _ in examples])
+    log_p = classifier(*bfn.clamp_given(theta, t, ids, cond_mask), segment_ids)
+    return log_p, labels.to(sampler.device)
 
 
 def train(sampler, examples, labels, n_steps, seed):
@@ -104,14 +106,20 @@ def train(sampler, examples, labels, n_steps, seed):
     classifier = Classifier(sampler.model, labels).to(sampler.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
-    times, rng = Times("stratified", position_share=0.5, device=sampler.device), np.random.default_rng(seed)
+    times = Times("stratified", position_share=0.5, device=sampler.device)
+    rng = np.random.default_rng(seed)
+
+    def draw_times(segment_ids):
+        return times.draw(segment_ids)[0]
 
     def given(segment_ids):
-        return torch.from_numpy(data.draw_cond_mask(segment_ids.cpu().numpy(), rng)).to(sampler.device)
+        cond_mask = data.draw_cond_mask(segment_ids.cpu().numpy(), rng)
+        return torch.from_numpy(cond_mask).to(sampler.device)
 
-    bar = tqdm(islice(batches(examples, seed), n_steps), total=n_steps, desc="training", unit="step", disable=None)
+    steps = islice(batches(examples, seed), n_steps)
+    bar = tqdm(steps, total=n_steps, desc="training", unit="step", disable=None)
     for batch in bar:
-        log_p, wanted = read_noisy(classifier, batch, sampler, lambda segment_ids: times.draw(segment_ids)[0], given)
+        log_p, wanted = read_noisy(classifier, batch, sampler, draw_times, given)
         loss = F.nll_loss(log_p, wanted)
         loss.backward()
         optimizer.step()
@@ -130,9 +138,6 @@ def accuracy(classifier, examples, sampler, t, seed):
         log_p, labels = read_noisy(classifier, examples[i : i + BATCH], sampler, t)
         right += (log_p.argmax(1) == labels).sum().item()
     return right / len(examples)
-
-
-# ---------------------------------------------------------------- the command
 
 
 def flags():
@@ -155,13 +160,16 @@ def main(argv=None):
     if Path(args.output).exists():
         load_classifier(args.output, sampler)  # anything else is not overwritten
     if label_ids(sampler.tokenizer):
-        raise ValueError(f"{args.model_dir} was trained with --labelled: sample.py --label steers it without a classifier")
+        advice = "sample.py --label steers it without a classifier"
+        raise ValueError(f"{args.model_dir} was trained with --labelled: {advice}")
     examples = read_labelled(args.data_path, sampler)
     train_examples, held_out = split(examples, args.seed)
     labels = collections.Counter(label for label, _ in examples)
-    print(f"{len(train_examples)} texts to train on, {len(held_out)} held out; {len(labels)} labels: {', '.join(sorted(labels))}")
+    listed = f"{len(labels)} labels: {', '.join(sorted(labels))}"
+    print(f"{len(train_examples)} texts to train on, {len(held_out)} held out; {listed}")
     classifier = train(sampler, train_examples, sorted(labels), args.steps, args.seed)
-    print(f"accuracy on held-out texts by time (the most frequent label: {max(labels.values()) / len(examples):.1%})")
+    most = max(labels.values()) / len(examples)
+    print(f"accuracy on held-out texts by time (the most frequent label: {most:.1%})")
     for t in ACCURACY_TIMES:
         print(f"  t = {t:.1f}   {accuracy(classifier, held_out, sampler, t, args.seed):6.1%}")
     save_classifier(Path(args.output), classifier, sampler.run["tokenizer_hash"])

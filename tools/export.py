@@ -1,4 +1,7 @@
-"""The model card of an exported folder: how to use it, samples, figures, data and flags."""
+"""Write what is needed to sample from a model into a new folder, with a model card.
+
+    python -m tools.export RUN_DIR OUT_DIR --dtype=bfloat16
+"""
 
 import json
 import math
@@ -12,14 +15,15 @@ import sample
 from common import cli, parallel
 from common.files import file_hash
 from text.reading import ONE_LINE
-from training.checkpoint import EXPORTED_FILES, import_safetensors, load, read_figures, without_folders
+from training import checkpoint
 
 N_SAMPLES = 2
+EXPORT = "python -m tools.export RUN_DIR"
 CARD = """\
 # {name}
 
-A Bayesian flow language model of {n_parameters:,} parameters and {K:,} tokens of vocabulary. It refines all words of a text
-at once. In the folder of the code that wrote it:
+A Bayesian flow language model of {n_parameters:,} parameters and {K:,} tokens of vocabulary. It
+refines all words of a text at once. In the folder of the code that wrote it:
 
     python sample.py -mdir={folder}
     python evaluate.py -mdir={folder} -d=TEXT.txt
@@ -40,33 +44,30 @@ at once. In the folder of the code that wrote it:
 
 ## Files
 
-`model.safetensors` holds the averaged weights of step {step:,} as {dtype}, `config.json` what the commands need to know of
-the training, `tokenizer.model` the SentencePiece tokenizer. Nothing in them is executed.
+`model.safetensors` holds the averaged weights of step {step:,} as {dtype}, `config.json` what the
+commands need to know of the training, `tokenizer.model` the SentencePiece tokenizer. Nothing in
+them is executed.
 """
 
 
 def model_card(folder, dtype):
     """Describe the model of an exported folder -> markdown. Samples from it."""
-    model, tokenizer, run = load(folder, device=parallel.find_device("auto"))
-    shown = folder.name if folder.is_absolute() else folder  # no paths of this machine
+    dtype_name = str(dtype).removeprefix("torch.")
+    model, tokenizer, run = checkpoint.load(folder, device=parallel.find_device("auto"))
+    quoted = shlex.quote(folder.name if folder.is_absolute() else str(folder))  # no paths from here
     return CARD.format(
         name=folder.name,
-        folder=shlex.quote(str(shown)),
+        folder=quoted,
         n_parameters=sum(p.numel() for p in model.parameters()),
         K=model.config.K,
         n_samples=N_SAMPLES,
         samples=indent(draw_samples(model, tokenizer, run)),
         figures="\n".join(figure_lines(run["figures"])),
         data="\n".join(data_lines(run)),
-        commands=indent([training_command(run["args"]), export_command(shown, dtype)]),
+        commands=indent([training_command(run["args"]), f"{EXPORT} {quoted} --dtype={dtype_name}"]),
         step=run["step"],
-        dtype=name_of(dtype),
+        dtype=dtype_name,
     )
-
-
-def name_of(dtype):
-    """torch.bfloat16 -> "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def indent(texts):
@@ -77,39 +78,43 @@ def indent(texts):
 def draw_samples(model, tokenizer, run):
     """Sample as sample.py does without a prompt -> lines as it prints them."""
     separator = [] if run["args"]["example"] in ONE_LINE else [sample.SEPARATOR]
-    return [line for text in sample.Sampler(model, tokenizer, run)(n=N_SAMPLES) for line in (text, *separator)]
+    texts = sample.Sampler(model, tokenizer, run)(n=N_SAMPLES)
+    return [line for text in texts for line in (text, *separator)]
 
 
 def figure_lines(figures):
     """Lay out the figures of a validation as a table -> lines."""
-    rows = [
-        ("bound on -log P", "bound", "monte_carlo_error", "text_error", "bits_per_char", "n_tokens_scored"),
-        ("exact -log P under `commit`", "exact", "", "exact_text_error", "exact_bits_per_char", "exact_n_tokens_scored"),
-    ]
-    lines = [
-        "| | nats per token | error: noise | error: choice of text | bits per token | bits per character | tokens scored |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for label, name, noise, choice, per_char, n_scored in rows:
-        nats = [figures.get(f"{key}_nats_per_token", math.nan) for key in (name, noise, choice)]
-        cells = [*nats, nats[0] / math.log(2), figures.get(per_char, math.nan)]
-        cells = ["" if math.isnan(value) else f"{value:.4f}" for value in cells]
-        lines.append(f"| {' | '.join([label, *cells])} | {figures.get(n_scored, '')} |")
-    return [*lines, "", "On the validation text, given the lengths, with float32 weights, while the model was trained."]
+    rows = ("bound on -log P", "bound", ""), ("exact -log P under `commit`", "exact", "exact_")
+    columns = "nats per token|error: noise|error: choice of text|bits per token|bits per character"
+    lines = [f"| | {columns.replace('|', ' | ')} | tokens scored |", "|---" * 7 + "|"]
+    for label, name, prefix in rows:
+        noise = f"{prefix}monte_carlo_error"  # only the bound has it
+        keys = [f"{key}_nats_per_token" for key in (name, noise, f"{prefix}text_error")]
+        nats, *errors = (figures.get(key, math.nan) for key in keys)
+        per_char = figures.get(f"{prefix}bits_per_char", math.nan)
+        values = nats, *errors, nats / math.log(2), per_char
+        cells = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
+        n_scored = figures.get(f"{prefix}n_tokens_scored", "")
+        lines.append(f"| {' | '.join([label, *cells])} | {n_scored} |")
+    measured = "On the validation text, given the lengths, with float32 weights"
+    return [*lines, "", f"{measured}, while the model was trained."]
 
 
 def data_lines(run):
     """Say what the model was trained and validated on -> lines."""
     path = run["args"]["data_path"]
-    lines = [f"Trained on `{path}`." if path else "Trained on the built-in language (`toy.py`)."]
+    text = f"`{path}`" if path else "the built-in language (`text/toy.py`)"
+    lines = [f"Trained on {text}."]
     for name, sizes in run.get("sizes", {}).items():
-        lines.append(f"The {name} text has {', '.join(f'{n:,} {unit}' for unit, n in sizes.items())}.")
+        listed = ", ".join(f"{n:,} {unit}" for unit, n in sizes.items())
+        lines.append(f"The {name} text has {listed}.")
     return lines
 
 
 def training_command(args):
-    """Write the flags of a run as a command that trains the same model, with file names instead of paths."""
-    left_out = {"model_dir", "cache_dir", "device", "epochs", "minutes", "val_tokens"}  # max_steps says how long
+    """Write the flags of a run, without folders, as a command that trains the same model."""
+    left_out = {"model_dir", "cache_dir", "device", "val_tokens"}
+    left_out |= {"epochs", "minutes"}  # max_steps says how long
     if args["data_path"] is None:
         left_out |= {"tokenizer", "vocab_size", "example"}  # which the built-in language sets
     if args["init_from"]:
@@ -122,47 +127,44 @@ def training_command(args):
     return " \\\n    ".join(" ".join(words[i : i + 5]) for i in range(0, len(words), 5))
 
 
-def export_command(folder, dtype):
-    """Write the command that made an exported folder."""
-    export = f"python checkpoint.py export RUN_DIR {shlex.quote(str(folder))}"
-    return f"{export} --dtype={name_of(dtype)}"
-
-
 def export(run_dir, out_dir, dtype=torch.float32):
-    """Write what is needed to sample, evaluate and fine-tune into a new folder, with a model card. Weights become `dtype`.
+    """Write what sampling, evaluating and fine-tuning need into a new folder, with a model card.
 
-    Raises ValueError if the run is damaged or out_dir exists.
+    Weights become `dtype`. Raises ValueError if the run is damaged or out_dir exists.
     """
     if out_dir.exists():
         raise ValueError(f"{out_dir} exists already: give another folder")
-    library = import_safetensors()
-    model, _, run = load(run_dir)
+    library = checkpoint.import_safetensors()
+    model, _, run = checkpoint.load(run_dir)
     out_dir.mkdir(parents=True)
     try:
-        weights = {name: w.to(dtype if w.is_floating_point() else w.dtype) for name, w in model.state_dict().items()}
-        weights = {name: weight.clone().contiguous() for name, weight in weights.items()}  # no two share memory
+        weights = {}
+        for name, w in model.state_dict().items():
+            w = w.to(dtype) if w.is_floating_point() else w
+            weights[name] = w.clone().contiguous()  # no two share memory
         (out_dir / "model.safetensors").write_bytes(library.save(weights))
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
-        run |= dict(args=without_folders(run["args"]), weights_hash=file_hash(out_dir / "model.safetensors"))
-        run["figures"] = read_figures(run_dir, run["step"]) or run.get("figures", {})
-        kept = {name: value for name, value in run.items() if name not in ("times", "times_history")}
-        (out_dir / "config.json").write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
+        run["args"] = checkpoint.without_folders(run["args"])
+        run["weights_hash"] = file_hash(out_dir / "model.safetensors")
+        figures = checkpoint.read_figures(run_dir, run["step"])
+        run["figures"] = figures or run.get("figures", {})
+        run = {name: value for name, value in run.items() if not name.startswith("times")}
+        config = json.dumps(run, indent=1, allow_nan=False)
+        (out_dir / "config.json").write_text(config, encoding="utf-8")
         (out_dir / "README.md").write_text(model_card(out_dir, dtype), encoding="utf-8")
     except BaseException:
         shutil.rmtree(out_dir)
         raise
 
 
-# ---------------------------------------------------------------- the command
-
-
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("command", choices=["export"], help="write the averaged weights, what sampling needs, and a model card")
-    p.add_argument("run_dir", type=cli.path, help="run folder")
-    p.add_argument("out_dir", type=cli.path,
+    add = p.add_argument
+    add("run_dir", type=cli.path, help="run folder")
+    add("out_dir", type=cli.path,
         help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (float32)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the weights (float32)")
     return p
 
 
@@ -171,7 +173,7 @@ def main(argv=None):
     out_dir = Path(args.out_dir)
     export(Path(args.run_dir), out_dir, getattr(torch, args.dtype))
     size = (out_dir / "model.safetensors").stat().st_size
-    print(f"{out_dir}: {', '.join(EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)")
+    print(f"{out_dir}: {', '.join(checkpoint.EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.files import replacing
-from text.reading import PACKED, Corpus, is_json, read_pieces
+from text.reading import BYTES_BAR, PACKED, Corpus, is_json, read_pieces
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # 1,234 or 1234 or 12.5
 LONGEST_NUMBER = 15  # digits; a longer one is read digit by digit
@@ -20,9 +20,6 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 STRIPPED = {"symbols": "SC", "punctuation": "SCP"}  # first letters of the Unicode categories
 TEXT8 = {ord(c): c.lower() for c in map(chr, range(ord("A"), ord("Z") + 1))}
 TEXT8 |= {ord("0") + i: f" {word} " for i, word in enumerate(DIGITS)}
-
-
-# ---------------------------------------------------------------- a simpler form
 
 
 @lru_cache(maxsize=1 << 16)
@@ -34,40 +31,43 @@ def number_in_words(number, language):
     try:
         from num2words import num2words
     except ImportError:
-        raise ValueError("--digits needs a package that is missing: pip install num2words") from None
+        message = "--digits needs a package that is missing: pip install num2words"
+        raise ValueError(message) from None
     try:
         return num2words(number, lang=language)
     except NotImplementedError:
-        raise ValueError(f"num2words has no numbers for the language {language!r}: give another one") from None
+        message = f"num2words has no numbers for the language {language!r}: give another one"
+        raise ValueError(message) from None
 
 
 def in_words(text, language="en"):
-    """Write the numbers of a text in words, apart from letters: "12.5km" -> "twelve point five km"."""
+    """Write numbers in words, apart from letters: "12.5km" -> "twelve point five km"."""
 
     def words(match):
         number = match[0].replace(",", "")
-        parts = [digit for digit in number if digit != "."] if len(number) > LONGEST_NUMBER else [number]
-        before, after = text[max(0, match.start() - 1) : match.start()], text[match.end() : match.end() + 1]
+        parts = number.replace(".", "") if len(number) > LONGEST_NUMBER else [number]
         name = " ".join(number_in_words(part, language) for part in parts)
-        return " " * before.isalpha() + name + " " * after.isalpha()
+        begin, end = match.span()
+        before = " " if text[:begin][-1:].isalpha() else ""
+        return before + name + (" " if text[end : end + 1].isalpha() else "")
 
     return NUMBER.sub(words, text)
 
 
 def strip(text, kind):
-    """Write a space for each symbol, or also for punctuation, by Unicode category. Apostrophes and hyphens stay."""
-    keep = "\n'\u2019-"
-    drop = {ord(c): " " for c in set(text) - set(keep) if unicodedata.category(c)[0] in STRIPPED[kind]}
-    return text.translate(drop)
+    """Write a space for each symbol, or also for punctuation. Apostrophes and hyphens stay."""
+    characters = set(text) - set("\n'\u2019-")
+    drop = (c for c in characters if unicodedata.category(c)[0] in STRIPPED[kind])
+    return text.translate(dict.fromkeys(map(ord, drop), " "))
 
 
 def text8(text):
-    """Write a text as text8 is written: a to z and spaces, digits as words [Mahoney, "About the test data"]. Lines stay."""
+    """Write a to z and spaces, digits as words, as text8 [Mahoney, "About the test data"]."""
     return re.sub(r"[^a-z\n]+", " ", text.translate(TEXT8))
 
 
 def tidy(texts):
-    """Yield the parts of a text with one space for each run of spaces, and none at the ends of lines."""
+    """Yield the parts of a text with single spaces, and none at the ends of lines."""
     held, starts_line = "", True  # held: a space that may be followed by another one
     for text in texts:
         text = re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", held + text))
@@ -78,14 +78,14 @@ def tidy(texts):
 
 
 def normalize(corpus, out, changes):
-    """Write a text with all `changes`, functions of text, to a new file. Raises ValueError if there is a file already."""
+    """Write a text with all `changes`, functions of text, to a new file. Raises ValueError."""
     if out.exists():
         raise ValueError(f"{out} exists already: give another name")
     if is_json(out.name) or out.suffix.lower().removeprefix(".") in PACKED:
         raise ValueError(f"{out} would be plain text: give a name that ends in .txt")
 
     def changed():
-        with tqdm(desc="writing", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(desc="writing", total=corpus.n_bytes, **BYTES_BAR) as bar:
             for piece in read_pieces(corpus, "file"):
                 text = piece.text
                 for change in changes:

@@ -1,7 +1,7 @@
 """Make flow.ipynb from flow.md: python -m tools.notebook.
 
-Prose becomes markdown cells. A ```python fence becomes a code cell, and a ```text fence right after it its output. All
-other fences stay in the prose.
+Prose becomes markdown cells. A ```python fence becomes a code cell, and a ```text fence right after
+it its output. All other fences stay in the prose.
 """
 
 import json
@@ -18,27 +18,32 @@ from pathlib import Path
 
 folders = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "bfn.py").exists()]
 if not folders:
-    raise FileNotFoundError("no bfn.py in this folder or above: open the notebook where it is in the repository")
+    raise FileNotFoundError("no bfn.py in this folder or above: \
+open the notebook where it is in the repository")
 os.chdir(folders[0])
 sys.path.insert(0, os.getcwd())
 """
 
 
 def split(page):
-    """Cut a page into its parts -> list of (kind, text): the word or words after ```, or "" for prose; text ends in \\n."""
+    """Cut a page into its parts -> list of (kind, text). The kind follows ```, "" is prose."""
     parts, end = [], 0
     for fence in FENCE.finditer(page):
         parts += [("", page[end : fence.start()]), fence.groups()]
         end = fence.end()
-    return [(kind, text.strip("\n") + "\n") for kind, text in [*parts, ("", page[end:])] if text.strip()]
+    parts.append(("", page[end:]))
+    return [(kind, text.strip("\n") + "\n") for kind, text in parts if text.strip()]
 
 
 def with_outputs(parts):
-    """Pair each part with the output that the page shows for it, "" for none -> list of (kind, text, output)."""
-    following = [*parts[1:], ("", "")]
-    shown = [b[1] if (a[0], b[0]) == ("python", "text") else "" for a, b in zip(parts, following, strict=True)]
-    is_output = [False] + [output != "" for output in shown[:-1]]
-    return [(*part, output) for part, output, skip in zip(parts, shown, is_output, strict=True) if not skip]
+    """Add the output that the page shows for each part, or "" -> list of (kind, text, output)."""
+    found = []
+    for kind, text in parts:
+        if kind == "text" and found and found[-1][::2] == ("python", ""):
+            found[-1] = (*found[-1][:2], text)
+        else:
+            found.append((kind, text, ""))
+    return found
 
 
 def to_cells(page):
@@ -48,18 +53,18 @@ def to_cells(page):
         if kind == "python":
             cells.append(code_cell(text, output))
             continue
-        text = text if kind == "" else f"```{kind}\n{text}```\n"
+        lines = (f"```{kind}\n{text}```\n" if kind else text).splitlines(keepends=True)
         if cells[-1]["cell_type"] == "markdown":
-            cells[-1]["source"] += ["\n", *text.splitlines(keepends=True)]
+            cells[-1]["source"] += ["\n", *lines]
         else:
-            cells.append(dict(cell_type="markdown", metadata={}, source=text.splitlines(keepends=True)))
+            cells.append(dict(cell_type="markdown", metadata={}, source=lines))
     return [dict(cell, id=f"cell-{i}") for i, cell in enumerate(cells)]
 
 
 def code_cell(source, output):
     """Make a code cell and its output."""
-    outputs = [dict(output_type="stream", name="stdout", text=output.splitlines(keepends=True))] if output else []
-    source = source.splitlines(keepends=True)
+    source, lines = source.splitlines(keepends=True), output.splitlines(keepends=True)
+    outputs = [dict(output_type="stream", name="stdout", text=lines)] if lines else []
     return dict(cell_type="code", execution_count=None, metadata={}, outputs=outputs, source=source)
 
 

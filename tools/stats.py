@@ -17,23 +17,24 @@ import numpy as np
 from tqdm import tqdm
 
 from common import cli
-from text.reading import EXAMPLE_HELP, Corpus, check_separator, list_labels, read_head, read_pieces, reading_notes
+from text import reading
+from text.reading import BYTES_BAR, Corpus, read_head, read_pieces
 from text.tokenizer import VOCAB_SIZES, is_punctuation, read_sample
 from training import log
 
 MOST_HASHES = 1 << 21  # of examples, kept to find duplicates
 MINUTES = 10  # of a first training
-FEW_WORDS, NEW_IN_FEW = VOCAB_SIZES[0], 0.02  # so few different words make a word tokenizer worth more unknown ones
-
-
-# ---------------------------------------------------------------- figures of a text
+CATEGORIES = dict(L="letters", M="marks", N="digits", P="punctuation", S="symbols", Z="spaces")
+CATEGORIES |= dict(C="line breaks, controls")  # by the first letters of Unicode's categories
+FEW_WORDS = VOCAB_SIZES[0]  # so few different words are worth more unknown ones
+NEW_IN_FEW = 0.02  # share of new words that they are worth
 
 
 @dataclass
 class Duplicates:
-    """Count examples that repeat an earlier one, in bounded memory: only hashes divisible by a power of two are kept."""
+    """Count examples that repeat an earlier one, in bounded memory."""
 
-    hashes: Counter = field(default_factory=Counter)
+    hashes: Counter = field(default_factory=Counter)  # only those divisible by `divisor`
     divisor: int = 1
     most: tuple = (1, "")  # times of the most frequent example, and its beginning
 
@@ -44,7 +45,8 @@ class Duplicates:
             self.most = max(self.most, (self.hashes[value], text[:60]), key=itemgetter(0))
             if len(self.hashes) > MOST_HASHES:
                 self.divisor *= 2
-                self.hashes = Counter({value: n for value, n in self.hashes.items() if value % self.divisor == 0})
+                kept = (item for item in self.hashes.items() if item[0] % self.divisor == 0)
+                self.hashes = Counter(dict(kept))
 
     def share(self):
         """Share of the examples; an estimate if not all hashes were kept."""
@@ -53,14 +55,13 @@ class Duplicates:
 
 
 def survey(corpus, example):
-    """Read a text once -> numbers of examples by length in characters, of characters, Duplicates,
-    numbers of examples by label.
+    """Read a text -> counts of lengths in characters, of characters, Duplicates, counts of labels.
 
     Raises ValueError for a text without examples.
     """
     lengths, characters, labels = Counter(), Counter(), Counter()
     duplicates, parts = Duplicates(), []
-    with tqdm(desc="reading", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(desc="reading", total=corpus.n_bytes, **BYTES_BAR) as bar:
         for piece in read_pieces(corpus, example):
             characters.update(piece.text)
             if piece.label is not None:
@@ -87,16 +88,15 @@ def describe(corpus, example, lengths, characters, duplicates, labels):
     values, counts = map(np.array, zip(*sorted(lengths.items()), strict=True))
     median, most = (values[np.searchsorted(counts.cumsum(), share * n)] for share in (0.5, 0.9))
     kinds, scripts = Counter(), Counter()
-    names = dict(L="letters", M="marks", N="digits", P="punctuation", S="symbols", Z="spaces", C="line breaks, controls")
-    for c, count in characters.items():
-        kind = unicodedata.category(c)[0]
-        kinds[names[kind]] += count
-        if kind == "L":
-            scripts[script(c)] += count
+    for c, n_times in characters.items():
+        category = unicodedata.category(c)[0]
+        kinds[CATEGORIES[category]] += n_times
+        if category == "L":
+            scripts[script(c)] += n_times
     n_most, text = duplicates.most
-    most_frequent = f", {text!r} {n_most:,} times" if n_most > 1 else ""
-    common = " ".join(c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c, _ in characters.most_common(20))
-    once = f"{sum(count == 1 for count in characters.values()):,} of them once"
+    repeated = "the same as an earlier one" + (f", {text!r} {n_most:,} times" if n_most > 1 else "")
+    common = " ".join(map(_visible, dict(characters.most_common(20))))
+    once = f"{sum(n_times == 1 for n_times in characters.values()):,} of them once"
     shares = f"half up to {median:,}, nine of ten up to {most:,}"
     return [
         corpus.describe(n, corpus.n_bytes),
@@ -104,10 +104,13 @@ def describe(corpus, example, lengths, characters, duplicates, labels):
         f"characters: {n_chars:,}, {len(characters):,} different ones, {once}; {_shares(kinds)}",
         f"the most frequent ones: {common}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
-        f"duplicates: {duplicates.share():.1%} of the examples are the same as an earlier one"
-        + most_frequent,
-        *list_labels(labels),
+        f"duplicates: {duplicates.share():.1%} of the examples are {repeated}",
+        *reading.list_labels(labels),
     ]
+
+
+def _visible(c):
+    return c if c.isprintable() and c != " " else f"U+{ord(c):04X}"
 
 
 def _shares(counts, most=6):
@@ -119,12 +122,13 @@ def _shares(counts, most=6):
 
 
 def suggest_tokenizer(corpus, example):
-    """Suggest words if the largest vocabulary holds all of them and new text will have hardly any others, else bpe.
+    """Suggest words if the largest vocabulary holds all and new text has hardly any others.
 
-    The probability that the next word is a new one is the share of words that occurred once [Good 1953, "The population
-    frequencies of species and the estimation of population parameters"]. Where a text has few different words, more new ones
-    are worth it: on greetings that training had not seen, the bound was 1.16 bits per character with words, of which some
-    were unknown, and 1.42 with bpe (docs/own_text.md). -> kind, reason
+    Else suggest bpe -> kind, reason. The probability that the next word is a new one is the share
+    of words that occurred once [Good 1953, "The population frequencies of species and the
+    estimation of population parameters"]. Where a text has few different words, more new ones are
+    worth it: on greetings that training had not seen, the bound was 1.16 bits per character with
+    words, of which some were unknown, and 1.42 with bpe (docs/own_text.md).
     """
     texts, characters, _ = read_sample(corpus, example)
     apart = {ord(c): " " for c in characters if is_punctuation(c)}
@@ -137,18 +141,17 @@ def suggest_tokenizer(corpus, example):
 
 
 def suggest_example(corpus, example):
-    """Suggest a separator, or paragraphs if the text was read by lines, and blank lines separate
-    several of these -> lines to print.
-    """
-    notes = reading_notes(corpus, example)
+    """Suggest a separator, or paragraphs if blank lines separate several lines -> lines."""
+    notes = reading.reading_notes(corpus, example)
     if example != "line" or notes:
         return notes
     head = [piece.text for piece in islice(read_head(corpus, "line"), 1000)]
     if head and all("\t" in text for text in head):
-        return ["each line has a tab: if it is label<TAB>text, --labelled in training and --example=labelled here"]
-    kinds = "line", "paragraph"
-    n_lines, n_paragraphs = (sum(piece.last for piece in read_head(corpus, kind)) for kind in kinds)
-    if not n_lines / 50 < n_paragraphs < 0.9 * n_lines:  # hardly any blank lines, or one after each line
+        flags = "--labelled in training and --example=labelled here"
+        return [f"each line has a tab: if it is label<TAB>text, {flags}"]
+    n_lines = sum(piece.last for piece in read_head(corpus, "line"))
+    n_paragraphs = sum(piece.last for piece in read_head(corpus, "paragraph"))
+    if not n_lines / 50 < n_paragraphs < 0.9 * n_lines:  # hardly any blank lines, or one each line
         return []
     found = f"blank lines: the first {n_lines:,} lines are {n_paragraphs:,} paragraphs"
     return [f"{found}; if these are your examples, --example=paragraph"]
@@ -169,22 +172,19 @@ def command(corpus, example):
     ]
 
 
-# ---------------------------------------------------------------- the command
-
-
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("text", type=cli.path, help="text file, folder, 'pattern*.txt', or several with commas")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
-    add("--example", default="line", help=EXAMPLE_HELP)
+    add("--example", default="line", help=reading.EXAMPLE_HELP)
     return p
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
     corpus = Corpus(args.text, args.text_field)
-    check_separator(corpus, args.example)
+    reading.check_separator(corpus, args.example)
     print(*describe(corpus, args.example, *survey(corpus, args.example)), sep="\n", flush=True)
     lines = suggest_example(corpus, args.example) + command(corpus, args.example)
     print(*lines, sep="\n")

@@ -1,4 +1,4 @@
-"""A text in one file or in many, plain, packed or as objects: the examples are the same."""
+"""Reading texts: their files, the examples in them, and the parts of a corpus."""
 
 import bz2
 import gzip
@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 
 from text import cache
-from text.reading import Corpus, find_files, left_out, lines_of, read_part, read_pieces
+from text.reading import (
+    Corpus,
+    check_separator,
+    find_files,
+    find_separator,
+    left_out,
+    lines_of,
+    read_part,
+    read_pieces,
+    reading_notes,
+)
 from text.tokenizer import default_vocab_size, train_tokenizer
 
 TEXTS = ["one\ntwo\n\nthree", "", "fo\u00fcr\n", "  five six\n\n\nseven"]
@@ -31,9 +41,12 @@ def objects(texts, field="text"):
     return "\n\n".join(json.dumps({"id": 5, field: text}) for text in texts) + "\n"
 
 
-def write(path, text):
-    """Write a text, packed if the name ends in .gz."""
-    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
+def write(path, content):
+    """Write bytes, or a text, which is packed if the name ends in .gz -> its path, a str."""
+    if isinstance(content, str):
+        content = content.encode()
+        content = gzip.compress(content) if path.name.endswith(".gz") else content
+    path.write_bytes(content)
     return str(path)
 
 
@@ -60,12 +73,19 @@ def corpora(tmp_path):
 
 
 def read(corpus, example="line", part="all", **options):
-    pieces = read_part(corpus, part, example) if part != "all" else read_pieces(corpus, example, **options)
+    pieces = (
+        read_part(corpus, part, example)
+        if part != "all"
+        else read_pieces(corpus, example, **options)
+    )
     texts = []
     for piece in pieces:
         texts += [""] * piece.first
         texts[-1] += piece.text
     return texts
+
+
+# ---------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -123,7 +143,10 @@ def test_a_part_that_names_no_file_is_an_error(tmp_path, monkeypatch, path):
     "line, message",
     [
         ('{"text": "a"', "is not JSON"),
-        ('{"body": "a", "title": 5}', "has no text in a field 'text' .its fields are body, title.: give --text_field"),
+        (
+            '{"body": "a", "title": 5}',
+            "has no text in a field 'text' .its fields are body, title.: give --text_field",
+        ),
         ('{"text": 5}', "has no text"),
         ('["text"]', "its fields are none"),
         ('{"text": "\\ud83d"}', "is not Unicode: surrogates"),
@@ -145,7 +168,9 @@ def test_an_error_in_one_of_many_files_names_it(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
 def test_a_damaged_gz_file_is_named(tmp_path, damage):
-    packed = bytearray(gzip.compress(np.random.default_rng(0).integers(97, 123, 50_000, dtype=np.uint8).tobytes()))
+    packed = bytearray(
+        gzip.compress(np.random.default_rng(0).integers(97, 123, 50_000, dtype=np.uint8).tobytes())
+    )
     if damage == "cut":
         packed = packed[: len(packed) // 2]
     else:
@@ -163,15 +188,10 @@ RECORDS = [dict(text=line) for line in LINES.split("\n") if line]
 PACKERS = gzip.compress, bz2.compress, lzma.compress
 
 
-def write_bytes(path, content):
-    path.write_bytes(content)
-    return str(path)
-
-
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"], ids=["\\n", "\\r\\n", "\\r"])
 def test_a_text_with_a_mark_or_old_line_ends_is_read_right(tmp_path, encoding, line_end):
-    path = write_bytes(tmp_path / "a.txt", LINES.replace("\n", line_end).encode(encoding))
+    path = write(tmp_path / "a.txt", LINES.replace("\n", line_end).encode(encoding))
     assert read(path) == LINES.split("\n")[:2] + ["anna sees"]
     assert read(path, "paragraph") == [LINES.split("\n\n")[0], "anna sees"]
 
@@ -180,14 +200,14 @@ def test_a_text_with_a_mark_or_old_line_ends_is_read_right(tmp_path, encoding, l
     "mark, encoding", [(b"\xfe\xff", "utf-16-be"), (b"\0\0\xfe\xff", "utf-32-be")]
 )
 def test_big_endian_texts_are_read_right(tmp_path, mark, encoding):
-    path = write_bytes(tmp_path / "a", mark + LINES.encode(encoding))
+    path = write(tmp_path / "a", mark + LINES.encode(encoding))
     assert read(path) == [record["text"] for record in RECORDS]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.TXT.XZ", "a"])
 @pytest.mark.parametrize("pack", [bytes, *PACKERS])
 def test_a_packed_text_is_read_whatever_its_name(tmp_path, name, pack):
-    path = write_bytes(tmp_path / name, pack(LINES.encode()))
+    path = write(tmp_path / name, pack(LINES.encode()))
     assert read(path) == [record["text"] for record in RECORDS]
 
 
@@ -206,17 +226,17 @@ def test_a_packed_text_is_read_whatever_its_name(tmp_path, name, pack):
 def test_json_is_read_as_objects_on_lines_or_in_a_list(tmp_path, name, content):
     expected = [record["text"] for record in RECORDS]
     for raw in (content.encode(), content.encode("utf-8-sig"), content.encode("utf-16")):
-        assert read(write_bytes(tmp_path / name, raw)) == expected
+        assert read(write(tmp_path / name, raw)) == expected
 
 
 def test_the_content_of_a_file_that_is_read_otherwise_has_another_hash(tmp_path):
     """Else a cache of the same bytes, read as lines of text, would be taken."""
     content = b'{"text": "a"}\r{"text": "b"}'
     names = "a.txt", "a.json", "a.jsonl"
-    paths = [write_bytes(tmp_path / name, content) for name in names]
+    paths = [write(tmp_path / name, content) for name in names]
     mac, *json_hashes = (cache.content_hash(Corpus(path), tmp_path) for path in paths)
     assert mac != cache.file_hash(paths[0]) and set(json_hashes) != {mac}
-    plain = write_bytes(tmp_path / "b.txt", content.replace(b"\r", b"\n"))
+    plain = write(tmp_path / "b.txt", content.replace(b"\r", b"\n"))
     assert cache.content_hash(Corpus(plain), tmp_path) == cache.file_hash(plain)
 
 
@@ -234,7 +254,7 @@ def test_the_content_of_a_file_that_is_read_otherwise_has_another_hash(tmp_path)
     ],
 )
 def test_the_command_that_is_named_makes_a_text_of_what_is_none(tmp_path, name, content, command):
-    path = write_bytes(tmp_path / name, content)
+    path = write(tmp_path / name, content)
     with pytest.raises(ValueError) as error:
         read(path)
     assert "\n" not in str(error.value) and path in str(error.value)
@@ -243,6 +263,14 @@ def test_the_command_that_is_named_makes_a_text_of_what_is_none(tmp_path, name, 
     subprocess.run(line, shell=True, check=True)
     new = path + (".jsonl" if ".jsonl" in name else ".txt")
     assert read(new) and not any("\0" in text or "\ufffd" in text for text in read(new))
+
+
+@pytest.mark.parametrize("pack", ["zst", "lz4"])
+def test_the_command_that_unpacks_objects_gives_them_a_name_of_objects(tmp_path, pack):
+    magic = {"zst": b"\x28\xb5\x2f\xfd\0", "lz4": b"\x04\x22\x4d\x18\0"}[pack]
+    path = write(tmp_path / f"a b.jsonl.{pack}", magic)
+    with pytest.raises(ValueError, match=rf"run \w+ -dc < '{path}' > '{path}.jsonl'"):
+        read(path)
 
 
 def zipped(*names):
@@ -289,7 +317,7 @@ def database():
     ],
 )
 def test_what_is_no_text_is_named_in_one_line_with_a_command(tmp_path, content, what):
-    path = write_bytes(tmp_path / "a.txt", content)
+    path = write(tmp_path / "a.txt", content)
     with pytest.raises(ValueError, match=rf"a\.txt is {what}") as error:
         read(path)
     assert "\n" not in str(error.value) and "{" not in str(error.value)
@@ -304,7 +332,7 @@ def test_a_text_that_speaks_of_formats_is_a_text(tmp_path, text):
 
 
 def test_a_text_that_is_damaged_behind_its_mark_is_named(tmp_path):
-    path = write_bytes(tmp_path / "a.txt", LINES.encode("utf-16") + b"x")
+    path = write(tmp_path / "a.txt", LINES.encode("utf-16") + b"x")
     with pytest.raises(ValueError, match="a.txt begins as UTF-16, but"):
         read(path)
 
@@ -317,9 +345,9 @@ def test_an_object_that_holds_a_list_of_objects_gets_the_command_that_unfolds_it
 
 
 def test_the_lines_of_a_small_file_are_read_as_those_of_a_corpus(tmp_path):
-    path = write_bytes(tmp_path / "a", gzip.compress("one\r\n\r\ntwo\n".encode("utf-16")))
+    path = write(tmp_path / "a", gzip.compress("one\r\n\r\ntwo\n".encode("utf-16")))
     assert lines_of(path) == [(1, "one"), (2, ""), (3, "two")]
-    assert lines_of(write_bytes(tmp_path / "b", b"caf\xe9\x0c\x85")) == [(1, "caf\udce9\x0c\udc85")]
+    assert lines_of(write(tmp_path / "b", b"caf\xe9\x0c\x85")) == [(1, "caf\udce9\x0c\udc85")]
 
 
 # ---------------------------------------------------------------- folders
@@ -360,3 +388,153 @@ def test_a_folder_without_a_text_says_what_it_holds(folder):
     found = r"no text file at .*searched for .txt, .*left out: .json 1 .*\*\.json"
     with pytest.raises(ValueError, match=found):
         find_files(str(folder / "sub"))
+
+
+# ---------------------------------------------------------------- examples
+
+UNICODE = [
+    "plain words",
+    "  two  spaces  at both ends  ",
+    "naïve café, Ελληνικά, 日本語のテキスト, العربية",
+    "🙂👩‍👩‍👧 emoji\tand tabs",
+    "a\u2028b line and paragraph separators \u2029 stay inside a line",
+    "digits 1234567890 and <s> </s> <unk>",
+]
+
+
+@pytest.mark.parametrize("max_bytes", [9, 64, 1 << 16])
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_joined_pieces_are_the_lines_of_the_file(tmp_path, max_bytes, ending):
+    path = write(tmp_path / "text", "\n".join(UNICODE) + ending)
+    assert read(path, max_bytes=max_bytes) == UNICODE
+    assert sum(p.n_bytes for p in read_pieces(path, max_bytes=max_bytes)) == sum(
+        len(x.encode()) for x in UNICODE
+    )
+
+
+def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_skipped(tmp_path):
+    assert read(write(tmp_path / "text", "\ufeffone\r\n\r\n   \ntwo\n\n\n")) == ["one", "two"]
+    assert read(write(tmp_path / "empty", "")) == []
+
+
+@pytest.mark.parametrize("max_bytes", [9, 1 << 16])
+def test_paragraphs_are_separated_by_blank_lines_and_keep_their_line_breaks(tmp_path, max_bytes):
+    path = write(tmp_path / "text", "\n\none\n  two \n\n\n \t\nthree\n\nfour\nfive")
+    paragraphs = ["one\n  two ", "three", "four\nfive"]
+    assert read(path, example="paragraph", max_bytes=max_bytes) == paragraphs
+    assert sum(p.n_bytes for p in read_pieces(path, "paragraph")) == sum(map(len, paragraphs))
+
+
+MARKS = "<|endoftext|>", "---", "* * *", "%", "\u2014\u2014\u2014", "THE END OF A STORY"
+STORIES = ["one\n\n  two ", "three %% --- <|endoftext|>", "four\n* * *five", "s\u00edx"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("max_bytes", [9, 11, 14, 1 << 16])
+@pytest.mark.parametrize("around", ["", "\n", "\r\n \r\n"], ids=["no", "blank", "CRLF"])
+def test_examples_stand_between_separators_that_are_lines_by_themselves(
+    tmp_path, mark, max_bytes, around
+):
+    """Wherever a read ends, with blank lines around them or not, at both ends of the file too."""
+    between = f"\n{around}{mark}\n {mark}\t\n{around}"
+    path = write(tmp_path / "text", f"{mark}\n" + between.join(STORIES) + f"\n{mark}")
+    found = read(path, example=mark, max_bytes=max_bytes)
+    assert [text.rstrip() for text in found] == [text.rstrip() for text in STORIES]
+    for piece in read_pieces(path, mark, max_bytes=max_bytes):
+        if piece.last:  # reading goes on after any example
+            rest = read(path, example=mark, start=piece.end, max_bytes=max_bytes)
+            assert rest == found[piece.number + 1 :]
+
+
+def test_a_separator_is_not_cut_where_the_validation_part_begins(tmp_path):
+    path = write(tmp_path / "text", "\n* * *\n".join(f"story {i}" for i in range(90)))
+    parts = [read(path, example="* * *")]
+    for part in ("train", "val"):
+        parts.append([piece.text for piece in read_part(path, part, "* * *")])
+    assert parts[0] == parts[1] + parts[2] and 2 < len(parts[2]) < 9
+
+
+@pytest.mark.parametrize("mark", [*MARKS[:5], "</s>", "[SEP]"])
+def test_a_line_that_looks_like_a_separator_is_found_and_the_flag_named(tmp_path, mark):
+    path = write(tmp_path / "text", f"\n{mark}\n".join(["Yes.\nYes.", "No!"] * 3))
+    assert find_separator(path) == (mark, 5)
+    (note,) = reading_notes(Corpus.of(path), "line")
+    assert f"'{mark}' occurs 5 times" in note and f"--example={mark}" in note.replace("'--", "--")
+    check_separator(path, mark)
+    assert reading_notes(Corpus.of(path), mark) == []
+
+
+@pytest.mark.parametrize("line", ["}", '"""', "...", "Yes.", "#", "a | b", "\u6f22"])
+def test_lines_of_code_and_speech_are_not_taken_for_separators(tmp_path, line):
+    assert find_separator(write(tmp_path / "text", f"\n{line}\n".join(["one", "two"] * 3))) is None
+
+
+def test_a_long_text_of_wide_characters_is_searched_for_separators(tmp_path):
+    """Its first megabyte ends within a character."""
+    path = write(tmp_path / "text", "---\n" * 3 + ("\u6f22" * 3001 + "\n") * 150)
+    assert find_separator(path) == ("---", 3)
+
+
+def test_a_separator_that_no_line_is_gets_one_line_with_the_way_out(tmp_path):
+    path = write(tmp_path / "text", "one<|endoftext|>two <|endoftext|>three\n")
+    with pytest.raises(ValueError, match=r"it stands within lines: .* with sed 's/<\|endo.*/g'$"):
+        check_separator(path, "<|endoftext|>")
+    for typo in ("lines", " "):
+        with pytest.raises(ValueError, match="no line of .* is '.*': --example is line, lab"):
+            check_separator(path, typo)
+
+
+def test_a_whole_file_is_one_example(tmp_path):
+    text = "one\n\n  two\n\n\nthree"
+    assert read(write(tmp_path / "text", text + "\n"), example="file") == [text]
+    assert read(write(tmp_path / "text", text.replace("\n", "\r\n")), example="file") == [text]
+
+
+def test_a_long_example_without_spaces_is_cut_between_its_lines(tmp_path):
+    """Also between \\r and \\n, which must not come apart."""
+    lines = ["\u6f22\u5b57" * 2] * 9
+    for line_break in ("\n", "\r\n"):
+        path = write(tmp_path / "text", line_break.join(lines))
+        pieces = list(read_pieces(path, "file", max_bytes=30))
+        assert "".join(piece.text for piece in pieces) == "\n".join(lines) and len(pieces) > 3
+        assert all(piece.text.endswith("\n") for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("example", ["line", "paragraph", "file"])
+def test_the_error_for_text_that_is_not_utf8_counts_bytes_from_the_start_of_the_file(
+    tmp_path, example
+):
+    (tmp_path / "latin").write_bytes(b"fine\r\n\n" * 300 + b"caf\xe9\n")
+    with pytest.raises(ValueError, match="byte 2103 is 0xe9"):
+        list(read_pieces(tmp_path / "latin", example, max_bytes=64))
+
+
+def test_the_error_for_text_that_is_not_utf8_names_the_first_wrong_byte(tmp_path):
+    (tmp_path / "latin").write_bytes(b"fine\n" * 3 + "café\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"latin is not UTF-8: byte 18 is 0xe9, in line 4\. .*iconv"
+    ):
+        read(tmp_path / "latin")
+
+
+@pytest.mark.parametrize("example", ["line", "paragraph", "file"])
+@pytest.mark.parametrize(
+    "text",
+    ["a line\n" * 500, "word " * 50_000, "é" * 5000, "one two\n" * 20, "one\n\ntwo\n\n" * 99],
+)
+def test_train_and_val_together_are_the_whole_corpus(tmp_path, text, example):
+    """Many lines, one very long line with spaces and one without, few lines, many paragraphs."""
+    path = write(tmp_path / "text", text)
+    n_chars = {}
+    for part in ("all", "train", "val"):
+        n_chars[part] = sum(len("".join(p.text.split())) for p in read_part(path, part, example))
+    assert n_chars["train"] + n_chars["val"] == n_chars["all"]
+    assert 0.01 < n_chars["val"] / n_chars["all"] < 0.08
+
+
+def test_a_corpus_of_repeating_lines_has_each_of_them_held_out_sometimes(tmp_path):
+    path = write(tmp_path / "text", "".join(f"{i}\n" for i in range(20_000)))
+    held_out = np.array([int(p.text) for p in read_part(path, "val")])
+    assert len(held_out) == pytest.approx(400, abs=3)
+    for period in (2, 3, 10, 50):
+        assert np.bincount(held_out % period, minlength=period).min() > 0
