@@ -322,10 +322,10 @@ def print_samples(samples, prompts, args, separator):
         print(f"{total_calls / len(prompts):.1f} network calls per text", file=sys.stderr)
 
 
-if __name__ == "__main__":
-    cli.run(main)
-
-
 def lay_out(text, run):
     """Put a sample on one line if the model was trained on lines: it may have drawn a line break by chance."""
     return one_line(text) if run["args"]["example"] in ONE_LINE else text
+
+
+if __name__ == "__main__":
+    cli.run(main)
