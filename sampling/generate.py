@@ -1,8 +1,8 @@
 """From templates to ids: sample in batches, each text from its own random numbers.
 
-    template     list of L         ids of given tokens, and FREE, GAP, ... where a token is drawn (prompts.py)
-    padded       (B, L)     int64  the templates of a batch, 0 after the end of each
-    segment_ids  (B, L)     int64  1 within a template, 0 = padding
+    template     list of L      ids of given tokens, and FREE, GAP, ... to be drawn (prompts.py)
+    padded       (B, L)  int64  the templates of a batch, 0 after the end of each
+    segment_ids  (B, L)  int64  1 within a template, 0 = padding
 """
 
 import math
@@ -17,9 +17,8 @@ from common import parallel
 from common.noise import Draws, mix_seed
 from data import pad
 from model import rows_at_once
-from sampling import guidance
-from sampling.prompts import FREE, MAX_CANDIDATES, allowed_at, make_hint
-from sampling.terminal import Trace
+from sampling import guidance, odds
+from sampling.prompts import FREE, MAX_CANDIDATES, allowed_at
 
 DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
 DEFAULT = bfn.Controls(corrections=4)  # the best that we measured
@@ -34,7 +33,7 @@ class Options:
     """
 
     controls: bfn.Controls = DEFAULT
-    hints: tuple = ()  # of (position, log-odds (K,)), see prompts.parse_hint
+    hints: tuple = ()  # of (position, log-odds (K,)), see odds.parse
     banned: tuple = ()  # ids that are never drawn
     draft: tuple = ()  # ids of a text to edit, with bos and eos
     strength: float = 0.0  # the draft counts as observed at noise level t = strength
@@ -42,7 +41,7 @@ class Options:
     guide: object = None  # a function (z, t) -> log p of the text's label, see guidance.by_function
     scale: float = 1.0  # of the guide's slope
     guide_is_exact: bool = False  # the guide is the true log p, not a learned one
-    trace: Trace | None = None  # shows text number 0 at each network call
+    trace: object = None  # a `Trace`, which shows text number 0 at each network call
 
     def __post_init__(self):
         c = self.controls
@@ -60,7 +59,8 @@ class Options:
         )
         wrong = [name for name, is_right in in_range.items() if not is_right]
         if wrong:
-            raise ValueError("; ".join(f"{name}={values[name]!r} is out of range" for name in wrong))
+            messages = (f"{name}={values[name]!r} is out of range" for name in wrong)
+            raise ValueError("; ".join(messages))
 
 
 def generate(
@@ -70,7 +70,7 @@ def generate(
 
     Template i draws its random numbers from (seed, i), so the other templates do not change its
     text. limit: the trained length; longer texts are written in blocks. numbers: what i is for each
-    template, if this process samples all of them; if None, the processes of torchrun share them out.
+    template, if this process samples all of them; if None, the processes of torchrun share them.
     """
     if numbers is None:
         numbers = parallel.share(range(len(templates)))
@@ -86,21 +86,17 @@ def generate(
         group = range(start, min(start + group_size, len(templates)))
         samples = {}
         for batch in cut_into_batches(group, templates, batch_size, options):
-            inputs = [templates[i] for i in batch], [seeds[i] for i in batch]
-            if len(templates[start]) > limit:
-                drawn = [write_blocks(model, tokenizer, templates[start], limit, seeds[start], options)]
-            elif options.trace and numbers[batch[0]] == 0:
-                drawn = [sample_traced(model, tokenizer, *inputs, options)]
-            else:
-                drawn = sample_batch(model, tokenizer, *inputs, options)
-            samples.update(zip(batch, drawn, strict=True))
+            inputs = model, tokenizer, [templates[i] for i in batch], [seeds[i] for i in batch]
+            shown = options if numbers[batch[0]] == 0 else replace(options, trace=None)
+            sample = write_blocks if len(templates[start]) > limit else sample_batch
+            samples.update(zip(batch, sample(*inputs, shown, limit), strict=True))
         yield from (samples[i] for i in group)
 
 
 def cut_into_batches(group, templates, batch_size, options):
-    """Cut a group of templates into batches of similar length, which need little padding -> lists of indices.
+    """Cut a group of templates into batches of similar length, to pad little -> lists of indices.
 
-    A guide sees no padding, so its batches have one length. A text that is traced has a batch to itself.
+    A guide sees no padding, so its batches have one length. A traced text has its own batch.
     """
     order = sorted(group, key=lambda i: len(templates[i]))
     if options.trace and 0 in group:
@@ -114,66 +110,71 @@ def cut_into_batches(group, templates, batch_size, options):
         yield batch
 
 
-def sample_batch(model, tokenizer, templates, seeds, options):
-    """Sample one batch of templates, each from its own seed -> [(ids, calls)]."""
-    config, lengths = model.config, [len(template) for template in templates]
+def sample_batch(model, tokenizer, templates, seeds, options, limit=math.inf):
+    """Sample templates that fit the limit, each from its own seed -> [(ids, calls)]."""
+    config = model.config
+    lengths = [len(template) for template in templates]
     padded, segment_ids = pad(templates, next(model.parameters()).device)
+    given = padded >= 0
     draws = Draws.seeded(seeds, lengths, padded.device)
     controls = replace(
         options.controls,
         allowed=allowed_at(padded, tokenizer, options.banned),
         hint=combine_evidence(options, tokenizer, config, draws),
         hint_time=options.strength if options.draft else 0.0,
+        watch=options.trace or options.controls.watch,
     )
-    network, given = partial(model, segment_ids=segment_ids), padded >= 0
+    network = partial(model, segment_ids=segment_ids)
     if options.guidance:
         prompt_mask = given & (segment_ids > 0) & (padded != tokenizer.bos_id())
         network = guidance.by_prompt(model, segment_ids, prompt_mask, options.guidance)
     if options.guide is not None:
-        network = guidance.by_function(network, options.guide, options.scale, options.guide_is_exact)
-    ids, calls = bfn.sample(network, padded.clamp(min=0), given, config.s1, config.K, controls, draws)
+        steering = options.guide, options.scale, options.guide_is_exact
+        network = guidance.by_function(network, *steering)
+    inputs = network, padded.clamp(min=0), given, config.s1, config.K
+    ids, calls = bfn.sample(*inputs, controls, draws)
     calls *= 2 if options.guidance else 1
-    return [(row[:n], c) for row, n, c in zip(ids.tolist(), lengths, calls.tolist(), strict=True)]
+    rows = [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)]
+    if options.trace:
+        options.trace.close(rows[0])
+    return list(zip(rows, calls.tolist(), strict=True))
 
 
 def combine_evidence(options, tokenizer, config, draws):
-    """Add the log-odds of the hints and of the draft -> (L, K) or (B, L, K), or None if there are neither.
+    """Add the log-odds of the hints and of the draft -> (L, K) or (B, L, K), None without any.
 
     The draft is observed through the flow at t = strength.
     """
     (B, L, _), device = draws.keys.shape, draws.keys.device
     evidence = []
     if options.hints:
-        evidence.append(make_hint(options.hints, L, tokenizer.bos_id() >= 0, config.K).to(device))
+        hint = odds.add_up(options.hints, L, tokenizer.bos_id() >= 0, config.K)
+        evidence.append(hint.to(device))
     if options.draft:
         draft = torch.tensor(options.draft, device=device).expand(B, L)
         t = torch.full((B, L), options.strength, device=device)
-        evidence.append(bfn.flow(draft, t, config.s1, config.K, draws.at(DRAFT, 0).normal(config.K)))
+        eps = draws.at(DRAFT, 0).normal(config.K)
+        evidence.append(bfn.flow(draft, t, config.s1, config.K, eps))
     return sum(evidence) if evidence else None
 
 
-def sample_traced(model, tokenizer, templates, seeds, options):
-    """Sample one template, and show it at each of its network calls and as it is printed -> (ids, calls)."""
-    options = replace(options, controls=replace(options.controls, watch=options.trace))
-    (sample,) = sample_batch(model, tokenizer, templates, seeds, options)
-    options.trace.close(sample[0])
-    return sample
+def write_blocks(model, tokenizer, templates, seeds, options, limit):
+    """Write one text longer than the limit: given tokens, then FREE -> [(ids, calls)].
 
-
-def write_blocks(model, tokenizer, template, limit, seed, options):
-    """Write a text longer than `limit`, the trained length -> ids, calls. The template is given tokens, then FREE.
-
-    The text is written in blocks of `limit` tokens, each of which begins with the last limit // 2 tokens so far. It ends
-    with the block that has eos.
+    It is written in blocks of `limit` tokens, each of which begins with the last limit // 2 tokens
+    so far. It ends with the block that has eos.
     """
-    ids, calls = [k for k in template if k >= 0], 0
+    (template,), (seed,) = templates, seeds
+    ids = [k for k in template if k >= 0]
+    calls = 0
     while len(ids) < len(template) and tokenizer.eos_id() not in ids:
         given = ids[-(limit // 2) :]
         block = given + [FREE] * min(limit - len(given), len(template) - len(ids))
         block_seed = mix_seed(mix_seed(seed, len(ids)), 0)
         ((block_ids, block_calls),) = sample_batch(model, tokenizer, [block], [block_seed], options)
-        ids, calls = ids + block_ids[len(given) :], calls + block_calls
-    return ids, calls
+        ids = ids + block_ids[len(given) :]
+        calls += block_calls
+    return [(ids, calls)]
 
 
 MAX_CALLS = 8  # network calls per template; longer prompts are read several tokens per call
@@ -217,17 +218,16 @@ def batch_log_likelihood(model, padded, segment_ids, bos_id):
     return total
 
 
-def fit_lengths(model, tokenizer, templates, weights):
-    """Multiply the weights of a prompt's templates by P(given tokens | template) -> the same two.
+def fit_lengths(model, tokenizer, prompt):
+    """Multiply the weights of a Prompt's templates by P(given tokens | template) -> Prompt.
 
     Of more than MAX_CANDIDATES templates, evenly spaced ones are read; log P of the others is
     interpolated over the length.
     """
-    has_given = any(k >= 0 and k != tokenizer.bos_id() for k in templates[0])
-    if len(templates) < 2 or not has_given:
-        return templates, weights
-    n_read = min(len(templates), MAX_CANDIDATES)
-    read = np.linspace(0, len(templates) - 1, n_read).round().astype(int)
-    log_p = given_log_likelihood(model, tokenizer, [templates[i] for i in read])
-    log_p = np.interp(np.arange(len(templates)), read, log_p) + np.log(weights)
-    return templates, np.exp(log_p - log_p.max()).tolist()
+    n = len(prompt.templates)
+    has_given = any(k >= 0 and k != tokenizer.bos_id() for k in prompt.templates[0])
+    if n < 2 or not has_given:
+        return prompt
+    read = np.linspace(0, n - 1, min(n, MAX_CANDIDATES)).round().astype(int)
+    log_p = given_log_likelihood(model, tokenizer, [prompt.templates[i] for i in read])
+    return prompt.weighted(np.interp(np.arange(n), read, log_p))

@@ -5,8 +5,6 @@
     z      (B, L, K)  float32  log theta: the state of the flow, up to a constant per position
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -76,21 +74,21 @@ def by_function(network, guide, scale, is_exact=False):
 
 
 @torch.no_grad()
-def fit_lengths(options, model, templates, weights):
-    """Multiply the weights of templates by p(label | length, given tokens)^scale -> the same two.
+def fit_lengths(options, model, prompt):
+    """Multiply the weights of a Prompt by p(label | length, given tokens)^scale -> Prompt.
 
     So by Bayes' rule a text gets a length that texts of this label have.
     """
     K = model.config.K
     device = next(model.parameters()).device
     log_p = []
-    for template in templates:
+    for template in prompt.templates:
         ids = torch.tensor([template], device=device)
         theta = torch.full((*ids.shape, K), 1 / K, device=device)
         t = torch.zeros(ids.shape, device=device)
         theta, t = bfn.clamp_given(theta, t, ids.clamp(min=0), ids >= 0)
         log_p.append(options.scale * options.guide(theta.clamp(min=SMALLEST).log(), t).item())
-    return templates, [w * math.exp(x - max(log_p)) for w, x in zip(weights, log_p, strict=True)]
+    return prompt.weighted(log_p)
 
 
 # ---------------------------------------------------------------- a classifier
@@ -152,13 +150,13 @@ def load_classifier(path, sampler):
     except PermissionError:
         raise
     except FileNotFoundError:
-        raise ValueError(f"no classifier at {path}: train one with classify.py") from None
+        raise ValueError(f"no classifier at {path}: train one with tools.classify") from None
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
-        message = f"{path} is damaged, or no file of classify.py ({type(error).__name__})"
+        message = f"{path} is damaged, or no file of tools.classify ({type(error).__name__})"
         raise ValueError(message) from None
     same = same and saved["tokenizer_hash"] == sampler.run["tokenizer_hash"]
     if not same or config != vars(sampler.model.config):
-        raise ValueError(f"{path} is of another model: train one for this run with classify.py")
+        raise ValueError(f"{path} is of another model: train one for this run with tools.classify")
     classifier = Classifier(sampler.model, labels).to(sampler.device)
     classifier.load_state_dict(head)
     return classifier.eval()

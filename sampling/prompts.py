@@ -1,20 +1,19 @@
-"""What the user says about a text: prompts with gaps become templates, odds of tokens become log-odds.
+"""Prompts become templates: what the user says of a text, position by position.
 
-A template is a list with one entry per position: the id of a given token, or a kind of position where a token is drawn.
-
-    template  list of L         ids, or FREE, GAP, WORD_START, WORD_REST, ANY_LABEL
-    allowed   (6, K)   bool     tokens that may be drawn at each kind of position, in row -kind; row 0 = given
-    hint      (L, K)   float32  log-odds that are added to the network's input
+    template  list of L         of each position the id of its token, or the kind of token to draw:
+                                FREE, GAP, WORD_START, WORD_REST, ANY_LABEL
+    allowed   (6, K)   bool     tokens that may be drawn: row -kind for each kind, row 0 = given
 """
 
 import difflib
-import math
 import os
 import random
 import re
 import sys
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from common import parallel
@@ -36,25 +35,26 @@ MAX_NAMED = 5  # unknown words of a prompt that a warning names
 
 @lru_cache(maxsize=4)
 def allowed_tokens(tokenizer):
-    """List the tokens that may be drawn at each kind of position -> (6, K) bool, the row of a kind is -kind."""
+    """List the tokens that may be drawn at each kind of position -> (6, K) bool, row -kind."""
     K = len(tokenizer)
     pieces = [tokenizer.id_to_piece(k) for k in range(K)]
-    text = torch.tensor(
-        [not (tokenizer.is_control(k) or tokenizer.is_unknown(k) or tokenizer.is_unused(k)) for k in range(K)]
-    )
+    special = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused
+    text = torch.tensor([not any(is_special(k) for is_special in special) for k in range(K)])
     spaced = torch.tensor([starts_word(piece) for piece in pieces])
-    whole = torch.tensor([not tokenizer.is_byte(k) and pieces[k] not in (SPACE, "\n", SPACE + BREAK) for k in range(K)])
+    blank = SPACE, "\n", SPACE + BREAK
+    whole = torch.tensor([not tokenizer.is_byte(k) and pieces[k] not in blank for k in range(K)])
     is_label = torch.zeros_like(text)
     is_label[list(label_ids(tokenizer).values())] = True
-    allowed = torch.stack([torch.ones_like(text), text, text, text & spaced & whole, text & ~spaced & whole, is_label])
+    start, rest = text & spaced & whole, text & ~spaced & whole
+    allowed = torch.stack([torch.ones_like(text), text, text, start, rest, is_label])
     if tokenizer.eos_id() >= 0:
         allowed[-FREE, tokenizer.eos_id()] = True
-    allowed[~allowed.any(1)] = text & whole  # a vocabulary of characters has no WORD_START, for example
+    allowed[~allowed.any(1)] = text & whole  # a vocabulary of characters has no WORD_START
     return allowed
 
 
 def allowed_at(padded, tokenizer, banned):
-    """Look up which tokens may be drawn at each position of a batch of templates: (B, L) -> (B, L, K) bool.
+    """Look up which tokens may be drawn at each position: (B, L) -> (B, L, K) bool.
 
     banned: ids that must not be drawn. Raises ValueError if they leave nothing to draw.
     """
@@ -67,12 +67,13 @@ def allowed_at(padded, tokenizer, banned):
 
 @lru_cache(maxsize=4)
 def space_style(tokenizer):
-    """Tell whether some token is a space and more, and whether some token continues a word -> (bool, bool).
+    """Tell whether some token is a space and more, and whether some token continues a word.
 
     (True, True) for subwords, (False, True) for characters, (True, False) for whole words.
     """
-    text = [k for k in range(len(tokenizer)) if not (tokenizer.is_control(k) or tokenizer.is_unknown(k))]
-    pieces = [tokenizer.id_to_piece(k) for k in text if not tokenizer.is_byte(k)]
+    special = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_byte
+    text = [k for k in range(len(tokenizer)) if not any(is_special(k) for is_special in special)]
+    pieces = [tokenizer.id_to_piece(k) for k in text]
     return any(len(p) > 1 and p[0] == SPACE for p in pieces), any(p[0] != SPACE for p in pieces)
 
 
@@ -80,7 +81,7 @@ def space_style(tokenizer):
 
 
 def read_lines(path, run, what="texts"):
-    """Read the lines of a file that are not blank -> {number of the line: text}. Raises ValueError if there are none."""
+    """Read the lines of a file that are not blank -> {number: text}, or raise ValueError."""
     if not os.path.isfile(path):
         raise ValueError(f"no file of {what} at {path}")
     lines = {n: read_breaks(line, run) for n, line in lines_of(path) if line.strip()}
@@ -90,14 +91,12 @@ def read_lines(path, run, what="texts"):
 
 
 def read_prompts(path, tokenizer, run, length=None):
-    """Read a file of prompts, one per line -> list.
-
-    Raises ValueError if it is missing or has no prompts. If some do not fit (`candidates`), one ValueError names all of them.
-    """
-    prompts, errors = read_lines(path, run, "prompts"), []
+    """Read a file of prompts, one per line -> list. One ValueError names all that do not fit."""
+    prompts = read_lines(path, run, "prompts")
+    errors = []
     for number, prompt in prompts.items():
         try:
-            candidates(prompt, tokenizer, run, length)
+            Prompt.read(prompt, tokenizer, run, length)
         except ValueError as error:
             errors.append(f"line {number}: {error}")
     if errors:
@@ -106,13 +105,15 @@ def read_prompts(path, tokenizer, run, length=None):
 
 
 def read_breaks(text, run):
-    """Read \\n as a line break, and \\\\ as a backslash, if the model was trained on examples of several lines -> text."""
-    return text if run["args"]["example"] in ONE_LINE else re.sub(r"\\([n\\])", lambda m: {"n": "\n"}.get(m[1], m[1]), text)
+    """Read \\n as a line break, and \\\\ as a backslash, for a model of texts of several lines."""
+    if run["args"]["example"] in ONE_LINE:
+        return text
+    return re.sub(r"\\([n\\])", lambda m: "\n" if m[1] == "n" else m[1], text)
 
 
 def check_unicode(text):
     """Raise ValueError for a text from the command line or a file that is not UTF-8."""
-    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python stands for bytes that it cannot decode
+    if any("\ud800" <= c <= "\udfff" for c in text):  # bytes that Python cannot decode
         raise ValueError(f"{shorten(text)} is not UTF-8: convert it, for example with iconv")
 
 
@@ -122,23 +123,39 @@ def shorten(prompt):
 
 
 def split_label(text, tokenizer):
-    """Split label<TAB>text -> [id of the label], text. ANY_LABEL stands for a label that is not named.
+    """Split label<TAB>text -> [id of the label], text; [ANY_LABEL] if none is named.
 
-    If the model was not trained on labelled texts: [], text. Raises ValueError for a label that it does not know.
+    Without labels in the vocabulary: [], text. Raises ValueError for an unknown label.
     """
     labels = label_ids(tokenizer)
     label, tab, rest = text.partition("\t")
-    if not labels or not tab:
-        return [ANY_LABEL] * bool(labels), text
+    if not labels:
+        return [], text
+    if not tab:
+        return [ANY_LABEL], text
     if label not in labels:
         raise ValueError(f"the model knows no label {label!r}, only {', '.join(labels)}")
     return [labels[label]], rest
 
 
+def encode_text(text, tokenizer, limit, name="the text"):
+    """Encode a whole text with bos and eos -> ids. name: what messages call it."""
+    check_unicode(text)
+    label, text = split_label(text, tokenizer)
+    if label == [ANY_LABEL]:
+        raise ValueError(f"{name} has no label: write label<TAB>text")
+    ids = add_marks(label + tokenizer.encode(text), tokenizer)
+    if len(ids) > limit:
+        message = f"{name} takes {len(ids)} tokens, the model was trained on at most {limit}"
+        raise ValueError(f"{message}: shorten it")
+    return ids
+
+
 def unknown_pieces(prompt, tokenizer):
-    """List the text of each token of a prompt that the tokenizer does not know, with SPACE for a space -> list of str."""
+    """List the texts of a prompt's unknown tokens, with SPACE for a space -> list of str."""
     found = []
-    for text in split_gaps(split_label(prompt, tokenizer)[1])[0]:
+    _, body = split_label(prompt, tokenizer)
+    for text in split_gaps(body)[0]:
         pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
         found += [piece.replace(SPACE + JOIN, "") for k, piece in pieces if k == tokenizer.unk_id()]
     return found
@@ -146,21 +163,24 @@ def unknown_pieces(prompt, tokenizer):
 
 @lru_cache(maxsize=4)
 def known_words(tokenizer):
-    """Map the tokens that may be drawn, in lower case and without the space before them, to how they are written."""
+    """Map each word of the vocabulary in lower case to how it is written."""
     ids = allowed_tokens(tokenizer)[-GAP].nonzero().flatten().tolist()
-    words = [tokenizer.id_to_piece(k).removeprefix(SPACE).removeprefix(JOIN) for k in reversed(ids)]  # of "The" and "THE", the first stays
+    pieces = [tokenizer.id_to_piece(k) for k in reversed(ids)]  # the first of "The", "THE" stays
+    words = [piece.removeprefix(SPACE).removeprefix(JOIN) for piece in pieces]
     return {word.lower(): word for word in words if word}
 
 
 def nearest_words(word, tokenizer):
-    """Find the known word that differs from `word` only in case, otherwise up to two that look alike -> list."""
+    """Find the known word that differs only in case, else up to two that look alike -> list."""
     known, lower = known_words(tokenizer), word.lower()
-    return [known[close] for close in ([lower] if lower in known else difflib.get_close_matches(lower, known, n=2))]
+    if lower in known:
+        return [known[lower]]
+    return [known[close] for close in difflib.get_close_matches(lower, known, n=2)]
 
 
 @parallel.first_only
 def warn_unknown(prompts, tokenizer):
-    """Warn on standard error of words or characters that the tokenizer does not know: one line per prompt."""
+    """Name the words or characters that the tokenizer does not know, one line per prompt."""
     _, continues_words = space_style(tokenizer)
     for prompt in dict.fromkeys(prompts):
         words = "".join(unknown_pieces(prompt, tokenizer)).split(SPACE)  # neighbours are one piece
@@ -176,9 +196,9 @@ def warn_unknown(prompts, tokenizer):
 
 
 def encode_part(text, tokenizer, follows_gap):
-    """Encode the text before, between or after gaps -> ids. Raises ValueError if it cannot be joined to a gap.
+    """Encode the text next to gaps -> ids. Raises ValueError if it cannot be joined to a gap.
 
-    A space at its end belongs to the next token where the tokenizer joins them, or is its own token.
+    A space at its end belongs to the next token, or is a token where no token joins a space.
     """
     joins_space, _ = space_style(tokenizer)
     body = text.removesuffix(" ")  # the tokenizer may strip it
@@ -189,7 +209,7 @@ def encode_part(text, tokenizer, follows_gap):
 
 
 def encode_after_gap(text, tokenizer):
-    """Encode a text that follows a gap, without the space that some tokenizers put before every text -> ids.
+    """Encode a text without the space that some tokenizers put before it -> ids.
 
     Raises ValueError if the tokenizer cannot leave that space out.
     """
@@ -206,21 +226,22 @@ def encode_after_gap(text, tokenizer):
 
 
 def gap_sizes(low, high, follows_space, tokenizer, word_lengths):
-    """List what a gap may become -> [(kinds of its tokens, weight)]: one word if low is None, else low to high tokens.
+    """List what a gap may become -> [(kinds of its tokens, weight)].
 
-    A word has as many tokens as the words of the training text, weighted by how often.
+    low to high tokens, or one word if low is None: as long as the words of the training text.
     """
     if low is not None:
-        low = min(int(low), 1_000_000)  # a larger gap is too long as well, and would fill the memory
+        low = min(int(low), 1_000_000)  # a larger gap would fill the memory
         high = low if high is None else min(int(high), low + MAX_CANDIDATES)
         return [([GAP] * n, 1.0) for n in range(low, high + 1)]
     joins_space, continues_words = space_style(tokenizer)
+    begin = WORD_START if follows_space else WORD_REST
     if not continues_words:
-        return [([WORD_START if follows_space else WORD_REST], 1.0)]
+        return [([begin], 1.0)]
     sizes = [(n, weight) for n, weight in enumerate(word_lengths) if weight]
     if not joins_space:  # n counts the space, which is a token before the gap
         return [([WORD_REST] * max(1, n - 1), weight) for n, weight in sizes]
-    return [([WORD_START if follows_space else WORD_REST] + [WORD_REST] * (n - 1), weight) for n, weight in sizes if n]
+    return [([begin] + [WORD_REST] * (n - 1), weight) for n, weight in sizes if n]
 
 
 def split_gaps(text):
@@ -234,10 +255,10 @@ def split_gaps(text):
 
 
 def parse_prompt(prompt, tokenizer, word_lengths):
-    """Turn a text with gaps into templates without bos and eos -> [(template, weight)], whether it has a gap.
+    """Turn a text with gaps into templates without bos and eos -> [(template, weight)], has_gap.
 
     ___ is one word, ___{3} is three tokens, ___{1-4} is one to four; \\___ is text, and so is ___
-    between two Latin letters or digits. Gaps of unknown size give several templates, of which the
+    between two Latin letters or digits. A gap of unknown size gives several templates; the
     MAX_CANDIDATES of largest weight are kept. Raises ValueError for a gap that is written
     otherwise, and for text that is not Unicode.
     """
@@ -247,117 +268,92 @@ def parse_prompt(prompt, tokenizer, word_lengths):
     check_unicode(prompt)
     label, text = split_label(prompt, tokenizer)
     texts, gaps = split_gaps(text)
+    _, continues_words = space_style(tokenizer)
     templates = [(label + encode_part(texts[0], tokenizer, follows_gap=False), 1.0)]
     for i, (low, high) in enumerate(gaps):
         if high is not None and int(high) < int(low):
-            raise ValueError(f"{shorten(prompt)}: a gap ___{{N-M}} has at least N and at most M tokens, here {low}-{high}")
-        at_start = i == 0 and not texts[0]
-        _, continues_words = space_style(tokenizer)
-        ends_line = texts[i].endswith("\n") and not continues_words  # whole words have a space there, which is not written
-        follows_space = texts[i].endswith(" ") or ends_line or (at_start and adds_prefix(tokenizer))
+            usage = f"a gap ___{{N-M}} has at least N and at most M tokens, here {low}-{high}"
+            raise ValueError(f"{shorten(prompt)}: {usage}")
+        at_start = i == 0 and not texts[0] and adds_prefix(tokenizer)
+        # Whole words have a space after a line break, which is not written.
+        ends_line = texts[i].endswith("\n") and not continues_words
+        follows_space = texts[i].endswith(" ") or ends_line or at_start
         sizes = gap_sizes(low, high, follows_space, tokenizer, word_lengths)
         after = encode_part(texts[i + 1], tokenizer, follows_gap=True)
-        templates = [(t + kinds + after, w * weight) for t, w in templates for kinds, weight in sizes]
-        templates = heaviest(templates)
+        templates = [(t + gap + after, w * weight) for t, w in templates for gap, weight in sizes]
+        templates.sort(key=lambda pair: -pair[1])
+        del templates[MAX_CANDIDATES:]
     return templates, bool(gaps)
 
 
-def heaviest(templates):
-    """Keep the MAX_CANDIDATES templates of largest weight: [(template, weight)] -> the same."""
-    return sorted(templates, key=lambda pair: -pair[1])[:MAX_CANDIDATES]
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, read for one model: the texts that it may become."""
+
+    templates: list
+    weights: list  # of the templates: how often their sizes occur in the training text
+    unknown: list = ()  # see `unknown_pieces`
+
+    @classmethod
+    def read(cls, text, tokenizer, run, length=None):
+        """Read a prompt, with gaps or to be continued to `length` tokens.
+
+        If length is None, it is continued to each length of the training texts. Raises ValueError
+        if it does not fit.
+        """
+        bodies, has_gap = parse_prompt(text, tokenizer, run["word_lengths"])
+        if has_gap:
+            bodies = [(add_marks(body, tokenizer), weight) for body, weight in bodies]
+            pairs = fitting(text, bodies, run)
+        else:
+            given = add_marks(bodies[0][0], tokenizer, end=False)
+            pairs = continued(text, given, run, length)
+        return cls(*map(list, zip(*pairs, strict=True)), unknown_pieces(text, tokenizer))
+
+    def weighted(self, log_p):
+        """Multiply the weights by exp(log_p), log_p (n,), up to a constant -> Prompt."""
+        log_p = log_p + np.log(self.weights)
+        return replace(self, weights=np.exp(log_p - log_p.max()).tolist())
+
+    def draw(self, seed):
+        """Draw a template by its weight."""
+        return random.Random(seed).choices(self.templates, self.weights)[0]
 
 
-def candidates(prompt, tokenizer, run, length=None):
-    """Turn a prompt into the templates of a whole text that it may become -> templates, weights: lists.
+def fitting(prompt, templates, run):
+    """Choose the templates that fit the model: [(template, weight)] -> the same.
 
-    A prompt with gaps is the whole text, of one template per size of its gaps. One without is continued to `length`
-    tokens, or to each length of the training texts. Weights are how often these occur in the training text. Raises
-    ValueError if the prompt does not fit.
+    Lengths that the training texts have are preferred, by how often these have them.
     """
     limit, shares = run["args"]["sequence_length"], run["lengths"]
-    bodies, has_gap = parse_prompt(prompt, tokenizer, run["word_lengths"])
-    if has_gap:
-        templates = [(add_marks(body, tokenizer), weight) for body, weight in bodies]
-        shortest = min((template for template, _ in templates), key=len)
-        if all(kind >= 0 for kind in shortest) and len(templates) == 1:
-            raise ValueError(f"{shorten(prompt)} has a gap of no tokens: nothing is left to sample")
-        if len(shortest) > limit:
-            message = f"takes {len(shortest)} tokens, the model was trained on {limit}: shorten it"
-            raise ValueError(f"{shorten(prompt)} {message}")
-        fitting = [(t, w) for t, w in templates if len(t) <= limit and min(t) < 0]
-        share = {len(t): shares[len(t)] if len(t) < len(shares) else 0 for t, _ in fitting}
-        if any(share.values()):  # of these sizes, the ones that make a text as long as a training text
-            fitting = [(t, w * share[len(t)]) for t, w in fitting if share[len(t)]]
-        return map(list, zip(*fitting, strict=True))
-    given = add_marks(bodies[0][0], tokenizer, end=False)
+    shortest = min((template for template, _ in templates), key=len)
+    if all(kind >= 0 for kind in shortest) and len(templates) == 1:
+        raise ValueError(f"{shorten(prompt)} has a gap of no tokens: nothing is left to sample")
+    if len(shortest) > limit:
+        message = f"takes {len(shortest)} tokens, the model was trained on {limit}: shorten it"
+        raise ValueError(f"{shorten(prompt)} {message}")
+    open_ones = [(t, w) for t, w in templates if len(t) <= limit and min(t) < 0]
+    share = {len(t): shares[len(t)] if len(t) < len(shares) else 0 for t, _ in open_ones}
+    if not any(share.values()):
+        return open_ones
+    return [(t, w * share[len(t)]) for t, w in open_ones if share[len(t)]]
+
+
+def continued(prompt, given, run, length):
+    """Continue given tokens to a length, or to those of training texts -> [(template, weight)]."""
+    limit, shares = run["args"]["sequence_length"], run["lengths"]
     if length is None:
-        lengths = {n: weight for n, weight in enumerate(shares) if weight and n > len(given)} or {limit: 1}
+        longer = [(n, weight) for n, weight in enumerate(shares) if weight and n > len(given)]
+        lengths = longer or [(limit, 1)]
     else:
-        lengths = {length: 1}
-    if max(lengths) <= len(given):
-        left = f"a text of {max(lengths)} has none left to sample"
+        lengths = [(length, 1)]
+    longest, _ = lengths[-1]
+    if longest <= len(given):
+        left = f"a text of {longest} has none left to sample"
         raise ValueError(f"{shorten(prompt)} takes {len(given)} tokens, {left}: raise --length")
-    return [given + [FREE] * (n - len(given)) for n in lengths], list(lengths.values())
+    return [(given + [FREE] * (n - len(given)), weight) for n, weight in lengths]
 
 
 def make_template(prompt, tokenizer, run, seed, length=None):
-    """Draw one of the `candidates` of a prompt by its weight, whatever the network says of the prompt."""
-    templates, weights = candidates(prompt, tokenizer, run, length)
-    return random.Random(seed).choices(templates, weights)[0]
-
-
-# ---------------------------------------------------------------- odds of tokens
-
-
-def find_ids(text, tokenizer):
-    """Find the tokens that a text is, with or without a space before it -> ids.
-
-    Raises ValueError if the text is not a single token.
-    """
-    text = text.strip(" ")
-    ids = {tokenizer.piece_to_id(piece) for piece in (text, SPACE + text, SPACE + JOIN + text)} - {tokenizer.unk_id()}
-    if not ids:
-        pieces = " ".join(tokenizer.encode(text, out_type=str))
-        raise ValueError(f"{text!r} is not one token of this tokenizer, but {pieces}: name single tokens")
-    return sorted(ids)
-
-
-def parse_hint(text, tokenizer):
-    """Read a hint such as "3:cat=0.7,dog=0.3" -> position, log-odds (K,). Raises ValueError if it is written otherwise.
-
-    The odds are what was observed at the position: 0.7 for cat, 0.3 for dog, and the rest to 1, at least a ten-thousandth
-    because nothing is certain, spread over all other tokens.
-    """
-    position, colon, odds = text.partition(":")
-    pairs = [pair.rpartition("=") for pair in odds.split(",")]
-    try:
-        shares, position = {word.strip(" "): float(share) for word, _, share in pairs}, int(position)
-        in_range = all(0 < share <= 1 for share in shares.values()) and sum(shares.values()) <= 1.001
-        if not colon or position < 0 or not in_range or len(shares) < len(pairs):
-            raise ValueError
-    except ValueError:
-        usage = "write POSITION:TOKEN=SHARE,TOKEN=SHARE with shares that sum to at most 1"
-        raise ValueError(f"--hint {text}: {usage}") from None
-    K = len(tokenizer)
-    hint = torch.full((K,), math.log(max(1e-4, 1 - sum(shares.values())) / K))
-    for word, share in shares.items():
-        hint[find_ids(word, tokenizer)] = math.log(share)
-    return position, hint
-
-
-def check_hints(hints, templates, has_bos):
-    """Raise ValueError if a template lacks the position of a hint, or gives it. Positions are counted without bos."""
-    for position, _ in hints:
-        for template in templates:
-            if position + has_bos >= len(template):
-                raise ValueError(f"a hint is for token {position}, a text has {len(template) - has_bos}: raise --length")
-            if template[position + has_bos] >= 0:
-                raise ValueError(f"a hint is for token {position}, which is given: count tokens from 0")
-
-
-def make_hint(hints, L, has_bos, K):
-    """Put parsed hints [(position, log-odds (K,))] at their positions -> (L, K)."""
-    hint = torch.zeros(L, K)
-    for position, log_odds in hints:
-        hint[position + has_bos] += log_odds
-    return hint
+    """Draw a template of a prompt by its weight, whatever the network says of the prompt."""
+    return Prompt.read(prompt, tokenizer, run, length).draw(seed)

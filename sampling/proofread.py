@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import bfn
 from model import rows_at_once
-from sampling.prompts import GAP, allowed_tokens, check_unicode, read_breaks, read_lines, unknown_pieces, warn_unknown
+from sampling import prompts
 from text.tokenizer import decode, one_line
 
 N_SHOWN = 3  # surprising tokens of a text, and suggestions for each
@@ -61,10 +61,13 @@ def surprises(sampler, text):
     if not words:
         raise ValueError("the text to check is empty")
     log_p = leave_one_out_log_p(sampler.model, ids)
-    may_stand = allowed_tokens(tokenizer)[-GAP]
-    found, before, unknown = [], "", unknown_pieces(text, tokenizer)
+    may_stand = prompts.allowed_tokens(tokenizer)[-prompts.GAP]
+    n_shown = min(N_SHOWN, int(may_stand.sum()))
+    unknown = prompts.unknown_pieces(text, tokenizer)
+    found = []
+    before = ""
     for i, d in enumerate(words):
-        p, best = log_p[d].exp().masked_fill(~may_stand, 0).topk(min(N_SHOWN, int(may_stand.sum())))
+        p, best = log_p[d].exp().masked_fill(~may_stand, 0).topk(n_shown)
         likeliest = zip(best.tolist(), p.tolist(), strict=True)
         suggestions = [(decode(tokenizer, [j]), share) for j, share in likeliest]
         # What a token reads as depends on those before it.
@@ -78,9 +81,9 @@ def surprises(sampler, text):
 
 def shade(found):
     """Write a text with control codes that show its surprising tokens -> str."""
-    color = {True: "\x1b[0;33m", False: "\x1b[0m"}
-    tokens = [("\x1b[0;31m" if s.bits >= CLEAR else color[s.bits >= ODD]) + s.token for s in found]
-    return "".join(tokens) + "\x1b[0m"
+    red, yellow, plain = "\x1b[0;31m", "\x1b[0;33m", "\x1b[0m"
+    colours = [red if s.bits >= CLEAR else yellow if s.bits >= ODD else plain for s in found]
+    return "".join(c + s.token for c, s in zip(colours, found, strict=True)) + plain
 
 
 def suggested(surprise, form):
@@ -104,12 +107,12 @@ def report(found, kind):
 
 def run(sampler, args):
     """Print what is odd in the texts of the flags --check and --check_file."""
-    texts = [read_breaks(text, sampler.run) for text in args.check]
+    texts = [prompts.read_breaks(text, sampler.run) for text in args.check]
     if args.check_file is not None:
-        texts += read_lines(args.check_file, sampler.run).values()
+        texts += prompts.read_lines(args.check_file, sampler.run).values()
     for text in texts:
-        check_unicode(text)
-    warn_unknown(texts, sampler.tokenizer)
+        prompts.check_unicode(text)
+    prompts.warn_unknown(texts, sampler.tokenizer)
     kind = "json" if args.json else "terminal" if sys.stdout.isatty() else "columns"
     for text in tqdm(texts, unit="text", disable=True if len(texts) == 1 else None):
         print(*report(surprises(sampler, text), kind), sep="\n", flush=True)

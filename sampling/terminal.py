@@ -16,15 +16,17 @@ from text.tokenizer import decode, one_line
 class Trace:
     """Show a text at each network call on standard error.
 
-    A terminal shows it in place, at a readable pace, with certain tokens bold and uncertain ones dim. Other files get one
-    line per call, without control codes.
+    A terminal shows it in place, at a readable pace, certain tokens bold and uncertain ones dim.
+    Other files get one line per call, without control codes.
     """
 
     BOLD, DIM, NORMAL = 1, 2, 22
 
     def __init__(self, tokenizer, file=None, unknown=()):
-        self.tokenizer, self.unknown, self.file = tokenizer, unknown, file or sys.stderr
-        self.is_terminal, self.n_calls, self.n_breaks = self.file.isatty(), 0, 0
+        self.tokenizer, self.unknown = tokenizer, unknown
+        self.file = file or sys.stderr
+        self.is_terminal = self.file.isatty()
+        self.n_calls = self.n_breaks = 0
 
     def decode(self, ids):
         """Turn ids into text on one line, with a space for each line break."""
@@ -42,8 +44,9 @@ class Trace:
         if not self.is_terminal:
             print(f"{label}  {text}", file=self.file)
             return
-        clear = (f"\x1b[{self.n_breaks}A" if self.n_breaks else "") + "\r\x1b[J"  # go back to the start, erase the last text
-        print(f"{clear}{self.shade(ids, certainty)}\x1b[0m", end="", file=self.file, flush=True)
+        up = f"\x1b[{self.n_breaks}A" if self.n_breaks else ""
+        shaded = self.shade(ids, certainty)
+        print(f"{up}\r\x1b[J{shaded}\x1b[0m", end="", file=self.file, flush=True)
         self.n_breaks = max(0, len(text) - 1) // shutil.get_terminal_size().columns
         time.sleep(0.08)
 
@@ -51,7 +54,7 @@ class Trace:
         """Style each token by how certain it is -> text with control codes."""
         text, shaded = "", ""
         for i, c in enumerate(certainty):
-            longer = self.decode(ids[: i + 1])  # what a token reads as depends on the tokens before it
+            longer = self.decode(ids[: i + 1])  # a token reads differently after others
             style = self.BOLD if c > 0.9 else self.DIM if c < 0.4 else self.NORMAL
             text, shaded = longer, f"{shaded}\x1b[0;{style}m{longer[len(text) :]}"
         return shaded
@@ -73,11 +76,12 @@ Each prompt draws from the next seed.
 def run(model, args, options, parse, separator=(), **more):
     """Read lines until their end, and print texts -> how many lines were refused.
 
-    args: the flags of sample.py, which `:set` changes. options: the names of those that `Sampler.stream` takes. parse: turns
-    words into flags, or raises ValueError. separator: lines to print after each text. more: what
-    else `Sampler.stream` gets.
+    args: the flags of sample.py, which `:set` changes. options: the names of those that
+    `Sampler.stream` takes. parse: turns words into flags, or raises ValueError. separator: lines to
+    print after each text. more: what else `Sampler.stream` gets.
     """
-    is_terminal, n_refused = sys.stdin.isatty(), 0
+    is_terminal = sys.stdin.isatty()
+    n_refused = 0
     if is_terminal:
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 - gives input() its history and its arrow keys
@@ -90,8 +94,10 @@ def run(model, args, options, parse, separator=(), **more):
             if line.startswith(":"):
                 command(line[1:].split(maxsplit=2), args, [*SETTINGS, *options], parse)
             elif line.strip() or is_terminal:
-                prompt, chosen = read_breaks(line, model.run), {name: getattr(args, name) for name in options}
-                for text, *_ in model.stream([prompt] * args.num_samples, args.seed, args.length, **chosen, **more):
+                prompt = read_breaks(line, model.run)
+                chosen = {name: getattr(args, name) for name in options} | more
+                prompts = [prompt] * args.num_samples
+                for text, *_ in model.stream(prompts, args.seed, args.length, **chosen):
                     print(text, *separator, sep="\n", flush=True)
                 warn_unknown([prompt], model.tokenizer)
                 args.seed += 1
@@ -115,23 +121,27 @@ def next_line(is_terminal):
 
 
 def command(words, args, names, parse):
-    """Do what a line with a colon says: change or show settings. Raises ValueError for anything else."""
+    """Do what a line with a colon says. Raises ValueError for what is no command."""
     if words[:1] == ["set"] and len(words) == 3:
-        name, value = words[1:]
-        if name not in names:
-            raise ValueError(f"no setting {name}; there are {', '.join(names)}")
-        if isinstance(getattr(args, name), bool):
-            if value not in ("on", "off"):
-                raise ValueError(f"write :set {name} on, or :set {name} off")
-            setattr(args, name, value == "on")
-            return
-        try:
-            setattr(args, name, getattr(parse([f"--{name}={value}"]), name))
-        except ValueError as error:
-            raise ValueError(f"{error}; {name} stays {getattr(args, name)}") from None
+        set_value(args, *words[1:], names, parse)
     elif words == ["settings"]:
         print(*(f"  {name} {getattr(args, name)}" for name in names), sep="\n")
     elif words == ["help"]:
         print(HELP)
     elif words:
         raise ValueError("write :set NAME VALUE, :settings or :help")
+
+
+def set_value(args, name, value, names, parse):
+    """Change a setting. Raises ValueError if it is none of `names`, or cannot have the value."""
+    if name not in names:
+        raise ValueError(f"no setting {name}; there are {', '.join(names)}")
+    if isinstance(getattr(args, name), bool):
+        if value not in ("on", "off"):
+            raise ValueError(f"write :set {name} on, or :set {name} off")
+        setattr(args, name, value == "on")
+        return
+    try:
+        setattr(args, name, getattr(parse([f"--{name}={value}"]), name))
+    except ValueError as error:
+        raise ValueError(f"{error}; {name} stays {getattr(args, name)}") from None

@@ -1,18 +1,55 @@
+import copy
 import os
 import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the tests' tensors are small: more threads only wait for each other
-if not os.environ.get(
-    "BFN_TEST_CUDA"
-):  # everything is tested on the CPU, where results are the same bit for bit
+import pytest
+
+# The tests' tensors are small: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Everything is tested on the CPU, where results are the same bit for bit.
+if not os.environ.get("BFN_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job, and what it starts, would ignore Ctrl-C
+# A shell's background job, and what it starts, would ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from untrained import make_run
+
+from text import toy
+from training.checkpoint import load
+
+
+@pytest.fixture(scope="session", params=["bpe", "word", "char"])
+def run_dir(request, tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / request.param, request.param, toy.corpus(300))
+
+
+@pytest.fixture(scope="session")
+def loaded(run_dir):
+    return load(run_dir)
+
+
+@pytest.fixture(scope="session")
+def mixing(loaded):
+    """A run whose network mixes positions and knows the time.
+
+    The layers of an untrained one do nothing yet.
+    """
+    model, tokenizer, run = loaded
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return model, tokenizer, run
+
+
+@pytest.fixture(params=["bpe", "char", "word"])
+def poems(request, tmp_path):
+    """A run whose examples have several lines."""
+    text = "\n\n".join(["the king\nsleeps", "anna\nsees the\nboat"] * 60)
+    return make_run(tmp_path / request.param, request.param, text, "paragraph")

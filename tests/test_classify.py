@@ -148,5 +148,5 @@ def test_a_classifier_that_is_damaged_missing_or_of_another_model_gets_one_line(
     )
     for n in (0, 100, path.stat().st_size - 50):
         path.write_bytes(path.read_bytes()[:n])
-        with pytest.raises(ValueError, match="is damaged, or no file of classify.py"):
+        with pytest.raises(ValueError, match="is damaged, or no file of tools.classify"):
             guidance.load_classifier(path, sampler)

@@ -75,7 +75,7 @@ def drawn(monkeypatch):
             made.append(make_figure())
         path.write_bytes(drawing.MARK.encode())
 
-    monkeypatch.setattr(drawing, "save", keep)
+    monkeypatch.setattr(plot, "save", keep)
     return made
 
 

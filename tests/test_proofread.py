@@ -1,4 +1,4 @@
-"""Proof-reading and the interactive command, on an untrained network whose layers mix positions."""
+"""Proof-reading, on an untrained network whose layers mix positions."""
 
 import io
 import json
@@ -10,14 +10,9 @@ from untrained import make_run, run_command
 
 import bfn
 import sample
-from sampling import proofread, terminal
+from sampling import proofread
 from sampling.proofread import Surprise
 from text import toy
-
-
-@pytest.fixture(scope="module", params=["bpe", "word", "char"])
-def run_dir(request, tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("runs") / request.param, request.param, toy.corpus(300))
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +30,15 @@ def run_sample(monkeypatch, capsys, *argv, stdin=""):
     return run_command(sample.main, monkeypatch, capsys, *argv)
 
 
-# ---------------------------------------------------------------- proof-reading
-
-
 def test_each_token_is_read_with_all_others_given(model):
     ids = model.encode("the king sees anna", "it")
     log_p = proofread.leave_one_out_log_p(model.model, ids)
     for d in range(len(ids)):
         given = torch.arange(len(ids)) != d
-        theta, t = torch.full((1, len(ids), model.model.config.K), 1 / model.model.config.K), torch.zeros(1, len(ids))
+        theta, t = (
+            torch.full((1, len(ids), model.model.config.K), 1 / model.model.config.K),
+            torch.zeros(1, len(ids)),
+        )
         with torch.no_grad():
             alone = bfn.predict(model.model, theta, t, torch.tensor([ids]), given[None])[0, d]
         torch.testing.assert_close(log_p[d], alone, atol=1e-4, rtol=1e-4)
@@ -53,7 +48,9 @@ def test_a_text_can_be_read_in_several_batches(model, monkeypatch):
     ids = model.encode("the king sees anna", "it")
     whole = proofread.leave_one_out_log_p(model.model, ids)
     monkeypatch.setattr(proofread, "rows_at_once", lambda *_: 2)
-    torch.testing.assert_close(proofread.leave_one_out_log_p(model.model, ids), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        proofread.leave_one_out_log_p(model.model, ids), whole, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_tokens_join_to_the_text_and_no_mark_is_suggested(model):
@@ -61,17 +58,32 @@ def test_the_tokens_join_to_the_text_and_no_mark_is_suggested(model):
     found = proofread.surprises(model, text)
     assert "".join(s.token for s in found) == text
     marks = {"", "<s>", "</s>"}
-    assert all(s.bits > 0 and len(s.suggestions) == 3 and not marks & {t for t, _ in s.suggestions} for s in found)
-    assert all(p >= q for s in found for (_, p), (_, q) in zip(s.suggestions, s.suggestions[1:], strict=False))
+    assert all(
+        s.bits > 0 and len(s.suggestions) == 3 and not marks & {t for t, _ in s.suggestions}
+        for s in found
+    )
+    assert all(
+        p >= q
+        for s in found
+        for (_, p), (_, q) in zip(s.suggestions, s.suggestions[1:], strict=False)
+    )
 
 
-FOUND = [Surprise("the", 0.1, [("the", 0.9)]), Surprise(" bakers", 4.5, [("baker", 0.5)]), Surprise(" sees", 9.0, [("see", 0.8)])]
+FOUND = [
+    Surprise("the", 0.1, [("the", 0.9)]),
+    Surprise(" bakers", 4.5, [("baker", 0.5)]),
+    Surprise(" sees", 9.0, [("see", 0.8)]),
+]
 
 
 def test_a_terminal_shows_odd_tokens_in_color_and_the_worst_first():
     first, *lines = proofread.report(FOUND, "terminal")
     assert first == "\x1b[0mthe\x1b[0;33m bakers\x1b[0;31m sees\x1b[0m"
-    assert [line.split()[:2] for line in lines] == [["sees", "9.0"], ["bakers", "4.5"], ["the", "0.1"]]
+    assert [line.split()[:2] for line in lines] == [
+        ["sees", "9.0"],
+        ["bakers", "4.5"],
+        ["the", "0.1"],
+    ]
 
 
 def test_other_files_get_columns_or_json():
@@ -82,7 +94,12 @@ def test_other_files_get_columns_or_json():
 
 def test_the_command_reads_texts_and_files(run_dir, monkeypatch, capsys, tmp_path):
     (tmp_path / "texts.txt").write_text("anna sleeps\n\nthe king sees anna\n")
-    flags = [f"-mdir={run_dir}", "--check=the lamp", f"--check_file={tmp_path / 'texts.txt'}", "--json"]
+    flags = [
+        f"-mdir={run_dir}",
+        "--check=the lamp",
+        f"--check_file={tmp_path / 'texts.txt'}",
+        "--json",
+    ]
     lines, _, code = run_sample(monkeypatch, capsys, *flags)
     texts = ["".join(s["token"] for s in json.loads(line)) for line in lines]
     assert texts == ["the lamp", "anna sleeps", "the king sees anna"] and code == 0
@@ -101,30 +118,13 @@ def test_texts_that_cannot_be_read_get_one_line(run_dir, monkeypatch, capsys, fl
     assert code == 2 and message in error and error.count("\n") == 1 and not lines
 
 
-# ---------------------------------------------------------------- interactive
-
-
-def test_lines_from_a_pipe_are_a_batch_with_the_texts_of_the_command(run_dir, monkeypatch, capsys):
-    flags = [f"-mdir={run_dir}", "--num_samples=2", "--interactive"]
-    lines, error, code = run_sample(monkeypatch, capsys, *flags, stdin=":set steps 3\nthe ___ sleeps\n:set seed 7\nanna\n")
-    assert code == 0 and not error
-    model = sample.Sampler.load(run_dir, device="cpu")
-    assert lines == model("the ___ sleeps", n=2, steps=3) + model("anna", n=2, seed=7, steps=3)
-
-
-def test_switches_are_set_on_and_off_and_a_label_steers_typed_prompts(run_dir, monkeypatch, capsys):
-    lines = [":set argmax on", ":set argmax yes", ":settings"]
-    output, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin="\n".join(lines))
-    assert code == 2 and "  argmax True" in output and "write :set argmax on, or :set argmax off" in error
-    _, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", "--label=x", stdin="anna\n")
-    assert code == 2 and "was not trained with --labelled" in error
-    _, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", "--prompt=anna", "--trace")
-    assert code == 2 and "leave --prompt, --trace out" in error
-
-
 def test_a_word_that_the_tokenizer_does_not_know_is_named(monkeypatch, tmp_path):
     model = sample.Sampler.load(make_run(tmp_path / "run", "word", toy.corpus(300)), device="cpu")
-    assert [s.token for s in proofread.surprises(model, "the zyzzy sleeps")] == ["the", " zyzzy", " sleeps"]
+    assert [s.token for s in proofread.surprises(model, "the zyzzy sleeps")] == [
+        "the",
+        " zyzzy",
+        " sleeps",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", " "])
@@ -133,27 +133,3 @@ def test_an_empty_text_is_refused(model, text):
         return
     with pytest.raises(ValueError, match="the text to check is empty"):
         proofread.surprises(model, text)
-
-
-def test_lines_that_are_refused_change_nothing_and_are_counted(run_dir, monkeypatch, capsys):
-    lines = [":set steps many", ":set colour blue", ":set", ":sing", "anna ___{99}", ":settings"]
-    output, error, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin="\n".join(lines))
-    assert code == 2 and error.count("\nerror: ") + error.startswith("error: ") == 5
-    assert "no setting colour" in error and "write :set NAME VALUE" in error and "the model was trained on 32" in error
-    assert "  steps 32" in output and "  seed 0" in output
-
-
-def test_quit_leaves_the_rest_unread(run_dir, monkeypatch, capsys):
-    lines, _, code = run_sample(monkeypatch, capsys, f"-mdir={run_dir}", "--interactive", stdin=":settings\n:quit\n:sing\n")
-    assert code == 0 and lines
-
-
-def test_ctrl_d_leaves_and_ctrl_c_leaves_the_line(monkeypatch, capsys):
-    def interrupted(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", interrupted)
-    assert terminal.next_line(True) == ":"
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert terminal.next_line(False) is None

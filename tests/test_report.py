@@ -22,7 +22,7 @@ from plotting import report
 from training import log
 from training.checkpoint import load, read_checkpoint, save_checkpoint
 
-ROOT = Path(report.__file__).parent
+ROOT = Path(plot.__file__).parent
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 FOLDER = "<img src=x onerror=alert(2)>&amp;'\"$name"  # a name of a file has no slash
 LONG = "x" * 300  # a word that does not fit into a line
