@@ -1,6 +1,6 @@
 """Train a small network with the flow of continuous.py on two moons, points along half circles.
 
-    python moons.py
+    python -m examples.moons
 """
 
 import math

@@ -1,7 +1,7 @@
 """Measure the speed and memory of training and sampling, each variant in its own process.
 
-    python benchmarks/bench.py --quick
-    python benchmarks/bench.py operations step --output=runs/bench
+    python -m experiments.bench --quick
+    python -m experiments.bench operations step --output=runs/bench
 
 Writes results.json, results.md and pictures. A time is the median over --repetitions, and over --rounds through all
 variants, for machines whose speed changes. Memory is what a call needs in addition to what is there before it: weights,

@@ -1,7 +1,7 @@
 """Train variants for the same minutes or tokens, and compare their validation bounds in a table and a picture.
 
-    python experiments/compare.py --minutes=3 base no_skip adamw                      (built-in language)
-    python experiments/compare.py --minutes=12 --seeds=3 base autoregressive \\
+    python -m experiments.compare --minutes=3 base no_skip adamw                      (built-in language)
+    python -m experiments.compare --minutes=12 --seeds=3 base autoregressive \\
         -d=wiki8.train.txt --val_path=wiki8.valid.txt --flags="--preset=laptop --tokenizer=char -slen=128 -bsz=16"
 
 A variant is a function that changes the network, the loss or the optimizer before training starts. Each variant and seed

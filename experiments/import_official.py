@@ -1,9 +1,9 @@
 """Evaluate and sample the published text8 network (github.com/nnaisense/bayesian-flow-networks, text8_ema.pt).
 
-    python experiments/import_official.py text8_ema.pt runs/text8
+    python -m experiments.import_official text8_ema.pt runs/text8
     tail -c 5000000 text8 > text8.test.txt
-    python experiments/import_official.py evaluate -mdir=runs/text8 -d=text8.test.txt --all
-    python experiments/import_official.py sample -mdir=runs/text8 --sampler=ancestral --steps=1000 --num_samples=2
+    python -m experiments.import_official evaluate -mdir=runs/text8 -d=text8.test.txt --all
+    python -m experiments.import_official sample -mdir=runs/text8 --sampler=ancestral --steps=1000 --num_samples=2
 
 The first line writes the weights and a tokenizer as a run folder. The others are evaluate.py and sample.py, with all of
 their flags, and the published network instead of that of model.py.

@@ -1,7 +1,7 @@
 """Train the network of the published code (github.com/nnaisense/bayesian-flow-networks) for comparison.
 
     git clone https://github.com/nnaisense/bayesian-flow-networks OFFICIAL
-    python experiments/official.py --code=OFFICIAL --minutes=12 -d=wiki8.train.txt --val_path=wiki8.valid.txt
+    python -m experiments.official --code=OFFICIAL --minutes=12 -d=wiki8.train.txt --val_path=wiki8.valid.txt
 
 The flow, the loss and the network are the published ones, unchanged except for their size: 4 layers of width 256. The
 batches, the learning rate schedule, the averaging and the evaluation are this project's. The published learning rate of

@@ -1,6 +1,6 @@
 """Measure how fast a corpus is tokenised, how full its packed rows are, and how fast batches are made.
 
-python benchmarks/packing.py -d=CORPUS.txt -spm=TOKENIZER.model
+python -m experiments.packing -d=CORPUS.txt -spm=TOKENIZER.model
 """
 
 import tempfile

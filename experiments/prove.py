@@ -1,7 +1,7 @@
 """Prove a machine: tests, speed, many processes, text, sampling and a short training, in one report.
 
-    python benchmarks/prove.py --minutes=20
-    python benchmarks/prove.py --quick
+    python -m experiments.prove --minutes=20
+    python -m experiments.prove --quick
 
 Uses the GPUs that it finds, or else the CPU; CUDA_VISIBLE_DEVICES chooses. Writes report.md and pictures into --output, line
 by line, so that an interruption keeps what is done. A part that fails is reported with the reason, and the next one follows;

@@ -1,8 +1,8 @@
 """Compare samplers at equal numbers of network calls, in a table and a picture.
 
-    python experiments/samplers.py -mdir=runs/demo --infill=200
-    python experiments/samplers.py -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
-    python experiments/samplers.py -mdir=runs/demo --calls=20 --temperatures 0.6 0.8 1.2 --top_ps 0.8 0.9
+    python -m experiments.samplers -mdir=runs/demo --infill=200
+    python -m experiments.samplers -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
+    python -m experiments.samplers -mdir=runs/demo --calls=20 --temperatures 0.6 0.8 1.2 --top_ps 0.8 0.9
 
 The texts of each sampler are compared with equally many held-out texts, by the figures of quality.py with bootstrap
 intervals. For a model of the built-in language, their grammar is checked as well, and what it fills into gaps is compared

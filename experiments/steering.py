@@ -1,11 +1,11 @@
 """Measure on the built-in language, where grammar and labels are known, how well a model is steered and proof-reads.
 
-    python experiments/steering.py proofread -mdir=runs/demo
-    python experiments/steering.py corpus --output=runs/labels.tsv        its sentences, each with its label
+    python -m experiments.steering proofread -mdir=runs/demo
+    python -m experiments.steering corpus --output=runs/labels.tsv        its sentences, each with its label
     python train.py -d=runs/labels.tsv --labelled --tokenizer=word --preset=toy --max_steps=1500 -mdir=runs/labels
-    python classify.py -mdir=runs/demo -d=runs/labels.tsv --output=runs/labels.pt
-    python experiments/steering.py labels -mdir=runs/labels
-    python experiments/steering.py labels -mdir=runs/demo --classifier=runs/labels.pt
+    python -m tools.classify -mdir=runs/demo -d=runs/labels.tsv --output=runs/labels.pt
+    python -m experiments.steering labels -mdir=runs/labels
+    python -m experiments.steering labels -mdir=runs/demo --classifier=runs/labels.pt
 
 The label is a function of the sentence: the number of the subject, "report", or the name that comes twice.
 """
