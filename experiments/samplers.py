@@ -281,7 +281,7 @@ def main(argv=None):
         sentences = [piece.text for piece in read_part(corpus, "val")][: args.infill]
         lines += infill_table(model, tokenizer, sentences, args)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    picture = partial(pictures.quality, {}, results, str(args.model_dir))
+    picture = partial(pictures.quality_figure, {}, results, str(args.model_dir))
     drawing.try_to_save(folder / "results.png", picture)
     print("\n".join(lines))
 

@@ -1,4 +1,4 @@
-"""The continuous flow, its losses and its sampler against closed forms and the exact network of a mixture of normals.
+"""The continuous flow, its losses and its sampler against closed forms and an exact network.
 
 Expectations over one-dimensional data are integrals on a grid, so they have no sampling error.
 """
@@ -15,9 +15,9 @@ from examples import continuous, moons
 
 
 class Mixture:
-    """A mixture of normals N(m_k, s_k^2 I) and its exact network, which knows the posterior mean of x.
+    """A mixture of normals N(m_k, s_k^2 I) and its exact network: the posterior mean of x.
 
-    Evidence of accuracy beta shows x + noise of variance 1 / beta, so what it shows is a mixture of normals too.
+    Evidence of accuracy beta shows x + noise of variance 1 / beta: a mixture of normals too.
     """
 
     def __init__(self, weights, means, deviations, sigma1):
@@ -27,7 +27,7 @@ class Mixture:
         self.sigma1 = sigma1
 
     def log_density(self, x, variance=0.0):
-        """log density of x plus noise of this variance: (..., D), (..., 1) -> (..., n_components) by component."""
+        """log density of x plus noise: (..., D), variance (..., 1) -> (..., n_components)."""
         total = self.deviations**2 + variance
         square = (x[..., None, :] - self.means).square().sum(-1)
         return (
@@ -49,7 +49,7 @@ class Mixture:
         return (mu * (1 + b) / b - self.posterior_mean(mu, t)) * b.sqrt()
 
     def grid(self, n=161, reach=7.0):
-        """x (n_components * n * n, 1), eps and their weights: all pairs of a value of x and one of the noise."""
+        """All pairs of a value of x (n_components * n * n, 1) and one of eps, and their weights."""
         z = torch.linspace(-reach, reach, n, dtype=torch.float64)
         q = (-z.square() / 2).exp()
         q /= q.sum()
@@ -147,7 +147,7 @@ def test_fresh_noise_is_standard_normal():
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 def test_updates_by_the_accuracies_of_n_steps_are_exactly_the_flow(n):
-    """The mean after n updates is linear in x and in the n noises, so n + 1 unit inputs give its distribution exactly."""
+    """The mean after n updates is linear in x and the n noises: n + 1 unit inputs tell all."""
     sigma1 = 0.05
     inputs = torch.eye(
         n + 1, dtype=torch.float64
@@ -208,7 +208,10 @@ def test_before_t_min_the_prediction_is_0_and_the_gradient_finite():
 
 @pytest.mark.parametrize("sigma1", [0.5, 0.02])
 def test_an_untrained_network_predicts_the_mean_and_its_bound_is_the_entropy_of_the_prior(sigma1):
-    """x_hat = mu is exact for x ~ N(0, 1): L_inf = log(1 / sigma1) and L_inf + L_rec = log(2 pi e) / 2, up to E[x^2] sigma1^2 / 2."""
+    """x_hat = mu is exact for x ~ N(0, 1), up to E[x^2] sigma1^2 / 2.
+
+    So L_inf = log(1 / sigma1) and L_inf + L_rec = log(2 pi e) / 2.
+    """
     torch.manual_seed(2)
     mu, t = torch.randn(100, 2), torch.rand(100, 1)
     torch.testing.assert_close(
@@ -252,7 +255,7 @@ def test_the_n_step_loss_falls_to_the_continuous_loss():
 
 @pytest.mark.parametrize("sigma1, excess", [(0.5, 0.3), (0.1, 0.002), (0.02, 1e-5)])
 def test_on_average_the_bound_falls_to_the_entropy_of_the_data_and_never_below(sigma1, excess):
-    """E[L_inf + L_rec] - h(x) = E KL(p(x | mu(1)) || N(x_hat, sigma1^2)), which is 0 when the evidence is sharp."""
+    """E[L_inf + L_rec] - h(x) = E KL(p(x | mu(1)) || N(x_hat, sigma1^2)); sharp: 0."""
     m = mixture(sigma1)
     x, eps, q = m.grid()
     L_rec = (q * continuous.reconstruction_loss(m, x, sigma1, eps)).sum().item()
@@ -262,7 +265,7 @@ def test_on_average_the_bound_falls_to_the_entropy_of_the_data_and_never_below(s
 
 @pytest.mark.parametrize("x", [-2.0, 0.5, 1.3, 2.2, 4.5])
 def test_for_each_x_the_bound_is_above_the_models_negative_log_density(x):
-    """The model draws mu(1) from its marginal, then x from N(x_hat, sigma1^2). The bound on each x is one of this density.
+    """The model draws mu(1) from its marginal, then x from N(x_hat, sigma1^2): its own density.
 
     L_inf is, for each x, the divergence of the flow at t = 1 from its marginal.
     """
@@ -328,7 +331,7 @@ def test_with_the_exact_network_samples_follow_the_distribution():
 
 
 def test_one_step_samples_from_a_normal_have_the_variance_of_its_algebra():
-    """Data N(0, s^2): y ~ N(0, 1 / beta) around x_hat = 0, and x_hat = beta s^2 / (1 + beta s^2) y."""
+    """Data N(0, s^2): y ~ N(0, 1 / beta) around 0, and x_hat = beta s^2 / (1 + beta s^2) y."""
     torch.manual_seed(4)
     s, sigma1, n = 2.0, 0.5, 100_000
     x, _ = continuous.sample(Mixture([1.0], [[0.0]], [s], sigma1), n, 1, 1, sigma1)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exact import ExactNetwork, draw, random_joint
+from untrained import make_run
 
 import bfn
 import data
@@ -59,7 +60,7 @@ def test_the_probabilities_of_the_autoregressive_baseline_sum_to_one(unpatched):
 
 
 def test_the_bound_of_masked_diffusion_is_that_of_the_exact_network(unpatched):
-    """The mean over all shares of unknown tokens of their cross-entropy is -log P, if the network is exact."""
+    """The mean of the cross-entropy over all shares of unknown tokens is then -log P."""
     compare.masked(SimpleNamespace())
     sequences, probabilities = random_joint()
     ids = draw(sequences, probabilities, 40_000)
@@ -99,7 +100,7 @@ def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path,
     sizes = f"-mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
     words = [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path}", "--tokens=4000"]
     words += [f"--flags=--preset=toy --tokenizer=word {sizes}"]
-    names = ["base", "no_cross_entropy", "batch_size=8 position_times=0"]
+    names = ["base", "batch_size=8 position_times=0"]
     compare.main([*names, *words])
     records = json.loads((tmp_path / "results.json").read_text())
     assert [r["name"] for r in records] == names
@@ -135,19 +136,11 @@ def test_a_variant_that_does_not_exist_is_refused_before_anything_is_trained(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def toy_run(tmp_path):
-    """A run of the built-in language that was trained for two steps."""
-    sizes = "-mdim=32 -nl=1 -nh=2 --max_steps=2 -nex=0".split()
-    train.main([f"-mdir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'cache'}", *sizes])
-    return tmp_path / "run"
-
-
-def test_a_comparison_of_samplers_writes_a_table_and_a_picture(toy_run, tmp_path, capsys):
-    command = f"-mdir={toy_run} --cache_dir={tmp_path / 'cache'} --output={tmp_path} --calls 2 4"
-    command += " --samplers pace uncorrected ode2 --num_samples=8 --infill=5 --temperatures 1e-3"
-    capsys.readouterr()
-    samplers.main(command.split())
+def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys):
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(1000))
+    command = f"-mdir={run_dir} --corpus={run_dir / 'text.txt'} --cache_dir={tmp_path / 'cache'}"
+    command += f" --output={tmp_path} --num_samples=8 --infill=5 --temperatures 1e-3 --calls 2 4"
+    samplers.main([*command.split(), "--samplers", "pace", "uncorrected", "ode2"])
     held_out, *results = json.loads((tmp_path / "results.json").read_text())
     jobs = [(r["sampler"], r["calls"], r["temperature"]) for r in results]
     names = "pace", "uncorrected", "ode2"
@@ -208,7 +201,7 @@ def test_a_full_benchmark_has_every_case():
 
 
 def test_the_perplexity_at_equal_entropy_is_interpolated_between_temperatures():
-    """Half way between the entropies 8 and 9, the geometric mean of the perplexities 10 and 1000."""
+    """Half way between the entropies 8 and 9: the geometric mean of 10 and 1000."""
 
     def result(job, entropy, perplexity):
         figures = {"word entropy (bits)": (entropy,), "n-gram perplexity": (perplexity,)}

@@ -1,8 +1,9 @@
-"""Published weights: the network gives the published output and loss, and the commands read the run folder.
+"""Published weights: the network gives the published output and loss; commands read the run folder.
 
     BFN_OFFICIAL_CODE=FOLDER python -m pytest tests/test_import_official.py
 
-also compares it with a clone of github.com/nnaisense/bayesian-flow-networks in FOLDER (commit b62568e).
+also compares it with a clone of github.com/nnaisense/bayesian-flow-networks in FOLDER, commit
+b62568e.
 """
 
 import json
@@ -56,7 +57,7 @@ SHAPES = {  # of what the published code saves for two layers, in its order
 
 
 def made_up_weights():
-    """Weights that are the same everywhere: {published name: tensor}, with the published table of positions."""
+    """Weights that are the same everywhere, and the published positions: {name: tensor}."""
     sines = [
         [(math.cos if c % 2 else math.sin)(i / 1000 ** (c / D)) for c in range(D)] for i in range(L)
     ]
@@ -204,7 +205,7 @@ def test_the_tokenizer_has_the_published_ids(tmp_path):
 def test_the_commands_evaluate_and_sample_use_the_published_network(
     saved, network, tmp_path, run_command
 ):
-    """The figures are those of `bounds.score` with that network. A sample has the trained length."""
+    """The figures are those of `bounds.score`. A sample has the trained length."""
     run_dir, text = tmp_path / "run", tmp_path / "text.txt"
     assert "2 layers of width 16" in run_command(saved, run_dir, f"-nh={HEADS}")
     text.write_text("the cat sat on the mat ")
