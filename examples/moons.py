@@ -81,7 +81,8 @@ def train(network, x, max_steps, B=256, learning_rate=3e-3):
 def bound(network, x):
     """Estimate L_inf and L_rec of data x (n, D), one draw per row -> two means, nats per row."""
     t = torch.rand(len(x), 1)
-    L_inf = c.squared_error_loss(c.predict_noisy(network, x, t, network.sigma1), x, t, network.sigma1)
+    x_hat = c.predict_noisy(network, x, t, network.sigma1)
+    L_inf = c.squared_error_loss(x_hat, x, t, network.sigma1)
     return L_inf.mean().item(), c.reconstruction_loss(network, x, network.sigma1).mean().item()
 
 

@@ -215,7 +215,7 @@ def test_the_notebook_finds_the_repository_from_its_own_folder(monkeypatch, tmp_
     exec(notebook_file.SETUP, {})  # noqa: S102
     assert Path.cwd() == ROOT and sys.path == [str(ROOT)]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="open the notebook where it is"):
+    with pytest.raises(FileNotFoundError, match="no bfn.py .* open the notebook"):
         exec(notebook_file.SETUP, {})  # noqa: S102
 
 
