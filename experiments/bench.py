@@ -303,8 +303,7 @@ def flags():
     add("--K", type=cli.several, nargs="+",
         help="vocabulary sizes, for the cases that have one (all)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--output", type=cli.path, default="runs/bench",
-        help="folder for the results (runs/bench)")
+    add("--output", type=cli.path, default="runs/bench", help="folder for the results (runs/bench)")
     add("--one", help="measure one job, given as JSON, in this process and print its figures")
     return p
 

@@ -392,14 +392,12 @@ def run_flags(args, name="base", seed=0):
 
 def add_flags(add):
     """Add the flags of a run, which official.py has too."""
-    add("-d", "--data_path", type=cli.path,
-        help="text file to train on (the built-in language)")
+    add("-d", "--data_path", type=cli.path, help="text file to train on (the built-in language)")
     add("--val_path", type=cli.path,
         help="text file for validation (a held-out part of the corpus)")
     add("--minutes", type=cli.positive, default=3.0,
         help="minutes of training for each run, without validation (%(default)g)")
-    add("--tokens", type=cli.count,
-        help="tokens of training for each run, instead of --minutes")
+    add("--tokens", type=cli.count, help="tokens of training for each run, instead of --minutes")
     add("--flags", default="", help="more flags of train.py, the same for all runs")
     add("--output", type=cli.path, default="runs/compare",
         help="folder for results and pictures (runs/compare)")

@@ -62,8 +62,7 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("--code", type=cli.path, required=True, help="folder with a clone of the published code")
-    add("-lr", "--learning_rate", type=cli.positive, default=1e-3,
-        help="peak learning rate (1e-3)")
+    add("-lr", "--learning_rate", type=cli.positive, default=1e-3, help="peak learning rate (1e-3)")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
     compare.add_flags(add)
     p.set_defaults(minutes=12.0, flags="--preset=laptop --tokenizer=char -slen=128 -bsz=16")

@@ -272,12 +272,10 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("--minutes", type=cli.positive, default=20, help="minutes for everything (20)")
-    add("-d", "--data_path", type=cli.path,
-        help="text file to train on (the built-in language)")
+    add("-d", "--data_path", type=cli.path, help="text file to train on (the built-in language)")
     add("--output", type=cli.path, default="runs/prove",
         help="folder for the report and its pictures (runs/prove)")
-    add("--quick", action="store_true",
-        help="tiny sizes, in about a minute: does all of it work?")
+    add("--quick", action="store_true", help="tiny sizes, in about a minute: does all of it work?")
     return p
 
 

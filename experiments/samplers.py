@@ -1,12 +1,12 @@
 """Compare samplers at equal numbers of network calls, in a table and a picture.
 
-    python -m experiments.samplers -mdir=runs/demo --infill=200
+    python -m experiments.samplers -mdir=runs/demo
     python -m experiments.samplers -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
     python -m experiments.samplers -mdir=runs/demo --calls=20 --temperatures 0.6 0.8 --top_ps 0.9
 
 The texts of each sampler are compared with equally many held-out texts, by the figures of
 evaluation/quality.py with bootstrap intervals. For a model of the built-in language, their grammar
-is checked too, and --infill compares what fills gaps with the exact conditional distribution.
+is checked too.
 
 "pace" is the default of sample.py, with a third of the calls, at most four, for corrections;
 "uncorrected" is pace without them. These and "commit" make fewer calls than asked for if a text has
@@ -16,7 +16,6 @@ picture shows quality over diversity.
 
 import json
 import math
-import random
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,10 +31,9 @@ from evaluation import quality
 from experiments.tables import table
 from plotting import pictures
 from sampling.generate import DEFAULT, Options, generate
-from sampling.prompts import GAP, make_template
+from sampling.prompts import make_template
 from text import cache, toy
-from text.reading import read_part
-from text.tokenizer import add_marks, decode
+from text.tokenizer import decode
 from training.checkpoint import load
 
 FILLING = ["pace", "uncorrected", "commit"]  # they fill a few positions in each call
@@ -44,8 +42,6 @@ CALLS = 5, 10, 20, 50, 100
 MOST_CALLS = 500  # only of the ancestral sampler
 HELD_OUT = "held-out text"
 ENTROPY, PERPLEXITY = "word entropy (bits)", "n-gram perplexity"  # figures of quality.py
-MAX_GAP = 4  # words
-MAX_INFILL_CALLS = 20  # --infill leaves out jobs with more network calls
 
 
 @dataclass(frozen=True)
@@ -151,58 +147,6 @@ def equal_entropy_table(results):
     return lines + table(["sampler", "calls", "temperature", PERPLEXITY], rows)
 
 
-# ---------------------------------------------------------------- filling gaps
-
-
-def choose_gaps(sentences, seed):
-    """Choose a gap of one to four words in each sentence -> [(words, begin, end)]."""
-    rng, gaps = random.Random(seed), []
-    for sentence in sentences:
-        words = sentence.split()
-        n_words = rng.randint(1, min(MAX_GAP, len(words)))
-        begin = rng.randint(0, len(words) - n_words)
-        gaps.append((words, begin, begin + n_words))
-    return gaps
-
-
-def conditional_nats(texts, gaps):
-    """Judge texts, a list of words for each gap -> the share that is grammatical, with its
-    interval, and the mean log P(gap | rest) of these, in nats.
-
-        P(gap | rest) = P(text) / sum of P over all texts with the same rest
-    """
-    totals = [toy.probability([*words[:i], *[None] * (j - i), *words[j:]]) for words, i, j in gaps]
-    p = [toy.probability(text) / total for text, total in zip(texts, totals, strict=True)]
-    logs = [math.log(x) for x in p if x > 0]
-    return share([x > 0 for x in p]), sum(logs) / max(1, len(logs))
-
-
-def infill(model, tokenizer, gaps, options, seed):
-    """Fill the gaps of `choose_gaps` -> the completed sentences, as lists of words."""
-    templates = []
-    for words, begin, end in gaps:
-        ids = [tokenizer.encode(word)[0] for word in words]
-        ids[begin:end] = [GAP] * (end - begin)
-        templates.append(add_marks(ids, tokenizer))
-    samples = generate(model, tokenizer, templates, seed, options)
-    return [decode(tokenizer, ids).split() for ids, _ in samples]
-
-
-def infill_table(model, tokenizer, sentences, args):
-    """Fill gaps with each sampler -> Markdown lines."""
-    few = [calls for calls in args.calls if calls <= MAX_INFILL_CALLS]
-    gaps = choose_gaps(sentences, args.seed)
-    _, true_nats = conditional_nats([words for words, _, _ in gaps], gaps)
-    rows = []
-    for job in (Job(sampler, calls) for sampler in args.samplers for calls in few):
-        filled = infill(model, tokenizer, gaps, job.options(), args.seed)
-        grammatical, nats = conditional_nats(filled, gaps)
-        nats = f"{nats:.2f}", f"{true_nats:.2f}"
-        rows.append([job.sampler, f"{job.calls}", interval(grammatical), *nats])
-    columns = "sampler", "calls", "fills grammatical", "mean log P of fills", "of the true words"
-    return ["", *table(columns, rows)]
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -225,8 +169,6 @@ def flags():
     add("--num_samples", type=cli.several, default=256, help="texts per sampler (256)")
     add("--length", type=cli.several,
         help="longest text, in tokens (the sequence length of the training)")
-    add("--infill", type=cli.natural, default=0,
-        help="sentences of the built-in language to fill gaps in (0)")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
@@ -236,22 +178,16 @@ def flags():
     return p
 
 
-def check_flags(args, run, is_toy):
-    """Raise ValueError for flags that do not fit the run."""
-    if args.infill and not is_toy:
-        raise ValueError("--infill is for the built-in language: its conditionals are known")
-    trained = run["args"]["sequence_length"]
-    if (args.length or 0) > trained:
-        message = f"--length={args.length}, but the model was trained on texts of at most"
-        raise ValueError(f"{message} {trained} tokens")
-
-
 def held_out_texts(args, run, tokenizer, corpus):
     """Choose texts from -d, or from the validation part -> texts, their lengths in tokens."""
+    trained = run["args"]["sequence_length"]
+    window = args.length or trained
+    if window > trained:
+        message = f"--length={window}, but the model was trained on texts of at most"
+        raise ValueError(f"{message} {trained} tokens")
     path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
     tokenizer_path, example = Path(args.model_dir) / "tokenizer.model", run["args"]["example"]
     tokens = cache.load_corpus(path, tokenizer_path, args.cache_dir, part, example)
-    window = args.length or run["args"]["sequence_length"]
     return evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
 
 
@@ -260,7 +196,6 @@ def main(argv=None):
     device = parallel.find_device(args.device)
     model, tokenizer, run = load(args.model_dir, device=device)
     is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
-    check_flags(args, run, is_toy)
     corpus, part = evaluate.find_corpus(args, run)
     real, lengths = held_out_texts(args, run, tokenizer, corpus)
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
@@ -277,9 +212,6 @@ def main(argv=None):
         (folder / "results.md").write_text("\n".join(lines) + "\n")
     if args.temperatures:
         lines += equal_entropy_table(results)
-    if args.infill:
-        sentences = [piece.text for piece in read_part(corpus, "val")][: args.infill]
-        lines += infill_table(model, tokenizer, sentences, args)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
     picture = partial(pictures.quality_figure, {}, results, str(args.model_dir))
     drawing.try_to_save(folder / "results.png", picture)

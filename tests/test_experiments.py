@@ -139,7 +139,7 @@ def test_a_variant_that_does_not_exist_is_refused_before_anything_is_trained(
 def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys):
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(1000))
     command = f"-mdir={run_dir} --corpus={run_dir / 'text.txt'} --cache_dir={tmp_path / 'cache'}"
-    command += f" --output={tmp_path} --num_samples=8 --infill=5 --temperatures 1e-3 --calls 2 4"
+    command += f" --output={tmp_path} --num_samples=8 --temperatures 1e-3 --calls 2 4"
     samplers.main([*command.split(), "--samplers", "pace", "uncorrected", "ode2"])
     held_out, *results = json.loads((tmp_path / "results.json").read_text())
     jobs = [(r["sampler"], r["calls"], r["temperature"]) for r in results]
@@ -151,8 +151,11 @@ def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys)
     assert all(sharp < plain for plain, sharp in pairs)
     assert held_out["figures"]["grammatical"][0] == 1
     assert (tmp_path / "results.png").stat().st_size > 5000
-    # four rows of samples, two at equal entropy, two of filled gaps
-    assert capsys.readouterr().out.count("| ode2 |") == 8
+    assert capsys.readouterr().out.count("| ode2 |") == 4 + 2  # samples, at equal entropy
+    with pytest.raises(
+        ValueError, match="--length=33, but the model was trained on texts of at most"
+    ):
+        samplers.main([*command.split(), "--length=33"])
 
 
 def test_samplers_are_chosen_by_either_name_of_the_flag():

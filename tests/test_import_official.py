@@ -1,6 +1,6 @@
 """Published weights: the network gives the published output and loss; commands read the run folder.
 
-    BFN_OFFICIAL_CODE=FOLDER python -m pytest tests/test_import_official.py
+    PYTHONPATH=FOLDER BFN_OFFICIAL_CODE=FOLDER python -m pytest tests/test_import_official.py
 
 also compares it with a clone of github.com/nnaisense/bayesian-flow-networks in FOLDER, commit
 b62568e.
@@ -185,6 +185,14 @@ def test_logits_and_losses_equal_those_of_the_published_code(tmp_path):
         torch.testing.assert_close(
             reconstruction, published.compute_reconstruction_loss(ids), atol=1e-5, rtol=0
         )
+
+
+def test_the_published_code_is_imported_from_pythonpath_and_the_error_says_so(tmp_path):
+    (tmp_path / "model.py").write_text("import networks_that_are_nowhere")
+    with pytest.raises(ValueError, match=f"start this command with PYTHONPATH={tmp_path}"):
+        official.load_official(tmp_path)
+    with pytest.raises(ValueError, match="no model.py in .* give --code a clone"):
+        official.load_official(tmp_path / "gone")
 
 
 # ---------------------------------------------------------------- the run folder
