@@ -1,6 +1,6 @@
 """Train a small network with the flow of continuous.py on two moons, points along half circles.
 
-    python moons.py
+    python -m examples.moons
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import cli, drawing
-from examples.continuous import T_MIN, beta, predict_noisy, reconstruction_loss, sample, squared_error_loss
+from examples import continuous as c
 from model import MLP, FiLM, TimeEmbedding
 
 NOISE = 0.1  # standard deviation of the points around their half circle
@@ -38,7 +38,7 @@ class Network(nn.Module):
         for film, mlp in zip(self.films, self.mlps, strict=True):
             h = h + mlp(film(h, time))
         x = self.linear_out(self.film_out(h, time))
-        return x + mu / beta(t.clamp(min=T_MIN), self.sigma1).sqrt()
+        return x + mu / c.beta(t.clamp(min=c.T_MIN), self.sigma1).sqrt()
 
 
 def half_circles(angle, moon):
@@ -69,8 +69,8 @@ def train(network, x, max_steps, B=256, learning_rate=3e-3):
     for step in (progress := tqdm(range(max_steps), "train")):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / max_steps)
         batch, t = x[torch.randint(len(x), (B,))], torch.rand(B, 1)
-        x_hat = predict_noisy(network, batch, t, network.sigma1)
-        loss = squared_error_loss(x_hat, batch, t, network.sigma1).mean()
+        x_hat = c.predict_noisy(network, batch, t, network.sigma1)
+        loss = c.squared_error_loss(x_hat, batch, t, network.sigma1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -81,8 +81,9 @@ def train(network, x, max_steps, B=256, learning_rate=3e-3):
 def bound(network, x):
     """Estimate L_inf and L_rec of data x (n, D), one draw per row -> two means, nats per row."""
     t = torch.rand(len(x), 1)
-    L_inf = squared_error_loss(predict_noisy(network, x, t, network.sigma1), x, t, network.sigma1)
-    return L_inf.mean().item(), reconstruction_loss(network, x, network.sigma1).mean().item()
+    x_hat = c.predict_noisy(network, x, t, network.sigma1)
+    L_inf = c.squared_error_loss(x_hat, x, t, network.sigma1)
+    return L_inf.mean().item(), c.reconstruction_loss(network, x, network.sigma1).mean().item()
 
 
 def draw(panels, means):
@@ -124,7 +125,7 @@ def main(argv=None):
     print(f"bound {L_inf + L_rec:.2f} nats per point ({parts}), exact {exact:.2f}")
     panels = {"data": x[:2000]}
     for n_steps in (5, 100):
-        panels[f"samples, {n_steps} steps"], means = sample(network, 2000, 2, n_steps, SIGMA1)
+        panels[f"samples, {n_steps} steps"], means = c.sample(network, 2000, 2, n_steps, SIGMA1)
     drawing.save(output, partial(draw, panels, means[:, :8]))
     print(output)
 

@@ -1,15 +1,17 @@
-"""Evaluate and sample the published text8 network (github.com/nnaisense/bayesian-flow-networks, text8_ema.pt).
+"""Evaluate and sample the published text8 network: text8_ema.pt, Graves et al. 2023.
 
-    python experiments/import_official.py text8_ema.pt runs/text8
+    git clone https://github.com/nnaisense/bayesian-flow-networks     with git-lfs
+    python -m experiments.import_official text8_ema.pt runs/text8
     tail -c 5000000 text8 > text8.test.txt
-    python experiments/import_official.py evaluate -mdir=runs/text8 -d=text8.test.txt --all
-    python experiments/import_official.py sample -mdir=runs/text8 --sampler=ancestral --steps=1000 --num_samples=2
+    python -m experiments.import_official evaluate -mdir=runs/text8 -d=text8.test.txt --all
+    python -m experiments.import_official sample -mdir=runs/text8 --sampler=ancestral --steps=1000
 
-The first line writes the weights and a tokenizer as a run folder. The others are evaluate.py and sample.py, with all of
-their flags, and the published network instead of that of model.py.
+The second line writes the weights and a tokenizer as a run folder. The last two are evaluate.py and
+sample.py, with all of their flags, and the published network instead of that of model.py.
 
-In its training all positions of a row had the same time, and nothing was given. The bound and the solvers keep to that.
-Exact likelihoods, prompts, and the samplers pace and commit show the network what it has not been trained on.
+In its training all positions of a row had the same time, and nothing was given. The bound and the
+solvers keep to that. Exact likelihoods, prompts, and the samplers pace and commit show the network
+what it has not been trained on.
 
     theta      (B, L, 28)  input distribution over the 27 characters and the unknown token
     t          (B, L)      time
@@ -41,7 +43,8 @@ from training.checkpoint import load, save_checkpoint
 CHARACTERS = " " + string.ascii_lowercase  # of text8, in the order of the published ids
 BETA1 = 0.75**2  # beta(1) of the published text8 network
 UNKNOWN = 30.0  # -log p of the unknown token, nats
-TABLE, INPUT = "input_adapter.pos_embedding", "input_adapter.inp_embedding.weight"  # names of published weights
+TABLE = "input_adapter.pos_embedding"  # names of published weights
+INPUT = "input_adapter.inp_embedding.weight"
 OTHER = dict(evaluate=evaluate, sample=sample)  # commands that read a run folder
 
 
@@ -49,14 +52,14 @@ OTHER = dict(evaluate=evaluate, sample=sample)  # commands that read a run folde
 
 
 def position_sines(position, d_model):
-    """Sines at even and cosines at odd channels c of position / 1000^(c / D): (B, L) -> (B, L, D)."""
+    """Sines at even, cosines at odd channels c of position / 1000^(c / D): (B, L) -> (B, L, D)."""
     c = torch.arange(d_model, device=position.device)
     angle = position[..., None] / torch.pow(1000, c / d_model)
     return torch.where(c % 2 == 0, angle.sin(), angle.cos())
 
 
 class Block(nn.Module):
-    """A layer of GPT-2: attention, then an MLP, each of the normalised stream and added to it: (B, L, D) -> (B, L, D)."""
+    """A layer of GPT-2: attention, then an MLP: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -66,23 +69,26 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(D, 4 * D), c_proj=nn.Linear(4 * D, D)))
 
     def forward(self, h, mask):
-        q, k, v = self.attn.c_attn(self.ln_1(h)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.attn.c_attn(self.ln_1(h)).unflatten(-1, (3, self.n_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_heads, L, D / n_heads) each
         h = h + self.attn.c_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
         return h + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(h)), approximate="tanh"))
 
 
 class OfficialNetwork(nn.Module):
-    """The published network, whose parameters have the published names: theta (B, L, K), t, segment_ids (B, L) -> logits.
+    """The published network, whose parameters have the published names.
 
-    The last of the K tokens is unknown text, which every SentencePiece model has and the published network does not. Of a
-    softmax over all tokens, the share of the others is a softmax over the others: the network reads the published flow.
+    theta (B, L, K), t (B, L), segment_ids (B, L) -> logits (B, L, K). The last token is unknown
+    text, which every SentencePiece model has and this network does not. Of a softmax over all
+    tokens, the share of the others is a softmax over the others: it reads the published flow.
     """
 
     def __init__(self, config):
         super().__init__()
         n_characters, D = config.K - 1, config.d_model
         self.config = config
-        self.input_adapter = nn.ModuleDict(dict(inp_embedding=nn.Linear(n_characters, D), t_embedding=nn.Linear(1, D)))
+        embeddings = dict(inp_embedding=nn.Linear(n_characters, D), t_embedding=nn.Linear(1, D))
+        self.input_adapter = nn.ModuleDict(embeddings)
         blocks = nn.ModuleList(Block(D, config.n_heads) for _ in range(config.n_layers))
         self.transformer = nn.ModuleDict(dict(h=blocks, ln_f=nn.LayerNorm(D)))
         self.lm_head = nn.Linear(2 * D, n_characters)
@@ -93,7 +99,8 @@ class OfficialNetwork(nn.Module):
             segment_ids = torch.ones_like(t, dtype=torch.long)
         theta = theta[..., :-1] / theta[..., :-1].sum(-1, keepdim=True).clamp(min=1e-37)
         position, _ = segment_positions(segment_ids)
-        inputs = self.input_adapter.inp_embedding(2 * theta - 1) + self.input_adapter.t_embedding(2 * t[..., None] - 1)
+        inputs = self.input_adapter.inp_embedding(2 * theta - 1)
+        inputs = inputs + self.input_adapter.t_embedding(2 * t[..., None] - 1)
         h = inputs = inputs + position_sines(position, self.config.d_model)
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         for block in self.transformer.h:
@@ -102,11 +109,11 @@ class OfficialNetwork(nn.Module):
         return torch.cat([logits, logits.logsumexp(-1, keepdim=True) - UNKNOWN], -1)
 
 
-# ---------------------------------------------------------------- weights and tokenizer to a run folder
+# ---------------------------------------------------------------- weights to a run folder
 
 
 def read_weights(path):
-    """Read a file that the published code has saved -> {name: tensor}, without the "net." before each name.
+    """Read a file that the published code has saved -> {name without "net.": tensor}.
 
     Raises ValueError if it is missing, damaged or holds something else.
     """
@@ -135,35 +142,40 @@ def build_network(path, n_heads, beta1=BETA1):
         raise ValueError(f"{other}: it has no {min(missing)}")
     L, D = weights[TABLE].shape
     n_layers, K = sum(name.endswith("ln_1.weight") for name in weights), len(CHARACTERS) + 1
-    network = OfficialNetwork(Config(K, beta1 * (K - 1) / K, D, n_layers, n_heads))  # s1 is that of 27 characters
+    config = Config(K, beta1 * (K - 1) / K, D, n_layers, n_heads)  # s1 is that of 27 characters
+    network = OfficialNetwork(config)
     if not torch.allclose(weights.pop(TABLE), position_sines(torch.arange(L), D), atol=1e-3):
         raise ValueError(f"{other}: its {TABLE} is not the table of sines")
-    expected, found = ({name: tuple(w.shape) for name, w in part.items()} for part in (network.state_dict(), weights))
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in sorted(expected | found):
         if expected.get(name) != found.get(name):
-            shapes = f"{found.get(name, 'missing')}, expected is {expected.get(name, 'nothing of this name')}"
-            raise ValueError(f"{other}: {name} is {shapes}")
+            shape = expected.get(name, "nothing of this name")
+            given = found.get(name, "missing")
+            raise ValueError(f"{other}: {name} is {given}, expected is {shape}")
     network.load_state_dict(weights)
     return network.eval(), L
 
 
 def make_tokenizer():
-    """Make a SentencePiece model with the published ids, 0 for a space to 26 for z, and 27 for all else -> bytes.
+    """Make a SentencePiece model with the published ids -> bytes.
 
-    SentencePiece numbers characters by how often they occur.
+    They are 0 for a space to 26 for z, and 27 for all else. SentencePiece numbers characters by how
+    often they occur.
     """
     model = io.BytesIO()
     texts = [CHARACTERS[:n] for n in range(1, len(CHARACTERS) + 1)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="char", vocab_size=len(CHARACTERS) + 1,
-        unk_id=len(CHARACTERS), bos_id=-1, eos_id=-1, character_coverage=1.0, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
+        sentence_iterator=iter(texts), model_writer=model, model_type="char",
+        vocab_size=len(CHARACTERS) + 1, unk_id=len(CHARACTERS), bos_id=-1, eos_id=-1,
+        character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
 
 
 def write_run(network, row_length, out_dir):
-    """Write a run folder that `checkpoint.load` reads, with OfficialNetwork. Raises ValueError if out_dir has files."""
+    """Write a run folder for `checkpoint.load`. Raises ValueError if out_dir has files."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists already: give another folder")
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -186,11 +198,14 @@ def write_run(network, row_length, out_dir):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    p.add_argument("checkpoint", type=cli.path,
+    add = p.add_argument
+    add("checkpoint", type=cli.path,
         help="file of weights, text8_ema.pt; or evaluate or sample, and their flags")
-    p.add_argument("out_dir", type=cli.path, help="new run folder")
-    p.add_argument("-nh", "--num_heads", type=cli.count, default=12, help="attention heads; the weights do not tell (12)")
-    p.add_argument("-b", "--beta", type=cli.positive, default=BETA1, help="beta(1); the weights do not tell (%(default)s)")
+    add("out_dir", type=cli.path, help="new run folder")
+    add("-nh", "--num_heads", type=cli.count, default=12,
+        help="attention heads; the weights do not tell (12)")
+    add("-b", "--beta", type=cli.positive, default=BETA1,
+        help="beta(1); the weights do not tell (%(default)s)")
     return p
 
 
@@ -202,9 +217,10 @@ def main(argv=None):
     args = flags().parse_args(words)
     network, row_length = build_network(args.checkpoint, args.num_heads, args.beta)
     write_run(network, row_length, Path(args.out_dir))
-    n = sum(weight.numel() for weight in network.parameters())
-    sizes = f"{network.config.n_layers} layers of width {network.config.d_model}, {n / 1e6:.1f} million weights"
-    print(f"{args.out_dir}: {sizes}, texts of {row_length} characters")
+    n_weights = sum(weight.numel() for weight in network.parameters())
+    config = network.config
+    sizes = f"{config.n_layers} layers of width {config.d_model}, {n_weights / 1e6:.1f} million"
+    print(f"{args.out_dir}: {sizes} weights, texts of {row_length} characters")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,39 @@
 """Compare samplers at equal numbers of network calls, in a table and a picture.
 
-    python experiments/samplers.py -mdir=runs/demo --infill=200
-    python experiments/samplers.py -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
-    python experiments/samplers.py -mdir=runs/demo --calls=20 --temperatures 0.6 0.8 1.2 --top_ps 0.8 0.9
+    python -m experiments.samplers -mdir=runs/demo
+    python -m experiments.samplers -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
+    python -m experiments.samplers -mdir=runs/demo --calls=20 --temperatures 0.6 0.8 --top_ps 0.9
 
-The texts of each sampler are compared with equally many held-out texts, by the figures of quality.py with bootstrap
-intervals. For a model of the built-in language, their grammar is checked as well, and what it fills into gaps is compared
-with the exact conditional distribution.
+The texts of each sampler are compared with equally many held-out texts, by the figures of
+evaluation/quality.py with bootstrap intervals. For a model of the built-in language, their grammar
+is checked too.
 
-"pace" is the default of sample.py, with a third of the calls, at most four, used for corrections; "uncorrected" is pace
-without corrections. These and "commit" make fewer calls than asked for if a text has fewer tokens. Temperatures and top-p
-other than 1 trade diversity for quality: the last panel of the picture shows quality over diversity.
+"pace" is the default of sample.py, with a third of the calls, at most four, for corrections;
+"uncorrected" is pace without them. These and "commit" make fewer calls than asked for if a text has
+fewer tokens. Temperatures and top-p other than 1 trade diversity for quality: the last panel of the
+picture shows quality over diversity.
 """
 
 import json
 import math
-import random
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import bfn
 import evaluate
 from common import cli, drawing, parallel
-from data import pad
 from evaluation import quality
-from experiments.compare import Causal
+from experiments.tables import table
 from plotting import pictures
 from sampling.generate import DEFAULT, Options, generate
-from sampling.prompts import GAP, make_template
+from sampling.prompts import make_template
 from text import cache, toy
-from text.reading import read_part
-from text.tokenizer import add_marks, decode
+from text.tokenizer import decode
 from training.checkpoint import load
 
 FILLING = ["pace", "uncorrected", "commit"]  # they fill a few positions in each call
@@ -44,8 +41,7 @@ SOLVERS = [name for name in bfn.SAMPLERS if name not in FILLING]
 CALLS = 5, 10, 20, 50, 100
 MOST_CALLS = 500  # only of the ancestral sampler
 HELD_OUT = "held-out text"
-MAX_GAP = 4  # words
-MAX_INFILL_CALLS = 20  # --infill leaves out jobs with more network calls
+ENTROPY, PERPLEXITY = "word entropy (bits)", "n-gram perplexity"  # figures of quality.py
 
 
 @dataclass(frozen=True)
@@ -68,44 +64,20 @@ class Job:
 
 
 def plan(args):
-    """List all jobs: each sampler with each number of calls at each temperature and top-p, and one long ancestral job."""
-    controls = [(1.0, 1.0), *((T, 1.0) for T in args.temperatures), *((1.0, p) for p in args.top_ps)]
-    jobs = [Job(sampler, calls, *control) for sampler in args.samplers for calls in args.calls for control in controls]
-    jobs = list(dict.fromkeys(jobs))
-    return jobs + [Job("ancestral", MOST_CALLS)] * ("ancestral" in args.samplers)
+    """List all jobs: samplers, calls, temperatures and top-p, and one long ancestral job."""
+    controls = [(T, 1.0) for T in (1.0, *args.temperatures)] + [(1.0, p) for p in args.top_ps]
+    jobs = [
+        Job(sampler, calls, *control)
+        for sampler in args.samplers
+        for calls in args.calls
+        for control in controls
+    ]
+    if "ancestral" in args.samplers:
+        jobs.append(Job("ancestral", MOST_CALLS))
+    return list(dict.fromkeys(jobs))
 
 
 # ---------------------------------------------------------------- sampling
-
-
-class Judge:
-    """An autoregressive language model of `compare.py autoregressive`, which tells how likely it finds texts."""
-
-    def __init__(self, run_dir, device):
-        self.model, self.tokenizer, run = load(run_dir, device=device, network=Causal)
-        self.length = run["args"]["sequence_length"]
-
-    @torch.no_grad()
-    def nats(self, texts):
-        """Compute -log P of the tokens of each text, up to the trained length -> nats (n,), tokens (n,)."""
-        templates = [add_marks(self.tokenizer.encode(text), self.tokenizer)[: self.length] for text in texts]
-        nats, n_tokens = [], []
-        for template in templates:
-            ids, segment_ids = pad([template or [0]], next(self.model.parameters()).device)
-            scored = (ids != self.tokenizer.bos_id()) & bool(template)
-            one_hot = torch.nn.functional.one_hot(ids, self.model.config.K).float()
-            log_p = self.model(one_hot, torch.ones(ids.shape, device=ids.device), segment_ids).log_softmax(-1)
-            nats.append((bfn.cross_entropy(log_p, ids) * scored).sum().item())
-            n_tokens.append(scored.sum().item())
-        return np.array(nats), np.array(n_tokens)
-
-    def perplexity(self, texts, seed):
-        """Compute the perplexity per token of texts, and its 95 % interval from the bootstrap over texts."""
-        nats, n_tokens = self.nats(texts)
-        chosen = np.random.default_rng(seed).integers(len(texts), size=(quality.N_RESAMPLES, len(texts)))
-        value = math.exp(nats.sum() / max(1, n_tokens.sum()))
-        margin = 1.96 * np.exp(nats[chosen].sum(1) / np.maximum(1, n_tokens[chosen].sum(1))).std()
-        return value, value - margin, value + margin
 
 
 def share(hits):
@@ -115,114 +87,64 @@ def share(hits):
     return p, p - error, p + error
 
 
-def measure(texts, reference, is_toy, judge, seed):
-    """Compute the figures of texts, with a Judge its perplexity, for the built-in language the share of grammatical texts."""
+def measure(texts, reference, is_toy, seed):
+    """Compute the figures of texts, of the built-in language also the grammatical share."""
     measured = quality.figures(texts, reference, seed)
-    if judge:
-        measured["judge's perplexity"] = judge.perplexity(texts, seed)
     if is_toy:
-        measured = {"grammatical": share([toy.is_grammatical(text) for text in texts]), **measured}
+        return {"grammatical": share([toy.is_grammatical(text) for text in texts]), **measured}
     return measured
 
 
-def sample_jobs(model, tokenizer, run, jobs, templates, reference, is_toy, judge, args):
-    """Sample with each job and yield its result {the job's fields, calls_per_text, seconds, n_texts, figures}."""
-    for job in tqdm(jobs, disable=None):
-        begin = time.perf_counter()
-        samples = list(generate(model, tokenizer, templates, args.seed, job.options()))
-        seconds = time.perf_counter() - begin
-        texts = [decode(tokenizer, ids) for ids, _ in samples]
-        calls_per_text = sum(calls for _, calls in samples) / len(samples)
-        measured = measure(texts, reference, is_toy, judge, args.seed)
-        yield dict(asdict(job), calls_per_text=calls_per_text, seconds=seconds, n_texts=len(texts), figures=measured)
+def sample_job(model, tokenizer, job, templates, seed):
+    """Sample with a job -> texts, {the job's fields, calls_per_text, seconds, n_texts}."""
+    begin = time.perf_counter()
+    samples = list(generate(model, tokenizer, templates, seed, job.options()))
+    seconds = time.perf_counter() - begin
+    calls_per_text = sum(calls for _, calls in samples) / len(samples)
+    result = dict(calls_per_text=calls_per_text, seconds=seconds, n_texts=len(samples))
+    return [decode(tokenizer, ids) for ids, _ in samples], asdict(job) | result
 
 
-def table(results):
+def summarise(results):
     """Lay out results -> Markdown lines."""
-    columns = ["sampler", "calls", "temperature", "top-p", *results[0]["figures"], "texts/s"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    rows = []
     for r in results:
-        cells = [r["sampler"], f"{r['calls_per_text']:.4g}", f"{r['temperature']:g}", f"{r['top_p']:g}"]
-        cells += [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in r["figures"].values()]
-        cells.append(f"{r['n_texts'] / r['seconds']:.1f}" if r["seconds"] else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        job = [f"{r['calls_per_text']:.4g}", f"{r['temperature']:g}", f"{r['top_p']:g}"]
+        figures = [interval(figure) for figure in r["figures"].values()]
+        texts_per_s = f"{r['n_texts'] / r['seconds']:.1f}" if r["seconds"] else ""
+        rows.append([r["sampler"], *job, *figures, texts_per_s])
+    columns = ["sampler", "calls", "temperature", "top-p", *results[0]["figures"], "texts/s"]
+    return table(columns, rows)
+
+
+def interval(figure):
+    """Write a figure (value, low, high)."""
+    value, low, high = figure
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def equal_entropy_table(results):
-    """Read each sampler's perplexities off at the word entropy of the held-out text -> Markdown lines.
+    """Read each sampler's perplexity off at the word entropy of held-out text -> Markdown lines.
 
-    Their logarithms are interpolated between the temperatures (--temperatures) on both sides of that entropy.
+    Its logarithm is interpolated between the --temperatures on both sides of that entropy.
     """
-    held_out, *sampled = results
-    entropy, target, sweeps = "word entropy (bits)", held_out["figures"]["word entropy (bits)"][0], {}
-    names = [name for name in held_out["figures"] if name.endswith("perplexity")]
+    held_out, *sampled = (r["figures"] | r for r in results)
+    target, perplexity = held_out[ENTROPY][0], held_out[PERPLEXITY][0]
+    sweeps, rows = {}, []
     for r in sampled:
         if r["top_p"] == 1:
-            logs = [math.log(r["figures"][name][0]) for name in names]
-            sweeps.setdefault((r["sampler"], r["calls"]), []).append((r["figures"][entropy][0], r["temperature"], *logs))
-    of_text = ", ".join(f"{name} {held_out['figures'][name][0]:.1f}" for name in names)
-    lines = ["", f"At the word entropy of the held-out text, {target:.2f} bits ({of_text}):", ""]
-    lines += [f"| sampler | calls | temperature | {' | '.join(names)} |", "|" + "---|" * (3 + len(names))]
-    for (sampler, calls), points in sweeps.items():
-        entropies, temperatures, *logs = zip(*sorted(points), strict=True)
+            point = r[ENTROPY][0], r["temperature"], math.log(r[PERPLEXITY][0])
+            sweeps.setdefault((r["sampler"], f"{r['calls']}"), []).append(point)
+    for job, points in sweeps.items():
+        entropies, temperatures, logs = zip(*sorted(points), strict=True)
         if len(points) > 1 and entropies[0] <= target <= entropies[-1]:
-            values = [f"{math.exp(np.interp(target, entropies, values)):.1f}" for values in logs]
-            cells = [f"{np.interp(target, entropies, temperatures):.2f}", *values]
+            T, log = (np.interp(target, entropies, values) for values in (temperatures, logs))
+            rows.append([*job, f"{T:.2f}", f"{math.exp(log):.1f}"])
         else:
-            cells = [f"entropies {entropies[0]:.2f} to {entropies[-1]:.2f}", *[""] * len(names)]
-        lines.append(f"| {sampler} | {calls} | {' | '.join(cells)} |")
-    return lines
-
-
-# ---------------------------------------------------------------- filling gaps
-
-
-def choose_gaps(sentences, seed):
-    """Choose a gap of one to four words in each sentence -> [(words, begin, end)]."""
-    rng, gaps = random.Random(seed), []
-    for sentence in sentences:
-        words = sentence.split()
-        n_words = rng.randint(1, min(MAX_GAP, len(words)))
-        begin = rng.randint(0, len(words) - n_words)
-        gaps.append((words, begin, begin + n_words))
-    return gaps
-
-
-def conditional_nats(texts, gaps):
-    """Compute the share of grammatical texts, with its interval, and their mean log P(gap | rest) in nats.
-
-        P(gap | rest) = P(text) / sum of P over all texts with the same rest
-
-    texts: lists of words, one for each gap.
-    """
-    totals = [toy.probability([*words[:i], *[None] * (j - i), *words[j:]]) for words, i, j in gaps]
-    p = [toy.probability(text) / total for text, total in zip(texts, totals, strict=True)]
-    logs = [math.log(x) for x in p if x > 0]
-    return share([x > 0 for x in p]), sum(logs) / max(1, len(logs))
-
-
-def infill(model, tokenizer, gaps, options, seed):
-    """Fill the gaps of `choose_gaps` -> the completed sentences, as lists of words."""
-    bodies = [
-        [GAP if begin <= i < end else tokenizer.encode(word)[0] for i, word in enumerate(words)]
-        for words, begin, end in gaps
-    ]
-    templates = [add_marks(body, tokenizer) for body in bodies]
-    return [decode(tokenizer, ids).split() for ids, _ in generate(model, tokenizer, templates, seed, options)]
-
-
-def infill_table(model, tokenizer, run, sentences, args):
-    """Fill gaps with each sampler -> Markdown lines."""
-    jobs = [Job(sampler, calls) for sampler in args.samplers for calls in args.calls if calls <= MAX_INFILL_CALLS]
-    gaps = choose_gaps(sentences, args.seed)
-    _, true_nats = conditional_nats([words for words, _, _ in gaps], gaps)
-    lines = ["", "| sampler | calls | fills grammatical | mean log P of fills | of the true words |", "|" + "---|" * 5]
-    for job in jobs:
-        filled = infill(model, tokenizer, gaps, job.options(), args.seed)
-        (value, low, high), nats = conditional_nats(filled, gaps)
-        lines.append(f"| {job.sampler} | {job.calls} | {value:.3f} [{low:.3f}, {high:.3f}] | {nats:.2f} | {true_nats:.2f} |")
-    return lines
+            rows.append([*job, f"entropies {entropies[0]:.2f} to {entropies[-1]:.2f}", ""])
+    of_text = f"{target:.2f} bits ({PERPLEXITY} {perplexity:.1f})"
+    lines = ["", f"At the word entropy of the held-out text, {of_text}:", ""]
+    return lines + table(["sampler", "calls", "temperature", PERPLEXITY], rows)
 
 
 # ---------------------------------------------------------------- the command
@@ -235,16 +157,18 @@ def flags():
     add("-d", "--data_path", type=cli.path,
         help="held-out text (the validation part of the training text)")
     add("--corpus", type=cli.path,
-        help="training text that samples are compared with (the one that the model was trained on)")
-    add("--judge", type=cli.path,
-        help="run folder of `compare.py autoregressive`: a further column is its perplexity")
-    add("--samplers", "--solvers", nargs="+", choices=samplers, default=samplers, help="samplers to compare (all)")
-    add("--calls", nargs="+", type=cli.several, default=[*CALLS], help="numbers of network calls (5 10 20 50 100)")
-    add("--temperatures", nargs="+", type=cli.positive, default=[], help="temperatures of the output, besides 1")
-    add("--top_ps", nargs="+", type=cli.above_zero_to_one, default=[], help="top-p of the output, besides 1")
+        help="training text that samples are compared with (the one of the model)")
+    add("--samplers", "--solvers", nargs="+", choices=samplers, default=samplers,
+        help="samplers to compare (all)")
+    add("--calls", nargs="+", type=cli.several, default=[*CALLS],
+        help="numbers of network calls (5 10 20 50 100)")
+    add("--temperatures", nargs="+", type=cli.positive, default=[],
+        help="temperatures of the output, besides 1")
+    add("--top_ps", nargs="+", type=cli.above_zero_to_one, default=[],
+        help="top-p of the output, besides 1")
     add("--num_samples", type=cli.several, default=256, help="texts per sampler (256)")
-    add("--length", type=cli.several, help="longest text, in tokens (the sequence length of the training)")
-    add("--infill", type=cli.natural, default=0, help="sentences of the built-in language to fill gaps in (0)")
+    add("--length", type=cli.several,
+        help="longest text, in tokens (the sequence length of the training)")
     add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
@@ -254,55 +178,44 @@ def flags():
     return p
 
 
-def check_flags(args, run, is_toy):
-    """Raise ValueError for flags that do not fit the run."""
-    if args.infill and not is_toy:
-        raise ValueError("--infill is for the built-in language, whose exact conditionals are known")
-    trained = run["args"]["sequence_length"]
-    if (args.length or 0) > trained:
-        raise ValueError(f"--length={args.length}, but the model was trained on texts of at most {trained} tokens")
-
-
 def held_out_texts(args, run, tokenizer, corpus):
-    """Choose texts from -d, or from the validation part of the training text -> texts, their lengths in tokens."""
+    """Choose texts from -d, or from the validation part -> texts, their lengths in tokens."""
+    trained = run["args"]["sequence_length"]
+    window = args.length or trained
+    if window > trained:
+        message = f"--length={window}, but the model was trained on texts of at most"
+        raise ValueError(f"{message} {trained} tokens")
     path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
     tokenizer_path, example = Path(args.model_dir) / "tokenizer.model", run["args"]["example"]
     tokens = cache.load_corpus(path, tokenizer_path, args.cache_dir, part, example)
-    window = args.length or run["args"]["sequence_length"]
     return evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    model, tokenizer, run = load(args.model_dir, device=parallel.find_device(args.device))
+    device = parallel.find_device(args.device)
+    model, tokenizer, run = load(args.model_dir, device=device)
     is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
-    check_flags(args, run, is_toy)
     corpus, part = evaluate.find_corpus(args, run)
     real, lengths = held_out_texts(args, run, tokenizer, corpus)
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
-    judge = Judge(args.judge, parallel.find_device(args.device)) if args.judge else None
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
-    measured = measure(real, reference, is_toy, judge, args.seed)
-    results = [dict(asdict(Job(HELD_OUT, 0)), calls_per_text=0, seconds=0, n_texts=len(real), figures=measured)]
+    figures = measure(real, reference, is_toy, args.seed)
+    nothing = dict(calls_per_text=0, seconds=0, n_texts=len(real), figures=figures)
+    results = [asdict(Job(HELD_OUT, 0)) | nothing]
     folder.mkdir(parents=True, exist_ok=True)
-    for result in sample_jobs(model, tokenizer, run, plan(args), templates, reference, is_toy, judge, args):
-        results.append(result)
-        (folder / "results.json").write_text(json.dumps(results, indent=1))  # after each job: all of them can take hours
-        (folder / "results.md").write_text("\n".join(table(results)) + "\n")
-    lines = table(results) + equal_entropy_table(results) * bool(args.temperatures)
-    if args.infill:
-        sentences = [piece.text for piece in read_part(corpus, "val")][: args.infill]
-        lines += infill_table(model, tokenizer, run, sentences, args)
+    for job in tqdm(plan(args), disable=None):
+        texts, result = sample_job(model, tokenizer, job, templates, args.seed)
+        results.append(result | dict(figures=measure(texts, reference, is_toy, args.seed)))
+        (folder / "results.json").write_text(json.dumps(results, indent=1))  # all can take hours
+        lines = summarise(results)
+        (folder / "results.md").write_text("\n".join(lines) + "\n")
+    if args.temperatures:
+        lines += equal_entropy_table(results)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    drawing.try_to_save(folder / "results.png", partial(pictures.quality, {}, results, str(args.model_dir)))
+    picture = partial(pictures.quality_figure, {}, results, str(args.model_dir))
+    drawing.try_to_save(folder / "results.png", picture)
     print("\n".join(lines))
-
-
-
-
-# ---------------------------------------------------------------- quality: figures over network calls
-
-
 
 
 if __name__ == "__main__":

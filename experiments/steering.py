@@ -1,39 +1,45 @@
-"""Measure on the built-in language, where grammar and labels are known, how well a model is steered and proof-reads.
+"""Measure how well a model of the built-in language is steered, and how well it proof-reads.
 
-    python experiments/steering.py proofread -mdir=runs/demo
-    python experiments/steering.py corpus --output=runs/labels.tsv        its sentences, each with its label
-    python train.py -d=runs/labels.tsv --labelled --tokenizer=word --preset=toy --max_steps=1500 -mdir=runs/labels
-    python classify.py -mdir=runs/demo -d=runs/labels.tsv --output=runs/labels.pt
-    python experiments/steering.py labels -mdir=runs/labels
-    python experiments/steering.py labels -mdir=runs/demo --classifier=runs/labels.pt
+    python -m experiments.steering proofread -mdir=runs/demo
+    python -m experiments.steering corpus --output=runs/labels.tsv
+    python train.py -d=runs/labels.tsv --labelled --tokenizer=word --preset=toy --max_steps=1500 \\
+        -mdir=runs/labels
+    python -m tools.classify -mdir=runs/demo -d=runs/labels.tsv --output=runs/labels.pt
+    python -m experiments.steering labels -mdir=runs/labels
+    python -m experiments.steering labels -mdir=runs/demo --classifier=runs/labels.pt
 
-The label is a function of the sentence: the number of the subject, "report", or the name that comes twice.
+Its grammar is known, and so is the label of a sentence: the number of the subject, "report", or the
+name that comes twice. `corpus` writes sentences, each with its label.
 """
 
-import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import cli, drawing
+from common import cli
 from common.files import replacing
 from common.noise import mix_seed
+from experiments.tables import table
 from sample import Sampler
 from sampling import guidance, proofread
 from text import toy
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-
-
 WEIGHTS = 0.0, 0.5, 1.0, 2.0, 4.0  # of guidance by the label
 SCALES = 0.0, 1.0, 2.0, 4.0, 8.0  # of a classifier
+COLUMNS = "method | strength | label right, % | grammatical, % | distinct, % | calls per text"
+
+
+def with_s(words):
+    """List words, and after these the same words with an s."""
+    return [*words, *(word + "s" for word in words)]
+
+
 KINDS = [  # words that stand in each other's place in a sentence, right or wrong
-    [*toy.TRANSITIVE, *(word + "s" for word in toy.TRANSITIVE), *toy.INTRANSITIVE, *(word + "s" for word in toy.INTRANSITIVE)],
-    [*toy.PEOPLE, *(word + "s" for word in toy.PEOPLE), *toy.THINGS],
+    [*with_s(toy.TRANSITIVE), *with_s(toy.INTRANSITIVE)],
+    [*with_s(toy.PEOPLE), *toy.THINGS],
     [*toy.FEMALE, *toy.MALE],
     ["she", "he"],
     ["her", "his"],
@@ -41,10 +47,11 @@ KINDS = [  # words that stand in each other's place in a sentence, right or wron
 
 
 def corrupt(words, rng):
-    """Replace one word by another of its kind, so that the sentence is not grammatical -> words, position of the word."""
+    """Replace one word by another of its kind, so that the sentence is wrong -> words, position."""
     while True:
         d = rng.randrange(len(words))
-        others = [word for kind in KINDS if words[d] in kind for word in kind if word != words[d]]
+        kind = next((kind for kind in KINDS if words[d] in kind), [words[d]])
+        others = [word for word in kind if word != words[d]]
         if others:
             wrong = [*words[:d], rng.choice(others), *words[d + 1 :]]
             if not toy.is_grammatical(" ".join(wrong)):
@@ -52,14 +59,14 @@ def corrupt(words, rng):
 
 
 def best_possible(words, d):
-    """How often the likeliest word at position d, given all others, is the true one: that of a perfect model."""
-    p = {word: toy.probability([*words[:d], word, *words[d + 1 :]]) for word in toy.vocabulary()}
-    return max(p.values()) / sum(p.values())
+    """How often the likeliest word at position d is the true one, for a perfect model."""
+    p = [toy.probability([*words[:d], word, *words[d + 1 :]]) for word in toy.vocabulary()]
+    return max(p) / sum(p)
 
 
 def measure_proofreading(sampler, n, seed):
     """Proof-read n sentences with one wrong word each -> {what: share}."""
-    rng, found = random.Random(seed), []
+    rng, found = random.Random(seed), Counter()
     for _ in tqdm(range(n), unit="text", disable=None):
         words = toy.sample(rng)
         wrong, d = corrupt(words, rng)
@@ -67,15 +74,14 @@ def measure_proofreading(sampler, n, seed):
         order = sorted(range(len(read)), key=lambda i: -read[i].bits)
         first = read[d].suggestions[0][0].strip()
         repaired = toy.is_grammatical(" ".join([*words[:d], first, *words[d + 1 :]]))
-        found.append((order[0] == d, d in order[:3], first == words[d], repaired, best_possible(words, d)))
-    names = (
-        "the wrong word is the most surprising",
-        "it is among the three most surprising",
-        "the first suggestion for it is the true word",
-        "the first suggestion for it makes the sentence right",
-        "the true word is the likeliest, for a perfect model",
-    )
-    return {name: sum(column) / n for name, column in zip(names, zip(*found, strict=True), strict=True)}
+        found.update({
+            "the wrong word is the most surprising": order[0] == d,
+            "it is among the three most surprising": d in order[:3],
+            "the first suggestion for it is the true word": first == words[d],
+            "the first suggestion for it makes the sentence right": repaired,
+            "the true word is the likeliest, for a perfect model": best_possible(words, d),
+        })  # fmt: skip
+    return {name: total / n for name, total in found.items()}
 
 
 def label_of(words):
@@ -93,49 +99,59 @@ LABELS = ["one", "many", "report", *toy.FEMALE, *toy.MALE]
 
 def labelled_corpus(n, seed):
     """Draw sentences with their labels -> str of label<TAB>sentence lines."""
-    return "".join(f"{label_of(line.split())}\t{line}\n" for line in toy.corpus(n, seed).splitlines())
+    lines = toy.corpus(n, seed).splitlines()
+    return "".join(f"{label_of(line.split())}\t{line}\n" for line in lines)
 
 
 def judge(samples, wanted):
     """Judge (text, calls) samples, the wanted label of each -> {what: figure}."""
     texts = [text.rpartition("\t")[2] for text, _ in samples]
     good = [toy.is_grammatical(text) for text in texts]
-    hits = [ok and label_of(text.split()) == label for text, ok, label in zip(texts, good, wanted, strict=True)]
-    words = [tuple(text.split()[1:]) for text in texts]  # without the first word, which the label may say
-    figures = dict(right=sum(hits), grammatical=sum(good), distinct=len(set(words)), calls=sum(calls for _, calls in samples))
+    judged = zip(texts, good, wanted, strict=True)
+    hits = [ok and label_of(text.split()) == label for text, ok, label in judged]
+    bodies = {text.partition(" ")[2] for text in texts}  # the label may say the first word
+    n_calls = sum(calls for _, calls in samples)
+    figures = dict(right=sum(hits), grammatical=sum(good), distinct=len(bodies), calls=n_calls)
     return {name: value / len(texts) for name, value in figures.items()}
 
 
-def measure_labels(sampler, classifier, n, seed):
-    """Sample n texts of each label at each strength -> list of figures.
-
-    Without a classifier the label begins the prompt, and the strength is the weight W of guidance. Rejection: free samples of
-    which those with the wanted label are kept.
-    """
-    rows, wanted = [], [label for label in LABELS for _ in range(n)]
+def measure_rejection(sampler, n, seed):
+    """Sample free texts and keep those with the wanted label -> figures."""
+    wanted = [label for label in LABELS for _ in range(n)]
     free = [(text, calls) for text, _, calls in sampler.stream([""] * len(wanted), seed)]
     texts = [text.rpartition("\t")[2] for text, _ in free]
     found = [label_of(text.split()) for text in texts if toy.is_grammatical(text)]
+    tries = [len(texts) / max(1, found.count(label)) for label in LABELS]  # until a text has it
     figures = judge(free, wanted)
-    tries = sum(len(texts) / max(1, found.count(label)) for label in LABELS) / len(LABELS)  # until a text has its label
-    rows.append(figures | dict(method="rejection", strength=0.0, right=1.0, calls=figures["calls"] * tries))
+    calls = figures["calls"] * sum(tries) / len(tries)
+    return figures | dict(method="rejection", strength=0.0, right=1.0, calls=calls)
+
+
+def measure_labels(sampler, classifier, n, seed):
+    """Sample n texts of each label at each strength -> list of figures; rejection is the first.
+
+    Without a classifier the label begins the prompt, and the strength is the weight W of guidance.
+    """
+    rows = [measure_rejection(sampler, n, seed)]
+    wanted = [label for label in LABELS for _ in range(n)]
     for strength in tqdm(SCALES if classifier else WEIGHTS, unit="strength", disable=None):
         samples = []
         for label in LABELS:
-            steered = dict(guide=classifier.guide(label), scale=strength) if classifier else dict(label=label, guidance=strength)
+            if classifier:
+                steered = dict(guide=classifier.guide(label), scale=strength)
+            else:
+                steered = dict(label=label, guidance=strength)
             drawn = sampler.stream([""] * n, mix_seed(seed, label), **steered)
             samples += [(text, calls) for text, _, calls in drawn]
-        rows.append(dict(judge(samples, wanted), method="classifier" if classifier else "label", strength=strength))
+        method = dict(method="classifier" if classifier else "label", strength=strength)
+        rows.append(judge(samples, wanted) | method)
     return rows
 
 
 def label_table(rows):
     """Lay out the figures of `measure_labels` -> lines of Markdown."""
-    lines = ["| method | strength | label right, % | grammatical, % | distinct, % | calls per text |", "|---|---|---|---|---|---|"]
-    return lines + [
-        f"| {r['method']} | {r['strength']:g} | {r['right']:.1%} | {r['grammatical']:.1%} | {r['distinct']:.1%} | {r['calls']:.1f} |"
-        for r in rows
-    ]
+    cells = "{method}|{strength:g}|{right:.1%}|{grammatical:.1%}|{distinct:.1%}|{calls:.1f}"
+    return table(COLUMNS.split(" | "), [cells.format(**row).split("|") for row in rows])
 
 
 def flags():
@@ -148,8 +164,7 @@ def flags():
         help="labels: file of classify.py; without it, the model must be one of labelled texts")
     add("--n", type=cli.count, help="sentences (500; corpus 60000; labels 40 of each label)")
     add("--seed", type=cli.natural, default=1, help="of the sentences (1)")
-    add("--output", type=cli.path,
-        help="corpus: file to write; labels: FILE.json, with a picture next to it")
+    add("--output", type=cli.path, help="corpus: file to write")
     return p
 
 
@@ -170,12 +185,6 @@ def main(argv=None):
     classifier = guidance.load_classifier(args.classifier, sampler) if args.classifier else None
     rows = measure_labels(sampler, classifier, args.n or 40, args.seed)
     print(*label_table(rows), sep="\n")
-    if args.output:
-        Path(args.output).write_text(json.dumps(rows, indent=1))
-        x = [r["strength"] for r in rows[1:]]
-        series = {what: (x, [100 * r[what] for r in rows[1:]]) for what in ("right", "grammatical", "distinct")}
-        name = "scale" if classifier else "W"
-        drawing.lines(Path(args.output).with_suffix(".png"), series, name, "% of samples", "steering by a classifier" if classifier else "steering by a label that is given")
 
 
 if __name__ == "__main__":

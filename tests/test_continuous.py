@@ -1,4 +1,4 @@
-"""The continuous flow, its losses and its sampler against closed forms and the exact network of a mixture of normals.
+"""The continuous flow, its losses and its sampler against closed forms and an exact network.
 
 Expectations over one-dimensional data are integrals on a grid, so they have no sampling error.
 """
@@ -15,20 +15,26 @@ from examples import continuous, moons
 
 
 class Mixture:
-    """A mixture of normals N(m_k, s_k^2 I) and its exact network, which knows the posterior mean of x.
+    """A mixture of normals N(m_k, s_k^2 I) and its exact network: the posterior mean of x.
 
-    Evidence of accuracy beta shows x + noise of variance 1 / beta, so what it shows is a mixture of normals too.
+    Evidence of accuracy beta shows x + noise of variance 1 / beta: a mixture of normals too.
     """
 
     def __init__(self, weights, means, deviations, sigma1):
-        self.weights, self.means, self.deviations = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, deviations))
+        self.weights, self.means, self.deviations = (
+            torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, deviations)
+        )
         self.sigma1 = sigma1
 
     def log_density(self, x, variance=0.0):
-        """log density of x plus noise of this variance: (..., D), (..., 1) -> (..., n_components) by component."""
+        """log density of x plus noise: (..., D), variance (..., 1) -> (..., n_components)."""
         total = self.deviations**2 + variance
         square = (x[..., None, :] - self.means).square().sum(-1)
-        return self.weights.log() - square / (2 * total) - x.shape[-1] / 2 * torch.log(2 * math.pi * total)
+        return (
+            self.weights.log()
+            - square / (2 * total)
+            - x.shape[-1] / 2 * torch.log(2 * math.pi * total)
+        )
 
     def posterior_mean(self, mu, t):
         b = continuous.beta(t.clamp(min=continuous.T_MIN), self.sigma1)
@@ -43,7 +49,7 @@ class Mixture:
         return (mu * (1 + b) / b - self.posterior_mean(mu, t)) * b.sqrt()
 
     def grid(self, n=161, reach=7.0):
-        """x (n_components * n * n, 1), eps and their weights: all pairs of a value of x and one of the noise."""
+        """All pairs of a value of x (n_components * n * n, 1) and one of eps, and their weights."""
         z = torch.linspace(-reach, reach, n, dtype=torch.float64)
         q = (-z.square() / 2).exp()
         q /= q.sum()
@@ -68,7 +74,10 @@ def entropy(log_density, low=-12.0, high=14.0, n=200_001):
 def information(m):
     """I(x; mu(1)) = entropy of x + noise of variance 1 / beta(1), less the noise's own."""
     variance = 1 / (m.sigma1**-2 - 1)
-    return entropy(lambda x: m.log_density(x, variance)) - math.log(2 * math.pi * math.e * variance) / 2
+    return (
+        entropy(lambda x: m.log_density(x, variance))
+        - math.log(2 * math.pi * math.e * variance) / 2
+    )
 
 
 def times(t, x):
@@ -81,7 +90,9 @@ def continuous_time_loss(m, x, eps, n_times=40):
     total = 0.0
     for t, w in zip((nodes + 1) / 2, weights / 2, strict=True):
         t = times(t, x)
-        total = total + w * continuous.squared_error_loss(continuous.predict_noisy(m, x, t, m.sigma1, eps), x, t, m.sigma1)
+        total = total + w * continuous.squared_error_loss(
+            continuous.predict_noisy(m, x, t, m.sigma1, eps), x, t, m.sigma1
+        )
     return total
 
 
@@ -89,7 +100,13 @@ def n_step_loss(m, x, eps, n):
     total = 0.0
     for i in range(1, n + 1):
         i = times(float(i), x)
-        total = total + continuous.n_step_error(continuous.predict_noisy(m, x, (i - 1) / n, m.sigma1, eps), x, i, n, m.sigma1) / n
+        total = (
+            total
+            + continuous.n_step_error(
+                continuous.predict_noisy(m, x, (i - 1) / n, m.sigma1, eps), x, i, n, m.sigma1
+            )
+            / n
+        )
     return total
 
 
@@ -102,7 +119,9 @@ def test_the_flow_has_the_mean_and_the_variance_of_the_paper(sigma1):
     x, zero = torch.full_like(t, 3.7), torch.zeros_like(t)
     gamma = 1 - sigma1 ** (2 * t)
     torch.testing.assert_close(continuous.flow(x, t, sigma1, eps=zero), gamma * x)
-    torch.testing.assert_close(continuous.flow(zero, t, sigma1, eps=zero + 1).square(), gamma * (1 - gamma))
+    torch.testing.assert_close(
+        continuous.flow(zero, t, sigma1, eps=zero + 1).square(), gamma * (1 - gamma)
+    )
     torch.testing.assert_close(continuous.beta(t, sigma1), sigma1 ** (-2 * t) - 1)
 
 
@@ -110,7 +129,10 @@ def test_the_flow_is_precise_in_float32_at_both_ends():
     t = torch.tensor([[1e-6], [1e-3], [0.5], [1.0]])
     one = torch.ones_like(t)
     for eps in (one, -one):
-        torch.testing.assert_close(continuous.flow(one, t, 1e-3, eps), continuous.flow(one.double(), t.double(), 1e-3, eps.double()).float())
+        torch.testing.assert_close(
+            continuous.flow(one, t, 1e-3, eps),
+            continuous.flow(one.double(), t.double(), 1e-3, eps.double()).float(),
+        )
 
 
 def test_fresh_noise_is_standard_normal():
@@ -125,14 +147,18 @@ def test_fresh_noise_is_standard_normal():
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 def test_updates_by_the_accuracies_of_n_steps_are_exactly_the_flow(n):
-    """The mean after n updates is linear in x and in the n noises, so n + 1 unit inputs give its distribution exactly."""
+    """The mean after n updates is linear in x and the n noises: n + 1 unit inputs tell all."""
     sigma1 = 0.05
-    inputs = torch.eye(n + 1, dtype=torch.float64)  # row 0: x = 1 without noise; row i: only the noise of step i
+    inputs = torch.eye(
+        n + 1, dtype=torch.float64
+    )  # row 0: x = 1 without noise; row i: only the noise of step i
     x, noises = inputs[:, :1], inputs[:, 1:]
     mu, rho = torch.zeros_like(x), torch.ones_like(x)
     for i in range(1, n + 1):
         a = continuous.alpha(times(float(i), x), n, sigma1)
-        mu, rho = continuous.bayesian_update(mu, rho, continuous.sender_sample(x, a, noises[:, i - 1 : i]), a)
+        mu, rho = continuous.bayesian_update(
+            mu, rho, continuous.sender_sample(x, a, noises[:, i - 1 : i]), a
+        )
         gamma = 1 - sigma1 ** (2 * i / n)
         torch.testing.assert_close(rho, torch.full_like(rho, sigma1 ** (-2 * i / n)))
         assert mu[0].item() == pytest.approx(gamma, rel=1e-12)
@@ -160,7 +186,11 @@ def test_a_sigma1_that_no_flow_has_is_refused(sigma1):
 
 def test_the_networks_noise_gives_back_x():
     torch.manual_seed(1)
-    x, eps, t = 5 * torch.randn(50, 3).double(), torch.randn(50, 3).double(), torch.rand(50, 1).double() * 0.99 + 0.01
+    x, eps, t = (
+        5 * torch.randn(50, 3).double(),
+        torch.randn(50, 3).double(),
+        torch.rand(50, 1).double() * 0.99 + 0.01,
+    )
     torch.testing.assert_close(continuous.predict_noisy(lambda mu, t: eps, x, t, 0.02, eps), x)
     mu, gamma = torch.randn(50, 3).double(), 1 - 0.02 ** (2 * t)
     published = mu / gamma - ((1 - gamma) / gamma).sqrt() * eps
@@ -178,10 +208,15 @@ def test_before_t_min_the_prediction_is_0_and_the_gradient_finite():
 
 @pytest.mark.parametrize("sigma1", [0.5, 0.02])
 def test_an_untrained_network_predicts_the_mean_and_its_bound_is_the_entropy_of_the_prior(sigma1):
-    """x_hat = mu is exact for x ~ N(0, 1): L_inf = log(1 / sigma1) and L_inf + L_rec = log(2 pi e) / 2, up to E[x^2] sigma1^2 / 2."""
+    """x_hat = mu is exact for x ~ N(0, 1), up to E[x^2] sigma1^2 / 2.
+
+    So L_inf = log(1 / sigma1) and L_inf + L_rec = log(2 pi e) / 2.
+    """
     torch.manual_seed(2)
     mu, t = torch.randn(100, 2), torch.rand(100, 1)
-    torch.testing.assert_close(continuous.predict(moons.Network(2, sigma1), mu, t, sigma1), mu, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        continuous.predict(moons.Network(2, sigma1), mu, t, sigma1), mu, rtol=1e-4, atol=1e-4
+    )
     network = moons.Network(1, sigma1).double()
     x, eps, q = Mixture([1.0], [[0.0]], [1.0], sigma1).grid(n=41)
     with torch.no_grad():
@@ -198,7 +233,9 @@ def test_an_untrained_network_predicts_the_mean_and_its_bound_is_the_entropy_of_
 def test_with_the_exact_network_l_inf_is_the_information_in_the_evidence(sigma1):
     m = mixture(sigma1)
     x, eps, q = m.grid(n=121)
-    assert (q * continuous_time_loss(m, x, eps)).sum().item() == pytest.approx(information(m), abs=1e-4)
+    assert (q * continuous_time_loss(m, x, eps)).sum().item() == pytest.approx(
+        information(m), abs=1e-4
+    )
 
 
 def test_the_n_step_loss_falls_to_the_continuous_loss():
@@ -206,15 +243,19 @@ def test_the_n_step_loss_falls_to_the_continuous_loss():
     x, eps, q = m.grid(n=81)
     losses = [(q * n_step_loss(m, x, eps, n)).sum().item() for n in (1, 4, 16, 64, 256)]
     excess = [loss - information(m) for loss in losses]
-    assert losses[0] == pytest.approx((0.1**-2 - 1) / 2 * (q * x.squeeze().square()).sum().item())  # x_hat = 0
+    assert losses[0] == pytest.approx(
+        (0.1**-2 - 1) / 2 * (q * x.squeeze().square()).sum().item()
+    )  # x_hat = 0
     assert all(0 < later < earlier / 2.5 for earlier, later in pairwise(excess)), excess
-    assert excess[-2] / excess[-1] == pytest.approx(4, rel=0.05)  # a fourth of the step, a fourth of the error
+    assert excess[-2] / excess[-1] == pytest.approx(
+        4, rel=0.05
+    )  # a fourth of the step, a fourth of the error
     assert excess[-1] < 0.05
 
 
 @pytest.mark.parametrize("sigma1, excess", [(0.5, 0.3), (0.1, 0.002), (0.02, 1e-5)])
 def test_on_average_the_bound_falls_to_the_entropy_of_the_data_and_never_below(sigma1, excess):
-    """E[L_inf + L_rec] - h(x) = E KL(p(x | mu(1)) || N(x_hat, sigma1^2)), which is 0 when the evidence is sharp."""
+    """E[L_inf + L_rec] - h(x) = E KL(p(x | mu(1)) || N(x_hat, sigma1^2)); sharp: 0."""
     m = mixture(sigma1)
     x, eps, q = m.grid()
     L_rec = (q * continuous.reconstruction_loss(m, x, sigma1, eps)).sum().item()
@@ -224,18 +265,22 @@ def test_on_average_the_bound_falls_to_the_entropy_of_the_data_and_never_below(s
 
 @pytest.mark.parametrize("x", [-2.0, 0.5, 1.3, 2.2, 4.5])
 def test_for_each_x_the_bound_is_above_the_models_negative_log_density(x):
-    """The model draws mu(1) from its marginal, then x from N(x_hat, sigma1^2). The bound on each x is one of this density.
+    """The model draws mu(1) from its marginal, then x from N(x_hat, sigma1^2): its own density.
 
     L_inf is, for each x, the divergence of the flow at t = 1 from its marginal.
     """
     m = mixture(0.3)
     b = 0.3**-2 - 1
-    shown = torch.linspace(-15, 15, 20_001, dtype=torch.float64)[:, None]  # x plus noise of variance 1 / b
+    shown = torch.linspace(-15, 15, 20_001, dtype=torch.float64)[
+        :, None
+    ]  # x plus noise of variance 1 / b
     one = torch.ones_like(shown)
     log_q = m.log_density(shown, 1 / b).logsumexp(-1)
     log_q_x = (-b / 2 * (shown - x).square() + math.log(b / (2 * math.pi)) / 2).squeeze(-1)
     x_hat = continuous.predict(m, shown * b / (1 + b), one, 0.3)
-    log_p_x = (-((x - x_hat) / 0.3).square() / 2 - math.log(0.3 * math.sqrt(2 * math.pi))).squeeze(-1)
+    log_p_x = (-((x - x_hat) / 0.3).square() / 2 - math.log(0.3 * math.sqrt(2 * math.pi))).squeeze(
+        -1
+    )
     step = (shown[1] - shown[0]).item()
     divergence = (log_q_x.exp() * (log_q_x - log_q)).sum().item() * step
     exact = -math.log((log_q + log_p_x).exp().sum().item() * step)
@@ -260,25 +305,33 @@ def test_a_wrong_network_costs_more():
 
 def test_with_the_exact_network_samples_follow_the_distribution():
     torch.manual_seed(3)
-    m = Mixture([0.3, 0.5, 0.2], [[-2.0, 3.0], [0.5, -0.5], [4.0, 1.0]], [0.5, 0.3, 0.6], sigma1=0.05)
+    m = Mixture(
+        [0.3, 0.5, 0.2], [[-2.0, 3.0], [0.5, -0.5], [4.0, 1.0]], [0.5, 0.3, 0.6], sigma1=0.05
+    )
     n = 4000
     x, path = continuous.sample(m, n, 2, 400, m.sigma1)
     assert path.shape == (401, n, 2) and (path[0] == 0).all()
     x = x.double()
     mean = m.weights @ m.means
     centred = m.means - mean
-    covariance = (m.weights[:, None] * centred).T @ centred + (m.weights * m.deviations**2).sum() * torch.eye(2)
+    covariance = (m.weights[:, None] * centred).T @ centred + (
+        m.weights * m.deviations**2
+    ).sum() * torch.eye(2)
     torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=3 * math.sqrt(covariance.max() / n))
     torch.testing.assert_close(x.T.cov(), covariance, rtol=0.05, atol=0.1)
     for d in (0, 1):
         ordered = x[:, d].sort().values
-        cdf = (m.weights * torch.special.ndtr((ordered[:, None] - m.means[:, d]) / m.deviations)).sum(-1)
+        cdf = (
+            m.weights * torch.special.ndtr((ordered[:, None] - m.means[:, d]) / m.deviations)
+        ).sum(-1)
         distance = (cdf - (torch.arange(n) + 0.5) / n).abs().max().item()
-        assert distance < 1.63 / math.sqrt(n)  # Kolmogorov's distance exceeds this once in a hundred
+        assert distance < 1.63 / math.sqrt(
+            n
+        )  # Kolmogorov's distance exceeds this once in a hundred
 
 
 def test_one_step_samples_from_a_normal_have_the_variance_of_its_algebra():
-    """Data N(0, s^2): y ~ N(0, 1 / beta) around x_hat = 0, and x_hat = beta s^2 / (1 + beta s^2) y."""
+    """Data N(0, s^2): y ~ N(0, 1 / beta) around 0, and x_hat = beta s^2 / (1 + beta s^2) y."""
     torch.manual_seed(4)
     s, sigma1, n = 2.0, 0.5, 100_000
     x, _ = continuous.sample(Mixture([1.0], [[0.0]], [s], sigma1), n, 1, 1, sigma1)
@@ -301,7 +354,9 @@ def test_the_density_of_two_moons_sums_to_1_and_fits_the_points():
     p = log_p.exp() * (g[1] - g[0]) ** 2
     assert p.sum().item() == pytest.approx(1, abs=1e-4)
     x = moons.two_moons(20_000, np.random.default_rng(0))
-    assert -moons.two_moons_log_density(x).mean().item() == pytest.approx(-(p * log_p).sum().item(), abs=0.03)
+    assert -moons.two_moons_log_density(x).mean().item() == pytest.approx(
+        -(p * log_p).sum().item(), abs=0.03
+    )
 
 
 def test_training_lowers_the_bound():
@@ -318,7 +373,10 @@ def test_the_command_draws_a_picture_and_refuses_other_endings(tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["moons.py", "--max_steps=2", f"--output={output}"])
     moons.main()
     assert capsys.readouterr().out.startswith("bound ")
-    assert output.read_bytes()[1:4] == b"PNG" and list(tmp_path.rglob("*")) == [output.parent, output]
+    assert output.read_bytes()[1:4] == b"PNG" and list(tmp_path.rglob("*")) == [
+        output.parent,
+        output,
+    ]
     monkeypatch.setattr(sys, "argv", ["moons.py", f"--output={tmp_path / 'picture.txt'}"])
     with pytest.raises(ValueError, match=r"\.png"):
         moons.main()

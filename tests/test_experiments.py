@@ -1,11 +1,7 @@
-"""Experiments and the benchmark: each variant changes what it says, and the commands write their results."""
+"""Experiments and the benchmark: variants change what they say, and commands write results."""
 
 import json
-import math
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,11 +15,7 @@ import model as model_file
 import train
 from experiments import bench, compare, samplers
 from text import toy
-from text.tokenizer import add_marks
 from training import checkpoint, optim
-
-ROOT = Path(train.__file__).parent
-sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
 PATCHED = [
     (model_file, "FiLM"),
@@ -48,7 +40,9 @@ def test_the_probabilities_of_the_autoregressive_baseline_sum_to_one(unpatched):
     """Over all sequences, so its loss is a likelihood and can be compared with the bound."""
     compare.autoregressive(SimpleNamespace())
     torch.manual_seed(0)
-    network = train.BFNTransformer(model_file.Config(K=3, beta1=0.5, d_model=32, n_layers=2, n_heads=2))
+    network = train.BFNTransformer(
+        model_file.Config(K=3, beta1=0.5, d_model=32, n_layers=2, n_heads=2)
+    )
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3)
     ids = torch.cartesian_prod(*[torch.arange(3)] * 4)
@@ -57,14 +51,16 @@ def test_the_probabilities_of_the_autoregressive_baseline_sum_to_one(unpatched):
     nothing = torch.zeros_like(packed, dtype=torch.bool)
     with torch.no_grad():
         t = torch.rand(packed.shape)
-        log_p = bfn.predict_noisy(partial(network, segment_ids=segment_ids), packed, t, nothing, 1.0, 3)
+        log_p = bfn.predict_noisy(
+            partial(network, segment_ids=segment_ids), packed, t, nothing, 1.0, 3
+        )
         loss = bfn.training_loss(log_p, packed, t, 1.0)
     for segment in (loss[:, :4], loss[:, 4:]):
         assert (-segment.sum(-1)).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_bound_of_masked_diffusion_is_that_of_the_exact_network(unpatched):
-    """The mean over all shares of unknown tokens of their cross-entropy is -log P, if the network is exact."""
+    """The mean of the cross-entropy over all shares of unknown tokens is then -log P."""
     compare.masked(SimpleNamespace())
     sequences, probabilities = random_joint()
     ids = draw(sequences, probabilities, 40_000)
@@ -80,49 +76,86 @@ def test_the_bound_of_masked_diffusion_is_that_of_the_exact_network(unpatched):
 
 def test_every_variant_but_base_changes_something(unpatched):
     for name, variant in compare.VARIANTS.items():
-        args = SimpleNamespace(learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0)
-        before = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]
+        args = SimpleNamespace(
+            learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0
+        )
+        before = (
+            dict(vars(args)),
+            [getattr(owner, n) for owner, names in PATCHED for n in names.split()],
+        )
         variant(args)
-        after = dict(vars(args)), [getattr(owner, n) for owner, names in PATCHED for n in names.split()]
+        after = (
+            dict(vars(args)),
+            [getattr(owner, n) for owner, names in PATCHED for n in names.split()],
+        )
         assert (before == after) == (name == "base"), name
-        for (owner, n), value in zip(((o, n) for o, names in PATCHED for n in names.split()), before[1], strict=True):
+        for (owner, n), value in zip(
+            ((o, n) for o, names in PATCHED for n in names.split()), before[1], strict=True
+        ):
             setattr(owner, n, value)
 
 
-def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path):
+def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text(toy.corpus(300))
-    flags = f"--preset=toy --tokenizer=word -mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
-    command = [sys.executable, ROOT / "experiments" / "compare.py", "base", "no_cross_entropy", "--tokens=4000"]
-    command += [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path}", f"--flags={flags}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    sizes = f"-mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
+    words = [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path}", "--tokens=4000"]
+    words += [f"--flags=--preset=toy --tokenizer=word {sizes}"]
+    names = ["base", "batch_size=8 position_times=0"]
+    compare.main([*names, *words])
     records = json.loads((tmp_path / "results.json").read_text())
-    assert [r["name"] for r in records] == ["base", "no_cross_entropy"]
-    assert all(4000 <= r["n_tokens"] < 4300 and len(r["curve"]) == compare.N_POINTS for r in records)
-    assert (tmp_path / "results.md").read_text() == done.stdout and done.stdout.count("|") > 20
+    assert [r["name"] for r in records] == names
+    assert all(
+        4000 <= r["n_tokens"] < 4600 and len(r["curve"]) == compare.N_POINTS for r in records
+    )
+    printed = capsys.readouterr().out
+    assert (tmp_path / "results.md").read_text() == printed and printed.count("|") > 20
     assert (tmp_path / "results.png").stat().st_size > 5000
     network, tokenizer, run = checkpoint.load(tmp_path / "base-0")
     assert len(tokenizer) == network.config.K and run["step"] > 0 and len(run["loss_by_time"]) > 1
 
 
-def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path):
-    """For a run of the built-in language that was trained for two steps."""
-    run_dir, cache = tmp_path / "run", f"--cache_dir={tmp_path / 'cache'}"
-    sizes = "-mdim=32 -nl=1 -nh=2 --max_steps=2 -nex=0".split()
-    subprocess.run([sys.executable, ROOT / "train.py", f"-mdir={run_dir}", cache, *sizes], check=True, capture_output=True)
-    command = [sys.executable, ROOT / "experiments" / "samplers.py", f"-mdir={run_dir}", cache, f"--output={tmp_path}"]
-    command += "--samplers pace uncorrected ode2 --calls 2 4 --num_samples=8 --infill=5 --temperatures 1e-3".split()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_variant_of_flags_changes_these_flags_only_and_not_the_text():
+    args = compare.flags().parse_args(["batch_size=7 times=learned", "--flags=-nl=2", "-d=a.txt"])
+    changed, usual = compare.run_flags(args, *args.variants, seed=3), compare.run_flags(args)
+    assert (changed.batch_size, changed.times, changed.num_layers, changed.seed) == (
+        7,
+        "learned",
+        2,
+        3,
+    )
+    assert changed.data_path == usual.data_path == "a.txt"
+    assert vars(changed) == vars(usual) | dict(batch_size=7, times="learned", seed=3)
+
+
+@pytest.mark.parametrize("name, message", [("gone", "gone is no variant"), ("gone=1", "--gone")])
+def test_a_variant_that_does_not_exist_is_refused_before_anything_is_trained(
+    tmp_path, name, message
+):
+    with pytest.raises(ValueError, match=message):
+        compare.main(["base", name, f"--output={tmp_path}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys):
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(1000))
+    command = f"-mdir={run_dir} --corpus={run_dir / 'text.txt'} --cache_dir={tmp_path / 'cache'}"
+    command += f" --output={tmp_path} --num_samples=8 --temperatures 1e-3 --calls 2 4"
+    samplers.main([*command.split(), "--samplers", "pace", "uncorrected", "ode2"])
     held_out, *results = json.loads((tmp_path / "results.json").read_text())
     jobs = [(r["sampler"], r["calls"], r["temperature"]) for r in results]
-    assert jobs == [(sampler, n, T) for sampler in ("pace", "uncorrected", "ode2") for n in (2, 4) for T in (1.0, 1e-3)]
+    names = "pace", "uncorrected", "ode2"
+    assert jobs == [(sampler, n, T) for sampler in names for n in (2, 4) for T in (1.0, 1e-3)]
     assert all(r["calls_per_text"] <= r["calls"] for r in results)
     entropies = [r["figures"]["word entropy (bits)"][0] for r in results]
-    assert all(sharp < plain for plain, sharp in zip(entropies[::2], entropies[1::2], strict=True))
+    pairs = zip(entropies[::2], entropies[1::2], strict=True)
+    assert all(sharp < plain for plain, sharp in pairs)
     assert held_out["figures"]["grammatical"][0] == 1
     assert (tmp_path / "results.png").stat().st_size > 5000
-    assert done.stdout.count("| ode2 |") == 8  # four rows of samples, two at equal entropy, two of filled gaps
+    assert capsys.readouterr().out.count("| ode2 |") == 4 + 2  # samples, at equal entropy
+    with pytest.raises(
+        ValueError, match="--length=33, but the model was trained on texts of at most"
+    ):
+        samplers.main([*command.split(), "--length=33"])
 
 
 def test_samplers_are_chosen_by_either_name_of_the_flag():
@@ -137,72 +170,55 @@ def test_samplers_are_chosen_by_either_name_of_the_flag():
         ("operations", "fused", dict(K=30, n_tokens=32, width=8)),
         ("step", "plain", dict(K=30, n_tokens=64, width=32, n_layers=1, row_length=16)),
         ("step", "fused", dict(K=30, n_tokens=64, width=32, n_layers=1, row_length=16)),
-        ("attention", "boolean mask", dict(row_length=16, n_tokens=64, n_heads=2, width=8)),
         ("text", "load", dict(n_sentences=300)),
         ("sampling", "commit 3", dict(K=30, rows=2, length=8, width=32, n_layers=1)),
         ("sampling", "sde2 3", dict(K=30, rows=2, length=8, width=32, n_layers=1)),
     ],
 )
-def test_every_case_of_the_benchmark_is_measured_and_becomes_a_line_of_the_table(case, variant, sizes):
+def test_every_case_of_the_benchmark_is_measured_and_becomes_a_line_of_the_table(
+    case, variant, sizes
+):
     figures = bench.CASES[case](torch.device("cpu"), 2, variant, **sizes)
     assert figures["seconds"] > 0 and figures["tokens_per_s"] > 0 and figures["memory_mb"] >= 0
-    lines = bench.table([dict(case=case, variant=variant, sizes=sizes, **figures)], peak=1e9)
-    assert len(lines) == 3 and lines[2].count("|") == lines[0].count("|") == 10 and " 1.00 " in lines[2]
+    lines = bench.summarise([dict(case=case, variant=variant, sizes=sizes, **figures)], peak=1e9)
+    assert (
+        len(lines) == 3
+        and lines[2].count("|") == lines[0].count("|") == 10
+        and " 1.00 " in lines[2]
+    )
 
 
 def test_a_measurement_that_fails_becomes_a_line_of_the_table_too():
-    results = [dict(case="step", variant=v, sizes={"K": 9}, failed="out of memory") for v in ("plain", "fused")]
-    assert all("out of memory" in line and line.count("|") == 10 for line in bench.table(results, 1e9)[2:])
+    results = [
+        dict(case="step", variant=v, sizes={"K": 9}, failed="out of memory")
+        for v in ("plain", "fused")
+    ]
+    assert all(
+        "out of memory" in line and line.count("|") == 10
+        for line in bench.summarise(results, 1e9)[2:]
+    )
 
 
 def test_a_full_benchmark_has_every_case():
-    assert {job[0] for job in bench.plan(bench.CASES, quick=False, cuda=False)} == set(bench.CASES)
-
-
-def test_the_benchmark_takes_the_median_of_several_rounds():
-    rounds = [dict(seconds=x, memory_mb=9 - x) for x in (1, 5, 2)]
-    assert bench.median_figures(rounds) == dict(seconds=2, memory_mb=7)
-    assert bench.median_figures([*rounds, dict(failed="out of memory")]) == dict(failed="out of memory")
+    assert {job[0] for job in bench.plan(bench.CASES, cuda=False)} == set(bench.CASES)
 
 
 def test_the_perplexity_at_equal_entropy_is_interpolated_between_temperatures():
-    """Half way between the entropies 8 and 9, the geometric mean of the perplexities 10 and 1000."""
+    """Half way between the entropies 8 and 9: the geometric mean of 10 and 1000."""
 
     def result(job, entropy, perplexity):
         figures = {"word entropy (bits)": (entropy,), "n-gram perplexity": (perplexity,)}
         return dict(vars(job), figures=figures)
 
     held_out = result(samplers.Job("held-out text", 0), 8.5, 50.0)
-    swept = [result(samplers.Job("commit", 20, T), *values) for T, values in ((1.0, (9.0, 1000.0)), (0.8, (8.0, 10.0)))]
-    outside = [result(samplers.Job("sde2", 20, T), *values) for T, values in ((1.0, (9.0, 90.0)), (0.9, (8.8, 80.0)))]
+    swept = [
+        result(samplers.Job("commit", 20, T), *values)
+        for T, values in ((1.0, (9.0, 1000.0)), (0.8, (8.0, 10.0)))
+    ]
+    outside = [
+        result(samplers.Job("sde2", 20, T), *values)
+        for T, values in ((1.0, (9.0, 90.0)), (0.9, (8.8, 80.0)))
+    ]
     lines = samplers.equal_entropy_table([held_out, *swept, *outside])
     assert "| commit | 20 | 0.90 | 100.0 |" in lines
     assert "| sde2 | 20 | entropies 8.80 to 9.00 |  |" in lines
-
-
-def test_the_judge_reads_texts_by_the_chain_rule_from_left_to_right(tmp_path):
-    """Each token given only those before it and the length. The texts are cut at the trained length, here 4 with bos and eos."""
-    run_dir = make_run(tmp_path / "run", "word", toy.corpus(300))
-    config, tokenizer = checkpoint.load(run_dir)[0].config, checkpoint.load(run_dir)[1]
-    torch.manual_seed(0)
-    network = compare.Causal(config).eval()
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    saved = checkpoint.read_checkpoint(run_dir / "best.pt")
-    saved["args"]["sequence_length"] = 4
-    checkpoint.save_checkpoint(run_dir / "best.pt", {**saved, "emas": [network.state_dict()]})
-    judge = samplers.Judge(run_dir, torch.device("cpu"))
-    texts = ["the king", "anna", "the king sees the boat"]
-    nats, n_tokens = judge.nats(texts)
-    assert n_tokens.tolist() == [3, 2, 3]
-    for text, value in zip(texts, nats, strict=True):
-        ids = add_marks(tokenizer.encode(text), tokenizer)[:4]
-        one_hot = torch.nn.functional.one_hot(torch.tensor([ids]), config.K).float()
-        expected = 0.0
-        for d in range(1, len(ids)):
-            seen = one_hot.clone()
-            seen[:, d:] = torch.rand(config.K)  # it must not be read; the length is known
-            expected -= network(seen, torch.ones(1, len(ids)), torch.ones(1, len(ids)).long())[0, d].log_softmax(-1)[ids[d]].item()
-        assert value == pytest.approx(expected, rel=1e-4)
-    value, low, high = judge.perplexity(texts, 0)
-    assert value == pytest.approx(math.exp(nats.sum() / 8)) and low < value < high

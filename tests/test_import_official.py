@@ -1,15 +1,15 @@
-"""Published weights: the network gives the published output and loss, and the commands read the run folder.
+"""Published weights: the network gives the published output and loss; commands read the run folder.
 
-    BFN_OFFICIAL_CODE=FOLDER python -m pytest tests/test_import_official.py
+    PYTHONPATH=FOLDER BFN_OFFICIAL_CODE=FOLDER python -m pytest tests/test_import_official.py
 
-also compares it with a clone of github.com/nnaisense/bayesian-flow-networks in FOLDER (commit b62568e).
+also compares it with a clone of github.com/nnaisense/bayesian-flow-networks in FOLDER, commit
+b62568e.
 """
 
 import json
 import math
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +22,6 @@ from experiments import import_official, official
 from text import cache, toy
 from text.tokenizer import decode, load_tokenizer
 from training import checkpoint
-
-sys.path.insert(0, str(Path(checkpoint.__file__).parent / "experiments"))
 
 L, D, HEADS = 8, 16, 2
 OF_A_BLOCK = {
@@ -46,7 +44,11 @@ SHAPES = {  # of what the published code saves for two layers, in its order
     "net.input_adapter.inp_embedding.bias": (D,),
     "net.input_adapter.t_embedding.weight": (D, 1),
     "net.input_adapter.t_embedding.bias": (D,),
-    **{f"net.transformer.h.{i}.{name}": shape for i in range(2) for name, shape in OF_A_BLOCK.items()},
+    **{
+        f"net.transformer.h.{i}.{name}": shape
+        for i in range(2)
+        for name, shape in OF_A_BLOCK.items()
+    },
     "net.transformer.ln_f.weight": (D,),
     "net.transformer.ln_f.bias": (D,),
     "net.lm_head.weight": (27, 2 * D),
@@ -55,8 +57,10 @@ SHAPES = {  # of what the published code saves for two layers, in its order
 
 
 def made_up_weights():
-    """Weights that are the same everywhere: {published name: tensor}, with the published table of positions."""
-    sines = [[(math.cos if c % 2 else math.sin)(i / 1000 ** (c / D)) for c in range(D)] for i in range(L)]
+    """Weights that are the same everywhere, and the published positions: {name: tensor}."""
+    sines = [
+        [(math.cos if c % 2 else math.sin)(i / 1000 ** (c / D)) for c in range(D)] for i in range(L)
+    ]
     weights = {}
     for i, (name, shape) in enumerate(SHAPES.items()):
         numbers = torch.arange(math.prod(shape), dtype=torch.float64)
@@ -101,9 +105,13 @@ def run_command(monkeypatch, capsys):
 
 def test_the_logits_are_those_of_the_published_code(network):
     """The numbers come from the published code with the same weights and input."""
-    theta = (3 * torch.arange(2 * L * 27, dtype=torch.float64).cos()).view(2, L, 27).softmax(-1).float()
+    theta = (
+        (3 * torch.arange(2 * L * 27, dtype=torch.float64).cos()).view(2, L, 27).softmax(-1).float()
+    )
     logits = network(with_unknown(theta), torch.tensor([[0.2], [0.9]]).expand(2, L))
-    first, last = torch.tensor([[7.391412, 3.877662, -5.033218, -8.452844], [-1.268843, -5.706979, -3.286514, 2.516087]])
+    first, last = torch.tensor(
+        [[7.391412, 3.877662, -5.033218, -8.452844], [-1.268843, -5.706979, -3.286514, 2.516087]]
+    )
     torch.testing.assert_close(logits[0, 0, :4], first, atol=2e-5, rtol=0)
     torch.testing.assert_close(logits[1, 7, 23:27], last, atol=2e-5, rtol=0)
 
@@ -126,16 +134,30 @@ def test_a_packed_row_equals_its_texts_alone(network):
         torch.testing.assert_close(packed[:, begin:end], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif("BFN_OFFICIAL_CODE" not in os.environ, reason="BFN_OFFICIAL_CODE names no clone of the published code")
+@pytest.mark.skipif(
+    "BFN_OFFICIAL_CODE" not in os.environ,
+    reason="BFN_OFFICIAL_CODE names no clone of the published code",
+)
 def test_logits_and_losses_equal_those_of_the_published_code(tmp_path):
-    module, CategoricalFactory, GPT, TextInputAdapter = official.load_official(os.environ["BFN_OFFICIAL_CODE"])
+    module, CategoricalFactory, GPT, TextInputAdapter = official.load_official(
+        os.environ["BFN_OFFICIAL_CODE"]
+    )
     torch.manual_seed(0)
     adapter = TextInputAdapter(vocab_size=27, seq_len=32, output_size=48)
-    net = GPT(dict(input_adapter=adapter, output_adapter=None), 27, n_layer=3, n_head=4, n_embd=48, skip=True)
+    net = GPT(
+        dict(input_adapter=adapter, output_adapter=None),
+        27,
+        n_layer=3,
+        n_head=4,
+        n_embd=48,
+        skip=True,
+    )
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     flow = module.DiscreteBayesianFlow(n_classes=27, max_sqrt_beta=0.75)
-    published = module.BFN(net, flow, module.DiscreteBayesianFlowLoss(flow, CategoricalFactory())).eval()
+    published = module.BFN(
+        net, flow, module.DiscreteBayesianFlowLoss(flow, CategoricalFactory())
+    ).eval()
     torch.save(published.state_dict(), tmp_path / "ema.pt")
     network, row_length = import_official.build_network(tmp_path / "ema.pt", n_heads=4)
     assert row_length == 32
@@ -149,14 +171,28 @@ def test_logits_and_losses_equal_those_of_the_published_code(tmp_path):
 
     with torch.no_grad():
         theta = bfn.flow(ids, t, config.s1, 27, noise()[..., :-1]).softmax(-1)
-        torch.testing.assert_close(network(with_unknown(theta), t)[..., :-1], net(theta, t), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            network(with_unknown(theta), t)[..., :-1], net(theta, t), atol=1e-5, rtol=0
+        )
         log_p = bfn.predict_noisy(network, ids, t, nothing, config.s1, config.K, noise())
         loss = bfn.squared_error_loss(log_p, ids, t, config.s1).mean()
-        reconstruction = bfn.reconstruction_loss(network, ids, nothing, config.s1, config.K, noise()).mean()
+        reconstruction = bfn.reconstruction_loss(
+            network, ids, nothing, config.s1, config.K, noise()
+        ).mean()
         torch.manual_seed(1)
         torch.testing.assert_close(loss, published(ids, t), atol=1e-5, rtol=0)
         torch.manual_seed(1)
-        torch.testing.assert_close(reconstruction, published.compute_reconstruction_loss(ids), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            reconstruction, published.compute_reconstruction_loss(ids), atol=1e-5, rtol=0
+        )
+
+
+def test_the_published_code_is_imported_from_pythonpath_and_the_error_says_so(tmp_path):
+    (tmp_path / "model.py").write_text("import networks_that_are_nowhere")
+    with pytest.raises(ValueError, match=f"start this command with PYTHONPATH={tmp_path}"):
+        official.load_official(tmp_path)
+    with pytest.raises(ValueError, match="no model.py in .* give --code a clone"):
+        official.load_official(tmp_path / "gone")
 
 
 # ---------------------------------------------------------------- the run folder
@@ -166,28 +202,44 @@ def test_the_tokenizer_has_the_published_ids(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(import_official.make_tokenizer())
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     text = " abcdefghijklmnopqrstuvwxyz  a "
-    assert tokenizer.encode(text) == [*range(27), 0, 0, 1, 0] and decode(tokenizer, tokenizer.encode(text)) == text
+    assert (
+        tokenizer.encode(text) == [*range(27), 0, 0, 1, 0]
+        and decode(tokenizer, tokenizer.encode(text)) == text
+    )
     assert len(tokenizer) == 28 and tokenizer.encode("A") == [tokenizer.unk_id()] == [27]
     assert tokenizer.bos_id() == tokenizer.eos_id() == -1
 
 
-def test_the_commands_evaluate_and_sample_use_the_published_network(saved, network, tmp_path, run_command):
-    """The figures are those of `bounds.score` with that network. A sample has the trained length."""
+def test_the_commands_evaluate_and_sample_use_the_published_network(
+    saved, network, tmp_path, run_command
+):
+    """The figures are those of `bounds.score`. A sample has the trained length."""
     run_dir, text = tmp_path / "run", tmp_path / "text.txt"
     assert "2 layers of width 16" in run_command(saved, run_dir, f"-nh={HEADS}")
     text.write_text("the cat sat on the mat ")
-    flags = (f"-mdir={run_dir}", f"-d={text}", "--draws=2", "--seed=3", "--json", f"--cache_dir={tmp_path}")
+    flags = (
+        f"-mdir={run_dir}",
+        f"-d={text}",
+        "--draws=2",
+        "--seed=3",
+        "--json",
+        f"--cache_dir={tmp_path}",
+    )
     figures = json.loads(run_command("evaluate", *flags))
     tokens = cache.load_corpus(text, run_dir / "tokenizer.model", tmp_path)
     work = bounds.Work(torch.device("cpu"))
     scores = bounds.score(network, bounds.Text(tokens, L, -1), work, n_draws=2, seed=3)
     found = figures["L_inf_nats_per_token"], figures["L_rec_nats_per_token"]
-    assert found == pytest.approx(scores.nats_per_token, rel=1e-6) and figures["n_tokens_scored"] == 23
+    assert (
+        found == pytest.approx(scores.nats_per_token, rel=1e-6) and figures["n_tokens_scored"] == 23
+    )
     assert figures["bits_per_char"] == pytest.approx(figures["bound_bits_per_token"])
 
     flags = (f"-mdir={run_dir}", "--sampler=ancestral", "--steps=5", "--num_samples=3")
     samples = run_command("sample", *flags).split("\n")[:-1]
-    assert [len(sample) for sample in samples] == [L] * 3 and set("".join(samples)) <= set(import_official.CHARACTERS)
+    assert [len(sample) for sample in samples] == [L] * 3 and set("".join(samples)) <= set(
+        import_official.CHARACTERS
+    )
 
 
 def test_without_the_published_network_the_run_folder_is_refused(saved, tmp_path):
@@ -212,7 +264,9 @@ def damage(path, what):
     elif what == "no mapping":
         torch.save([1, 2], path)
     elif what == "own checkpoint":
-        path.write_bytes((make_run(path.parent / "own", "word", toy.corpus(50)) / "best.pt").read_bytes())
+        path.write_bytes(
+            (make_run(path.parent / "own", "word", toy.corpus(50)) / "best.pt").read_bytes()
+        )
     elif what == "images":
         torch.save({"net.down.weight": torch.ones(3)}, path)
     elif what == "256 tokens":
@@ -249,8 +303,13 @@ def test_a_bad_file_is_refused_in_one_line(saved, tmp_path, what, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250 + len(str(saved))
 
 
-def test_heads_that_do_not_fit_and_a_folder_with_files_are_refused(saved, tmp_path, run_command, capsys):
-    for folder, heads, message in ((tmp_path / "run", 3, "num_heads 3"), (tmp_path, HEADS, "exists already")):
+def test_heads_that_do_not_fit_and_a_folder_with_files_are_refused(
+    saved, tmp_path, run_command, capsys
+):
+    for folder, heads, message in (
+        (tmp_path / "run", 3, "num_heads 3"),
+        (tmp_path, HEADS, "exists already"),
+    ):
         with pytest.raises(SystemExit) as left:
             run_command(saved, folder, f"-nh={heads}")
         error = capsys.readouterr().err
