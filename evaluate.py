@@ -26,7 +26,15 @@ from common.files import writing
 from common.noise import mix_seed
 from evaluation import bounds, likelihood, quality
 from evaluation.bounds import Text, Work, n_scorable, nothing_given
-from evaluation.tables import describe, exact_figures, likelihood_figures, notes, table, to_json, to_key
+from evaluation.tables import (
+    describe,
+    exact_figures,
+    likelihood_figures,
+    notes,
+    table,
+    to_json,
+    to_key,
+)
 from model import rows_at_once
 from sample import Sampler
 from sampling.generate import DEFAULT, Options, generate

@@ -31,7 +31,14 @@ from text.reading import EXAMPLE_HELP
 from text.tokenizer import label_ids
 from training import forms, fused, log, memory, optim, speed
 from training.checkpoint import State, load, restore, save
-from training.run_folder import check_identity, decide_steps, describe_run, lock, open_run_folder, prepare_text
+from training.run_folder import (
+    check_identity,
+    decide_steps,
+    describe_run,
+    lock,
+    open_run_folder,
+    prepare_text,
+)
 from training.times import Times
 
 PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()

@@ -87,8 +87,8 @@ def test_paragraphs_are_suggested_if_blank_lines_separate_them(tmp_path, text, i
     assert (
         said
         == [
-            "blank lines: the first 300 lines are 100 paragraphs; "
-            "if these are your examples, --example=paragraph"
+            ("blank lines: the first 300 lines are 100 paragraphs; "
+            "if these are your examples, --example=paragraph")
         ]
         * is_said
     )

@@ -30,8 +30,22 @@ from common import cli, parallel
 from common.files import file_hash, replacing, writing
 from text import cache, toy
 from text.reading import ONE_LINE, Corpus, check_separator, read_pieces
-from text.tokenizer import count_word_lengths, keeps_breaks, label_ids, load_tokenizer, train_tokenizer
-from training.checkpoint import IDENTITY, RUN_FILES, TOY_SENTENCES, new_run, older_checkpoints, read_checkpoint, way_back
+from text.tokenizer import (
+    count_word_lengths,
+    keeps_breaks,
+    label_ids,
+    load_tokenizer,
+    train_tokenizer,
+)
+from training.checkpoint import (
+    IDENTITY,
+    RUN_FILES,
+    TOY_SENTENCES,
+    new_run,
+    older_checkpoints,
+    read_checkpoint,
+    way_back,
+)
 from training.log import LEAST_VAL_TOKENS, MOST_MINUTES, VAL_SHARE, VALIDATIONS
 
 
