@@ -18,8 +18,6 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------- batches
-
 
 def segment_starts(segment_ids):
     """Mark the first position of each segment, and of the padding: (B, L) -> (B, L) bool."""
@@ -53,9 +51,6 @@ def rows_at_once(length, config, device):
     """Choose how many rows of a length to read without gradient: what is fastest on the device."""
     largest = length * max(config.K, 4 * config.d_model, length)
     return max(1, BATCH_ELEMENTS[device.type] // largest)
-
-
-# ---------------------------------------------------------------- sizes, and forms
 
 
 @dataclass(frozen=True)
@@ -96,9 +91,6 @@ class Form(NamedTuple):
     def __str__(self):
         """Name the parts that are used: "bf16, compiled"."""
         return ", ".join(name for name, used in self._asdict().items() if used) or "the plain form"
-
-
-# ---------------------------------------------------------------- the parts
 
 
 class TimeEmbedding(nn.Module):
@@ -246,9 +238,6 @@ class Block(nn.Module):
     def forward(self, h, time, segment_ids, mask, rotations):
         h = h + self.dropout(self.attention(self.film_attention(h, time), mask, rotations))
         return h + self.dropout(self.mlp(self.convolution(self.film_mlp(h, time), segment_ids)))
-
-
-# ---------------------------------------------------------------- the network
 
 
 class BFNTransformer(nn.Module):

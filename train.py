@@ -58,15 +58,12 @@ def flags():
     add("--example", help=EXAMPLE_HELP)
     add("--labelled", dest="example", action="store_const", const="labelled",
         help="lines are label<TAB>text")
-    add("-spm", "--spm_model", type=cli.path,
-        help="SentencePiece model (one is trained on the corpus)")
+    add("-spm", "--spm_model", type=cli.path, help="SentencePiece model (trained on the corpus)")
     add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
     add("--val_path", type=cli.path,
         help="text for validation, as for -d (a held-out part of the corpus)")
-    add("--preset", choices=PRESETS,
-        help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
-    add("--init_from", type=cli.path,
-        help="run folder to take weights, tokenizer and model size from")
+    add("--preset", choices=PRESETS, help="defaults of flags with * (GPU: base, CPU: laptop)")
+    add("--init_from", type=cli.path, help="run to take weights, tokenizer and model size from")
     add("--tokenizer", choices=["bpe", "unigram", "char", "word"],
         help="kind of tokenizer to train (bpe)")
     add("--vocab_size", type=cli.several,
@@ -76,8 +73,7 @@ def flags():
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs; measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
-    add("-bsz", "--batch_size", type=cli.count,
-        help="rows of a micro-batch (from the preset and -slen)")
+    add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch (by preset and -slen)")
     add("-acc", "--accumulation_steps", type=cli.count,
         help="micro-batches per step, shared by all processes (one each)")
     add("-slen", "--sequence_length", type=cli.several,
@@ -93,31 +89,25 @@ def flags():
         help="how times are drawn (stratified)")
     add("--position_times", type=cli.zero_to_one, default=0.5,
         help="share of texts whose positions have their own t (0.5)")
-    add("-wus", "--warmup_steps", type=cli.natural,
-        help="steps of linear warm-up, at most a fifth of all *")
-    add("-wd", "--weight_decay", type=cli.non_negative, default=0.01,
-        help="weight decay of matrices (0.01)")
-    add("-gc", "--gradient_clipping", type=cli.positive, default=1.0,
-        help="largest gradient norm (1)")
+    add("-wus", "--warmup_steps", type=cli.natural, help="linear warm-up, at most a fifth *")
+    add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="of matrices (0.01)")
+    add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest norm (1)")
     add("-ema", "--ema_rate", type=cli.shares,
         help="rates of the weight averages, comma-separated; the last is validated and sampled *")
     add("-lgi", "--log_interval", type=cli.count, default=20, help="steps between log lines (20)")
     ten_times = "(ten times a run, or every 5 minutes)"
     add("-svi", "--save_interval", type=cli.count, help=f"steps between checkpoints {ten_times}")
-    add("--keep", type=cli.natural, default=2,
-        help="older checkpoints to keep, besides last.pt and best.pt (2)")
+    add("--keep", type=cli.natural, default=2, help="checkpoints besides last.pt and best.pt (2)")
     add("-vli", "--val_interval", type=cli.count, help=f"steps between validations {ten_times}")
     add("-smi", "--sample_interval", type=cli.count, help=f"steps between samples {ten_times}")
     add("-nex", "--num_examples", type=cli.natural, default=4,
         help="samples each time, half of them from prompts (4)")
     add("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--compile", choices=on_off, default="auto",
-        help="torch.compile (auto: on CUDA, and from width 256)")
+    add("--compile", choices=on_off, default="auto", help="torch.compile (CUDA, or width 256)")
     add("--fused", choices=on_off, default="auto",
         help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")
-    add("--dry_run", action="store_true",
-        help="say what would be trained, and for how long; write nothing")
+    add("--dry_run", action="store_true", help="say what would be trained, and for how long")
     add("--recompute", action="store_true",
         help="keep no activations in the layers: less memory, a third more time")
     return p
@@ -178,13 +168,12 @@ def choose_source(args, saved):
     before = saved["args"] if saved else vars(args)
     theirs = before["init_from"]
     if args.init_from and (not theirs or Path(args.init_from) != Path(theirs)):
-        started = f"{args.model_dir} is a run that did not start from {args.init_from}"
-        raise ValueError(f"{started}: give another -mdir")
+        raise ValueError(f"{args.model_dir} did not start from {args.init_from}: give another -mdir")
     args.init_from = theirs
     has_tokenizer = args.spm_model or args.init_from or (saved and before["tokenizer"] is None)
     if has_tokenizer and (args.tokenizer or args.vocab_size):
-        both = "-spm and --init_from bring a tokenizer"
-        raise ValueError(f"{both}: leave --tokenizer and --vocab_size out")
+        needless = "leave --tokenizer and --vocab_size out"
+        raise ValueError(f"-spm and --init_from bring a tokenizer: {needless}")
     if args.init_from:
         start_from(args, saved or load(args.init_from)[2])
     elif saved:
@@ -204,8 +193,7 @@ def start_from(args, source):
     for name in ("model_dim", "num_layers", "num_heads"):
         ours = getattr(args, name)
         if ours not in (None, theirs[name]):
-            differs = f"--{name}={ours}, but {folder} has {theirs[name]}"
-            raise ValueError(f"{differs}: leave the flag out")
+            raise ValueError(f"--{name}={ours}, {folder} has {theirs[name]}: leave the flag out")
         setattr(args, name, theirs[name])
     if args.spm_model and file_hash(args.spm_model) != source["tokenizer_hash"]:
         raise ValueError(f"{args.spm_model} is not the tokenizer of {folder}: leave -spm out")
@@ -290,8 +278,7 @@ def open_run(args, device, run_dir):
     complete(args, saved, preset=DEFAULT_PRESET[device.type])
     if saved:
         run_folder.check_identity(saved["identity"], vars(args), args)
-    # Wrong sizes are refused before a tokenizer is trained.
-    memory.check(make_config(args, 2), args, device)
+    memory.check(make_config(args, 2), args, device)  # before a tokenizer is trained
     return saved, run_folder.prepare_text(args, run_dir, saved)
 
 

@@ -141,7 +141,8 @@ def test_a_very_long_line_tokenised_in_pieces_is_the_same_text(
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus.read_text().split("\n")), model_writer=model,
         vocab_size=100, hard_vocab_limit=False, add_dummy_prefix=add_prefix, minloglevel=2,
-        remove_extra_whitespaces=False, max_sentence_length=100_000, bos_id=-1, eos_id=-1, pad_id=0, unk_id=1,
+        remove_extra_whitespaces=False, max_sentence_length=100_000,
+        bos_id=-1, eos_id=-1, pad_id=0, unk_id=1,
     )  # fmt: skip
     (tmp_path / "model").write_bytes(model.getvalue())
     tokenizer = load_tokenizer(tmp_path / "model")
@@ -224,7 +225,7 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("damage", ["first", "last", "shifted", "cut", "zeros"])
 def test_damage_of_a_large_file_is_found_in_a_few_blocks(tmp_path, small_blocks, damage):
-    """Zeros in 60 % of the blocks are found at a start with probability 1 - 0.4^2: in 40 for sure."""
+    """Zeros in 60 % of the blocks are found at a start with probability 0.84: in 40 for sure."""
     path, content = tmp_path / "ids.bin", bytearray(np.random.default_rng(0).bytes(6400 + 17))
     path.write_bytes(content)
     sums = cache.checksums(path, cache.BLOCK_BYTES)

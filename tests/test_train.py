@@ -277,7 +277,7 @@ def test_a_save_that_fails_deletes_no_older_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_ends_with_the_same_result(run, tmp_path):
-    """By the command of the error. best.pt is the same file as last.pt here, so it is damaged too."""
+    """By the command of the error. best.pt is the same file as last.pt here: damaged too."""
     run(tmp_path / "whole", "--keep=0")
     run_dir = tmp_path / "a run"
     run(run_dir)

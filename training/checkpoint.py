@@ -139,12 +139,11 @@ def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     run = read_run(run_dir, which)
     path = Path(run_dir) / "tokenizer.model"
     if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:
-        wrong = f"{path} is missing or not the tokenizer that {run_dir} was trained with"
-        raise ValueError(f"{wrong}: put that one back")
+        raise ValueError(f"{path} is missing or not the tokenizer of {run_dir}: put that one back")
     averages = run["emas"]
     if not -len(averages) <= ema < len(averages):
-        there = f"{run_dir} has {len(averages)} weight averages, counted from 0"
-        raise ValueError(f"{there}: there is no {ema}")
+        known = f"{run_dir} has {len(averages)} weight averages, counted from 0"
+        raise ValueError(f"{known}: there is no {ema}")
     weights = {
         name: weight.to(torch.float32, copy=True) if weight.is_floating_point() else weight
         for name, weight in averages[ema].items()
@@ -321,9 +320,6 @@ def count_checkpoints(run_dir):
     """Count the checkpoints of a run folder. Links to one file count once."""
     paths = run_dir / "last.pt", run_dir / "best.pt", *older_checkpoints(run_dir)
     return len({path.stat().st_ino for path in paths if path.exists()})
-
-
-# ---------------------------------------------------------------- metrics
 
 
 def read_metrics(run_dir):

@@ -36,9 +36,6 @@ POSTFIX = (
 )
 
 
-# ---------------------------------------------------------------- the logs of a run
-
-
 def not_finite(loss, norm, step, model, args):
     """Say what was tried when a loss or a gradient norm is not finite, and what to do -> a line."""
     found = f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite at step {step}"
@@ -203,11 +200,8 @@ def overfitting_line(run_dir, n_worse=3):
     return f"the bound has risen {n_worse} times in a row: overfitting. {where}"
 
 
-# ---------------------------------------------------------------- lines for the terminal
-
-
 class Progress(tqdm):
-    """A bar with the latest figures. Where there is no terminal, a plain line every half minute instead.
+    """A bar with the latest figures; without a terminal, a plain line every half minute.
 
     It also warns, once, when the disk has no room for the checkpoints to come: those of --keep,
     last.pt and best.pt that are not there yet, and the new one, which is written before an old one
@@ -225,7 +219,7 @@ class Progress(tqdm):
         self.warned = False
 
     def show(self, step, figures, bound):
-        """Show a step's figures (see `Meter.figures`) and the last validation bound, if there is one."""
+        """Show a step's figures (see `Meter.figures`) and the last bound, if there is one."""
         text = POSTFIX.format(**figures)
         if bound is not None:
             text += f", bound {bound:.3f}"

@@ -37,9 +37,6 @@ VAL_TOKENS = 16_384  # scored by a validation, at most
 LEAST_VAL_TOKENS = 2048
 
 
-# ---------------------------------------------------------------- the folder
-
-
 def lock(run_dir):
     """Create the run folder if it is missing, and hold it -> a context that lets go at its end.
 
@@ -76,7 +73,8 @@ def open_run_folder(run_dir):
         way = f"give another -mdir and {shlex.quote(f'--init_from={run_dir}')}"
         raise ValueError(f"{run_dir} was exported and cannot be resumed: {way}")
     if (run_dir / "best.pt").exists() or checkpoint.older_checkpoints(run_dir):
-        raise ValueError(f"{run_dir} has checkpoints but no last.pt: {checkpoint.way_back(run_dir)}")
+        way = checkpoint.way_back(run_dir)
+        raise ValueError(f"{run_dir} has checkpoints but no last.pt: {way}")
     if not (run_dir / "tokenizer.model").exists():  # which a run writes first
         for name in ("metrics.jsonl", "samples.txt", "curves.png", "report.html", "older"):
             if (run_dir / name).is_file():
@@ -91,9 +89,6 @@ def write_once(path, content):
         raise ValueError(f"{there}: move it away or give another -mdir")
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-
-
-# ---------------------------------------------------------------- the text
 
 
 def prepare_text(args, run_dir, saved):
@@ -151,9 +146,6 @@ def make_tokenizer(args, corpus):
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 
 
-# ---------------------------------------------------------------- what a run is
-
-
 def describe_run(args, config, tokenizer, tokens, val, run_dir):
     """Describe the run -> dict, a part of its checkpoints."""
     tokenizer_hash = file_hash(run_dir / "tokenizer.model")
@@ -208,9 +200,6 @@ def new_run(args):
     length = "minutes" if args.minutes else "max_steps"
     words += [f"--preset={args.preset}", f"--{length}={getattr(args, length)}"]
     return shlex.join(["python", "train.py", *words])
-
-
-# ---------------------------------------------------------------- how long, and how often
 
 
 def decide_steps(args, before, step, seconds, val_seconds):
