@@ -1,14 +1,13 @@
-"""From tokens to batches: pack the examples of a corpus into rows, and choose what the network is given.
+"""From tokens to batches: pack the examples of a corpus into rows, and choose what is given.
 
-    window       at most L consecutive tokens of one document (an example of the corpus, see cache.py)
+    window       at most L consecutive tokens of one document, which is an example of the corpus
     ids          (B, L) int64  rows of a batch, each packed with windows, 0 = padding
     segment_ids  (B, L) int64  number of the window in its row: 1, 2, ..., 0 = padding
     cond_mask    (B, L) bool   True = given to the network, not predicted
 
-Whatever is random depends only on (seed, epoch), or on (seed, number of the batch, progress of the training), so a loader has
-no state to save. Training begins with easy texts, in which most tokens are given: see `easy_share`.
-
-    python data.py stats TEXT        what is in a text, and how to train on it: see corpus.py, also for `normalize`
+Whatever is random depends only on (seed, epoch), or on (seed, number of the batch, progress of the
+training), so a loader has no state to save. Training begins with easy texts, in which most tokens
+are given: see `easy_share`.
 """
 
 import math
@@ -51,16 +50,18 @@ class Plan:
 
 
 def pack(lengths, row_length, rng):
-    """Place windows of at most `row_length` tokens in rows -> (row of each window (n,), number of rows).
+    """Place windows of at most `row_length` tokens in rows -> row of each window (n,), row count.
 
-    Fill a row, long windows first; repeat it with windows of the same lengths while there are enough; then fill the next.
-    So the work depends on the number of different lengths, not of windows. `rng` chooses among windows of equal length.
+    Fill a row, long windows first; repeat it with windows of the same lengths while there are
+    enough; then fill the next. So the work depends on the number of different lengths, not of
+    windows. `rng` chooses among windows of equal length.
     """
     order = rng.permutation(len(lengths))
-    order = order[np.argsort(lengths[order], kind="stable")]  # by length, and random within each length
+    order = order[np.argsort(lengths[order], kind="stable")]  # by length, then random
     n_left = np.bincount(lengths, minlength=row_length + 1)  # windows of each length without a row:
     ends = np.cumsum(n_left)  # they are order[ends[length] - n_left[length] : ends[length]]
-    row_of, n_rows = np.empty(len(lengths), dtype=np.int64), 0
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    n_rows = 0
     for contents, repeats in _fill_rows(n_left, row_length):
         for length, n in contents:
             placed = order[ends[length] - n * repeats : ends[length]]
@@ -71,7 +72,7 @@ def pack(lengths, row_length, rng):
 
 
 def _fill_rows(n_left, row_length):
-    """Use up the windows of each length -> pairs of a row's contents (see `_fill_row`) and how often it is repeated."""
+    """Use up the windows of each length -> contents of a row (see `_fill_row`), its repeats."""
     while n_left.any():
         contents = _fill_row(n_left, row_length)
         repeats = min(n_left[length] // n for length, n in contents)
@@ -81,8 +82,10 @@ def _fill_rows(n_left, row_length):
 
 
 def _fill_row(n_left, row_length):
-    """Fill a row with as many windows as fit, long ones first -> list of (length, number of windows)."""
-    contents, free, lengths = [], row_length, np.flatnonzero(n_left)
+    """Fill a row with windows, long ones first -> list of (length, number of windows)."""
+    contents = []
+    free = row_length
+    lengths = np.flatnonzero(n_left)
     while len(lengths := lengths[: np.searchsorted(lengths, free, side="right")]):
         length, lengths = lengths[-1], lengths[:-1]
         contents.append((length, n := min(free // length, n_left[length])))
@@ -94,16 +97,19 @@ def _make_plan(starts, lengths, row_of, n_rows, rng):
     """Put the rows in random order and sort the windows by row -> Plan."""
     row_of = rng.permutation(n_rows)[row_of]
     order = np.argsort(row_of, kind="stable")
-    return Plan(starts[order], lengths[order], np.searchsorted(row_of[order], np.arange(n_rows + 1)))
+    row_starts = np.searchsorted(row_of[order], np.arange(n_rows + 1))
+    return Plan(starts[order], lengths[order], row_starts)
 
 
 def count_rows(lengths, n, row_length):
-    """Count the rows of `plan_epoch` for n[i] documents of lengths[i] tokens; they are the same in every epoch."""
-    short, n_left = lengths <= row_length, np.zeros(row_length + 1, np.int64)
+    """Count the rows of `plan_epoch`, in any epoch, for n[i] documents of lengths[i] tokens."""
+    short = lengths <= row_length
+    n_left = np.zeros(row_length + 1, np.int64)
     n_left[lengths[short]] = n[short]
-    n_free = -int(lengths[short] @ n[short])
-    n_packed = int(sum(n for _, n in _fill_rows(n_left, row_length)))
-    return n_packed + _count_more_rows(int(lengths[~short] @ n[~short]), n_free + n_packed * row_length, row_length)
+    n_packed = int(sum(repeats for _, repeats in _fill_rows(n_left, row_length)))
+    n_free = n_packed * row_length - int(lengths[short] @ n[short])
+    n_long = int(lengths[~short] @ n[~short])
+    return n_packed + _count_more_rows(n_long, n_free, row_length)
 
 
 def _count_more_rows(n_tokens, n_free, row_length):
@@ -113,20 +119,24 @@ def _count_more_rows(n_tokens, n_free, row_length):
 
 
 def plan_epoch(tokens, row_length, seed, epoch, shard=0):
-    """Cover every token of a shard of the corpus once: pack short documents whole, and cut long ones to fill the rest -> Plan.
+    """Pack short documents whole, and cut long ones to fill the rest: each token once -> Plan.
 
-    The windows of long documents differ from epoch to epoch: the order of these documents is random, and so is the number
-    of positions, less than `row_length`, that stay empty before the first. The number of rows is always the same.
+    The windows of long documents differ from epoch to epoch: the order of these documents is
+    random, and so is the number of positions, less than `row_length`, that stay empty before the
+    first. The number of rows is always the same.
     """
-    rng = np.random.default_rng((seed, epoch, 0, shard))  # of shard 0, the same as (seed, epoch)
+    rng = np.random.default_rng((seed, epoch, 0, shard))  # for shard 0, the same as (seed, epoch)
     offsets, lengths = tokens.read_shard(shard)
     short = np.flatnonzero(lengths <= row_length)
     row_of_short, n_packed = pack(lengths[short], row_length, rng)
-    free = row_length - np.bincount(row_of_short, weights=lengths[short], minlength=n_packed).astype(np.int64)
+    filled = np.bincount(row_of_short, weights=lengths[short], minlength=n_packed)
+    free = row_length - filled.astype(np.int64)
 
     long = rng.permutation(np.flatnonzero(lengths > row_length))
-    free = np.append(free, np.full(_count_more_rows(int(lengths[long].sum()), int(free.sum()), row_length), row_length))
-    document, starts, window_lengths, row_of_window = _pour(lengths[long], free, skip=rng.integers(row_length))
+    n_more = _count_more_rows(int(lengths[long].sum()), int(free.sum()), row_length)
+    free = np.append(free, np.full(n_more, row_length))
+    skip = rng.integers(row_length)
+    document, starts, window_lengths, row_of_window = _pour(lengths[long], free, skip)
     return _make_plan(
         np.append(offsets[short], offsets[long][document] + starts),
         np.append(lengths[short], window_lengths),
@@ -137,12 +147,12 @@ def plan_epoch(tokens, row_length, seed, epoch, shard=0):
 
 
 def _pour(lengths, free, skip):
-    """Cut documents to fill the free positions of rows -> document, start in it, length and row of each window.
+    """Cut documents to fill the free positions of rows.
 
-    The documents come one after another, and the first `skip` free positions stay empty. A window ends where its row or
-    its document ends.
+    -> document, start in it, length and row of each window. The documents come one after another,
+    and the first `skip` free positions stay empty. A window ends where its row or document ends.
     """
-    # Only free positions are numbered. Here documents a and b have 7 tokens, skip is 1, and # are packed tokens:
+    # Only free positions are numbered. Documents a and b have 7 tokens, skip is 1, # is packed:
     #
     #     row 0   # # # - a a     free  0 ..  2     cuts at  1 (skip), 3 (end of row 0)
     #     row 1   # # # # # #     none
@@ -150,7 +160,7 @@ def _pour(lengths, free, skip):
     #     row 3   a b b b b b           7 .. 12              8 (end of a), 13 (end of row 3)
     #     row 4   b b . . . .          13 .. 18             15 (end of b)
     #
-    # A batch's rows are filled from the left: there, the skipped position (-) is padding at the end of row 0.
+    # A batch's rows are filled from the left: there, the skipped position (-) ends row 0.
     row_ends = np.cumsum(free)
     document_ends = skip + np.cumsum(lengths)
     cuts = np.unique(np.concatenate([[skip], row_ends, document_ends]))
@@ -162,20 +172,23 @@ def _pour(lengths, free, skip):
 
 
 def plan_validation(tokens, row_length, n_rows=math.inf):
-    """Cover every token once, each document cut at multiples of `row_length` from its start, always the same -> Plan.
+    """Cut each document at multiples of `row_length`, always the same: each token once -> Plan.
 
-    n_rows: as many are enough, so the Plan covers only the first shards, which come from all over the text.
+    n_rows: as many are enough, so the Plan covers only the first shards, which come from all over
+    the text.
     """
     plans = []
-    while not plans or len(plans) < tokens.n_shards and sum(plan.n_rows for plan in plans) < n_rows:
+    while not plans or (len(plans) < tokens.n_shards and sum(p.n_rows for p in plans) < n_rows):
         begins, sizes = tokens.read_shard(len(plans))
         n_windows = -(-sizes // row_length)  # of each document
         position = row_length * count_up(n_windows)
         lengths = np.minimum(row_length, np.repeat(sizes, n_windows) - position)
+        starts = np.repeat(begins, n_windows) + position
         rng = np.random.default_rng((0, len(plans)))
-        plans.append(_make_plan(np.repeat(begins, n_windows) + position, lengths, *pack(lengths, row_length, rng), rng))
-    n_windows = np.concatenate([np.diff(plan.row_starts) for plan in plans])
-    starts, lengths = (np.concatenate([getattr(plan, name) for plan in plans]) for name in ("starts", "lengths"))
+        plans.append(_make_plan(starts, lengths, *pack(lengths, row_length, rng), rng))
+    starts = np.concatenate([plan.starts for plan in plans])
+    lengths = np.concatenate([plan.lengths for plan in plans])
+    n_windows = np.concatenate([np.diff(plan.row_starts) for plan in plans])  # in each row
     return Plan(starts, lengths, np.append(0, n_windows.cumsum()))
 
 
@@ -185,9 +198,9 @@ def count_up(sizes):
 
 
 def gather_rows(tokens, plan, rows, row_length):
-    """Read the rows of a plan whose numbers are `rows` (B,) -> ids (B, L), segment_ids (B, L), int64 arrays."""
-    # A row is filled from the left without holes. So the tokens of all windows, joined, are what the filled positions
-    # of all rows hold in reading order:
+    """Read the rows of a plan whose numbers are `rows` (B,) -> ids, segment_ids, int64 (B, L)."""
+    # A row is filled from the left without holes. So the tokens of all windows, joined, are what
+    # the filled positions of all rows hold in reading order:
     #
     #     row 0   windows a a a, b b       ids   a a a b b .     segment_ids   1 1 1 2 2 0
     #     row 1   window  c c c c                c c c c . .                   1 1 1 1 0 0
@@ -206,23 +219,23 @@ def gather_rows(tokens, plan, rows, row_length):
 
 
 def easy_share(progress):
-    """The share of the remaining tokens that is given too, so that training begins with nearly whole texts.
+    """Share of the other tokens that is given too, so that training begins with easy texts.
 
-    It falls in a straight line, from EASY_SHARE at the start of training (progress 0) to 0 half way (0.5).
+    It falls in a straight line, from EASY_SHARE at progress 0, the start, to 0 at 0.5, half way.
     """
     return EASY_SHARE * max(0.0, 1 - 2 * progress)
 
 
 def draw_cond_mask(segment_ids, rng, easy=0.0):
-    """Choose what is given: nothing in half of the segments, else a random span or random positions -> (B, L) bool.
+    """Choose what is given: segment_ids (B, L) -> (B, L) bool, both numpy arrays.
 
-    The share of a segment that is given is uniform on (0, 1). Of the rest, a random share `easy` is given too. segment_ids
-    (B, L) is a numpy array, and so is the mask.
+    Nothing in half of the segments, else a random span, or random positions. The share of a segment
+    that is given is uniform on (0, 1). Of the rest, a random share `easy` is given too.
     """
     B, L = segment_ids.shape
     position, until_end = (x.numpy() for x in segment_positions(torch.from_numpy(segment_ids)))
     size = position + until_end + 1
-    of_segment = (np.arange(B)[:, None], segment_ids)  # picks each position's segment from a (B, L + 1) array
+    of_segment = np.arange(B)[:, None], segment_ids  # picks from a (B, L + 1) array of segments
     kind, share, u = (draw[of_segment] for draw in rng.random((3, B, L + 1)))
     n = (share * size).astype(np.int64)
     begin = (u * (size - n + 1)).astype(np.int64)
@@ -235,16 +248,19 @@ def draw_cond_mask(segment_ids, rng, easy=0.0):
 class Loader:
     """Training batches of packed rows. `batch(n, progress)` depends only on (seed, n, progress).
 
-    The rows of epochs 0, 1, 2, ... form one sequence, and batch n is rows n B to (n + 1) B - 1 of it. An epoch reads the
-    shards of the corpus one after another, in random order, so that memory does not grow with the corpus.
+    The rows of epochs 0, 1, 2, ... form one sequence, and batch n is rows n B to (n + 1) B - 1 of
+    it. An epoch reads the shards of the corpus one after another, in random order, so that memory
+    does not grow with the corpus.
     """
 
     def __init__(self, tokens, row_length, batch_size, seed, bos_id=-1, label_ids=()):
         self.tokens, self.row_length, self.batch_size = tokens, row_length, batch_size
         self.seed, self.bos_id, self.label_ids = seed, bos_id, list(label_ids)
-        self.rows_of_shard = np.array([count_rows(*tokens.shard_counts(i), row_length) for i in range(tokens.n_shards)])
+        counts = map(tokens.shard_counts, range(tokens.n_shards))
+        self.rows_of_shard = np.array([count_rows(*pair, row_length) for pair in counts])
         self.rows_per_epoch = int(self.rows_of_shard.sum())
-        self.plan = lru_cache(maxsize=2)(partial(plan_epoch, tokens, row_length, seed))  # of epoch, shard
+        plan = partial(plan_epoch, tokens, row_length, seed)
+        self.plan = lru_cache(maxsize=2)(plan)  # plan(epoch, shard)
 
     def fill(self):
         """Compute the share of positions that hold a token."""
@@ -255,42 +271,42 @@ class Loader:
         return math.ceil(epochs * self.rows_per_epoch / self.batch_size / accumulation)
 
     def batch(self, n, progress=1.0):
-        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L). bos is always given, a label in half of the texts or more.
+        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L).
 
-        progress: the share of the training that is done, in [0, 1].
+        bos is always given, a label in half of the texts or more. progress: the share of the
+        training that is done, in [0, 1].
         """
         rows = n * self.batch_size + np.arange(self.batch_size)
         epochs = rows // self.rows_per_epoch
-        parts = [part for epoch in np.unique(epochs) for part in self.read(int(epoch), rows[epochs == epoch])]
-        ids, segment_ids = (np.concatenate(part) for part in zip(*parts, strict=True))
+        parts = []
+        for epoch in np.unique(epochs):
+            parts += self.read(int(epoch), rows[epochs == epoch])
+        ids, segment_ids = map(np.concatenate, zip(*parts, strict=True))
         rng = np.random.default_rng((self.seed, 0, n))
         cond_mask = draw_cond_mask(segment_ids, rng, easy_share(progress))
         if self.label_ids:
-            cond_mask |= np.isin(ids, self.label_ids) & (segment_ids > 0) & (rng.random(ids.shape) < 0.5)
+            is_label = np.isin(ids, self.label_ids) & (segment_ids > 0)
+            cond_mask |= is_label & (rng.random(ids.shape) < 0.5)
         cond_mask |= (ids == self.bos_id) & (segment_ids > 0)
         return tuple(map(torch.from_numpy, (ids, segment_ids, cond_mask)))
 
     def read(self, epoch, rows):
-        """Read rows of an epoch, numbered through all epochs (n,) -> list of ids, segment_ids, see `gather_rows`."""
+        """Read rows (n,), numbered through all epochs, of an epoch -> list of ids, segment_ids."""
         order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.rows_of_shard))
         begins = np.append(0, self.rows_of_shard[order].cumsum())
         row = rows - epoch * self.rows_per_epoch
         index = np.searchsorted(begins, row, side="right") - 1  # in `order`
-        return [
-            gather_rows(self.tokens, self.plan(epoch, int(order[i])), row[index == i] - begins[i], self.row_length)
-            for i in np.unique(index)
-        ]
-
-
-if __name__ == "__main__":
-    import cli
-    import corpus
-
-    cli.run(corpus.main)
+        parts = []
+        for i in np.unique(index):
+            plan = self.plan(epoch, int(order[i]))
+            rows_of_shard = row[index == i] - begins[i]
+            parts.append(gather_rows(self.tokens, plan, rows_of_shard, self.row_length))
+        return parts
 
 
 def pad(templates, device):
     """Put templates of different lengths into one batch -> padded (B, L), segment_ids (B, L)."""
-    padded = pad_sequence([torch.tensor(template) for template in templates], batch_first=True)
-    segment_ids = pad_sequence([torch.ones(len(template), dtype=torch.long) for template in templates], batch_first=True)
-    return padded.to(device), segment_ids.to(device)
+    rows = [torch.tensor(template) for template in templates]
+    ones = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    padded, segment_ids = (pad_sequence(x, batch_first=True).to(device) for x in (rows, ones))
+    return padded, segment_ids

@@ -1,14 +1,10 @@
-"""From tokens to batches: pack the examples of a corpus into rows, and choose what the network is given.
+"""The network, and what it knows of a batch.
 
-    window       at most L consecutive tokens of one document (an example of the corpus, see cache.py)
-    ids          (B, L) int64  rows of a batch, each packed with windows, 0 = padding
-    segment_ids  (B, L) int64  number of the window in its row: 1, 2, ..., 0 = padding
-    cond_mask    (B, L) bool   True = given to the network, not predicted
-
-Whatever is random depends only on (seed, epoch), or on (seed, number of the batch, progress of the training), so a loader has
-no state to save. Training begins with easy texts, in which most tokens are given: see `easy_share`.
-
-    python data.py stats TEXT        what is in a text, and how to train on it: see corpus.py, also for `normalize`
+    theta        (B, L, K)  input distribution of each position
+    t            (B, L)     time in [0, 1]
+    segment_ids  (B, L)     number of the text in its row: 1, 2, ..., 0 = padding
+    h, hidden    (B, L, D)  within the network
+    logits       (B, L, K)  output
 """
 
 import math
@@ -21,8 +17,6 @@ from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
-
-# ---------------------------------------------------------------- batches
 
 
 def segment_starts(segment_ids):
@@ -39,19 +33,24 @@ def segment_positions(segment_ids):
         since start    0 1 2 0 1 0
         until end      2 1 0 1 0 0
 
-    Padding counts as a segment. Like `segment_starts`, this works on any device and does not wait for it.
+    Padding counts as a segment. This does not wait for the device, nor does `segment_starts`.
     """
     L = segment_ids.shape[1]
     i = torch.arange(L, device=segment_ids.device)
     starts = segment_starts(segment_ids)
-    ends = starts.roll(-1, 1)  # one before each start; the start of the row moves round to the end of the row
+    ends = starts.roll(-1, 1)  # one before each start; that of the row moves round to its end
     start = torch.where(starts, i, 0).cummax(1).values
     end = torch.where(ends, i, L).flip(1).cummin(1).values.flip(1)
     return i - start, end - i
 
 
-BATCH_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a batch's largest tensor: 8 MB fit into a CPU's cache
-compiled_block_mask = torch.compile(create_block_mask, dynamic=False)  # not compiled, it builds the whole L x L mask
+BATCH_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of the largest tensor: 8 MB fit into a cache
+
+
+def rows_at_once(length, config, device):
+    """Choose how many rows of a length to read without gradient: what is fastest on the device."""
+    largest = length * max(config.K, 4 * config.d_model, length)
+    return max(1, BATCH_ELEMENTS[device.type] // largest)
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ class Config:
 
     def __post_init__(self):
         if self.d_model % (2 * self.n_heads) or self.d_model == 2 * self.n_heads:
-            raise ValueError(
-                f"model_dim {self.d_model} and num_heads {self.n_heads} do not fit: each head must have an even width of at least 4"
-            )
+            sizes = f"model_dim {self.d_model} and num_heads {self.n_heads} do not fit"
+            raise ValueError(f"{sizes}: each head must have an even width of at least 4")
 
     @property
     def s1(self):
@@ -81,33 +79,29 @@ class Config:
 
 
 class Form(NamedTuple):
-    """How the same numbers are computed. The plain form, all False, is what the others are compared with."""
+    """How the same numbers are computed. The plain form, all False, is what others must equal."""
 
-    fused: bool = False  # embedding and loss without a (tokens, K) tensor (fused.py); read by train.py
-    bf16: bool = False  # matrices are multiplied in bfloat16 (autocast); read by train.py
-    compiled: bool = False  # the blocks are compiled, and so are the chunks of fused.py
-    flex: bool = False  # flex attention, which needs no L x L mask; it is only fast in compiled blocks
-    written: bool = False  # attention in bfloat16 is written out: two to three times as fast on CPUs
-    recompute: bool = False  # keep no activations within a block: compute them again for the gradient
+    fused: bool = False  # embedding and loss without a (tokens, K) tensor, see training/fused.py
+    bf16: bool = False  # autocast: matrices are multiplied in bfloat16
+    compiled: bool = False  # the blocks are compiled, and the chunks of the fused form
+    flex: bool = False  # flex attention, without an L x L mask; only fast in compiled blocks
+    written: bool = False  # attention in bfloat16 is written out: 2 to 3 times as fast on CPUs
+    recompute: bool = False  # keep no activations of a block: compute them again for the gradient
 
     def __str__(self):
         """Name the parts that are used: "bf16, compiled"."""
         return ", ".join(name for name, used in self._asdict().items() if used) or "the plain form"
 
 
-def rows_at_once(length, config, device):
-    """Choose how many rows of a length to read in one batch without gradient: what is fastest on the device."""
-    return max(1, BATCH_ELEMENTS[device.type] // (length * max(config.K, 4 * config.d_model, length)))
-
-
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of t at octave-spaced frequencies, through one hidden layer: (B, L) -> (B, L, d_time)."""
+    """Sines and cosines of t in octaves, through one hidden layer: (B, L) -> (B, L, d_time)."""
 
     def __init__(self, d_time, n_octaves=8):
         super().__init__()
-        frequencies = math.pi / 2 * 2.0 ** torch.arange(n_octaves)
+        frequencies = math.pi / 2 * 2.0 ** torch.arange(n_octaves, device="cpu")
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * n_octaves, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        up, out = nn.Linear(2 * n_octaves, d_time), nn.Linear(d_time, d_time)
+        self.mlp = nn.Sequential(up, nn.SiLU(), out, nn.SiLU())
 
     def forward(self, t):
         angle = t[..., None] * self.frequencies
@@ -115,24 +109,29 @@ class TimeEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Sines and cosines of the distance to both ends of the segment: segment_ids (B, L) -> (B, L, D).
+    """Sines and cosines of the distance to both ends of the segment: (B, L) -> (B, L, D).
 
-    Rotary attention only sees differences of positions; the ends tell the network how long the text is.
+    Rotary attention only sees differences of positions; the ends tell how long the text is.
     """
 
     def __init__(self, d_model, n_octaves=8):
         super().__init__()
-        frequencies = math.pi / 2.0 ** torch.arange(n_octaves)  # half-periods of 1 to 128 positions
+        # Half-periods of 1 to 128 positions.
+        frequencies = math.pi / 2.0 ** torch.arange(n_octaves, device="cpu")
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.linear = nn.Linear(4 * n_octaves, d_model)
 
     def forward(self, segment_ids):
-        angle = torch.stack(segment_positions(segment_ids), -1)[..., None] * self.frequencies  # (B, L, 2, n_octaves)
+        distances = torch.stack(segment_positions(segment_ids), -1)
+        angle = distances[..., None] * self.frequencies  # (B, L, 2, n_octaves)
         return self.linear(torch.cat([angle.sin(), angle.cos()], -1).flatten(2))
 
 
 class FiLM(nn.Module):
-    """RMS-normalise h, multiply by (1 + scale) and add shift, both computed from the time embedding [Perez et al. 2017]."""
+    """Normalise h to RMS 1, then scale and shift it as the time says [Perez et al. 2017].
+
+        h (1 + scale) + shift
+    """
 
     def __init__(self, d_model, d_time):
         super().__init__()
@@ -147,7 +146,7 @@ class FiLM(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Add a depthwise convolution over the nine nearest positions of the segment: (B, L, D) -> (B, L, D).
+    """Add a depthwise convolution over the nearest positions of the segment: h -> (B, L, D).
 
     As in Primer [So et al. 2021], but looking both ways. Its weights start at zero.
     """
@@ -159,13 +158,19 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(self.offsets), d_model))
 
     def forward(self, h, segment_ids):
-        L, reach = h.shape[1], max(map(abs, self.offsets))
-        padded, padded_ids = F.pad(h, (0, 0, reach, reach)), F.pad(segment_ids, (reach, reach), value=-1)
+        L = h.shape[1]
+        reach = self.offsets[-1]
+        padded = F.pad(h, (0, 0, reach, reach))
+        padded_ids = F.pad(segment_ids, (reach, reach), value=-1)
         for offset, weight in zip(self.offsets, self.weight, strict=True):
             there = slice(reach + offset, reach + offset + L)
             same = padded_ids[:, there] == segment_ids
             h = h + same[..., None] * weight * padded[:, there]
         return h
+
+
+# Not compiled, it builds the whole L x L mask.
+compiled_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 def attend(q, k, v, mask, written=False):
@@ -182,7 +187,7 @@ def attend(q, k, v, mask, written=False):
 
 
 class Attention(nn.Module):
-    """Attention within segments, rotary positions, queries and keys of unit RMS: (B, L, D) -> (B, L, D)."""
+    """Attention within segments: (B, L, D) -> (B, L, D). Positions are rotary, q and k of RMS 1."""
 
     written = False  # see `Form`
 
@@ -194,8 +199,10 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, h, mask, rotations):
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
-        q, k = (apply_rotary_emb(rotations, F.rms_norm(x, x.shape[-1:])).to(v.dtype) for x in (q, k))
+        qkv = self.qkv(h).unflatten(-1, (3, self.n_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
+        q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
+        q, k = (apply_rotary_emb(rotations, x).to(v.dtype) for x in (q, k))
         return self.out(attend(q, k, v, mask, self.written).transpose(1, 2).flatten(2))
 
 
@@ -214,15 +221,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then an MLP, each modulated by the time and added to the residual stream.
+    """One pre-norm layer: attention, then an MLP, both modulated by the time.
 
     The MLP reads the output of a convolution, so it sees the neighbouring positions too.
     """
 
     def __init__(self, d_model, n_heads, d_time, dropout):
         super().__init__()
-        self.film_attention, self.film_mlp = FiLM(d_model, d_time), FiLM(d_model, d_time)
-        self.attention, self.convolution = Attention(d_model, n_heads), Convolution(d_model)
+        self.film_attention = FiLM(d_model, d_time)
+        self.film_mlp = FiLM(d_model, d_time)
+        self.attention = Attention(d_model, n_heads)
+        self.convolution = Convolution(d_model)
         self.mlp = MLP(d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -234,7 +243,7 @@ class Block(nn.Module):
 class BFNTransformer(nn.Module):
     """The network: theta (B, L, K), t (B, L), segment_ids (B, L) -> logits (B, L, K)."""
 
-    form = Form()  # switches.py chooses another one for the network that is trained
+    form = Form()  # training chooses another, see training/forms.py
 
     def __init__(self, config):
         super().__init__()
@@ -246,7 +255,10 @@ class BFNTransformer(nn.Module):
         self.convolution = Convolution(D)
         self.time = TimeEmbedding(d_time)
         self.rotary = RotaryEmbedding(D // config.n_heads, cache_if_possible=False)
-        self.blocks = nn.ModuleList(Block(D, config.n_heads, d_time, config.dropout) for _ in range(config.n_layers))
+        del self.rotary.cached_freqs, self.rotary.dummy  # unused; the rest is in checkpoints
+        self.blocks = nn.ModuleList(
+            Block(D, config.n_heads, d_time, config.dropout) for _ in range(config.n_layers)
+        )
         self.film_out = FiLM(D, d_time)
         self.linear_out = nn.Linear(D, config.K)
         nn.init.zeros_(self.linear_out.weight)
@@ -267,16 +279,16 @@ class BFNTransformer(nn.Module):
                 part.compile()
 
     def attention_mask(self, segment_ids):
-        """Let each position see its own segment -> (B, 1, L, L) bool, or a BlockMask in the form `flex`."""
-        if self.form.flex:
-            B, L = segment_ids.shape
+        """Let each position see its own segment -> (B, 1, L, L) bool, or a BlockMask (`flex`)."""
+        if not self.form.flex:  # padding sees padding: no row is empty
+            return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        B, L = segment_ids.shape
 
-            def same_segment(b, h, q, k):
-                return segment_ids[b, q] == segment_ids[b, k]
+        def same_segment(b, h, q, k):
+            return segment_ids[b, q] == segment_ids[b, k]
 
-            create = compiled_block_mask if segment_ids.is_cuda else create_block_mask
-            return create(same_segment, B, None, L, L, segment_ids.device)
-        return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # padding sees padding: no row is empty
+        create = compiled_block_mask if segment_ids.is_cuda else create_block_mask
+        return create(same_segment, B, None, L, L, segment_ids.device)
 
     def embed(self, theta):
         """theta (B, L, K) -> h (B, L, D): the mean embedding under theta, projected."""
@@ -287,7 +299,7 @@ class BFNTransformer(nn.Module):
         mask = self.attention_mask(segment_ids)
         rotations = self.rotary(torch.arange(h.shape[1], device=h.device))
         time = self.time(t)
-        h = h.float() + self.position(segment_ids)  # the residual stream is float32, under autocast too
+        h = h.float() + self.position(segment_ids)  # stays float32 under autocast
         h = self._call(self.convolution, h, segment_ids)
         for block in self.blocks:
             h = self._call(block, h, time, segment_ids, mask, rotations)
@@ -296,20 +308,21 @@ class BFNTransformer(nn.Module):
     def _call(self, part, *inputs):
         """Call a part of the network, keeping its activations or, in the form `recompute`, not."""
         if self.form.recompute and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+            draws = self.config.dropout > 0
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=draws)
         return part(*inputs)
 
     def head(self, hidden, theta):
-        """hidden (B, L, D) -> logits (B, L, K), by Bayes' rule: what the context says, times the evidence theta."""
+        """hidden (B, L, D) -> logits (B, L, K), by Bayes' rule: the context times the evidence."""
         return self.linear_out(hidden) + theta.clamp(min=1e-37).log()
 
     def forward(self, theta, t, segment_ids=None):
         """Compute the logits. Without segment_ids, each row is one segment.
 
-        Raises ValueError in eval mode if they are 0 everywhere; not on a GPU, which would have to wait for the answer.
+        Raises ValueError in eval mode if they are 0 everywhere, except on a GPU: it would wait.
         """
         if segment_ids is None:
             segment_ids = torch.ones_like(t, dtype=torch.long)
         if not (self.training or segment_ids.is_cuda or segment_ids.any()):
-            raise ValueError("segment_ids is 0 everywhere, and 0 is padding: number the segments of a row from 1")
+            raise ValueError("segment_ids is 0, padding, everywhere: number segments from 1")
         return self.head(self.body(self.embed(theta), t, segment_ids), theta)

@@ -2,7 +2,7 @@
 
     python train.py -d=CORPUS.txt -spm=TOKENIZER.model -mdir=RUN_DIR
 
-Run the same command again to resume. Without -d it trains on the built-in language of toy.py.
+Run the same command again to resume. Without -d it trains on a built-in language.
 """
 
 import copy
@@ -29,28 +29,21 @@ from sample import Sampler
 from text import cache
 from text.reading import EXAMPLE_HELP
 from text.tokenizer import label_ids
-from training import forms, fused, log, memory, optim, speed
+from training import forms, fused, log, memory, optim, run_folder, speed
 from training.checkpoint import State, load, restore, save
-from training.run_folder import (
-    check_identity,
-    decide_steps,
-    describe_run,
-    lock,
-    open_run_folder,
-    prepare_text,
-)
 from training.times import Times
 
 PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()
 PRESETS = {
-    #          dim  layers  heads   rate  warm-up  average   longest row  tokens of a micro-batch (`fit_rows`)
+    #          dim  layers  heads   rate  warm-up  average   longest row  tokens (see `fit_rows`)
     "base":   (1024,   8,     8,    1e-3,  1000,  [0.9999],     256,        16_384),
     "small":  ( 512,   8,     8,    1e-3,   500,  [0.999],      256,         8_192),
     "laptop": ( 256,   4,     4,    6e-3,   200,  [0.999],      128,         2_048),
     "toy":    ( 128,   4,     4,  1.5e-2,   100,  [0.998],       64,         1_024),
 }  # fmt: skip
 DEFAULT_PRESET = {"cpu": "laptop", "cuda": "base"}
-SHORTEST_ROW, TOY_STEPS = 64, 1_500
+SHORTEST_ROW = 64
+TOY_STEPS = 1_500
 
 
 # ---------------------------------------------------------------- flags
@@ -63,81 +56,91 @@ def flags():
         help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
     add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
     add("--example", help=EXAMPLE_HELP)
-    add("--labelled", dest="example", action="store_const", const="labelled", help="lines are label<TAB>text")
-    add("-spm", "--spm_model", type=cli.path,
-        help="SentencePiece model (one is trained on the corpus)")
+    add("--labelled", dest="example", action="store_const", const="labelled",
+        help="lines are label<TAB>text")
+    add("-spm", "--spm_model", type=cli.path, help="SentencePiece model (trained on the corpus)")
     add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
     add("--val_path", type=cli.path,
         help="text for validation, as for -d (a held-out part of the corpus)")
-    add("--preset", choices=PRESETS, help="defaults for the flags marked * (base on a GPU, laptop on a CPU)")
-    add("--init_from", type=cli.path,
-        help="run folder to take weights, tokenizer and model size from")
-    add("--tokenizer", choices=["bpe", "unigram", "char", "word"], help="kind of tokenizer to train (bpe)")
+    add("--preset", choices=PRESETS, help="defaults of flags with * (GPU: base, CPU: laptop)")
+    add("--init_from", type=cli.path, help="run to take weights, tokenizer and model size from")
+    add("--tokenizer", choices=["bpe", "unigram", "char", "word"],
+        help="kind of tokenizer to train (bpe)")
     add("--vocab_size", type=cli.several,
         help="tokens of the tokenizer to train (512 to 8192, or room for all characters)")
     add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
         help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
-    add("--minutes", type=cli.positive, help="minutes, instead of --epochs: the speed is measured first")
+    add("--minutes", type=cli.positive, help="minutes, instead of --epochs; measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
-    add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch (from the preset and -slen)")
-    add("-acc", "--accumulation_steps", type=cli.count, help="micro-batches per step, shared by all processes (one each)")
-    add("-slen", "--sequence_length", type=cli.several, help="tokens of a row (64 or more: nine of ten examples fit)")
+    add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch (by preset and -slen)")
+    add("-acc", "--accumulation_steps", type=cli.count,
+        help="micro-batches per step, shared by all processes (one each)")
+    add("-slen", "--sequence_length", type=cli.several,
+        help="tokens of a row (64 or more: nine of ten examples fit)")
     add("-mdim", "--model_dim", type=cli.count, help="width *")
     add("-nl", "--num_layers", type=cli.layers, help="layers *")
     add("-nh", "--num_heads", type=cli.count, help="attention heads *")
     add("-dop", "--dropout_prob", type=cli.share, default=0.0, help="dropout (0)")
-    add("-b", "--beta", type=cli.auto_or_positive, default="auto", help="beta(1), or auto: from the vocabulary size (auto)")
+    add("-b", "--beta", type=cli.auto_or_positive, default="auto",
+        help="beta(1), or auto: from the vocabulary size (auto)")
     add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
-    add("--times", choices=["uniform", "stratified", "learned"], default="stratified", help="how times are drawn (stratified)")
-    add("--position_times", type=cli.zero_to_one, default=0.5, help="share of texts whose positions have their own t (0.5)")
-    add("-wus", "--warmup_steps", type=cli.natural, help="steps of linear warm-up, at most a fifth of all *")
-    add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="weight decay of matrices (0.01)")
-    add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest gradient norm (1)")
-    averages = "rates of the weight averages, comma-separated; the last is validated and sampled *"
-    add("-ema", "--ema_rate", type=cli.shares, help=averages)
+    add("--times", choices=["uniform", "stratified", "learned"], default="stratified",
+        help="how times are drawn (stratified)")
+    add("--position_times", type=cli.zero_to_one, default=0.5,
+        help="share of texts whose positions have their own t (0.5)")
+    add("-wus", "--warmup_steps", type=cli.natural, help="linear warm-up, at most a fifth *")
+    add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="of matrices (0.01)")
+    add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest norm (1)")
+    add("-ema", "--ema_rate", type=cli.shares,
+        help="rates of the weight averages, comma-separated; the last is validated and sampled *")
     add("-lgi", "--log_interval", type=cli.count, default=20, help="steps between log lines (20)")
     ten_times = "(ten times a run, or every 5 minutes)"
     add("-svi", "--save_interval", type=cli.count, help=f"steps between checkpoints {ten_times}")
-    add("--keep", type=cli.natural, default=2, help="older checkpoints to keep, besides last.pt and best.pt (2)")
+    add("--keep", type=cli.natural, default=2, help="checkpoints besides last.pt and best.pt (2)")
     add("-vli", "--val_interval", type=cli.count, help=f"steps between validations {ten_times}")
     add("-smi", "--sample_interval", type=cli.count, help=f"steps between samples {ten_times}")
-    add("-nex", "--num_examples", type=cli.natural, default=4, help="samples each time, half of them from prompts (4)")
+    add("-nex", "--num_examples", type=cli.natural, default=4,
+        help="samples each time, half of them from prompts (4)")
     add("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--compile", choices=on_off, default="auto", help="torch.compile (auto: on CUDA, and from width 256)")
-    add("--fused", choices=on_off, default="auto", help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")
-    add("--dry_run", action="store_true", help="say what would be trained, and for how long; write nothing")
-    add("--recompute", action="store_true", help="keep no activations in the layers: less memory, a third more time")
+    add("--compile", choices=on_off, default="auto", help="torch.compile (CUDA, or width 256)")
+    add("--fused", choices=on_off, default="auto",
+        help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")
+    add("--dry_run", action="store_true", help="say what would be trained, and for how long")
+    add("--recompute", action="store_true",
+        help="keep no activations in the layers: less memory, a third more time")
     return p
 
 
 def complete(args, saved=None, preset="base"):
-    """Fill in the flags that were not given, from --init_from or the checkpoint, then from the preset.
+    """Fill in the flags that were not given: from the run, then from the preset -> args.
 
-    preset: the one to use if none is named. Raises ValueError for flags that do not go together.
+    saved: checkpoint of a run that resumes. preset: the one to use if none is named. Raises
+    ValueError for flags that do not go together.
     """
     if args.data_path is None:
         use_built_in_language(args)
     if args.epochs and args.minutes:
         raise ValueError("--epochs and --minutes both say how long to train: give one of them")
     args.epochs = args.epochs or 10
-    if saved and args.minutes and not args.max_steps and saved["args"].get("minutes"):
-        args.max_steps = round(saved["args"]["max_steps"] * args.minutes / saved["args"]["minutes"])  # as when it started
+    before = saved["args"] if saved else {}
+    if args.minutes and not args.max_steps and before.get("minutes"):  # as fast as at the start
+        args.max_steps = round(before["max_steps"] * args.minutes / before["minutes"])
     choose_source(args, saved)
-    inherited = {} if args.preset or not saved else saved["args"]
+    inherited = {} if args.preset else before
     args.preset = args.preset or inherited.get("preset") or preset
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=False):
         if getattr(args, name) is None:
             setattr(args, name, inherited.get(name, value))
-    for name in ("sequence_length", "batch_size", "accumulation_steps") if saved else ():  # of a new run: `fit_rows`
-        setattr(args, name, getattr(args, name) or saved["args"][name])
+    for name in ("sequence_length", "batch_size", "accumulation_steps"):  # else see `fit_rows`
+        setattr(args, name, getattr(args, name) or before.get(name))
     args.accumulation_steps = parallel.micro_batches(args.accumulation_steps)
     return args
 
 
 def fit_rows(args, tokens):
-    """Choose the length of a row, so that nine of ten examples fit, and the batch, for as many tokens as the preset says."""
+    """Choose rows in which nine of ten examples fit, and batches of the preset's size in tokens."""
     *_, longest, n_tokens = PRESETS[args.preset]
     counts = tokens.count_lengths(longest).cumsum()
     needed = 2 ** math.ceil(math.log2(np.searchsorted(counts, 0.9 * counts[-1])))
@@ -147,25 +150,35 @@ def fit_rows(args, tokens):
 
 def use_built_in_language(args):
     """Set the flags of the built-in language. Raises ValueError for flags that need a corpus."""
-    if args.spm_model or args.val_path or args.init_from or args.tokenizer or args.vocab_size or args.example:
-        raise ValueError("-spm, --tokenizer, --vocab_size, --example, --val_path and --init_from need a corpus: give -d")
-    args.preset, args.tokenizer = args.preset or "toy", "word"
-    args.max_steps = args.max_steps or (None if args.epochs or args.minutes else TOY_STEPS)
+    needy = "spm_model tokenizer vocab_size example val_path init_from".split()
+    if any(getattr(args, name) for name in needy):
+        names = "-spm, --tokenizer, --vocab_size, --example, --val_path and --init_from"
+        raise ValueError(f"{names} need a corpus: give -d")
+    args.preset = args.preset or "toy"
+    args.tokenizer = "word"
+    if not (args.epochs or args.minutes):
+        args.max_steps = args.max_steps or TOY_STEPS
 
 
 def choose_source(args, saved):
-    """Settle where weights and tokenizer come from. Raises ValueError for flags that contradict the run or each other."""
+    """Settle where weights and tokenizer come from.
+
+    Raises ValueError for flags that contradict the run or each other.
+    """
     before = saved["args"] if saved else vars(args)
-    if args.init_from and (not before["init_from"] or Path(args.init_from) != Path(before["init_from"])):
-        raise ValueError(f"{args.model_dir} is a run that did not start from {args.init_from}: give another -mdir")
-    args.init_from = before["init_from"]
+    theirs = before["init_from"]
+    if args.init_from and (not theirs or Path(args.init_from) != Path(theirs)):
+        raise ValueError(f"{args.model_dir} did not start from {args.init_from}: give another -mdir")
+    args.init_from = theirs
     has_tokenizer = args.spm_model or args.init_from or (saved and before["tokenizer"] is None)
     if has_tokenizer and (args.tokenizer or args.vocab_size):
-        raise ValueError("-spm and --init_from bring a tokenizer: leave --tokenizer and --vocab_size out")
+        needless = "leave --tokenizer and --vocab_size out"
+        raise ValueError(f"-spm and --init_from bring a tokenizer: {needless}")
     if args.init_from:
         start_from(args, saved or load(args.init_from)[2])
     elif saved:
-        args.tokenizer, args.vocab_size = args.tokenizer or before["tokenizer"], args.vocab_size or before["vocab_size"]
+        args.tokenizer = args.tokenizer or before["tokenizer"]
+        args.vocab_size = args.vocab_size or before["vocab_size"]
     elif not args.spm_model:
         args.tokenizer = args.tokenizer or "bpe"
     args.example = args.example or before["example"] or "line"
@@ -176,21 +189,22 @@ def start_from(args, source):
 
     Raises ValueError if a flag says otherwise of the model size or the tokenizer.
     """
+    folder, theirs = args.init_from, source["args"]
     for name in ("model_dim", "num_layers", "num_heads"):
-        theirs = source["args"][name]
-        if getattr(args, name) not in (None, theirs):
-            raise ValueError(f"--{name}={getattr(args, name)}, but {args.init_from} has {theirs}: leave the flag out")
-        setattr(args, name, theirs)
+        ours = getattr(args, name)
+        if ours not in (None, theirs[name]):
+            raise ValueError(f"--{name}={ours}, {folder} has {theirs[name]}: leave the flag out")
+        setattr(args, name, theirs[name])
     if args.spm_model and file_hash(args.spm_model) != source["tokenizer_hash"]:
-        raise ValueError(f"{args.spm_model} is not the tokenizer of {args.init_from}: leave -spm out")
-    args.spm_model, args.vocab_size = str(Path(args.init_from) / "tokenizer.model"), None
-    args.beta = source["args"]["beta"] if args.beta == "auto" else args.beta
+        raise ValueError(f"{args.spm_model} is not the tokenizer of {folder}: leave -spm out")
+    args.spm_model, args.vocab_size = str(Path(folder) / "tokenizer.model"), None
+    args.beta = theirs["beta"] if args.beta == "auto" else args.beta
     for name in ("batch_size", "sequence_length", "ema_rate", "example"):
-        setattr(args, name, getattr(args, name) or source["args"][name])
+        setattr(args, name, getattr(args, name) or theirs[name])
 
 
 def make_config(args, K):
-    """Flags and vocabulary size -> Config. Raises ValueError for sizes that do not go together."""
+    """Flags and vocabulary size -> Config. Raises ValueError for sizes that do not fit."""
     beta1 = bfn.auto_beta1(K) if args.beta == "auto" else args.beta
     return Config(K, beta1, args.model_dim, args.num_layers, args.num_heads, args.dropout_prob)
 
@@ -199,18 +213,21 @@ def make_config(args, K):
 
 
 def accumulate_gradients(model, batches, seeds, device, times, total=int):
-    """Add the gradient of a step's mean training loss -> the loss, a scalar on the device, in nats per predicted token.
+    """Add the gradient of a step's mean training loss -> the loss, in nats per predicted token.
 
-    batches: micro-batches (ids, segment_ids, cond_mask), each (B, L) on the CPU; each has its own seed. total: adds up the
-    number of predicted tokens over all processes that share the step; the loss and its gradient are this one's part.
+    batches: micro-batches (ids, segment_ids, cond_mask), each (B, L) on the CPU; each has its own
+    seed. total: adds up the number of predicted tokens over all processes that share the step; the
+    loss, a scalar on the device, and its gradient are this one's part.
     """
-    masks = [(segment_ids > 0) & ~cond_mask for _, segment_ids, cond_mask in batches]  # of the predicted tokens
-    n_tokens, sum_of_losses = max(1, total(sum(int(mask.sum()) for mask in masks))), torch.zeros((), device=device)
+    masks = [(segment_ids > 0) & ~cond_mask for _, segment_ids, cond_mask in batches]  # predicted
+    n_tokens = max(1, total(sum(int(mask.sum()) for mask in masks)))
+    sum_of_losses = torch.zeros((), device=device)
     K, s1 = model.config.K, model.config.s1
     for batch, mask, seed in zip(batches, masks, seeds, strict=True):
         torch.manual_seed(seed)
         predicted = mask.flatten().nonzero().squeeze(1)  # on the CPU: nothing waits for the device
-        ids, segment_ids, cond_mask, mask, predicted = (to_device(x, device) for x in (*batch, mask, predicted))
+        on_device = (to_device(x, device) for x in (*batch, mask, predicted))
+        ids, segment_ids, cond_mask, mask, predicted = on_device
         t, weight = times.draw(segment_ids)
         keys = draw_keys(*ids.shape, device=device)
         scale = weight * mask / n_tokens
@@ -219,7 +236,8 @@ def accumulate_gradients(model, batches, seeds, device, times, total=int):
                 noisy = fused.Noisy(ids, t, keys, predicted, s1, model.form.compiled)
                 h = model.project(fused.ThetaToH.apply(model.embedding.weight, noisy))
                 hidden = model.body(h, t.masked_fill(cond_mask, 1.0), segment_ids)
-                loss, losses = fused.HiddenToLoss.apply(hidden, *model.linear_out.parameters(), scale, noisy)
+                weights = model.linear_out.parameters()
+                loss, losses = fused.HiddenToLoss.apply(hidden, *weights, scale, noisy)
             else:
                 network = partial(model, segment_ids=segment_ids)
                 log_p = bfn.predict_noisy(network, ids, t, cond_mask, s1, K, noise(keys, K))
@@ -237,11 +255,11 @@ def to_device(x, device):
 
 
 def update_weights(state, args):
-    """Clip, step, average -> gradient norm. A norm that is not finite leaves weights and moments as they are."""
+    """Clip, step, average -> gradient norm. If it is not finite, weights and moments stay."""
     state.times.fold()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.gradient_clipping)
     for optimizer in state.optimizers:
-        optimizer.found_inf = (~norm.isfinite()).float()  # held back on the device: nothing waits for it
+        optimizer.found_inf = (~norm.isfinite()).float()  # on the device: nothing waits for it
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(state.step, args)
         optimizer.step()
@@ -254,8 +272,28 @@ def update_weights(state, args):
 # ---------------------------------------------------------------- before the first step
 
 
+def open_run(args, device, run_dir):
+    """Complete the flags and read the texts -> checkpoint or None; tokenizer, training and val."""
+    saved = run_folder.open_run_folder(run_dir)
+    complete(args, saved, preset=DEFAULT_PRESET[device.type])
+    if saved:
+        run_folder.check_identity(saved["identity"], vars(args), args)
+    memory.check(make_config(args, 2), args, device)  # before a tokenizer is trained
+    return saved, run_folder.prepare_text(args, run_dir, saved)
+
+
+def make_loader(args, tokenizer, tokens):
+    """Make the Loader of the training batches, and choose the steps unless --minutes does."""
+    marks = tokenizer.bos_id(), label_ids(tokenizer).values()
+    loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, *marks)
+    if not args.minutes:
+        steps = loader.count_steps(args.epochs, args.accumulation_steps)
+        args.max_steps = args.max_steps or steps
+    return loader
+
+
 def build(config, args, device, saved=None):
-    """Make a new State, or restore one from a checkpoint, or start from the averaged weights of --init_from."""
+    """Make a State: new, or from a checkpoint, or from the averaged weights of --init_from."""
     torch.manual_seed(args.seed)
     model = BFNTransformer(config).to(device)
     if args.init_from and not saved:
@@ -268,18 +306,22 @@ def build(config, args, device, saved=None):
     return state
 
 
+def plan(state, loader, val_inputs, args, device, before):
+    """Choose the form of the computation, then the steps by its speed -> seconds per step.
+
+    val_inputs: for `evaluate.validate`, after the network. before: flags of the run, see
+    `decide_steps`.
+    """
+    trial = loader.batch(0, 0.25), args, device, accumulate_gradients  # as in the first half
+    forms.choose_form(state, *trial)
+    seconds = forms.warm_up(state, *trial)
+    val_seconds = evaluate.validation_seconds(state.emas[-1], *val_inputs)
+    run_folder.decide_steps(args, before, state.step, seconds, val_seconds)
+    vars(args).update(parallel.from_first(vars(args)))  # speeds differ
+    return seconds
+
+
 # ---------------------------------------------------------------- the run
-
-
-def finish(state, sampler, val, args):
-    """Write the last samples, if the run was stopped before them; judge the built-in language; say what to do next."""
-    run_dir = Path(args.model_dir)
-    log.write_samples(run_dir, state.step, partial(sampler.examples, val, args.num_examples, args.seed))
-    if args.data_path is None:
-        bound, _ = log.bounds(run_dir)[-1]
-        lines = evaluate.check_toy(sampler, val, bound, args.seed, run_dir / "corpus.txt")
-        print(*lines, sep="\n")
-    print(log.closing_lines(args))
 
 
 def main(argv=None):
@@ -300,24 +342,21 @@ def train(args, device, until_end):
     """Train as the flags say. until_end: holds the run folder and the handlers of signals."""
     torch.set_float32_matmul_precision("high")
     run_dir = Path(args.model_dir)
+
+    # The text, and what has been trained on it.
     with parallel.first_alone():
-        until_end.enter_context(lock(run_dir))
-        saved = open_run_folder(run_dir)
-        args = complete(args, saved, preset=DEFAULT_PRESET[device.type])
-        if saved:
-            check_identity(saved["identity"], vars(args), args)
-        memory.check(make_config(args, 2), args, device)  # wrong sizes are refused before a tokenizer is trained
-        tokenizer, tokens, val = prepare_text(args, run_dir, saved)
+        until_end.enter_context(run_folder.lock(run_dir))
+        saved, (tokenizer, tokens, val) = open_run(args, device, run_dir)
     fit_rows(args, tokens)
-    config = memory.check(make_config(args, len(tokenizer)), args, device)
-    marks = tokenizer.bos_id(), label_ids(tokenizer).values()
-    loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, *marks)
-    accumulation, before = args.accumulation_steps, saved["args"] if saved else {}
-    if not args.minutes:
-        args.max_steps = args.max_steps or loader.count_steps(args.epochs, accumulation)
-    run = describe_run(args, config, tokenizer, tokens, val, run_dir)
+    config = make_config(args, len(tokenizer))
+    until_end.enter_context(memory.explained(memory.check(config, args, device)))
+    loader = make_loader(args, tokenizer, tokens)
+    run = run_folder.describe_run(args, config, tokenizer, tokens, val, run_dir)
+    before = saved["args"] if saved else {}
     if saved:
-        check_identity(saved["identity"], run["identity"], args)
+        run_folder.check_identity(saved["identity"], run["identity"], args)
+
+    # The network, and how fast it is.
     speed.peak(device, speed.fast_bf16(device))  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
@@ -326,31 +365,32 @@ def train(args, device, until_end):
     if state.step >= (args.max_steps or math.inf):
         print(f"{run_dir} is finished at step {state.step}")
         return finish(state, sampler, val, args)
-    trial = loader.batch(0, 0.25), args, device, accumulate_gradients  # of the first half of the training
-    forms.choose_form(state, *trial)
-    seconds = forms.warm_up(state, *trial)
-    inputs = val, tokenizer.bos_id(), args.sequence_length, device
-    decide_steps(args, before, state.step, seconds, evaluate.validation_seconds(state.emas[-1], *inputs))
-    vars(args).update(parallel.from_first(vars(args)))  # speeds differ
-    opening = log.opening_lines(state, loader, val, config, seconds, args, device, tokenizer)
+    val_inputs = val, tokenizer.bos_id(), args.sequence_length, device
+    seconds = plan(state, loader, val_inputs, args, device, before)
+    opening = log.opening_lines(state, loader, val, seconds, args, device, tokenizer)
     print(*opening, sep="\n")
     if args.dry_run:
         return
 
+    # The loop.
     write, minutes = log.open_metrics(run_dir, state.step)
-    meter, bound = log.Meter(state.model, args, device, minutes), None
+    meter = log.Meter(state.model, args, device, minutes)
+    bound = None
     caught = until_end.enter_context(cli.catch_signals())
+    accumulation = args.accumulation_steps
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
     batches = parallel.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
     bar = log.Progress(state, args)
-    if state.step and state.step % args.sample_interval == 0:  # it may have been stopped before the samples
+    if state.step and state.step % args.sample_interval == 0:  # stopped before the samples?
         log.write_samples(run_dir, state.step, examples)
     while not (stop := parallel.total(len(caught))) and state.step < args.max_steps:
         seeds = [mix_seed(args.seed, state.step, m) for m in parallel.share(range(accumulation))]
         micro_batches = [next(batches) for _ in seeds]
-        loss = accumulate_gradients(state.model, micro_batches, seeds, device, state.times, parallel.total)
-        parallel.add_up([*(p.grad for p in state.model.parameters() if p.requires_grad), loss, state.times.sums])
+        inputs = state.model, micro_batches, seeds, device, state.times
+        loss = accumulate_gradients(*inputs, parallel.total)
+        gradients = (p.grad for p in state.model.parameters() if p.requires_grad)
+        parallel.add_up([*gradients, loss, state.times.sums])
         norm = update_weights(state, args)
         state.step += 1
         meter.add(state.step, loss, norm, micro_batches)
@@ -363,11 +403,11 @@ def train(args, device, until_end):
         with meter.paused():
             is_best, news = False, []
             if step % args.val_interval == 0 or is_last:
-                figures, state.loss_by_time = evaluate.validate(state.emas[-1], *inputs, args.val_tokens)
+                validated = evaluate.validate(state.emas[-1], *val_inputs, args.val_tokens)
+                figures, state.loss_by_time = validated
                 write(step, **{f"val_{name}": value for name, value in figures.items()})
                 state.times.remember(step)
-                news.append(f"step {step}: {log.validation_line(figures)}")
-                news += [line for line in [log.overfitting_line(run_dir)] if line]
+                news += [log.validation_line(figures), log.overfitting_line(run_dir)]
                 log.draw_curves(run_dir)
                 bound = figures["bound_nats_per_token"]
                 is_best, state.best = bound < state.best, min(state.best, bound)
@@ -375,14 +415,27 @@ def train(args, device, until_end):
                 save(state, run, run_dir, is_best)
             if step % args.sample_interval == 0 or is_last:
                 news += log.write_samples(run_dir, state.step, examples) or []
-            for line in news:  # printed after the save, which a broken terminal must not prevent
+            for line in filter(None, news):  # after the save, which must not fail with the terminal
                 bar.write(line)
     bar.close()
     if stop:
         save(state, run, run_dir)
-        print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
+        again = "run the same command again to resume"
+        print(f"saved at step {state.step}: {again}", file=sys.stderr)
         raise KeyboardInterrupt(*caught or [signal.SIGTERM])  # another process may have caught it
     finish(state, sampler, val, args)
+
+
+def finish(state, sampler, val, args):
+    """Write the last samples, unless the run did; judge the built-in language; say what is next."""
+    run_dir = Path(args.model_dir)
+    examples = partial(sampler.examples, val, args.num_examples, args.seed)
+    log.write_samples(run_dir, state.step, examples)
+    if args.data_path is None:
+        bound, _ = log.bounds(run_dir)[-1]
+        corpus = run_dir / "corpus.txt"
+        print(*evaluate.check_toy(sampler, val, bound, args.seed, corpus), sep="\n")
+    print(log.closing_lines(args))
 
 
 if __name__ == "__main__":

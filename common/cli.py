@@ -21,7 +21,6 @@ from common.files import writing
 MAY_BE_EMPTY = ("--prompt", "--flags")
 NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL  # no locks here
 ROOT = Path(__file__).resolve().parent.parent
-memory_advice = "a shorter text or a smaller model takes less"  # training says more: memory.py
 
 
 # A command imports this file first. Ctrl-C while it imports the rest ends it without a traceback,
@@ -237,8 +236,15 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
-        out_of_memory = re.search("out of memory|allocate memory", str(error))
-        out_of_memory = out_of_memory or isinstance(error, MemoryError)
+        out_of_memory = ran_out_of_memory(error)
         if os.environ.get("BFN_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        fail(f"out of memory: {memory_advice}" if out_of_memory else error)
+        if out_of_memory and not str(error).startswith("out of memory: "):  # training says more
+            error = "out of memory: a shorter text or a smaller model takes less"
+        fail(error)
+
+
+def ran_out_of_memory(error):
+    """Tell whether an error says that memory has run out."""
+    said = re.search("out of memory|allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(said)

@@ -1,16 +1,18 @@
-"""Interrupt tiny trainings at random moments, and check that the same command then ends with the same run, bit for bit.
+"""Interrupt tiny trainings at random moments: the same command then ends with the same run.
 
     python tests/crash.py --rounds=100
 
-A round interrupts a training in one of the PHASES, by one of the ACTIONS. The moment is the n-th call or return of a function
-in that phase (of the imports: the n-th module), so a seed repeats it. A folder sees one to three rounds, then the command
-runs to its end there. Other rounds are the FAULTS. After each of them:
+A round interrupts a training in one of the PHASES, by one of the ACTIONS. The moment is the n-th
+call or return of a function in that phase (of the imports: the n-th module), so a seed repeats it.
+A folder sees one to three rounds, then the command runs to its end there. Other rounds are the
+FAULTS. After each of them:
 
 - checkpoints can be read, and hold at least the steps of the last save that was complete
 - standard error has no traceback, and an error is one line with exit code 2 that names a file
 - at the end, checkpoints, losses, bounds and samples are those of an uninterrupted run
 
-The processes are forks of this one, which has imported all packages. Folders that failed are kept and named.
+The processes are forks of this one, which has imported all packages. Folders that failed are kept
+and named.
 """
 
 import itertools
@@ -31,6 +33,10 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 from untrained import equal
 
 import evaluate
@@ -41,23 +47,33 @@ from text import cache, toy
 from training import forms, log, run_folder
 from training.checkpoint import read_checkpoint, read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-FLAGS = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=4 -svi=3 --max_steps=8 -lr=0.003 --tokenizer=word".split()
+FLAGS = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=4 -svi=3".split()
+FLAGS += ["--max_steps=8", "-lr=0.003", "--tokenizer=word"]
 SECONDS = 120  # a process that takes longer hangs
 PHASES = {  # the functions that are a phase each, or a part of it
     "imports": [],
-    "tokenising": [(train, "prepare_text")],
+    "tokenising": [(run_folder, "prepare_text")],
     "probing": [(forms, "warm_up"), (evaluate, "validation_seconds")],
     "training": [(train, "accumulate_gradients"), (train, "update_weights")],
     "validating": [(evaluate, "validate"), (log, "draw_curves")],
     "saving": [(train, "save")],
     "sampling": [(log, "write_samples")],
 }
-ACTIONS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT, "full disk": None}
-FAULTS = "read-only folder", "two processes", "truncated checkpoint", "flipped bit", "empty checkpoint"
+ACTIONS = {
+    "kill -9": signal.SIGKILL,
+    "SIGTERM": signal.SIGTERM,
+    "Ctrl-C": signal.SIGINT,
+    "full disk": None,
+}
+FAULTS = (
+    "read-only folder",
+    "two processes",
+    "truncated checkpoint",
+    "flipped bit",
+    "empty checkpoint",
+)
 IMPORTS = """
 import os, runpy, sys
 n, moment, number = 0, int(sys.argv[1]), int(sys.argv[2])
@@ -78,7 +94,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 class Watch:
-    """Count calls and returns of functions in a phase (all phases if None), and act at the chosen moment.
+    """Count calls and returns of functions in a phase (None: in all), and act at a moment.
 
     notes: file descriptor to which a line is written for the moment and for each complete save.
     """
@@ -141,21 +157,33 @@ class Outcome:
 
 def words(folder):
     """The words of the command line of a training in a folder."""
-    return ["train.py", f"-d={folder.parent / 'corpus.txt'}", f"-mdir={folder / 'run'}", f"--cache_dir={folder / 'cache'}", *FLAGS]
+    return [
+        "train.py",
+        f"-d={folder.parent / 'corpus.txt'}",
+        f"-mdir={folder / 'run'}",
+        f"--cache_dir={folder / 'cache'}",
+        *FLAGS,
+    ]
 
 
 def victim(folder, pipes, phase, moment, action, as_nobody):
     """Train in a folder. The body of a forked process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
     tqdm._instances.clear()  # the bar of the first process is not ours
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(pipes["err"][1], 2)
     if as_nobody:
         os.seteuid(65534)
-    run_folder.VAL_TOKENS = run_folder.LEAST_VAL_TOKENS  # and not a number that follows from the speed
+    run_folder.VAL_TOKENS = (
+        run_folder.LEAST_VAL_TOKENS
+    )  # and not a number that follows from the speed
     cache.BATCH, cache.PART_BYTES = 10, 1000  # so that this small text has several parts
-    plot._draw = lambda path, *_: path.write_bytes(b"a picture, without the seconds that matplotlib takes")
+    plot._draw = lambda path, *_: path.write_bytes(
+        b"a picture, without the seconds that matplotlib takes"
+    )
     watch = Watch(pipes["notes"][1], phase, moment, action)
     sys.argv = words(folder)
     cli.run(train.main)
@@ -163,7 +191,7 @@ def victim(folder, pipes, phase, moment, action, as_nobody):
 
 
 class Process:
-    """A training in a folder, begun as a fork. action: what it does to itself at a moment of a phase."""
+    """A training in a folder, begun as a fork. action: what it does to itself at a moment."""
 
     def __init__(self, folder, phase="none", moment=None, action=None, as_nobody=False):
         self.pipes = {name: os.pipe() for name in ("err", "notes")}
@@ -192,14 +220,24 @@ class Process:
                 texts[name] = file.read()
         notes = (noted + texts["notes"]).splitlines()
         saved = [int(note.split()[1]) for note in notes if note.startswith("saved")]
-        counts = [json.loads(note.removeprefix("counts ")) for note in notes if note.startswith("counts")]
-        return Outcome(code, texts["err"], "reached" in notes, max(saved, default=0), counts[0] if counts else {})
+        counts = [
+            json.loads(note.removeprefix("counts ")) for note in notes if note.startswith("counts")
+        ]
+        return Outcome(
+            code,
+            texts["err"],
+            "reached" in notes,
+            max(saved, default=0),
+            counts[0] if counts else {},
+        )
 
 
 def interrupt_imports(folder, moment, number):
-    """Start the command as a new process, which sends itself a signal when it imports its `moment`-th module -> Outcome."""
+    """Start a process that sends itself a signal at its `moment`-th import -> Outcome."""
     argv = [sys.executable, "-c", IMPORTS, str(moment), str(int(number)), *words(folder)[1:]]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(
+        argv, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
     return Outcome(done.returncode, done.stderr, True, 0, {})
 
 
@@ -207,10 +245,12 @@ def interrupt_imports(folder, moment, number):
 
 
 def one_line_error(outcome):
-    """Complaints about the error of a command that must fail: one line, exit code 2, and the name of a file -> list."""
+    """Complaints about an error: it must be one line, exit code 2, and name a file -> list."""
     lines = [line for line in outcome.err.splitlines() if "error: " in line]
     if outcome.code != 2 or len(lines) != 1 or "/" not in lines[0]:
-        return [f"exit code {outcome.code}, not one line that names a file: {outcome.err.strip()!r}"]
+        return [
+            f"exit code {outcome.code}, not one line that names a file: {outcome.err.strip()!r}"
+        ]
     return []
 
 
@@ -243,9 +283,12 @@ def check_interrupted(outcome, action, folder):
 
 
 def figures_of(run_dir):
-    """The lines of metrics.jsonl without what depends on the speed of the machine -> list of dicts."""
+    """The lines of metrics.jsonl without what depends on the machine's speed -> dicts."""
     measured = "tokens_per_s", "utilisation", "peak_memory_gb", "minutes"
-    return [{name: value for name, value in line.items() if name not in measured} for line in read_metrics(run_dir)]
+    return [
+        {name: value for name, value in line.items() if name not in measured}
+        for line in read_metrics(run_dir)
+    ]
 
 
 def differences(one, other):
@@ -254,19 +297,28 @@ def differences(one, other):
     for name in ("last.pt", "best.pt"):
         a, b = (read_checkpoint(run_dir / name) for run_dir in (one, other))
         a.pop("args"), b.pop("args")
-        found += [f"{name}: {key}" for key in sorted(a.keys() | b.keys()) if not equal(a.get(key), b.get(key))]
+        found += [
+            f"{name}: {key}"
+            for key in sorted(a.keys() | b.keys())
+            if not equal(a.get(key), b.get(key))
+        ]
     for name in ("samples.txt", "tokenizer.model"):
         found += [name] * ((one / name).read_bytes() != (other / name).read_bytes())
     found += ["metrics.jsonl"] * (figures_of(one) != figures_of(other))
-    return found + [f"{path.name} was left" for run_dir in (one, other) for path in run_dir.rglob("*.tmp")]
+    return found + [
+        f"{path.name} was left" for run_dir in (one, other) for path in run_dir.rglob("*.tmp")
+    ]
 
 
 def check_finished(outcome, whole, folder):
-    """Complaints about a run that went on to its end, compared with the uninterrupted one in the folder `whole` -> list."""
+    """Complaints about a finished run, compared with the uninterrupted one in `whole` -> list."""
     found = traceback_of(outcome)
     if outcome.code != 0:
         return [*found, f"exit code {outcome.code} of the same command: {outcome.err.strip()!r}"]
-    return found + [f"differs from an uninterrupted run: {name}" for name in differences(whole / "run", folder / "run")]
+    return found + [
+        f"differs from an uninterrupted run: {name}"
+        for name in differences(whole / "run", folder / "run")
+    ]
 
 
 # ---------------------------------------------------------------- rounds
@@ -275,7 +327,8 @@ def check_finished(outcome, whole, folder):
 def interrupt(folder, phase, action, counts, rng, earliest=0.0):
     """Train in a folder and interrupt it at a random moment of a phase -> Outcome.
 
-    counts: calls and returns in each phase of an uninterrupted run; the moment is after the share `earliest` of them.
+    counts: calls and returns in each phase of an uninterrupted run; the moment is after the share
+    `earliest` of them.
     """
     number = ACTIONS[action]
     if phase == "imports":
@@ -296,27 +349,37 @@ def break_checkpoint(path, fault, rng):
 
 
 def cause(fault, folder, whole, counts, rng):
-    """Let a fault happen to a training that was killed, follow the advice of the message, finish -> complaints."""
+    """Damage a training that was killed, follow the message's advice, finish -> complaints."""
     run_dir = folder / "run"
     if fault == "two processes":
-        first = Process(folder, "training", rng.randint(1, counts["training"]), send(signal.SIGSTOP))
+        first = Process(
+            folder, "training", rng.randint(1, counts["training"]), send(signal.SIGSTOP)
+        )
         noted = first.wait_for_note()
         while noted and not noted.endswith("reached\n"):
             noted += first.wait_for_note()
         second = Process(folder).end()
         os.kill(first.process.pid, signal.SIGCONT)
-        found = one_line_error(second) + ["the lock was not seen"] * ("another process trains" not in second.err)
+        found = one_line_error(second) + ["the lock was not seen"] * (
+            "another process trains" not in second.err
+        )
         return found + check_finished(first.end(noted), whole, folder)
-    interrupt(folder, "training", "kill -9", counts, rng, earliest=0.7)  # after the first validation, which writes best.pt
+    interrupt(
+        folder, "training", "kill -9", counts, rng, earliest=0.7
+    )  # after the first validation, which writes best.pt
     if fault == "read-only folder":
         run_dir.chmod(0o555)
-        refused = Process(folder, as_nobody=os.geteuid() == 0).end()  # nothing is read-only for root
+        refused = Process(
+            folder, as_nobody=os.geteuid() == 0
+        ).end()  # nothing is read-only for root
         run_dir.chmod(0o755)
         found = one_line_error(refused)
     else:
         break_checkpoint(run_dir / "last.pt", fault, rng)
         refused = Process(folder).end()
-        if refused.code == 0 and fault == "flipped bit":  # of a byte that means nothing, such as a date
+        if (
+            refused.code == 0 and fault == "flipped bit"
+        ):  # of a byte that means nothing, such as a date
             return check_finished(refused, whole, folder)
         found = one_line_error(refused)
         if advice := re.search(r"type: (cp .*)", refused.err):
@@ -325,8 +388,10 @@ def cause(fault, folder, whole, counts, rng):
 
 
 def cells(rng):
-    """Yield (phase, action) or (fault, None) without an end: all of them in random order, then all of them again."""
-    possible = [pair for pair in itertools.product(PHASES, ACTIONS) if pair != ("imports", "full disk")]
+    """Yield (phase, action) or (fault, None) without end: all in random order, then again."""
+    possible = [
+        pair for pair in itertools.product(PHASES, ACTIONS) if pair != ("imports", "full disk")
+    ]
     possible += [(fault, None) for fault in FAULTS]
     while True:
         yield from rng.sample(possible, len(possible))
@@ -335,7 +400,8 @@ def cells(rng):
 def one_folder(folder, whole, counts, todo, rng):
     """Do a fault, or one to three interruptions, in a new folder, and let the run end there.
 
-    todo: list of cells, of which the last ones are done and removed. -> [(cell, complaints)], complaints about the end.
+    todo: list of cells, of which the last ones are done and removed. -> [(cell, complaints)],
+    complaints about the end.
     """
     folder.mkdir()
     folder.chmod(0o755)
@@ -361,7 +427,10 @@ def table(rounds, failures):
         return f"{rounds[cell]} ({failures[cell]})" if rounds[cell] else "-"
 
     lines = ["rounds (failures)   " + "".join(f"{action:>12}" for action in ACTIONS)]
-    lines += [f"{phase:20}" + "".join(f"{entry((phase, action)):>12}" for action in ACTIONS) for phase in PHASES]
+    lines += [
+        f"{phase:20}" + "".join(f"{entry((phase, action)):>12}" for action in ACTIONS)
+        for phase in PHASES
+    ]
     return lines + [f"{fault:20}{entry((fault, None)):>12}" for fault in FAULTS]
 
 
@@ -370,9 +439,14 @@ def main():
     p.add_argument("--rounds", type=cli.count, default=100, help="interruptions and faults (100)")
     p.add_argument("--seed", type=cli.natural, default=0, help="seed of all random choices (0)")
     args = p.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job, and what it starts, ignores
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell's background job, and what it starts, ignores
     rng, rounds, failures, kept = random.Random(args.seed), Counter(), Counter(), 0
-    todo, tqdm.monitor_interval = list(itertools.islice(cells(rng), args.rounds)), 0  # a thread would not survive a fork
+    todo, tqdm.monitor_interval = (
+        list(itertools.islice(cells(rng), args.rounds)),
+        0,
+    )  # a thread would not survive a fork
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only on the CPU are results the same bit for bit
     work = Path(tempfile.mkdtemp(prefix="crash-"))
@@ -399,7 +473,10 @@ def main():
                 shutil.rmtree(folder)
     print(*table(rounds, failures), sep="\n")
     if kept:
-        print(f"{kept} folders failed: they are in {work}, next to {whole.name}, the uninterrupted run")
+        print(
+            f"{kept} folders failed: they are in {work}, next to {whole.name}, "
+            "the uninterrupted run"
+        )
         sys.exit(1)
     shutil.rmtree(work)
 

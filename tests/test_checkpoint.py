@@ -53,7 +53,11 @@ def run_dir(tmp_path, model):
 
 def test_load_gives_back_the_averaged_weights_and_the_tokenizer(run_dir, model):
     loaded, tokenizer, run = load(run_dir)
-    assert tokenizer.decode(tokenizer.encode("badge")) == "badge" and run["step"] == 3 and loaded.config == CONFIG
+    assert (
+        tokenizer.decode(tokenizer.encode("badge")) == "badge"
+        and run["step"] == 3
+        and loaded.config == CONFIG
+    )
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
 
@@ -65,7 +69,9 @@ def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
         path.write_bytes(whole[:n])
         with pytest.raises(ValueError, match="damaged"):
             read_checkpoint(path)
-    for i in range(0, len(whole), len(whole) // 40):  # a flipped bit; zip files leave some bytes unread
+    for i in range(
+        0, len(whole), len(whole) // 40
+    ):  # a flipped bit; zip files leave some bytes unread
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :])
         try:
             assert equal(read_checkpoint(path), intact)
@@ -88,11 +94,27 @@ def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
 
 
 def write_checkpoints(run_dir, **steps):
-    """Write last, best and older checkpoints (older_6, ...) of these steps. Those of one step are one file."""
+    """Write last, best and older checkpoints (older_6, ...) of these steps.
+
+    Those of one step are one file.
+    """
     (run_dir / "older").mkdir(parents=True, exist_ok=True)
     for name, step in steps.items():
-        path = checkpoint.older_path(run_dir, step) if name.startswith("older") else run_dir / f"{name}.pt"
-        save_checkpoint(path, dict(step=step, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.full((5000,), float(step))}]))
+        path = (
+            checkpoint.older_path(run_dir, step)
+            if name.startswith("older")
+            else run_dir / f"{name}.pt"
+        )
+        save_checkpoint(
+            path,
+            dict(
+                step=step,
+                args={},
+                config={},
+                tokenizer_hash="",
+                emas=[{"weight": torch.full((5000,), float(step))}],
+            ),
+        )
         if name == "best" and step == steps["last"]:
             path.unlink()
             os.link(run_dir / "last.pt", path)
@@ -102,7 +124,9 @@ DAMAGES = {
     "empty": lambda raw: b"",
     "truncated": lambda raw: raw[: len(raw) // 2],
     "without its end": lambda raw: raw[:-1],
-    "a flipped bit": lambda raw: raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 16]) + raw[len(raw) // 2 + 1 :],
+    "a flipped bit": lambda raw: (
+        raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 16]) + raw[len(raw) // 2 + 1 :]
+    ),
 }
 
 
@@ -111,18 +135,26 @@ DAMAGES = {
     "steps, damaged, expected",
     [
         (dict(last=8, best=8, older_4=4, older_6=6), ["last.pt"], "older/step-0000000006.pt"),
-        (dict(last=8, best=8, older_4=4, older_6=6), ["last.pt", "older/step-0000000006.pt"], "older/step-0000000004.pt"),
+        (
+            dict(last=8, best=8, older_4=4, older_6=6),
+            ["last.pt", "older/step-0000000006.pt"],
+            "older/step-0000000004.pt",
+        ),
         (dict(last=8, best=6, older_4=4), ["last.pt"], "best.pt"),
         (dict(last=8, best=4, older_4=4, older_6=6), ["last.pt"], "older/step-0000000006.pt"),
         (dict(last=8, best=6), ["last.pt", "best.pt"], None),
         (dict(last=8, best=8), ["last.pt"], None),
     ],
 )
-def test_a_damaged_last_checkpoint_is_answered_with_the_command_that_goes_on(tmp_path, damage, steps, damaged, expected):
+def test_a_damaged_last_checkpoint_is_answered_with_the_command_that_goes_on(
+    tmp_path, damage, steps, damaged, expected
+):
     run_dir = tmp_path / "a run"
     write_checkpoints(run_dir, **steps)
     for path in (run_dir / name for name in damaged):
-        path.write_bytes(DAMAGES[damage](path.read_bytes()))  # into the file, so links to it are damaged too
+        path.write_bytes(
+            DAMAGES[damage](path.read_bytes())
+        )  # into the file, so links to it are damaged too
     with pytest.raises(ValueError, match=r"last\.pt is damaged") as error:
         run_folder.open_run_folder(run_dir)
     message = str(error.value)
@@ -138,7 +170,10 @@ def test_a_damaged_last_checkpoint_is_answered_with_the_command_that_goes_on(tmp
 
 def test_a_folder_with_only_older_checkpoints_is_not_taken_for_a_new_run(tmp_path):
     write_checkpoints(tmp_path, older_4=4, older_6=6)
-    with pytest.raises(ValueError, match=r"no last\.pt: to go on from step 6, type: cp \S+older/step-0000000006\.pt "):
+    with pytest.raises(
+        ValueError,
+        match=r"no last\.pt: to go on from step 6, type: cp \S+older/step-0000000006\.pt ",
+    ):
         run_folder.open_run_folder(tmp_path)
 
 
@@ -172,11 +207,17 @@ def test_equal_sees_any_difference():
     """The comparison that the tests of resuming rely on."""
     one = {"a": [torch.tensor([1.0, 2.0]), 3], "b": "x"}
     assert equal(one, {"a": [torch.tensor([1.0, 2.0]), 3], "b": "x"})
-    for other in ({"a": [torch.tensor([1.0, 2.0 + 2e-7]), 3], "b": "x"}, {"a": [one["a"][0], 4], "b": "x"}, {"a": one["a"]}):
+    for other in (
+        {"a": [torch.tensor([1.0, 2.0 + 2e-7]), 3], "b": "x"},
+        {"a": [one["a"][0], 4], "b": "x"},
+        {"a": one["a"]},
+    ):
         assert not equal(one, other)
 
 
-@pytest.mark.parametrize("closed, out, err", [(">&-", "", "error\n"), ("2>&-", "text\n", ""), (">&- 2>&-", "", "")])
+@pytest.mark.parametrize(
+    "closed, out, err", [(">&-", "", "error\n"), ("2>&-", "text\n", ""), (">&- 2>&-", "", "")]
+)
 def test_a_closed_stream_takes_nothing_and_no_other_file_gets_it(tmp_path, closed, out, err):
     """Without care, the next file that is opened has the number of the closed stream."""
     (tmp_path / "command.py").write_text(
@@ -191,7 +232,12 @@ def test_a_closed_stream_takes_nothing_and_no_other_file_gets_it(tmp_path, close
     )
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} command.py {closed}"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-c", f"{sys.executable} command.py {closed}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
     assert (tmp_path / "file").read_text() == "mine"
@@ -211,9 +257,17 @@ def trained(tmp_path_factory):
 
 def train_for(folder, name, *flags, steps=8):
     """Train a tiny model in `folder / name`."""
-    tiny = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=100 -lr=0.003 -ema=0.5,0.9 -wd=0".split()
+    tiny = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=100".split()
+    tiny += ["-lr=0.003", "-ema=0.5,0.9", "-wd=0"]
     with pytest.MonkeyPatch.context() as patch:
-        words = ["train.py", f"-mdir={folder / name}", f"--cache_dir={folder / 'cache'}", f"--max_steps={steps}", *tiny, *flags]
+        words = [
+            "train.py",
+            f"-mdir={folder / name}",
+            f"--cache_dir={folder / 'cache'}",
+            f"--max_steps={steps}",
+            *tiny,
+            *flags,
+        ]
         patch.setattr(sys, "argv", words)
         train.main()
 
@@ -253,40 +307,77 @@ def test_an_exported_model_gives_the_same_logits(trained, tmp_path, monkeypatch,
     assert run_command(monkeypatch, capsys, export, *flags)[0] == 0
     assert sorted(path.name for path in out.iterdir()) == sorted(checkpoint.EXPORTED_FILES)
     network, tokenizer, run = load(trained)
-    network.load_state_dict({name: weight.to(getattr(torch, dtype)) for name, weight in network.state_dict().items()})
+    network.load_state_dict(
+        {name: weight.to(getattr(torch, dtype)) for name, weight in network.state_dict().items()}
+    )
     exported, its_tokenizer, its_run = load(out)
-    assert torch.equal(logits_of(exported), logits_of(network)) and exported.config == network.config
+    assert (
+        torch.equal(logits_of(exported), logits_of(network)) and exported.config == network.config
+    )
     assert its_tokenizer.serialized_model_proto() == tokenizer.serialized_model_proto()
     for name in run.keys() - {"args", "times", "times_history"}:
         assert equal(its_run[name], run[name]), name
-    assert its_run["args"] == run["args"] | dict(data_path="corpus.txt", model_dir="run", cache_dir="cache")
+    assert its_run["args"] == run["args"] | dict(
+        data_path="corpus.txt", model_dir="run", cache_dir="cache"
+    )
     before = {path: path.read_bytes() for path in out.iterdir()}
     code, _, errors = run_command(monkeypatch, capsys, export, *flags)
     assert code == 2 and "exists already: give another folder" in errors
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
-def test_the_commands_do_the_same_with_an_exported_model_as_with_its_run(trained, out, tmp_path, monkeypatch, capsys):
+def test_the_commands_do_the_same_with_an_exported_model_as_with_its_run(
+    trained, out, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "text.txt").write_text(toy.corpus(20, seed=1))
     printed = []
     for folder in (trained, out):
-        sampled = run_command(monkeypatch, capsys, sample, f"-mdir={folder}", "--num_samples=3", "--steps=4", "--prompt=the")
-        measure = f"-mdir={folder}", f"-d={tmp_path / 'text.txt'}", "--draws=2", "--all", f"--cache_dir={tmp_path}"
+        sampled = run_command(
+            monkeypatch,
+            capsys,
+            sample,
+            f"-mdir={folder}",
+            "--num_samples=3",
+            "--steps=4",
+            "--prompt=the",
+        )
+        measure = (
+            f"-mdir={folder}",
+            f"-d={tmp_path / 'text.txt'}",
+            "--draws=2",
+            "--all",
+            f"--cache_dir={tmp_path}",
+        )
         measured = run_command(monkeypatch, capsys, evaluate, *measure, "--json")
         assert sampled[0] == measured[0] == 0
         printed.append((sampled[1], measured[1]))
-        train_for(tmp_path, f"from-{folder.name}", f"-d={tmp_path / 'text.txt'}", f"--init_from={folder}", steps=2)
+        train_for(
+            tmp_path,
+            f"from-{folder.name}",
+            f"-d={tmp_path / 'text.txt'}",
+            f"--init_from={folder}",
+            steps=2,
+        )
     assert printed[0] == printed[1]
-    one, other = (read_checkpoint(tmp_path / f"from-{folder.name}" / "last.pt") for folder in (trained, out))
+    one, other = (
+        read_checkpoint(tmp_path / f"from-{folder.name}" / "last.pt") for folder in (trained, out)
+    )
     assert equal(one["model"], other["model"]) and equal(one["emas"], other["emas"])
 
 
-def test_the_card_gives_samples_figures_and_flags_and_no_path_of_the_machine(trained, out, monkeypatch, capsys):
+def test_the_card_gives_samples_figures_and_flags_and_no_path_of_the_machine(
+    trained, out, monkeypatch, capsys
+):
     export = (out / "README.md").read_text()
     samples = run_command(monkeypatch, capsys, sample, f"-mdir={out}", "--num_samples=2")[1]
     assert "".join(f"    {line}".rstrip() + "\n" for line in samples.splitlines()) in export
-    figures = next(m for m in checkpoint.read_metrics(trained) if m["step"] == load(out)[2]["step"] and "val_bits_per_char" in m)
-    for name in "bound_nats_per_token bound_bits_per_token bits_per_char exact_nats_per_token exact_bits_per_char".split():
+    figures = next(
+        m
+        for m in checkpoint.read_metrics(trained)
+        if m["step"] == load(out)[2]["step"] and "val_bits_per_char" in m
+    )
+    names = "bound_nats_per_token bound_bits_per_token bits_per_char exact_nats_per_token"
+    for name in [*names.split(), "exact_bits_per_char"]:
         assert f"| {figures[f'val_{name}']:.4f} |" in export, name
         assert load(out)[2]["figures"][name.removeprefix("val_")] == figures[f"val_{name}"]
     assert "`corpus.txt`" in export and "training text has 293 examples, " in export
@@ -311,10 +402,19 @@ def assert_same_flags(args):
     words = shlex.split(export.training_command(args).replace("\\\n", ""))
     again = vars(train.complete(train.flags().parse_args(words[2:])))
     different = {name for name in args if args[name] != again.get(name)}
-    assert different <= {"model_dir", "cache_dir", "device", "minutes", "vocab_size", "val_tokens"}, different
+    assert different <= {
+        "model_dir",
+        "cache_dir",
+        "device",
+        "minutes",
+        "vocab_size",
+        "val_tokens",
+    }, different
 
 
-def test_a_damaged_foreign_or_missing_file_is_an_error_of_one_line(out, tmp_path, monkeypatch, capsys):
+def test_a_damaged_foreign_or_missing_file_is_an_error_of_one_line(
+    out, tmp_path, monkeypatch, capsys
+):
     """Also of every command that reads the folder."""
     intact = {path.name: path.read_bytes() for path in out.iterdir()}
     weights = intact["model.safetensors"]
@@ -343,14 +443,32 @@ def test_a_damaged_foreign_or_missing_file_is_an_error_of_one_line(out, tmp_path
         (out / name).write_bytes(intact[name])
     load(out)
     (out / "model.safetensors").write_bytes(weights[:100])
-    for module, *flags in ((sample,), (evaluate, f"-d={other}"), (train, f"-d={other}", f"--init_from={out}")):
-        code, printed, errors = run_command(monkeypatch, capsys, module, f"-mdir={out if len(flags) < 2 else tmp_path / 'x'}", *flags)
-        assert code == 2 and not printed and len(errors.splitlines()) == 1 and "damaged or not an exported model" in errors
+    for module, *flags in (
+        (sample,),
+        (evaluate, f"-d={other}"),
+        (train, f"-d={other}", f"--init_from={out}"),
+    ):
+        code, printed, errors = run_command(
+            monkeypatch,
+            capsys,
+            module,
+            f"-mdir={out if len(flags) < 2 else tmp_path / 'x'}",
+            *flags,
+        )
+        assert (
+            code == 2
+            and not printed
+            and len(errors.splitlines()) == 1
+            and "damaged or not an exported model" in errors
+        )
 
 
 def test_a_hostile_config_is_an_error_of_one_line_and_takes_no_memory(out):
     """The hash of the weights is recomputed, as whoever writes such files would."""
-    intact, library = json.loads((out / "config.json").read_text()), pytest.importorskip("safetensors.torch")
+    intact, library = (
+        json.loads((out / "config.json").read_text()),
+        pytest.importorskip("safetensors.torch"),
+    )
     weights = library.load_file(out / "model.safetensors")
 
     def refused(message, content=None, weights_file=None, **changes):
@@ -366,7 +484,10 @@ def test_a_hostile_config_is_an_error_of_one_line_and_takes_no_memory(out):
         return BFNTransformer(config)
 
     for name in checkpoint.EXPORTED:
-        refused(f"{name} is missing", **{name: {"a": 1}} if name not in ("args", "config") else {name: [1]})
+        refused(
+            f"{name} is missing",
+            **{name: {"a": 1}} if name not in ("args", "config") else {name: [1]},
+        )
     for name in checkpoint.EXPORTED_ARGS:
         refused(f"{name} is missing", args={**intact["args"], name: [{}]})
     refused("word_lengths is missing", word_lengths=["__import__('os')"])
@@ -375,16 +496,37 @@ def test_a_hostile_config_is_an_error_of_one_line_and_takes_no_memory(out):
     refused("format 4", format=4)
     refused("RecursionError", content="[" * 100_000)
     refused("digits", content="1" * 5000)
-    for changed in (dict(K=-1), dict(d_model=0), dict(n_layers=0), dict(n_layers=10**12), dict(n_heads=0), dict(beta1=-1.0)):
+    for changed in (
+        dict(K=-1),
+        dict(d_model=0),
+        dict(n_layers=0),
+        dict(n_layers=10**12),
+        dict(n_heads=0),
+        dict(beta1=-1.0),
+    ):
         refused("damaged or not an exported model", config={**intact["config"], **changed})
     refused("a size is not that of a network", args={**intact["args"], "sequence_length": -1})
-    for changed in (dict(K=10**12), dict(d_model=2**40), dict(d_model=10**5, n_heads=4), dict(K=2**62), dict(n_layers=3)):
+    for changed in (
+        dict(K=10**12),
+        dict(d_model=2**40),
+        dict(d_model=10**5, n_heads=4),
+        dict(K=2**62),
+        dict(n_layers=3),
+    ):
         refused(r"do not fit the network in model\.py", config={**intact["config"], **changed})
     shapes = dict(weights, **{"linear_out.bias": torch.zeros(3)})
     refused("do not fit the network", weights_file=library.save(shapes))
-    refused("do not fit the network", weights_file=library.save({n: w for n, w in weights.items() if n != "linear_out.bias"}))
-    refused("do not fit the network", weights_file=library.save({**weights, "more": torch.zeros(3)}))
-    refused("do not fit the network", weights_file=library.save({n: w.long() for n, w in weights.items()}))
+    refused(
+        "do not fit the network",
+        weights_file=library.save({n: w for n, w in weights.items() if n != "linear_out.bias"}),
+    )
+    refused(
+        "do not fit the network", weights_file=library.save({**weights, "more": torch.zeros(3)})
+    )
+    refused(
+        "do not fit the network",
+        weights_file=library.save({n: w.long() for n, w in weights.items()}),
+    )
     refused("SafetensorError", weights_file=b"\x80\x04.")
     refused("SafetensorError", weights_file=(2**60).to_bytes(8, "little") + b"{}")
 
@@ -400,10 +542,14 @@ def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
 
 
 def test_nothing_is_written_into_an_exported_folder(out, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="was exported and cannot be resumed: give another -mdir and --init_from"):
+    with pytest.raises(
+        ValueError, match="was exported and cannot be resumed: give another -mdir and --init_from"
+    ):
         run_folder.open_run_folder(out)
     for name in checkpoint.EXPORTED_FILES:
-        code, _, errors = run_command(monkeypatch, capsys, sample, f"-mdir={out}", f"--output={out / name}")
+        code, _, errors = run_command(
+            monkeypatch, capsys, sample, f"-mdir={out}", f"--output={out / name}"
+        )
         assert code == 2 and "is a file of the run" in errors
 
 
@@ -431,10 +577,18 @@ def test_weights_that_share_memory_are_exported(trained, tmp_path, monkeypatch):
 
 def test_the_model_in_the_repository_speaks_its_language(monkeypatch, capsys, tmp_path):
     assert sum(path.stat().st_size for path in TOY.iterdir()) < 2e6
-    texts = run_command(monkeypatch, capsys, sample, f"-mdir={TOY}", "--num_samples=16")[1].splitlines()
+    texts = run_command(monkeypatch, capsys, sample, f"-mdir={TOY}", "--num_samples=16")[
+        1
+    ].splitlines()
     assert len(texts) == 16 and sum(map(toy.is_grammatical, texts)) >= 12
     (tmp_path / "new.txt").write_text(toy.corpus(20, seed=5))
-    flags = f"-mdir={TOY}", f"-d={tmp_path / 'new.txt'}", "--max_tokens=100", "--draws=1", f"--cache_dir={tmp_path}"
+    flags = (
+        f"-mdir={TOY}",
+        f"-d={tmp_path / 'new.txt'}",
+        "--max_tokens=100",
+        "--draws=1",
+        f"--cache_dir={tmp_path}",
+    )
     assert "bound" in run_command(monkeypatch, capsys, evaluate, *flags)[1]
 
 

@@ -14,7 +14,7 @@ from training.checkpoint import save_checkpoint
 
 
 def test_interrupted_trainings_resume_to_the_same_result_bit_for_bit():
-    """Each round is another phase and another signal; `python tests/crash.py` does as many as one likes."""
+    """Each round is another phase and signal; `python tests/crash.py` does as many as you like."""
     argv = [sys.executable, "tests/crash.py", "--rounds=4", "--seed=4"]
     done = subprocess.run(argv, cwd=crash.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,15 +33,25 @@ def folders(tmp_path):
         run_dir = tmp_path / name / "run"
         run_dir.mkdir(parents=True)
         for path in (run_dir / "last.pt", run_dir / "best.pt"):
-            save_checkpoint(path, dict(step=3, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.ones(2)}]))
-        (run_dir / "metrics.jsonl").write_text(json.dumps(dict(step=3, loss=1.5, minutes=torch.rand(()).item())) + "\n")
+            save_checkpoint(
+                path,
+                dict(
+                    step=3, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.ones(2)}]
+                ),
+            )
+        (run_dir / "metrics.jsonl").write_text(
+            json.dumps(dict(step=3, loss=1.5, minutes=torch.rand(()).item())) + "\n"
+        )
         for file in ("samples.txt", "tokenizer.model"):
             (run_dir / file).write_text("3\tthe king\n")
     return tmp_path / "one", tmp_path / "other"
 
 
 def change_weight(run_dir):
-    save_checkpoint(run_dir / "last.pt", dict(step=3, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.zeros(2)}]))
+    save_checkpoint(
+        run_dir / "last.pt",
+        dict(step=3, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.zeros(2)}]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +60,10 @@ def change_weight(run_dir):
         (lambda run_dir: None, []),
         (change_weight, ["last.pt: emas"]),
         (lambda run_dir: (run_dir / "samples.txt").write_text("3\tthe\n"), ["samples.txt"]),
-        (lambda run_dir: (run_dir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.25}\n'), ["metrics.jsonl"]),
+        (
+            lambda run_dir: (run_dir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.25}\n'),
+            ["metrics.jsonl"],
+        ),
         (lambda run_dir: (run_dir / "last.pt.tmp").write_text(""), ["last.pt.tmp was left"]),
     ],
 )
@@ -67,7 +80,11 @@ def test_runs_that_differ_in_anything_but_their_speed_are_told_apart(folders, ch
         ("SIGTERM", dict(code=143, err="saved at step 3: run"), None),
         ("full disk", dict(code=2, err="train.py: error: no space left: /tmp/x\n"), None),
         ("kill -9", dict(code=-9, saved=4), "step 4 was saved, last.pt is of step 3"),
-        ("SIGTERM", dict(code=143, err="saved at step 4: run"), "it says saved at step 4, last.pt is of step 3"),
+        (
+            "SIGTERM",
+            dict(code=143, err="saved at step 4: run"),
+            "it says saved at step 4, last.pt is of step 3",
+        ),
         ("SIGTERM", dict(code=1), "exit code 1 after SIGTERM"),
         ("Ctrl-C", dict(code=130, err="Traceback (most recent call last)"), "Traceback"),
         ("full disk", dict(code=2, err="train.py: error: no space left\n"), "names a file"),

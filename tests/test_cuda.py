@@ -1,4 +1,7 @@
-"""What only a GPU does: flex attention, bfloat16, compiled fused operations. `BFN_TEST_CUDA=1 python -m pytest tests/test_cuda.py`."""
+"""What only a GPU does: flex attention, bfloat16, compiled fused operations.
+
+`BFN_TEST_CUDA=1 python -m pytest tests/test_cuda.py`.
+"""
 
 import sys
 from functools import partial
@@ -47,7 +50,9 @@ def gradients(model, batch, is_fused=False):
     model.zero_grad(set_to_none=True)
     model.use(model.form._replace(fused=is_fused))
     loss = train.accumulate_gradients(model, [batch], [3], DEVICE, Times("stratified", 0.5, DEVICE))
-    return loss.item(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+    return loss.item(), torch.cat(
+        [p.grad.flatten().float() for p in model.parameters() if p.requires_grad]
+    )
 
 
 def assert_alike(ours, reference, tolerance=0.03):
@@ -83,7 +88,9 @@ def test_flex_attention_equals_a_boolean_mask_without_compiling_again(model, bat
 
 def test_noise_is_that_of_the_cpu():
     keys = draw_keys(50, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(noise(keys.to(DEVICE), K).cpu(), noise(keys, K), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        noise(keys.to(DEVICE), K).cpu(), noise(keys, K), atol=1e-4, rtol=1e-4
+    )
     assert torch.equal(uniform(keys.to(DEVICE)).cpu(), uniform(keys))
 
 
@@ -97,15 +104,24 @@ def test_every_sampler_runs(model, sampler):
 
 
 def test_the_commands_train_go_on_and_sample(tmp_path, monkeypatch, capsys):
-    """Rows of 256, so that attention is flex; a word vocabulary, so that nothing is fused; then fused."""
+    """Rows of 256 make attention flex; a word vocabulary leaves nothing fused; then fused."""
     (tmp_path / "corpus.txt").write_text(toy.corpus(2000))
-    flags = f"-d={tmp_path / 'corpus.txt'} -slen=256 -mdim=64 -nl=2 -nh=2 -bsz=4 -lgi=5 -svi=5 -vli=5 -nex=2 -wus=2"
+    flags = "-slen=256 -mdim=64 -nl=2 -nh=2 -bsz=4 -lgi=5 -svi=5 -vli=5 -nex=2 -wus=2"
+    flags += f" -d={tmp_path / 'corpus.txt'}"
     for form in ("off", "on"):
         for n_steps in (5, 10):
-            argv = ["train.py", *flags.split(), f"-mdir={tmp_path / form}", f"--fused={form}", f"--max_steps={n_steps}"]
+            argv = [
+                "train.py",
+                *flags.split(),
+                f"-mdir={tmp_path / form}",
+                f"--fused={form}",
+                f"--max_steps={n_steps}",
+            ]
             monkeypatch.setattr(sys, "argv", [*argv, "--tokenizer=word"])
             cli.run(train.main)
-        monkeypatch.setattr(sys, "argv", ["sample.py", f"-mdir={tmp_path / form}", "--num_samples=2", "--steps=3"])
+        monkeypatch.setattr(
+            sys, "argv", ["sample.py", f"-mdir={tmp_path / form}", "--num_samples=2", "--steps=3"]
+        )
         capsys.readouterr()
         cli.run(sample.main)
         assert len(capsys.readouterr().out.splitlines()) == 2

@@ -105,9 +105,7 @@ def test_a_fault_of_compiled_attention_in_bfloat16_costs_neither_of_them(
 
     compile_by(attend)
     monkeypatch.setattr(speed, "fast_bf16", lambda device: True)
-    monkeypatch.setattr(
-        forms.Check, "seconds", lambda check, form: 2 - form.compiled - form.bf16
-    )
+    monkeypatch.setattr(forms.Check, "seconds", lambda check, form: 2 - form.compiled - form.bf16)
     assert chosen("--compile=on") == Form(bf16=True, compiled=True)
     assert "attention.qkv.weight is not finite" in capsys.readouterr().err
 

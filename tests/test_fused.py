@@ -1,5 +1,4 @@
-"""The fused operations against the plain form on the same noise, and the check that a run makes at its start."""
-
+"""The fused operations against the plain form, and the check that a run makes at its start."""
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def problem(K, B=3, L=13, D=6, s1=4.0):
-    """Parameters and a noisy batch; a third of the positions is not predicted, tokens 0 and K - 1 occur, t = 0 and 1 too."""
+    """Parameters and a noisy batch, with tokens 0 and K - 1, t = 0 and 1, a third not predicted."""
     torch.manual_seed(K)
     E, W = torch.randn(K, D, requires_grad=True), torch.randn(K, D, requires_grad=True)
     bias = torch.randn(K, requires_grad=True)
@@ -74,7 +73,9 @@ def test_hidden_to_loss_equals_the_plain_loss(K, entropy_weight, chunk, monkeypa
 
 def setup(K=1001):
     """A network of random weights and a packed batch with given tokens and padding."""
-    model = random_network(Config(K=K, beta1=bfn.auto_beta1(K), d_model=32, n_layers=2, n_heads=2), std=0.1)
+    model = random_network(
+        Config(K=K, beta1=bfn.auto_beta1(K), d_model=32, n_layers=2, n_heads=2), std=0.1
+    )
     ids = torch.randint(K, (3, 13))
     segment_ids = torch.tensor([[1] * 5 + [2] * 8, [1] * 13, [1] * 4 + [2] * 3 + [0] * 6])
     cond_mask = (torch.rand(3, 13) < 0.3) & (segment_ids > 0)
@@ -82,7 +83,7 @@ def setup(K=1001):
 
 
 def loss_and_gradients(model, batch, is_fused):
-    """Loss, the curve of squared losses that training times learn, and the gradient of every parameter."""
+    """Loss, the curve of squared losses that times learn, and the gradient of every parameter."""
     model.form = model.form._replace(fused=is_fused)
     times = Times("learned", 0.5)
     model.zero_grad(set_to_none=True)
@@ -168,7 +169,7 @@ def test_attention_without_a_mask_gives_the_same_numbers():
         torch.testing.assert_close(model(theta, t, segment_ids), plain, atol=1e-5, rtol=1e-4)
 
 
-# ---------------------------------------------------------------- edits of the plain form: followed or refused
+# ---------------------------------------------------------------- edits of the plain form
 
 
 def another_flow(ids, t, s1, K, eps=None, flow=bfn.flow):
@@ -208,14 +209,20 @@ EDITS = [
     (BFNTransformer, "head", another_head),
     (BFNTransformer, "forward", another_forward),
     (bfn, "training_loss", another_loss),
-    (bfn, "squared_error_loss", lambda log_p, ids, t, s1: 2 * s1 * t * (1 - log_p.exp().square().sum(-1))),
+    (
+        bfn,
+        "squared_error_loss",
+        lambda log_p, ids, t, s1: 2 * s1 * t * (1 - log_p.exp().square().sum(-1)),
+    ),
     (bfn, "cross_entropy", lambda log_p, ids: -2 * bfn.pick(log_p, ids)),
     (bfn, "CROSS_ENTROPY", 1.0),
 ]
 
 
 def arguments(*more):
-    return train.complete(train.flags().parse_args(["-d=none", "-mdim=32", "-nl=2", "-nh=2", "--compile=off", *more]))
+    return train.complete(
+        train.flags().parse_args(["-d=none", "-mdim=32", "-nl=2", "-nh=2", "--compile=off", *more])
+    )
 
 
 def trained_losses(form, K=1500):
@@ -228,13 +235,17 @@ def trained_losses(form, K=1500):
     state.model.use(state.model.form._replace(bf16=False))  # on every CPU the same
     losses = []
     for state.step in range(3):
-        losses.append(train.accumulate_gradients(state.model, [batch], [state.step], CPU, state.times).item())
+        losses.append(
+            train.accumulate_gradients(state.model, [batch], [state.step], CPU, state.times).item()
+        )
         train.update_weights(state, args)
     return losses, state.model.form.fused
 
 
 @pytest.mark.parametrize("owner, name, edit", EDITS, ids=[name for _, name, _ in EDITS])
-def test_an_edit_of_the_plain_form_is_followed_by_fused_training_or_refused(owner, name, edit, monkeypatch, capsys):
+def test_an_edit_of_the_plain_form_is_followed_by_fused_training_or_refused(
+    owner, name, edit, monkeypatch, capsys
+):
     before, _ = trained_losses("off")
     monkeypatch.setattr(owner, name, edit)
     expected, _ = trained_losses("off")
@@ -243,7 +254,12 @@ def test_an_edit_of_the_plain_form_is_followed_by_fused_training_or_refused(owne
         found, is_fused = trained_losses("on")
         assert is_fused and found == pytest.approx(expected, rel=1e-3)
     except ValueError as error:
-        assert name not in ("training_loss", "squared_error_loss", "cross_entropy", "CROSS_ENTROPY")  # these are followed
+        assert name not in (
+            "training_loss",
+            "squared_error_loss",
+            "cross_entropy",
+            "CROSS_ENTROPY",
+        )  # these are followed
         assert "--fused=off" in str(error) and "\n" not in str(error)
     capsys.readouterr()
     found, is_fused = trained_losses("auto")
@@ -254,21 +270,29 @@ def test_an_edit_of_the_plain_form_is_followed_by_fused_training_or_refused(owne
 @pytest.mark.parametrize("low, high", [(0.0, 0.98), (0.02, 1.0), (0.05, 1.0)])
 def test_an_edit_that_only_matters_near_the_ends_of_time_is_refused(low, high, monkeypatch):
     flow = bfn.flow
-    monkeypatch.setattr(bfn, "flow", lambda ids, t, s1, K, eps=None: flow(ids, t.clamp(low, high), s1, K, eps))
+    monkeypatch.setattr(
+        bfn, "flow", lambda ids, t, s1, K, eps=None: flow(ids, t.clamp(low, high), s1, K, eps)
+    )
     with pytest.raises(ValueError, match="--fused=off"):
         trained_losses("on")
 
 
 def test_an_embedding_with_dropout_is_refused(monkeypatch):
     plain = BFNTransformer.embed
-    monkeypatch.setattr(BFNTransformer, "embed", lambda self, theta: torch.dropout(plain(self, theta), 0.5, self.training))
+    monkeypatch.setattr(
+        BFNTransformer,
+        "embed",
+        lambda self, theta: torch.dropout(plain(self, theta), 0.5, self.training),
+    )
     with pytest.raises(ValueError, match="--fused=off"):
         trained_losses("on")
 
 
 def test_without_an_edit_the_check_passes_for_every_vocabulary_and_number_of_heads():
     for K, n_heads in ((2, 1), (1001, 3), (32_000, 8)):
-        model = BFNTransformer(Config(K=K, beta1=bfn.auto_beta1(K), d_model=8 * n_heads, n_layers=1, n_heads=n_heads))
+        model = BFNTransformer(
+            Config(K=K, beta1=bfn.auto_beta1(K), d_model=8 * n_heads, n_layers=1, n_heads=n_heads)
+        )
         before = torch.get_rng_state()
         assert forms.can_fuse(model, arguments("--fused=on"), CPU, train.accumulate_gradients)
         assert torch.equal(torch.get_rng_state(), before)

@@ -22,7 +22,7 @@ def random_input(*lengths):
 
 @pytest.mark.parametrize("lengths", [(5, 5), (3, 6, 3), (1, 1, 1)])
 def test_a_packed_row_equals_its_segments_alone(model, lengths):
-    """With equal lengths too: a mask that compares lengths would let two equal segments see each other."""
+    """With equal lengths too: a mask that compares lengths would let them see each other."""
     theta, t = random_input(*lengths)
     segment_ids = torch.cat([torch.full((1, n), i + 1) for i, n in enumerate(lengths)], 1)
     packed = model(torch.cat(theta, 1), torch.cat(t, 1), segment_ids).split(lengths, 1)
@@ -42,7 +42,10 @@ def test_attention_written_out_in_bfloat16_equals_the_fused_form():
     torch.testing.assert_close(written_out.float(), exact, atol=0.05, rtol=0.05)
     changed = v.clone()
     changed[0, :, 10:] = 9.0  # what the first segment cannot see
-    assert torch.equal(model_file.attend(*(x.bfloat16() for x in (q, k, changed)), mask)[0, :, :10], written_out[0, :, :10])
+    assert torch.equal(
+        model_file.attend(*(x.bfloat16() for x in (q, k, changed)), mask)[0, :, :10],
+        written_out[0, :, :10],
+    )
 
 
 def test_without_segment_ids_each_row_is_one_segment_and_only_padding_is_refused(model):
@@ -65,7 +68,9 @@ def test_the_convolution_adds_what_torchs_gives_within_a_segment():
 def test_padding_changes_nothing(model):
     (theta, rest), (t, t_rest) = random_input(6, 4)
     alone = model(theta, t, torch.ones(1, 6, dtype=torch.long))
-    padded = model(torch.cat([theta, rest], 1), torch.cat([t, t_rest], 1), torch.tensor([[1] * 6 + [0] * 4]))
+    padded = model(
+        torch.cat([theta, rest], 1), torch.cat([t, t_rest], 1), torch.tensor([[1] * 6 + [0] * 4])
+    )
     torch.testing.assert_close(padded[:, :6], alone, atol=1e-5, rtol=1e-4)
     assert padded.isfinite().all()
 

@@ -24,7 +24,11 @@ def test_the_learning_rate_rises_falls_and_never_rises_again():
 
 def test_weight_decay_is_on_matrices_only_and_every_parameter_is_in_one_group():
     model = BFNTransformer(Config(K=4, beta1=1.0, d_model=32, n_layers=2, n_heads=2))
-    groups = [group for optimizer in optim.make_optimizers(model, ARGS) for group in optimizer.param_groups]
+    groups = [
+        group
+        for optimizer in optim.make_optimizers(model, ARGS)
+        for group in optimizer.param_groups
+    ]
     for group in groups:
         for p in group["params"]:
             assert group["weight_decay"] == (ARGS.weight_decay if p.ndim >= 2 else 0)
@@ -51,7 +55,9 @@ def test_both_ways_to_orthogonalise_give_the_same(shape):
     values = torch.logspace(0, -4, shape[1])
     values[shape[1] // 2 + 1 :: 3] = 0
     X = U * values @ Vh
-    torch.testing.assert_close(orthogonalise_by_gram(X), orthogonalise_directly(X.double()).float(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        orthogonalise_by_gram(X), orthogonalise_directly(X.double()).float(), rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8)])
@@ -63,14 +69,21 @@ def test_a_muon_update_is_an_orthogonal_matrix_of_adamws_size(shape):
     values = torch.linalg.svdvals(p.detach()) / (0.5 * 0.2 * max(shape) ** 0.5)
     assert 0.75 < values.min() and values.max() < 1.25
     U, _, Vh = torch.linalg.svd(p.grad, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(p.detach().flatten(), -(U @ Vh).flatten(), dim=0) > 0.98
+    assert (
+        torch.nn.functional.cosine_similarity(p.detach().flatten(), -(U @ Vh).flatten(), dim=0)
+        > 0.98
+    )
 
 
 def test_processes_share_the_matrices_by_their_cost():
     shapes = [(3, 64, 64), (4, 64, 256), (4, 192, 64), (1, 8, 8)]
     owners = optim.share_by_cost(list(map(torch.Size, shapes)), 4)
-    assert [len(ranks) for ranks in owners] == [3, 4, 4, 1] and sorted(owners[1]) == sorted(owners[2]) == [0, 1, 2, 3]
-    assert len({*owners[0], *owners[3]}) == 4  # the process without a square matrix gets the smallest one
+    assert [len(ranks) for ranks in owners] == [3, 4, 4, 1] and sorted(owners[1]) == sorted(
+        owners[2]
+    ) == [0, 1, 2, 3]
+    assert (
+        len({*owners[0], *owners[3]}) == 4
+    )  # the process without a square matrix gets the smallest one
 
 
 def test_each_process_orthogonalises_its_share_and_the_shares_make_up_the_whole(monkeypatch):

@@ -14,7 +14,9 @@ def test_each_segment_has_one_time_and_the_times_are_uniform():
     draws = torch.stack([draw_evenly(segment_ids) for _ in range(4000)])
     torch.testing.assert_close(draws.mean(0), torch.full((2, 6), 0.5), atol=0.03, rtol=0)
     torch.testing.assert_close(draws.var(0), torch.full((2, 6), 1 / 12), atol=0.01, rtol=0)
-    many = draw_evenly(torch.arange(1, 100_001)[None]).sort().values  # many times leave no large gap
+    many = (
+        draw_evenly(torch.arange(1, 100_001)[None]).sort().values
+    )  # many times leave no large gap
     assert many.diff(dim=-1).max() < 3 / 100_000
 
 
@@ -30,7 +32,9 @@ def test_in_the_chosen_share_of_segments_each_position_has_its_own_time_more_oft
         expected = (1 - torch.cos(torch.pi * torch.linspace(0, 1, len(column)))) / 2
         torch.testing.assert_close(column.sort().values, expected, atol=0.12, rtol=0)
     for column in t[~differ].T:
-        torch.testing.assert_close(column.sort().values, torch.linspace(0, 1, len(column)), atol=0.06, rtol=0)
+        torch.testing.assert_close(
+            column.sort().values, torch.linspace(0, 1, len(column)), atol=0.06, rtol=0
+        )
 
 
 def learned(curve, position_share=0.0):
@@ -48,9 +52,14 @@ def test_learned_times_follow_their_density_and_the_weights_keep_every_mean():
     t, weight = times.draw(segment_ids)
     counts = torch.histc(t, N_BINS, 0, 1) / 100_000 * N_BINS
     torch.testing.assert_close(counts, times.density(), atol=0.01, rtol=0)
-    assert weight.max() <= 1 / UNIFORM_SHARE + 1e-4 and times.density().mean().item() == pytest.approx(1)
+    assert (
+        weight.max() <= 1 / UNIFORM_SHARE + 1e-4
+        and times.density().mean().item() == pytest.approx(1)
+    )
     for f in (torch.ones_like, torch.square, torch.sin, lambda t: (t > 0.9).float()):
-        assert (weight * f(t)).mean().item() == pytest.approx(f(torch.linspace(0, 1, 10_001)).mean().item(), abs=2e-3)
+        assert (weight * f(t)).mean().item() == pytest.approx(
+            f(torch.linspace(0, 1, 10_001)).mean().item(), abs=2e-3
+        )
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -66,7 +75,7 @@ def test_the_learned_curve_changes_no_mean_if_positions_have_their_own_times(sha
 
 
 def test_learned_times_lower_the_variance_of_the_loss():
-    """The loss of one segment falls from 10 to 0; with learned times its variance is less than a quarter."""
+    """The loss of a segment falls from 10 to 0; with learned times its variance is a quarter."""
     torch.manual_seed(1)
 
     def loss(t):

@@ -37,7 +37,8 @@ from training.checkpoint import read_checkpoint
 from training.times import Times, draw_evenly
 
 ROOT = Path(train.__file__).parent
-TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3 --max_steps=8 -lr=0.003".split()
+TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3".split()
+TINY += ["--max_steps=8", "-lr=0.003"]
 
 
 @pytest.fixture
@@ -48,9 +49,22 @@ def corpus(tmp_path, monkeypatch):
 
 
 def command(corpus, run_dir, *more):
-    """The words of a train.py command line. A word tokenizer is trained unless the flags name a tokenizer."""
-    words = ["--tokenizer=word"] * (not any(flag.startswith(("-spm", "--init_from")) for flag in more))
-    return ["train.py", f"-d={corpus}", f"-mdir={run_dir}", f"--cache_dir={corpus.parent / 'cache'}", *TINY, *words, *more]
+    """The words of a train.py command line.
+
+    A word tokenizer is trained unless the flags name a tokenizer.
+    """
+    words = ["--tokenizer=word"] * (
+        not any(flag.startswith(("-spm", "--init_from")) for flag in more)
+    )
+    return [
+        "train.py",
+        f"-d={corpus}",
+        f"-mdir={run_dir}",
+        f"--cache_dir={corpus.parent / 'cache'}",
+        *TINY,
+        *words,
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -65,13 +79,17 @@ def run(corpus, monkeypatch):
 
 
 def assert_same_run(one, other):
-    """Compare the checkpoints of two run folders, except for their flags, and the losses that they logged."""
+    """Compare the checkpoints of two run folders, except for their flags, and the logged losses."""
     for name in ("last.pt", "best.pt"):
         a, b = (read_checkpoint(run_dir / name) for run_dir in (one, other))
         a.pop("args"), b.pop("args")
         assert a["step"] == b["step"] and equal(a, b)
     losses = [
-        {line["step"]: line["loss"] for line in map(json.loads, open(run_dir / "metrics.jsonl")) if "loss" in line}
+        {
+            line["step"]: line["loss"]
+            for line in map(json.loads, open(run_dir / "metrics.jsonl"))
+            if "loss" in line
+        }
         for run_dir in (one, other)
     ]
     assert losses[0] == losses[1]
@@ -104,7 +122,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
 
 @pytest.mark.parametrize("moment", ["in the first save", "in a later step", "in a later save"])
 def test_a_run_that_is_killed_resumes_to_the_same_result(run, corpus, tmp_path, moment):
-    """The process sends itself SIGKILL at three moments. In each case the folder that it leaves can be resumed."""
+    """The process sends itself SIGKILL at three moments.
+
+    In each case the folder that it leaves can be resumed.
+    """
     run(tmp_path / "whole", "-svi=1")
     victim = """
 import os, runpy, sys
@@ -128,8 +149,15 @@ def replace(source, target):
 optim.average_weights, os.replace = average_weights, replace
 cli.run(train.main)
 """
-    argv = [sys.executable, "-c", f"MOMENT = {moment!r}\n{victim}", *command(corpus, tmp_path / "parts", "-svi=1")[1:]]
-    done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    argv = [
+        sys.executable,
+        "-c",
+        f"MOMENT = {moment!r}\n{victim}",
+        *command(corpus, tmp_path / "parts", "-svi=1")[1:],
+    ]
+    done = subprocess.run(
+        argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     if moment != "in the first save":
         assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 4
@@ -137,7 +165,9 @@ cli.run(train.main)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_crash_after_saving_best_and_before_saving_last_changes_no_result(run, tmp_path, monkeypatch):
+def test_a_crash_after_saving_best_and_before_saving_last_changes_no_result(
+    run, tmp_path, monkeypatch
+):
     run(tmp_path / "whole")
     real, targets = os.replace, []
 
@@ -158,7 +188,11 @@ def test_a_crash_after_saving_best_and_before_saving_last_changes_no_result(run,
 def test_a_resumed_run_may_change_its_weight_decay(run, tmp_path):
     run(tmp_path / "run", "--max_steps=1")
     run(tmp_path / "run", "--max_steps=2", "-wd=0.5")
-    groups = [g for o in read_checkpoint(tmp_path / "run" / "last.pt")["optimizers"] for g in o["param_groups"]]
+    groups = [
+        g
+        for o in read_checkpoint(tmp_path / "run" / "last.pt")["optimizers"]
+        for g in o["param_groups"]
+    ]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5]
 
 
@@ -166,7 +200,7 @@ def test_a_resumed_run_may_change_its_weight_decay(run, tmp_path):
 
 
 def older_steps(run_dir):
-    """The steps of the checkpoints in older/, as their names and their contents say, the newest first."""
+    """The steps of the checkpoints in older/, by their names and contents, the newest first."""
     paths = checkpoint.older_checkpoints(run_dir)
     steps = [read_checkpoint(path)["step"] for path in paths]
     assert [path.name for path in paths] == [f"step-{step:010}.pt" for step in steps]
@@ -176,14 +210,21 @@ def older_steps(run_dir):
 def save_steps(state, run_dir, keep, steps):
     """Save a state as if it were of these steps."""
     for state.step in steps:
-        checkpoint.save(state, dict(args=dict(keep=keep), config={}, tokenizer_hash=""), run_dir, is_best=state.step % 2 == 0)
+        checkpoint.save(
+            state,
+            dict(args=dict(keep=keep), config={}, tokenizer_hash=""),
+            run_dir,
+            is_best=state.step % 2 == 0,
+        )
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_run_keeps_the_older_checkpoints_that_keep_says(tmp_path, monkeypatch, links):
     """A resumed run may keep another number. One that went back deletes what is newer."""
     if not links:
-        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+        monkeypatch.setattr(
+            os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here"))
+        )
     state = tiny_setup()[2]
     for keep, steps, kept in (
         (2, [3], []),
@@ -195,8 +236,14 @@ def test_a_run_keeps_the_older_checkpoints_that_keep_says(tmp_path, monkeypatch,
         (2, [24, 25, 26], [25, 24]),
     ):
         save_steps(state, tmp_path, keep, steps)
-        assert older_steps(tmp_path) == kept and read_checkpoint(tmp_path / "last.pt")["step"] == steps[-1]
-    files = [path.stat().st_ino for path in (tmp_path / "last.pt", *checkpoint.older_checkpoints(tmp_path))]
+        assert (
+            older_steps(tmp_path) == kept
+            and read_checkpoint(tmp_path / "last.pt")["step"] == steps[-1]
+        )
+    files = [
+        path.stat().st_ino
+        for path in (tmp_path / "last.pt", *checkpoint.older_checkpoints(tmp_path))
+    ]
     assert len(set(files)) == 3  # one damaged file damages no other
     shutil.copyfile(checkpoint.older_path(tmp_path, 24), tmp_path / "last.pt")
     state.saved_step = 24
@@ -206,7 +253,9 @@ def test_a_run_keeps_the_older_checkpoints_that_keep_says(tmp_path, monkeypatch,
 
 def test_keeping_older_checkpoints_writes_none_twice(tmp_path, monkeypatch):
     written, real = [], torch.save
-    monkeypatch.setattr(torch, "save", lambda saved, path: (written.append(saved["step"]), real(saved, path)))
+    monkeypatch.setattr(
+        torch, "save", lambda saved, path: (written.append(saved["step"]), real(saved, path))
+    )
     monkeypatch.setattr(shutil, "copyfile", None)
     save_steps(tiny_setup()[2], tmp_path, 2, [3, 4, 5, 6, 8])
     assert written == [3, 4, 5, 6, 8] and older_steps(tmp_path) == [6, 5]
@@ -228,7 +277,7 @@ def test_a_save_that_fails_deletes_no_older_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_ends_with_the_same_result(run, tmp_path):
-    """By the command that the error names. best.pt is the same file as last.pt here, so it is damaged too."""
+    """By the command of the error. best.pt is the same file as last.pt here: damaged too."""
     run(tmp_path / "whole", "--keep=0")
     run_dir = tmp_path / "a run"
     run(run_dir)
@@ -247,19 +296,28 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_ends_with_the_same_result(r
 
 
 @pytest.mark.parametrize("max_steps", [4, 8])
-def test_samples_that_a_crash_has_prevented_are_written_by_the_next_run(run, tmp_path, max_steps, monkeypatch):
+def test_samples_that_a_crash_has_prevented_are_written_by_the_next_run(
+    run, tmp_path, max_steps, monkeypatch
+):
     """Also those of the last step, after which there is nothing left to train."""
     flags = "-smi=4", "-svi=4", "-nex=2"
     run(tmp_path / "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample.Sampler, "examples", lambda *inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            sample.Sampler, "examples", lambda *inputs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         run(tmp_path / "parts", *flags, f"--max_steps={max_steps}")
     run(tmp_path / "parts", *flags, f"--max_steps={max_steps}")
     run(tmp_path / "parts", *flags)
     whole, parts = ((tmp_path / name / "samples.txt").read_text() for name in ("whole", "parts"))
     if max_steps == 8:
         assert parts == whole
-    assert [line.split("\t")[0] for line in parts.splitlines() if "\t" in line] == ["4", "4", "8", "8"]
+    assert [line.split("\t")[0] for line in parts.splitlines() if "\t" in line] == [
+        "4",
+        "4",
+        "8",
+        "8",
+    ]
 
 
 def test_a_finished_run_says_so_and_can_be_given_more_steps(run, tmp_path, capsys):
@@ -272,9 +330,12 @@ def test_a_finished_run_says_so_and_can_be_given_more_steps(run, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "flag, values", [("-mdim=64", "32.*64"), ("--seed=1", "0.*1"), ("-bsz=8", "4.*8"), ("-b=0.5", "auto.*0.5")]
+    "flag, values",
+    [("-mdim=64", "32.*64"), ("--seed=1", "0.*1"), ("-bsz=8", "4.*8"), ("-b=0.5", "auto.*0.5")],
 )
-def test_resuming_with_another_width_seed_batch_or_beta_is_refused_with_both_values(run, tmp_path, flag, values):
+def test_resuming_with_another_width_seed_batch_or_beta_is_refused_with_both_values(
+    run, tmp_path, flag, values
+):
     run(tmp_path / "run", "--max_steps=1")
     with pytest.raises(ValueError, match=values):
         run(tmp_path / "run", flag)
@@ -314,14 +375,18 @@ def test_a_file_that_training_did_not_write_is_never_overwritten(run, corpus, tm
     assert (tmp_path / "run" / "tokenizer.model").read_text() == "mine"
     (tmp_path / "run" / "corpus.txt").write_text("mine")
     with pytest.raises(ValueError, match="corpus.txt exists already"):
-        run_folder.prepare_text(train.complete(train.flags().parse_args([])), tmp_path / "run", None)
+        run_folder.prepare_text(
+            train.complete(train.flags().parse_args([])), tmp_path / "run", None
+        )
     assert (tmp_path / "run" / "corpus.txt").read_text() == "mine"
 
 
 def test_a_run_folder_with_only_best_pt_is_not_overwritten(run, tmp_path):
     run(tmp_path / "run", "--max_steps=4")
     (tmp_path / "run" / "last.pt").unlink()
-    with pytest.raises(ValueError, match=r"no last.pt: to go on from step 4, type: cp \S+best.pt \S+last.pt"):
+    with pytest.raises(
+        ValueError, match=r"no last.pt: to go on from step 4, type: cp \S+best.pt \S+last.pt"
+    ):
         run(tmp_path / "run")
     shutil.copyfile(tmp_path / "run" / "best.pt", tmp_path / "run" / "last.pt")
     run(tmp_path / "run")
@@ -348,10 +413,18 @@ def test_a_fine_tuned_run_resumes_after_its_source_run_is_deleted(run, tmp_path)
     assert read_checkpoint(tmp_path / "second" / "last.pt")["step"] == 2
 
 
-def test_fine_tuning_starts_from_the_averaged_weights_and_the_tokenizer_of_the_other_run(run, tmp_path):
+def test_fine_tuning_starts_from_the_averaged_weights_and_the_tokenizer_of_the_other_run(
+    run, tmp_path
+):
     run(tmp_path / "first", "--max_steps=3")
     source = read_checkpoint(tmp_path / "first" / "best.pt")
-    run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1", "-lr=1e-9", "-wd=0")
+    run(
+        tmp_path / "second",
+        f"--init_from={tmp_path / 'first'}",
+        "--max_steps=1",
+        "-lr=1e-9",
+        "-wd=0",
+    )
     tuned = read_checkpoint(tmp_path / "second" / "last.pt")
     assert tuned["tokenizer_hash"] == source["tokenizer_hash"]
     for name, value in source["emas"][-1].items():
@@ -382,10 +455,12 @@ def batch_of(ids):
 
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused):
-    """With the same noise, also if the micro-batches have different numbers of predicted tokens, or none."""
+    """With the same noise, also if the micro-batches have different numbers of predicted tokens."""
     _, _, state = tiny_setup()
     torch.nn.init.normal_(state.model.linear_out.weight)
-    monkeypatch.setattr(Times, "draw", lambda self, segment_ids: torch.full((2, *segment_ids.shape), 0.6))
+    monkeypatch.setattr(
+        Times, "draw", lambda self, segment_ids: torch.full((2, *segment_ids.shape), 0.6)
+    )
     keys = train.draw_keys(1, 10)
     monkeypatch.setattr(train, "draw_keys", lambda B, L, device: keys.expand(B, L, 2))
     state.model.use(Form(fused=is_fused))
@@ -395,7 +470,9 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused)
     gradients = []
     for splits in ([6], [2, 4], [3, 3], [5, 1]):
         batches = list(zip(*(x.split(splits) for x in (ids, segment_ids, cond_mask)), strict=True))
-        train.accumulate_gradients(state.model, batches, range(len(splits)), torch.device("cpu"), state.times)
+        train.accumulate_gradients(
+            state.model, batches, range(len(splits)), torch.device("cpu"), state.times
+        )
         gradients.append([p.grad.clone() for p in state.model.parameters() if p.requires_grad])
         state.model.zero_grad()
     for other in gradients[1:]:
@@ -417,20 +494,35 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     args, _, state = tiny_setup()
     for value in (float("nan"), float("inf")):
         before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
-        train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
+        train.accumulate_gradients(
+            state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times
+        )
         state.model.linear_out.weight.grad[0, 0] = value
         assert not train.update_weights(state, args).isfinite()
         assert equal(before, dict(state.model.state_dict()))
-        assert all(v.isfinite().all() for o in state.optimizers for s in o.state.values() for v in s.values())
-    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
+        assert all(
+            v.isfinite().all()
+            for o in state.optimizers
+            for s in o.state.values()
+            for v in s.values()
+        )
+    train.accumulate_gradients(
+        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times
+    )
     assert train.update_weights(state, args).isfinite()
     assert not equal(before, dict(state.model.state_dict()))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    run, tmp_path, monkeypatch
+):
     run(tmp_path / "run", "--max_steps=3")
-    monkeypatch.setattr(bfn, "training_loss", lambda log_p, ids, t, s1: log_p.sum(-1) * float("nan"))
-    with pytest.raises(ValueError, match="not finite at step 4.*lower -lr.* go on from step 3, type: cp"):
+    monkeypatch.setattr(
+        bfn, "training_loss", lambda log_p, ids, t, s1: log_p.sum(-1) * float("nan")
+    )
+    with pytest.raises(
+        ValueError, match="not finite at step 4.*lower -lr.* go on from step 3, type: cp"
+    ):
         run(tmp_path / "run", "-lgi=100")
     saved = read_checkpoint(tmp_path / "run" / "last.pt")
     assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
@@ -444,7 +536,9 @@ def test_each_step_moves_the_average_by_its_rate():
     weight, average = state.model.project.weight, state.emas[0].project.weight
     with torch.no_grad():
         weight.fill_(1.0), average.fill_(0.0)
-    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
+    train.accumulate_gradients(
+        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times
+    )
     train.update_weights(state, args)
     torch.testing.assert_close(average, 0.1 * weight)
 
@@ -466,11 +560,15 @@ def test_a_small_joint_distribution_is_learned():
 
     with torch.no_grad():
         t = draw_evenly(segment_ids)
-        bound = bfn.squared_error_loss(bfn.predict_noisy(network, ids, t, given, config.s1, 4), ids, t, config.s1)
+        bound = bfn.squared_error_loss(
+            bfn.predict_noisy(network, ids, t, given, config.s1, 4), ids, t, config.s1
+        )
         bound = bound + bfn.reconstruction_loss(network, ids, given, config.s1, 4)
     entropy = -(P * P.log()).sum().item()
     assert entropy - 0.05 < bound.sum(-1).mean() < 1.15 * entropy
-    samples = bfn.sample(network, torch.zeros_like(ids), given, config.s1, 4, bfn.Controls("ancestral", 30))[0]
+    samples = bfn.sample(
+        network, torch.zeros_like(ids), given, config.s1, 4, bfn.Controls("ancestral", 30)
+    )[0]
     counts = torch.bincount((samples * torch.tensor([16, 4, 1])).sum(-1), minlength=64) / len(ids)
     assert (counts - P).abs().sum() / 2 < 0.12
 
@@ -479,9 +577,14 @@ def test_a_small_joint_distribution_is_learned():
 
 
 def test_the_main_command_trains_a_text_with_the_forms_that_this_machine_has(tmp_path, monkeypatch):
-    """No flag says how to compute: the network is wide enough to be compiled, and in bfloat16 where that is fast."""
+    """No flag says how: the network is compiled, and in bfloat16 where that is fast."""
     (tmp_path / "text.txt").write_text(toy.corpus(300))
-    words = ["train.py", f"-d={tmp_path / 'text.txt'}", f"-mdir={tmp_path / 'run'}", f"--cache_dir={tmp_path}"]
+    words = [
+        "train.py",
+        f"-d={tmp_path / 'text.txt'}",
+        f"-mdir={tmp_path / 'run'}",
+        f"--cache_dir={tmp_path}",
+    ]
     monkeypatch.setattr(sys, "argv", words)
     train.main()
     bounds = [bound for bound, _ in log.bounds(tmp_path / "run")]
@@ -489,7 +592,9 @@ def test_the_main_command_trains_a_text_with_the_forms_that_this_machine_has(tmp
 
 
 def test_a_run_whose_first_step_is_not_finite_says_what_was_tried(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bfn, "training_loss", lambda log_p, ids, t, s1: log_p.sum(-1) * float("nan"))
+    monkeypatch.setattr(
+        bfn, "training_loss", lambda log_p, ids, t, s1: log_p.sum(-1) * float("nan")
+    )
     with pytest.raises(ValueError, match=r"not finite at step 1.*-lr=0.003, form: .*lower -lr$"):
         run(tmp_path / "run", "-lgi=100")
     assert not (tmp_path / "run" / "last.pt").exists()
@@ -560,14 +665,18 @@ def test_a_wrong_flag_is_an_error_of_one_line(corpus, tmp_path, monkeypatch, cap
         (b"caf\xe9\n" * 9, "not UTF-8"),
     ],
 )
-def test_a_corpus_that_cannot_be_read_is_an_error_of_one_line(corpus, tmp_path, monkeypatch, capsys, content, message):
+def test_a_corpus_that_cannot_be_read_is_an_error_of_one_line(
+    corpus, tmp_path, monkeypatch, capsys, content, message
+):
     bad = tmp_path / "bad.txt"
     if content is not None:
         bad.write_bytes(content)
     assert message in fails([*command(corpus, tmp_path / "run"), f"-d={bad}"], monkeypatch, capsys)
 
 
-def test_a_truncated_checkpoint_is_an_error_of_one_line_and_is_not_overwritten(run, corpus, tmp_path, monkeypatch, capsys):
+def test_a_truncated_checkpoint_is_an_error_of_one_line_and_is_not_overwritten(
+    run, corpus, tmp_path, monkeypatch, capsys
+):
     run(tmp_path / "run", "--max_steps=1")
     path = tmp_path / "run" / "last.pt"
     path.write_bytes(path.read_bytes()[:5000])
@@ -581,7 +690,10 @@ def test_a_flag_and_its_value_are_separated_by_an_equals_sign_or_a_space():
 
 
 def test_a_corpus_smaller_than_a_batch_can_be_trained_on(corpus, run, tmp_path):
-    corpus.write_text("a few words in one line and no more than that, so that one batch sees them many times over\n")
+    corpus.write_text(
+        "a few words in one line and no more than that, so that one batch sees them many times "
+        "over\n"
+    )
     run(tmp_path / "run", "--tokenizer=char", "--max_steps=2")
     assert (tmp_path / "run" / "best.pt").exists()
 
@@ -614,7 +726,9 @@ def test_a_run_resumes_whether_or_not_its_tokenizer_is_named(run, tmp_path):
         (("--val_path=CORPUS",), "with another corpus text: give -d and --val_path"),
     ],
 )
-def test_resuming_with_another_tokenizer_or_text_is_refused(flags, message, run, corpus, tmp_path, monkeypatch, capsys):
+def test_resuming_with_another_tokenizer_or_text_is_refused(
+    flags, message, run, corpus, tmp_path, monkeypatch, capsys
+):
     run(tmp_path / "run", "--max_steps=1")
     names = dict(TRAINED=tmp_path / "run" / "tokenizer.model", RUN=tmp_path / "run", CORPUS=corpus)
     for name, path in names.items():
@@ -623,17 +737,23 @@ def test_resuming_with_another_tokenizer_or_text_is_refused(flags, message, run,
 
 
 @pytest.mark.parametrize("wrong", ["-mdim=33", "--val_path=nowhere.txt", "--val_path=EMPTY"])
-def test_wrong_sizes_and_missing_texts_are_refused_before_any_file_is_written(wrong, corpus, monkeypatch, capsys, tmp_path):
+def test_wrong_sizes_and_missing_texts_are_refused_before_any_file_is_written(
+    wrong, corpus, monkeypatch, capsys, tmp_path
+):
     """If a tokenizer were left behind, the corrected command would fail."""
     (tmp_path / "empty.txt").write_text("\n")
     wrong = wrong.replace("EMPTY", str(tmp_path / "empty.txt"))
-    error = fails(["train.py", f"-d={corpus}", f"-mdir={tmp_path / 'run'}", wrong], monkeypatch, capsys)
+    error = fails(
+        ["train.py", f"-d={corpus}", f"-mdir={tmp_path / 'run'}", wrong], monkeypatch, capsys
+    )
     assert "33" in error or "nowhere" in error or "no text" in error
     assert [path.name for path in (tmp_path / "run").glob("*")] == ["lock"]
 
 
 @pytest.mark.parametrize("broken", ["no matplotlib", "a folder has the picture's name"])
-def test_training_continues_if_a_picture_cannot_be_drawn(broken, run, tmp_path, monkeypatch, capsys):
+def test_training_continues_if_a_picture_cannot_be_drawn(
+    broken, run, tmp_path, monkeypatch, capsys
+):
     if broken == "no matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib", None)
     else:
@@ -645,16 +765,20 @@ def test_training_continues_if_a_picture_cannot_be_drawn(broken, run, tmp_path, 
 
 
 def test_training_does_not_need_the_optional_packages(corpus, tmp_path):
-    """It needs torch, sentencepiece, rotary-embedding-torch, tqdm and numpy, but not matplotlib, tensorboard and scipy."""
-    blocked = "import sys\nsys.modules['matplotlib'] = sys.modules['tensorboard'] = sys.modules['scipy'] = None\n"
-    code = f"{blocked}sys.argv = {command(corpus, tmp_path / 'run', '--max_steps=1')!r}\nimport train\ntrain.cli.run(train.main)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    """It goes on without matplotlib, tensorboard and scipy."""
+    missing = dict.fromkeys(["matplotlib", "tensorboard", "scipy"])
+    argv = command(corpus, tmp_path / "run", "--max_steps=1")
+    code = f"import sys\nsys.modules |= {missing}\nsys.argv = {argv!r}\n"
+    code += "import train\ntrain.cli.run(train.main)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "best.pt").exists()
 
 
 def test_few_calls_lie_between_the_training_step_and_the_loss(monkeypatch):
-    """A reader who looks for the loss passes three functions: HiddenToLoss.forward, loss_and_gradient, its weighted_sum."""
+    """A reader passes HiddenToLoss.forward, loss_and_gradient and its weighted_sum."""
     import inspect
 
     _, _, state = tiny_setup()
@@ -663,12 +787,15 @@ def test_few_calls_lie_between_the_training_step_and_the_loss(monkeypatch):
     real = bfn.training_loss
 
     def spy(*anything):
-        frames = [frame for frame in inspect.stack() if Path(frame.filename).parent == ROOT]
+        folders = ROOT, ROOT / "training"
+        frames = [frame for frame in inspect.stack() if Path(frame.filename).parent in folders]
         chains.append([frame.function for frame in reversed(frames)])
         return real(*anything)
 
     monkeypatch.setattr(bfn, "training_loss", spy)
-    train.accumulate_gradients(state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times)
+    train.accumulate_gradients(
+        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), state.times
+    )
     assert chains == [["accumulate_gradients", "forward", "loss_and_gradient", "weighted_sum"]]
 
 
@@ -677,14 +804,20 @@ def test_few_calls_lie_between_the_training_step_and_the_loss(monkeypatch):
 
 def decided(run_dir):
     args = read_checkpoint(run_dir / "last.pt")["args"]
-    return [args[name] for name in ("max_steps", "val_interval", "sample_interval", "save_interval")]
+    return [
+        args[name] for name in ("max_steps", "val_interval", "sample_interval", "save_interval")
+    ]
 
 
-def test_minutes_become_steps_by_the_measured_speed_and_a_resumed_run_keeps_them(run, tmp_path, monkeypatch):
-    """At 0.5 s per step 6 seconds are 12 steps, less the time of 10 validations; twice the minutes are twice the steps."""
+def test_minutes_become_steps_by_the_measured_speed_and_a_resumed_run_keeps_them(
+    run, tmp_path, monkeypatch
+):
+    """At 0.5 s per step 6 seconds are 12 steps, less 10 validations; they grow with minutes."""
     monkeypatch.setattr(forms, "warm_up", lambda *anything: 0.5)
     monkeypatch.setattr(evaluate, "validation_seconds", lambda *anything: 0.05)
-    no_steps = [flag for flag in TINY if not flag.startswith(("--max_steps", "-vli", "-smi", "-svi"))]
+    no_steps = [
+        flag for flag in TINY if not flag.startswith(("--max_steps", "-vli", "-smi", "-svi"))
+    ]
     monkeypatch.setattr(sys.modules[__name__], "TINY", no_steps)
     run(tmp_path / "run", "--minutes=0.1", "-nex=0")
     assert decided(tmp_path / "run") == [11, 2, 2, 2]
@@ -703,15 +836,22 @@ def test_minutes_become_steps_by_the_measured_speed_and_a_resumed_run_keeps_them
         (0.1, 100_000, 60.0, 4000, 16_384),  # a validation of a minute after 6.7 minutes
     ],
 )
-def test_validations_happen_ten_times_a_run_or_every_five_minutes(seconds, max_steps, val_seconds, often, val_tokens):
-    """And take at most 15 % of the time: in a short run they see fewer tokens. Samples and saves happen as often."""
+def test_validations_happen_ten_times_a_run_or_every_five_minutes(
+    seconds, max_steps, val_seconds, often, val_tokens
+):
+    """And take at most 15 % of the time: in a short run they see fewer tokens.
+
+    Samples and saves happen as often.
+    """
     args = train.flags().parse_args([f"--max_steps={max_steps}", "-smi=7"])
     run_folder.decide_steps(args, {}, 0, seconds, val_seconds)
     assert (args.val_interval, args.sample_interval, args.save_interval) == (often, 7, often)
     assert args.val_tokens == val_tokens
     again = train.flags().parse_args([f"--max_steps={max_steps}"])
     run_folder.decide_steps(again, vars(args), 0, 0.001, 7.0)  # another speed after a resume
-    decisions = [(a.val_interval, a.sample_interval, a.save_interval, a.val_tokens) for a in (args, again)]
+    decisions = [
+        (a.val_interval, a.sample_interval, a.save_interval, a.val_tokens) for a in (args, again)
+    ]
     assert decisions[0] == decisions[1]
 
 
@@ -734,7 +874,9 @@ def test_the_preset_follows_the_device_and_a_resumed_run_keeps_its_sizes():
     saved = dict(args=dict(vars(args), init_from=None, tokenizer="bpe", vocab_size=9))
     again = train.complete(parse(["-d=none"]), saved, preset="base")
     assert (again.preset, again.model_dim) == ("laptop", 256)
-    assert train.complete(parse(["-d=none", "--preset=base"]), saved).model_dim == 1024  # to be refused later
+    assert (
+        train.complete(parse(["-d=none", "--preset=base"]), saved).model_dim == 1024
+    )  # to be refused later
 
 
 @pytest.mark.parametrize(
@@ -759,10 +901,16 @@ def test_rows_fit_nine_of_ten_examples_and_batches_have_equal_tokens(lengths, fl
 def test_a_resumed_run_keeps_rows_that_no_flag_names(run, tmp_path, monkeypatch, named):
     """Also if the preset is named, and for the built-in language, which names it."""
     sizes = ("-bsz", "-slen")
-    monkeypatch.setattr(sys.modules[__name__], "TINY", [flag for flag in TINY if not flag.startswith(sizes)])
+    monkeypatch.setattr(
+        sys.modules[__name__], "TINY", [flag for flag in TINY if not flag.startswith(sizes)]
+    )
     for max_steps in (1, 2):
         run(tmp_path / "run", *named, f"--max_steps={max_steps}")
-    monkeypatch.setattr(sys, "argv", f"train.py -mdir={tmp_path / 'toy'} --max_steps=1 -mdim=32 -nl=1 -nh=2 -nex=0".split())
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        f"train.py -mdir={tmp_path / 'toy'} --max_steps=1 -mdim=32 -nl=1 -nh=2 -nex=0".split(),
+    )
     monkeypatch.setattr(evaluate, "check_toy", lambda *inputs: [])
     for _ in range(2):
         train.main()
@@ -782,7 +930,9 @@ def test_a_batch_of_padding_alone_is_trained_on(run, tmp_path):
 def test_a_folder_in_which_another_process_trains_is_refused(run, tmp_path):
     """The lock ends with its process, so that a killed one leaves none behind."""
     held = run_folder.lock(tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"another process trains in .* \(pid {os.getpid()} on .+\)"):
+    with pytest.raises(
+        ValueError, match=rf"another process trains in .* \(pid {os.getpid()} on .+\)"
+    ):
         run(tmp_path / "run", "--max_steps=1")
     held.close()
     run(tmp_path / "run", "--max_steps=1")
@@ -833,7 +983,9 @@ def test_a_run_on_a_folder_of_files_resumes_and_notices_a_change(run, corpus, tm
     """Also if it is given another way, with a pattern."""
     lines, folder = corpus.read_text().splitlines(), tmp_path / "texts"
     folder.mkdir()
-    (folder / "a.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines[:150]))
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"body": line}) + "\n" for line in lines[:150])
+    )
     (folder / "b.txt.gz").write_bytes(gzip.compress("\n".join(lines[150:]).encode()))
     run(tmp_path / "run", f"-d={folder}", "--text_field=body", "--max_steps=1")
     run(tmp_path / "run", f"-d={folder}/*", "--text_field=body", "--max_steps=2")
@@ -863,20 +1015,25 @@ def test_an_empty_value_is_refused(monkeypatch, capsys, words):
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as error:
         cli.run(train.main)
-    assert error.value.code == 2 and f"{words[0].rstrip('=')} is empty: give a value" in capsys.readouterr().err
+    assert (
+        error.value.code == 2
+        and f"{words[0].rstrip('=')} is empty: give a value" in capsys.readouterr().err
+    )
 
 
 def test_fine_tuning_takes_rows_and_averages_from_the_other_run(run, tmp_path, monkeypatch):
     run(tmp_path / "first", "--max_steps=1", "-ema=0.7")
     sizes = ("-bsz", "-slen", "-mdim", "-nl", "-nh")
-    monkeypatch.setattr(sys.modules[__name__], "TINY", [flag for flag in TINY if not flag.startswith(sizes)])
+    monkeypatch.setattr(
+        sys.modules[__name__], "TINY", [flag for flag in TINY if not flag.startswith(sizes)]
+    )
     run(tmp_path / "second", f"--init_from={tmp_path / 'first'}", "--max_steps=1")
     args = read_checkpoint(tmp_path / "second" / "last.pt")["args"]
     assert (args["batch_size"], args["sequence_length"], args["ema_rate"]) == (4, 32, [0.7])
 
 
 def test_examples_of_several_lines_train_and_a_resumed_run_keeps_them(run, corpus, tmp_path):
-    """Whether the tokenizer has a token for line breaks or, after --init_from, spells them as a byte."""
+    """Whether it has a token for line breaks or, after --init_from, spells them as a byte."""
     poems = corpus.with_name("poems.txt")
     poems.write_text(corpus.read_text().replace("\n", "\n\n").replace(" ", "\n"))
     for kind in ("word", "bpe"):
@@ -885,19 +1042,31 @@ def test_examples_of_several_lines_train_and_a_resumed_run_keeps_them(run, corpu
         run(tmp_path / kind, *flags)
         checkpoint = read_checkpoint(tmp_path / kind / "last.pt")
         assert checkpoint["step"] == 8 and checkpoint["args"]["example"] == "paragraph"
-        samples = (tmp_path / kind / "samples.txt").read_text().rstrip("\n").split("\n")  # bytes of an untrained model may be other breaks
+        samples = (
+            (tmp_path / kind / "samples.txt").read_text().rstrip("\n").split("\n")
+        )  # bytes of an untrained model may be other breaks
         assert len(samples) == 4 and r"\n" in samples[-1]
         with pytest.raises(ValueError, match="trained with example=paragraph, now it is line"):
             run(tmp_path / kind, *flags, "--example=line")
     run(tmp_path / "lines", "--tokenizer=bpe", "--vocab_size=400", "--max_steps=1")
-    run(tmp_path / "tuned", f"-d={poems}", "--example=paragraph", f"--init_from={tmp_path / 'lines'}", "--max_steps=1")
+    run(
+        tmp_path / "tuned",
+        f"-d={poems}",
+        "--example=paragraph",
+        f"--init_from={tmp_path / 'lines'}",
+        "--max_steps=1",
+    )
 
 
-def test_a_tokenizer_that_does_not_keep_line_breaks_is_refused_before_anything_is_written(run, corpus, tmp_path):
+def test_a_tokenizer_that_does_not_keep_line_breaks_is_refused_before_anything_is_written(
+    run, corpus, tmp_path
+):
     """One that is trained on paragraphs of one line has none to keep, and is fine."""
     corpus.write_text(corpus.read_text().replace("\n", "\n\n"))
     flags = "--example=paragraph", "--max_steps=1"
     run(tmp_path / "words", "--tokenizer=word", *flags)
-    with pytest.raises(ValueError, match="does not keep line breaks: leave -spm or --init_from out"):
+    with pytest.raises(
+        ValueError, match="does not keep line breaks: leave -spm or --init_from out"
+    ):
         run(tmp_path / "other", f"--init_from={tmp_path / 'words'}", *flags)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["lock"]

@@ -1,17 +1,15 @@
-"""The run folder: what is saved, how a run resumes, and how to hand a model on.
+"""What is saved: checkpoints, how they are read and written, and exported folders.
 
-    python checkpoint.py export RUN_DIR OUT_DIR
-
-A checkpoint is one file of plain types and tensors, the description of the run (made when training starts or resumes) and
-its state:
+A checkpoint is one file of plain types and tensors: the description of the run, made when training
+starts or resumes, and its state:
 
     args, identity, config, tokenizer_hash, sizes, lengths, word_lengths             `describe_run`
     step, best, model, emas, optimizers, times, times_history, loss_by_time          `State`
 
-last.pt is the newest, best.pt the one of the lowest validation bound, and older/ holds those that last.pt was before.
-
-An exported folder holds the last of the emas as model.safetensors. Its config.json has what is left of the checkpoint
-without model, optimizers and times, and the figures of the validation.
+last.pt is the newest, best.pt the one of the lowest validation bound, and older/ holds those that
+last.pt was before. An exported folder (tools/export.py) holds the last of the emas as
+model.safetensors. Its config.json has the rest, without model, optimizers and times, and the
+figures of the validation.
 """
 
 import json
@@ -33,35 +31,18 @@ from text.tokenizer import load_tokenizer
 from training.times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
-RUN_FILES = "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png report.html lock".split()
+RUN_FILES = (
+    "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png "
+    "report.html lock"
+).split()
 EXPORTED_FILES = "model.safetensors config.json tokenizer.model README.md".split()
 TOY_SENTENCES = 60_000
-
-
-# What a run is: these must not change when it is resumed, everything else may.
-IDENTITY = (
-    "seed model_dim num_layers num_heads dropout_prob beta sequence_length batch_size accumulation_steps ema_rate "
-    "tokenizer vocab_size tokenizer_hash example corpus validation"
-).split()
-
-
-# What config.json must have, and what its "args" must have.
-EXPORTED = dict(
-    format=int,
-    step=int,
-    args=dict,
-    config=dict,
-    weights_hash=str,
-    tokenizer_hash=str,
-    lengths=list,
-    word_lengths=list,
-    loss_by_time=list | None,
-)
-
-
+EXPORTED = dict(format=int, step=int, args=dict, config=dict, weights_hash=str, tokenizer_hash=str)
+EXPORTED |= dict(lengths=list, word_lengths=list, loss_by_time=list | None)  # in config.json
 SIZES = dict.fromkeys("model_dim num_layers num_heads batch_size sequence_length".split(), int)
-EXPORTED_ARGS = dict(SIZES, ema_rate=list, beta=float | str, example=str, data_path=str | None, val_path=str | None)
-PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split()  # exported as names of files, without their folders
+EXPORTED_ARGS = dict(SIZES, ema_rate=list, beta=float | str, example=str)
+EXPORTED_ARGS |= dict(data_path=str | None, val_path=str | None)  # in its "args"
+PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split()
 
 
 # ---------------------------------------------------------------- files
@@ -73,7 +54,8 @@ def save_checkpoint(path, checkpoint):
         with replacing(path) as temporary:
             torch.save({"format": FORMAT, **checkpoint}, temporary)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        raise OSError(f"cannot write {path}: {error}. Earlier checkpoints are intact: make room, run again") from error
+        way = "Earlier checkpoints are intact: make room, run again"
+        raise OSError(f"cannot write {path}: {error}. {way}") from error
 
 
 def read_checkpoint(path):
@@ -82,8 +64,9 @@ def read_checkpoint(path):
     Raises ValueError for a missing or damaged file, or one of another format.
     """
     if not os.path.isfile(path):
-        has_last = Path(path).with_name("last.pt").is_file()
-        hint = "nothing is validated yet, use --checkpoint=last" if has_last else "train first, or give another run folder"
+        hint = "train first, or give another run folder"
+        if Path(path).with_name("last.pt").is_file():
+            hint = "nothing is validated yet, use --checkpoint=last"
         raise ValueError(f"no checkpoint at {path}: {hint}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -91,18 +74,20 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile(part)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = int(checkpoint["format"])
-        [checkpoint[name] for name in ("step", "emas", "config", "tokenizer_hash")]  # raises KeyError
+        if not checkpoint.keys() >= {"step", "emas", "config", "tokenizer_hash"}:
+            raise KeyError
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
         hint = "use another"
         if Path(path).name == "last.pt":
-            hint = way_back(Path(path).parent) or "there is no other that can be read, give another run folder"
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}") from None
+            nothing = "there is no other that can be read, give another run folder"
+            hint = way_back(Path(path).parent) or nothing
+        damaged = f"{path} is damaged or not a checkpoint ({type(error).__name__})"
+        raise ValueError(f"{damaged}: {hint}") from None
     if version != FORMAT:
-        raise ValueError(
-            f"{path} has format {version}, this code reads {FORMAT}: use the code that wrote it, or another run folder"
-        )
+        differs = f"{path} has format {version}, this code reads {FORMAT}"
+        raise ValueError(f"{differs}: use the code that wrote it, or another run folder")
     for part in ("args", "identity"):
         checkpoint.get(part, {}).setdefault("example", "line")  # runs of before --example
     checkpoint.get("args", {}).setdefault("text_field", "text")
@@ -120,7 +105,7 @@ def older_path(run_dir, step):
 
 
 def way_back(run_dir):
-    """Find the latest checkpoint of a run that can be read, except for last.pt -> what the user can do, or None."""
+    """Find the latest checkpoint besides last.pt that can be read -> what to type, or None."""
     found = []
     for path in [run_dir / "best.pt", *older_checkpoints(run_dir)]:
         with suppress(ValueError, OSError):
@@ -128,39 +113,47 @@ def way_back(run_dir):
     if not found:
         return None
     step, path = max(found)
-    return f"to go on from step {step}, type: {shlex.join(['cp', str(path), str(run_dir / 'last.pt')])}"
+    command = shlex.join(["cp", str(path), str(run_dir / "last.pt")])
+    return f"to go on from step {step}, type: {command}"
 
 
 def read_run(run_dir, which="best"):
-    """Read a checkpoint of a run folder, or an exported folder -> dict. Raises ValueError as the two functions do."""
+    """Read a checkpoint of a run folder, or an exported folder -> dict. Raises ValueError."""
     path = Path(run_dir) / f"{which}.pt"
-    if which == "best" and not path.is_file() and any(path.with_name(name).is_file() for name in EXPORTED_FILES[:2]):
+    exported = any(path.with_name(name).is_file() for name in EXPORTED_FILES[:2])
+    if which == "best" and exported and not path.is_file():
         return read_exported(path.parent)
     return read_checkpoint(path)
 
 
 def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
-    """Load a trained model from a run folder or an exported one: `model, tokenizer, run = load("runs/demo")`.
+    """Load a model from a run folder or an exported one: `model, tokenizer, run = load("runs/a")`.
 
-    which: "best" by validation or "last". ema: index of the weight average, by default the last. network: its class.
-    `model.config` is the Config; run is the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths" of the text.
-    Raises ValueError for a missing or damaged checkpoint, or a tokenizer that the model was not trained with.
+    which: "best" by validation or "last". ema: index of the weight average, by default the last.
+    network: its class. run is the rest of the checkpoint: "args" of the training, "step", "lengths"
+    and "word_lengths" of the text. Raises ValueError for a missing or damaged checkpoint, or
+    another tokenizer than the model was trained with.
     """
     if which not in ("best", "last"):
         raise ValueError(f"there is no checkpoint {which!r}: best or last")
     run = read_run(run_dir, which)
     path = Path(run_dir) / "tokenizer.model"
     if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:
-        raise ValueError(f"{path} is missing or not the tokenizer that {run_dir} was trained with: put that one back")
-    if not -len(run["emas"]) <= ema < len(run["emas"]):
-        raise ValueError(f"{run_dir} has {len(run['emas'])} weight averages, counted from 0: there is no {ema}")
-    config, weights = Config(**run["config"]), run["emas"][ema]
-    with refuse_other_network(), torch.device("meta"):  # takes no memory, whatever sizes a foreign file asks for
-        network(config).load_state_dict(dict(weights), assign=True)  # a copy, because torch notes `assign` in it
-    model = network(config)
-    model.load_state_dict(weights)
-    rest = {name: value for name, value in run.items() if name not in ("model", "emas", "optimizers")}
-    return model.to(device).eval(), load_tokenizer(path), rest
+        raise ValueError(f"{path} is missing or not the tokenizer of {run_dir}: put that one back")
+    averages = run["emas"]
+    if not -len(averages) <= ema < len(averages):
+        known = f"{run_dir} has {len(averages)} weight averages, counted from 0"
+        raise ValueError(f"{known}: there is no {ema}")
+    weights = {
+        name: weight.to(torch.float32, copy=True) if weight.is_floating_point() else weight
+        for name, weight in averages[ema].items()
+    }
+    with refuse_other_network(), torch.device("meta"):  # no memory, whatever a foreign file says
+        model = network(Config(**run["config"]))
+        model.load_state_dict(weights, assign=True)
+    for name in ("model", "emas", "optimizers"):
+        run.pop(name, None)
+    return model.to(device).eval(), load_tokenizer(path), run
 
 
 @contextmanager
@@ -181,7 +174,8 @@ def import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError("exported models are read and written with safetensors: pip install safetensors") from None
+        needed = "exported models are read and written with safetensors"
+        raise ValueError(f"{needed}: pip install safetensors") from None
     return safetensors.torch
 
 
@@ -201,30 +195,35 @@ def read_exported(folder):
             raise ValueError(f"format {run['format']}, this code reads {FORMAT}")
         if file_hash(folder / "model.safetensors") != run["weights_hash"]:
             raise ValueError("config.json was written for another model.safetensors")
-        weights, config = library.load_file(folder / "model.safetensors"), Config(**run["config"])
-        sizes = [config.K, config.d_model, config.n_heads, config.beta1, *(run["args"][name] for name in SIZES)]
+        weights = library.load_file(folder / "model.safetensors")
+        config = Config(**run["config"])
+        sizes = [config.K, config.d_model, config.n_heads, config.beta1]
+        sizes += [run["args"][name] for name in SIZES]
         if min(sizes) <= 0 or not 0 < config.n_layers <= len(weights):
             raise ValueError("a size is not that of a network")
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder} is damaged or not an exported model ({reason}): copy or export it again") from None
+        reason = f"{folder} is damaged or not an exported model ({type(error).__name__}: {error})"
+        raise ValueError(f"{reason}: copy or export it again") from None
     return {**run, "emas": [weights]}
 
 
 def check_kinds(values, kinds):
-    """Compare a dictionary with {key: type}; lists must be of numbers. Raises ValueError for a value missing or of another type."""
+    """Compare a dictionary with {key: type}; lists must be of numbers. Raises ValueError."""
     for name, kind in kinds.items():
         value = values[name] if isinstance(values, dict) and name in values else ...
-        if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(n, int | float) for n in value)):
+        numbers = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(n, int | float) for n in numbers):
             raise ValueError(f"{name} is missing or of another type")
 
 
 def without_folders(args):
-    """Reduce the paths among the flags to names of files -> dict: what is shown to others has no folders of this machine."""
-    names = {name: ",".join(Path(path).name for path in str(args[name]).split(",")) for name in PATH_FLAGS if args.get(name)}
-    return args | names
+    """Reduce the paths among the flags to names of files, to be shown to others -> dict."""
+    named = dict(args)
+    for flag in filter(args.get, PATH_FLAGS):
+        named[flag] = ",".join(Path(path).name for path in str(args[flag]).split(","))
+    return named
 
 
 # ---------------------------------------------------------------- the state of a run
@@ -261,25 +260,36 @@ def restore(state, saved):
 
 @parallel.first_only
 def save(state, run, run_dir, is_best=False):
-    """Write last.pt, if it is not of this step yet. If it is the best so far, write best.pt first and link last.pt to it.
+    """Write last.pt, if it is not of this step yet. The best so far is best.pt, linked as last.pt.
 
-    The last.pt from before stays in older/, as one of --keep. A crash at any moment leaves the old last.pt or the new one:
-    with the old one, the run repeats its last steps and writes best.pt again.
+    The last.pt from before stays in older/, as one of --keep. A crash at any moment leaves the old
+    last.pt or the new one: with the old one, the run repeats its last steps and writes best.pt
+    again. Raises ValueError if the weights are not finite.
     """
     if state.saved_step == state.step:
         return
-    path, last = run_dir / ("best.pt" if is_best else "last.pt"), run_dir / "last.pt"
-    networks = dict(model=state.model.state_dict(), emas=[ema.state_dict() for ema in state.emas])
-    if not all(bool(w.isfinite().all()) for weights in (networks["model"], *networks["emas"]) for w in weights.values()):
-        raise ValueError("the weights are not finite: nothing is saved. Run again, with a lower -lr, to resume from last.pt")
-    optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
-    progress = dict(step=state.step, best=state.best, loss_by_time=state.loss_by_time)
-    progress |= dict(times=state.times.curve, times_history=state.times.history)
+    networks = [network.state_dict() for network in (state.model, *state.emas)]
+    if not all(bool(w.isfinite().all()) for weights in networks for w in weights.values()):
+        way = "Run again, with a lower -lr, to resume from last.pt"
+        raise ValueError(f"the weights are not finite: nothing is saved. {way}")
+    now = dict(
+        model=networks[0],
+        emas=networks[1:],
+        optimizers=[optimizer.state_dict() for optimizer in state.optimizers],
+        step=state.step,
+        best=state.best,
+        loss_by_time=state.loss_by_time,
+        times=state.times.curve,
+        times_history=state.times.history,
+    )
     keep = run["args"]["keep"]
+    last = run_dir / "last.pt"
     if keep and state.saved_step is not None and last.exists():
-        older_path(run_dir, state.saved_step).parent.mkdir(exist_ok=True)
-        link(last, older_path(run_dir, state.saved_step))
-    save_checkpoint(path, {**run, **networks, **progress, "optimizers": optimizers})
+        older = older_path(run_dir, state.saved_step)
+        older.parent.mkdir(exist_ok=True)
+        link(last, older)
+    path = run_dir / "best.pt" if is_best else last
+    save_checkpoint(path, {**run, **now})
     if is_best:
         link(path, last)
     state.saved_step = state.step
@@ -287,7 +297,7 @@ def save(state, run, run_dir, is_best=False):
 
 
 def link(source, target):
-    """Make the file `target` the same as `source`, without writing it again; a copy where the file system has no links."""
+    """Make the file `target` the same as `source`: a link, or a copy where there are none."""
     with replacing(target) as temporary:
         try:
             os.link(source, temporary)  # checkpoints are only ever replaced, never changed
@@ -296,7 +306,10 @@ def link(source, target):
 
 
 def delete_older(run_dir, step, keep):
-    """Delete the checkpoints in older/, except for the `keep` newest from before a step: a run that went back repeats the rest."""
+    """Delete the checkpoints in older/ but the `keep` newest from before a step.
+
+    A run that went back repeats those from after it.
+    """
     paths = older_checkpoints(run_dir)
     kept = [path for path in paths if path < older_path(run_dir, step)][:keep]
     for path in set(paths).difference(kept):
@@ -309,11 +322,8 @@ def count_checkpoints(run_dir):
     return len({path.stat().st_ino for path in paths if path.exists()})
 
 
-# ---------------------------------------------------------------- the run folder
-
-
 def read_metrics(run_dir):
-    """Read metrics.jsonl -> list of dicts, one per line, in the order of the steps. A last line that is not whole is left out.
+    """Read metrics.jsonl -> list of dicts, one per line, without a last line that is not whole.
 
     Raises ValueError if there is none, or it is not of a run.
     """
@@ -322,27 +332,17 @@ def read_metrics(run_dir):
         raise ValueError(f"no {path}: give the folder of a run that has begun to train")
     try:
         lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        [line["step"] for line in lines]  # raises
-    except (ValueError, TypeError, KeyError):
+        if not all("step" in line for line in map(dict, lines)):
+            raise ValueError
+    except (ValueError, TypeError):
         raise ValueError(f"{path} is not of a run: give a run folder") from None
     return lines
 
 
 def read_figures(run_dir, step):
-    """Read the figures of the validation at a step from metrics.jsonl -> dict, {} if they are not there."""
-    lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
-    figures = {name: value for line in lines if line["step"] == step for name, value in line.items()}
-    return {name[4:]: value for name, value in figures.items() if name.startswith("val_") and math.isfinite(value)}
-
-
-def new_run(args):
-    """Write the command that starts a new run on the text of `args` from the weights of its run."""
-    run_dir, number = Path(args.model_dir), 2
-    while os.path.exists(f"{run_dir}-{number}"):
-        number += 1
-    words = [f"-d={args.data_path}", f"--init_from={run_dir}", f"-mdir={run_dir}-{number}"]
-    words += [f"--val_path={args.val_path}"] * bool(args.val_path)
-    words += [f"--text_field={args.text_field}"] * (args.text_field != "text")
-    length = "minutes" if args.minutes else "max_steps"
-    words += [f"--preset={args.preset}", f"--{length}={getattr(args, length)}"]
-    return shlex.join(["python", "train.py", *words])
+    """Read the figures of the validation at a step from metrics.jsonl -> dict, or {}."""
+    figures = {}
+    for line in read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []:
+        if line["step"] == step:
+            figures |= {name[4:]: x for name, x in line.items() if name.startswith("val_")}
+    return {name: x for name, x in figures.items() if math.isfinite(x)}

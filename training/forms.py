@@ -1,7 +1,7 @@
 """How a step computes its numbers: compiled, fused, in bfloat16, with flex attention.
 
-A form is used only after a check that it gives the loss and the gradients of the plain form. `accumulate` is
-train.accumulate_gradients(model, batches, seeds, device, times) throughout.
+A form is used only after a check that it gives the loss and the gradients of the plain form.
+`accumulate` is train.accumulate_gradients(model, batches, seeds, device, times) throughout.
 """
 
 import re
@@ -58,7 +58,8 @@ def choose_form(state, batch, args, device, accumulate):
     """Make the network and the optimizers of a State compute in a form that is fast and right here.
 
     batch: a micro-batch of the run. If the form of `wanted_form` is wrong here, as little of it as
-    possible is left out, and a line says why. Raises ValueError for --fused=on if fused.py is wrong.
+    possible is left out, and a line says why. Raises ValueError if fused.py is wrong with
+    --fused=on.
     """
     model = state.model
     form = wanted_form(args, model.config, device)
@@ -99,9 +100,8 @@ def can_fuse(model, args, device, accumulate):
         reason = f"fused.py needs {limit}, here it is {model.config.s1:.1f}"
     else:
         segment_ids = torch.tensor([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2])
-        given = torch.tensor(
-            [[0, 0, 1, 0, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0, 0, 0]]
-        ).bool()  # also where t is in the middle
+        given = torch.zeros(2, 8, dtype=torch.bool)
+        given[:, 2] = given[0, 6] = True  # also where t is in the middle
         ids = torch.randint(K, (2, 8), generator=torch.Generator().manual_seed(0))
         check = Check(type(model), small, Form(), (ids, segment_ids, given), device, accumulate)
         reason = check.fault(Form(fused=True))
@@ -117,15 +117,11 @@ def can_use_gram(model, device):
     generator = torch.Generator(device).manual_seed(0)
     for shape in sorted({matrix.shape for matrix in model.layer_matrices()}):
         X = torch.randn(1, *shape, generator=generator, device=device)
-        found, expected = (
-            {"matrix": optim.orthogonalise(X)},
-            {"matrix": optim.orthogonalise(X, by_gram=False)},
-        )
+        found = {"matrix": optim.orthogonalise(X)}
+        expected = {"matrix": optim.orthogonalise(X, by_gram=False)}
         if reason := difference(found, expected, TOLERANCE["float32"]):
-            print(
-                f"orthogonalise_by_gram is wrong for {tuple(shape)} ({reason}): not used",
-                file=sys.stderr,
-            )
+            wrong = f"orthogonalise_by_gram is wrong for {tuple(shape)} ({reason})"
+            print(f"{wrong}: not used", file=sys.stderr)
             return False
     return True
 
@@ -137,11 +133,10 @@ class CheckTimes(Times):
     """Times of the check, with both ends: an edit that only matters there must show."""
 
     def draw(self, segment_ids):
+        B, L = segment_ids.shape
         t = torch.tensor([0.0, 0.001, 0.5, 0.01, 1.0, 0.99, 0.3, 0.999], device=segment_ids.device)
-        t = t.repeat(-(-segment_ids.shape[1] // len(t)))[: segment_ids.shape[1]].expand(
-            segment_ids.shape
-        )
-        return t.contiguous(), torch.ones_like(t)
+        t = t.repeat(B, -(-L // len(t)))[:, :L].contiguous()
+        return t, torch.ones_like(t)
 
 
 class Check:
@@ -165,9 +160,13 @@ class Check:
         finally:
             torch.set_float32_matmul_precision(precision)
 
+    def own_random_numbers(self):
+        """Leave the random numbers of the run alone in a block."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def network(self, form):
         """Build a network that computes in a form. Its weights are always the same, none zero."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with self.own_random_numbers():
             torch.manual_seed(0)
             network = self.kind(self.config)
             for p in network.parameters():
@@ -179,17 +178,13 @@ class Check:
     def step(self, network):
         """Take the loss and the gradients of a step, with the same noise -> {name: tensor}."""
         network.zero_grad(set_to_none=True)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            loss = self.accumulate(
-                network, [self.batch], [0], self.device, CheckTimes("uniform", 0.0, self.device)
-            )
-        parameters = reversed(
-            list(network.named_parameters())
-        )  # a fault shows first where it begins
-        gradients = {
-            f"the gradient of {name}": p.grad for name, p in parameters if p.grad is not None
-        }
-        return {"the loss": loss, **gradients}
+        times = CheckTimes("uniform", 0.0, self.device)
+        with self.own_random_numbers():
+            found = {"the loss": self.accumulate(network, [self.batch], [0], self.device, times)}
+        for name, p in reversed(list(network.named_parameters())):  # the last is computed first
+            if p.grad is not None:
+                found[f"the gradient of {name}"] = p.grad
+        return found
 
     def fault(self, form):
         """Say what is wrong in this form, in any process of the run -> a reason, or None."""
@@ -222,12 +217,10 @@ def difference(found, expected, tolerance):
         if name not in found:
             return f"{name} is missing"
         error, size = (found[name].float() - x).norm().item(), x.norm().item()
-        if not error <= tolerance * size + 1e-7:  # NaN is not less than anything
-            return (
-                f"{name} is off by {error / max(size, 1e-30):.1%}"
-                if error < float("inf")
-                else f"{name} is not finite"
-            )
+        if not error < float("inf"):  # NaN is not less than anything
+            return f"{name} is not finite"
+        if error > tolerance * size + 1e-7:
+            return f"{name} is off by {error / max(size, 1e-30):.1%}"
     return None
 
 
@@ -251,7 +244,8 @@ def in_brackets(error):
 
 def warm_up(state, batch, args, device, accumulate):
     """Do the work of some steps, but change nothing -> seconds that a step takes."""
-    times, model = Times(args.times, args.position_times, device), state.model
+    times = Times(args.times, args.position_times, device)
+    model = state.model
 
     def micro_batch():
         model.zero_grad(set_to_none=True)
@@ -259,9 +253,7 @@ def warm_up(state, batch, args, device, accumulate):
 
     def update():
         for optimizer in state.optimizers:
-            optimizer.found_inf = torch.ones(
-                (), device=device
-            )  # it computes the update and leaves it out
+            optimizer.found_inf = torch.ones((), device=device)  # computed, but left out
             optimizer.step()
         next(model.parameters()).sum().item()  # waits for the device
 

@@ -1,7 +1,7 @@
-"""What a run reports: metrics, figures, lines for the terminal; and how fast the device is.
+"""What a run reports: metrics, curves, samples, lines for the terminal.
 
-The figures of a log line carry their units in their names. utilisation is the share of the floating-point operations per
-second that large matrix products reach on this device.
+The figures of a log line carry their units in their names. utilisation is the share of the
+floating-point operations per second that large matrix products reach on this device.
 """
 
 import json
@@ -26,39 +26,38 @@ from text.tokenizer import label_ids
 from training.checkpoint import count_checkpoints, read_metrics, way_back
 from training.speed import model_flops, peak, peak_memory
 
+BOUND = "val_bound_nats_per_token"
 FEW_STEPS = 200  # fewer steps do not learn more than the frequencies of tokens
-VALIDATIONS = 10  # of a run, and at least one every MOST_MINUTES
-MOST_MINUTES = 5
-VAL_SHARE = 0.15  # of the time, at most
-LEAST_VAL_TOKENS = 2048
 WORTH_SAYING = 0.005  # share of a text that gets a warning
 PLAIN_SECONDS = 30  # between lines where there is no terminal
-POSTFIX = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {utilisation:.0%} of peak, {peak_memory_gb:.1f} GB"
-
-
-# ---------------------------------------------------------------- the logs of a run
+POSTFIX = (
+    "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {utilisation:.0%} of peak, "
+    "{peak_memory_gb:.1f} GB"
+)
 
 
 def not_finite(loss, norm, step, model, args):
-    """Say what was tried when a loss or a gradient norm is not finite, and what the user can do -> a line."""
-    found = f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite at step {step}, or shortly before"
-    advice = f"{found} (-lr={args.learning_rate:g}, form: {model.form}): run again with a lower -lr"
+    """Say what was tried when a loss or a gradient norm is not finite, and what to do -> a line."""
+    found = f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite at step {step}"
+    tried = f"-lr={args.learning_rate:g}, form: {model.form}"
+    advice = f"{found}, or shortly before ({tried}): run again with a lower -lr"
     back = way_back(Path(args.model_dir))
     return f"{advice}; if that does not help, {back}" if back else advice
 
 
 def drop_undone(path, step_of, step):
-    """Remove the lines of a log that belong to steps which a crash undid, and lines that are not whole."""
+    """Remove the lines of a log from steps that a crash undid, and lines that are not whole."""
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
-            kept += [line + b"\n"] * (step_of(line) <= step)
+            if step_of(line) <= step:
+                kept.append(line + b"\n")
     with replacing(path) as temporary:
         temporary.write_bytes(b"".join(kept))
 
 
 def step_of_figures(line):
-    """Read the step of a line of metrics.jsonl -> int. Raises ValueError, KeyError, TypeError, ... for a damaged line."""
+    """Read the step of a line of metrics.jsonl -> int. Raises as `drop_undone` expects."""
     figures = json.loads(line.decode())
     step = figures["step"]
     if not all(isinstance(value, int | float) for value in figures.values()):
@@ -67,10 +66,10 @@ def step_of_figures(line):
 
 
 def open_metrics(run_dir, step):
-    """Open metrics.jsonl, and TensorBoard where it is installed -> write(step, **figures), minutes of training so far."""
+    """Open metrics.jsonl, and TensorBoard if there is one -> write(step, **figures), minutes."""
     if parallel.rank() > 0:
         parallel.wait()
-        return (lambda step, **figures: parallel.wait()), 0.0
+        return lambda step, **figures: parallel.wait(), 0.0
     drop_undone(run_dir / "metrics.jsonl", step_of_figures, step)
     drop_undone(run_dir / "samples.txt", lambda line: int(line.split(b"\t")[0]), step)
     file = open(run_dir / "metrics.jsonl", "a", buffering=1)
@@ -88,13 +87,15 @@ def open_metrics(run_dir, step):
         parallel.wait()  # the disk may be slow
 
     parallel.wait()
-    return write, max((line.get("minutes", 0.0) for line in read_metrics(run_dir)), default=0.0)
+    minutes = [line.get("minutes", 0.0) for line in read_metrics(run_dir)]
+    return write, max(minutes, default=0.0)
 
 
 class Meter:
-    """Losses, gradient norms, tokens and time since the last log line. After the first step, only `figures` waits for the device.
+    """Losses, gradient norms, tokens and time since the last log line.
 
-    minutes: time of training so far, without validations, samples and saves.
+    After the first step, only `figures` waits for the device. minutes: time of training so far,
+    without validations, samples and saves.
     """
 
     def __init__(self, model, args, device, minutes=0.0):
@@ -117,7 +118,7 @@ class Meter:
             self.is_first = False
 
     def mean(self, step):
-        """Average over the steps since the last log line -> loss, gradient norm. Raises ValueError if they are not finite."""
+        """Average since the last log line -> loss, gradient norm. Raises ValueError if infinite."""
         loss, norm = torch.stack(self.steps).mean(0).tolist()  # waits for the device
         if not math.isfinite(loss + norm):
             raise ValueError(not_finite(loss, norm, step, self.model, self.args))
@@ -131,21 +132,23 @@ class Meter:
         self.start += time.perf_counter() - begin
 
     def figures(self, step, learning_rate):
-        """Average over the steps since the last call and start again -> dict. Raises ValueError as `mean` does."""
+        """Average since the last call and start again -> dict. Raises ValueError as `mean` does."""
         loss, norm = self.mean(step)
-        args, form = self.args, self.model.form
+        args = self.args
         seconds = time.perf_counter() - self.start
-        n_tokens, self.minutes = parallel.total(self.n_tokens), self.minutes + seconds / 60
+        self.minutes += seconds / 60
+        n_tokens = parallel.total(self.n_tokens)
         tokens_per_s = n_tokens / seconds
-        n_positions = len(self.steps) * args.accumulation_steps * args.batch_size * args.sequence_length
+        n_rows = len(self.steps) * args.accumulation_steps * args.batch_size
         flops_per_s = tokens_per_s * model_flops(self.model.config, args.sequence_length)
+        most = peak(self.device, self.model.form.bf16) * parallel.size()
         figures = dict(
             loss=loss,
             grad_norm=norm,
             learning_rate=learning_rate,
-            fill=n_tokens / n_positions,
+            fill=n_tokens / (n_rows * args.sequence_length),
             tokens_per_s=tokens_per_s,
-            utilisation=flops_per_s / (peak(self.device, form.bf16) * parallel.size()),
+            utilisation=flops_per_s / most,
             peak_memory_gb=peak_memory(self.device),
             minutes=self.minutes,
         )
@@ -157,35 +160,31 @@ class Meter:
 def draw_curves(run_dir):
     """Draw the training loss and the validation bound over steps, as curves.png."""
     metrics = read_metrics(run_dir)
-    points = {"training loss": "loss", "validation bound": "val_bound_nats_per_token"}
-    series = {name: zip(*[(m["step"], m[key]) for m in metrics if key in m], strict=True) for name, key in points.items()}
-    series = {name: tuple(xy) for name, xy in series.items()}
-    series = {name: xy for name, xy in series.items() if xy}
+    series = {}
+    for name, key in (("training loss", "loss"), ("validation bound", BOUND)):
+        if points := [(m["step"], m[key]) for m in metrics if key in m]:
+            series[name] = tuple(zip(*points, strict=True))
     drawing.lines(run_dir / "curves.png", series, "step", "nats per token", str(run_dir))
 
 
 def bounds(run_dir):
     """List the bounds of the validations so far, and their steps -> [(nats per token, step)]."""
-    return [(m["val_bound_nats_per_token"], m["step"]) for m in read_metrics(run_dir) if "val_bound_nats_per_token" in m]
+    return [(m[BOUND], m["step"]) for m in read_metrics(run_dir) if BOUND in m]
 
 
 @parallel.first_only
 def write_samples(run_dir, step, sample_texts):
-    """Add the texts of sample_texts() to samples.txt, if it has none of this step -> the texts, to be printed."""
+    """Add sample_texts() to samples.txt, if it has none of this step -> lines to be printed."""
     path = run_dir / "samples.txt"
     before = path.read_bytes() if path.exists() else b""
     if any(line.startswith(b"%d\t" % step) for line in before.split(b"\n")):
         return []
     texts = sample_texts()
-    lines = "".join(f"{step}\t{mark_breaks(text)}\n" for text in texts)
+    marked = [text.replace("\n", "\\n") for text in texts]
+    lines = "".join(f"{step}\t{text}\n" for text in marked)
     with replacing(path) as temporary:  # all texts of a step or none
         temporary.write_bytes(before + lines.encode())
     return ["  " + text.replace("\n", "\n  ") for text in texts]
-
-
-def mark_breaks(text):
-    """Write a text on one line, with \\n for each line break."""
-    return text.replace("\n", "\\n")
 
 
 @parallel.first_only
@@ -193,71 +192,81 @@ def overfitting_line(run_dir, n_worse=3):
     """Say that the bound has risen in the last `n_worse` validations -> a line, or None."""
     validated = bounds(run_dir)
     recent = validated[-n_worse - 1 :]
-    if len(recent) <= n_worse or any(later[0] <= earlier[0] for earlier, later in pairwise(recent)):
+    risen = all(later[0] > earlier[0] for earlier, later in pairwise(recent))
+    if len(recent) <= n_worse or not risen:
         return None
     best, step = min(validated)
-    return f"the bound has risen {n_worse} times in a row: overfitting. best.pt is from step {step} ({best:.3f} nats per token)"
-
-
-# ---------------------------------------------------------------- lines for the terminal
-
-
-def checkpoint_bytes(state):
-    """Estimate the size of a checkpoint from above: weights, averages, and at most two moments of each weight, in float32."""
-    return 4 * sum(p.numel() for p in state.model.parameters()) * (3 + len(state.emas))
+    where = f"best.pt is from step {step} ({best:.3f} nats per token)"
+    return f"the bound has risen {n_worse} times in a row: overfitting. {where}"
 
 
 class Progress(tqdm):
-    """A bar with the latest figures. Where there is no terminal, a plain line every half minute instead.
+    """A bar with the latest figures; without a terminal, a plain line every half minute.
 
-    It also warns, once, when the disk has no room for the checkpoints to come: those of --keep, last.pt and best.pt that are
-    not there yet, and the new one, which is written before an old one is deleted.
+    It also warns, once, when the disk has no room for the checkpoints to come: those of --keep,
+    last.pt and best.pt that are not there yet, and the new one, which is written before an old one
+    is deleted.
     """
 
     def __init__(self, state, args):
-        super().__init__(total=args.max_steps, initial=state.step, unit="step", smoothing=0.05, disable=None)
-        self.max_steps, self.printed_at, self.run_dir = args.max_steps, time.monotonic(), Path(args.model_dir)
-        self.most_checkpoints, self.bytes_each, self.warned = 3 + args.keep, checkpoint_bytes(state), False
+        options = dict(unit="step", smoothing=0.05, disable=None)
+        super().__init__(total=args.max_steps, initial=state.step, **options)
+        self.args = args
+        self.printed_at = time.monotonic()
+        # At most: weights, averages, and two moments of each weight, in float32.
+        n_weights = sum(p.numel() for p in state.model.parameters())
+        self.bytes_each = 4 * n_weights * (3 + len(state.emas))
+        self.warned = False
 
     def show(self, step, figures, bound):
-        """Show a step's figures (see `Meter.figures`) and the last validation bound, if there is one."""
-        text = POSTFIX.format(**figures) + (f", bound {bound:.3f}" if bound is not None else "")
+        """Show a step's figures (see `Meter.figures`) and the last bound, if there is one."""
+        text = POSTFIX.format(**figures)
+        if bound is not None:
+            text += f", bound {bound:.3f}"
         self.set_postfix_str(text)
         if not self.warned:
             self.warn_of_full_disk()
         if self.disable and time.monotonic() - self.printed_at >= PLAIN_SECONDS:
             self.printed_at = time.monotonic()
-            print(f"step {step} of {self.max_steps}, {figures['minutes']:.1f} minutes of training, {text}", flush=True)
+            minutes = f"{figures['minutes']:.1f} minutes of training"
+            print(f"step {step} of {self.args.max_steps}, {minutes}, {text}", flush=True)
 
     def warn_of_full_disk(self):
         """Compare the free space with what the checkpoints to come may take."""
-        n = max(1, self.most_checkpoints - count_checkpoints(self.run_dir))
-        free, needed = shutil.disk_usage(self.run_dir).free, n * self.bytes_each
+        run_dir = self.args.model_dir
+        n = max(1, 3 + self.args.keep - count_checkpoints(Path(run_dir)))
+        free, needed = shutil.disk_usage(run_dir).free, n * self.bytes_each
         if free < needed:
-            message = f"only {free / 1e9:.1f} GB are free for {self.run_dir}, {n} checkpoints to come take up to {needed / 1e9:.1f} GB"
-            self.write(f"{message}: make room, or stop and go on with a lower --keep, or a save will fail", file=sys.stderr)
+            room = f"only {free / 1e9:.1f} GB are free for {run_dir}"
+            message = f"{room}, {n} checkpoints to come take up to {needed / 1e9:.1f} GB"
+            way = "make room, or stop and go on with a lower --keep, or a save will fail"
+            self.write(f"{message}: {way}", file=sys.stderr)
             self.warned = True
 
 
-def opening_lines(state, loader, val, config, seconds_per_step, args, device, tokenizer):
+def opening_lines(state, loader, val, seconds_per_step, args, device, tokenizer):
     """Size of the model, memory, tokens, when the run will end, and what its figures mean -> lines.
 
     val: Tokens of the validation text.
     """
+    tokens, config = loader.tokens, state.model.config
     seconds = (args.max_steps - state.step) * seconds_per_step
-    corpora = [Corpus(path, args.text_field) for path in (args.data_path, args.val_path) if path]
-    warnings = [note for corpus in corpora for note in reading_notes(corpus, args.example)]
-    warnings += label_lines(tokenizer, loader.tokens, val) + text_warnings(loader.tokens, val)
-    if args.max_steps < FEW_STEPS:
-        warnings.append(few_steps(args, seconds_per_step))
-    meaning = "the loss is the squared error plus the cross-entropy at random times; the bound comes with each validation"
-    opening = (
-        f"preset {args.preset}: {sum(p.numel() for p in state.model.parameters()):,} parameters, K = {config.K}, beta(1) = {config.beta1:.4g}, "
-        f"{peak_memory(device):.1f} GB on {device}, {len(loader.tokens.ids):,} tokens per epoch "
-        f"({loader.fill():.1%} of positions), step {state.step} to {args.max_steps} "
-        f"in about {seconds / 60:.0f} minutes, by {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
+    end = time.strftime("%H:%M", time.localtime(time.time() + seconds))
+    n_weights = sum(p.numel() for p in state.model.parameters())
+    lines = text_lines(args, tokens, val)
+    lines.append(
+        f"preset {args.preset}: {n_weights:,} parameters, K = {config.K}, "
+        f"beta(1) = {config.beta1:.4g}, {peak_memory(device):.1f} GB on {device}, "
+        f"{len(tokens.ids):,} tokens per epoch ({loader.fill():.1%} of positions), "
+        f"step {state.step} to {args.max_steps} in about {seconds / 60:.0f} minutes, by {end}"
     )
-    return [*text_lines(args, loader.tokens, val), opening, *warnings, meaning]
+    for path in filter(None, (args.data_path, args.val_path)):
+        lines += reading_notes(Corpus(path, args.text_field), args.example)
+    lines += label_lines(tokenizer, tokens, val) + text_warnings(tokens, val)
+    if args.max_steps < FEW_STEPS:
+        lines.append(few_steps(args, seconds_per_step))
+    meaning = "the loss is the squared error plus the cross-entropy at random times"
+    return [*lines, f"{meaning}; the bound comes with each validation"]
 
 
 def text_lines(args, training, val):
@@ -266,17 +275,15 @@ def text_lines(args, training, val):
     parts = [(path, [training, val])]
     if args.val_path:
         parts = [(path, [training]), (args.val_path, [val])]
-    return [
-        Corpus(str(path)).describe(sum(t.n_documents for t in texts), sum(t.n_bytes for t in texts))
-        for path, texts in parts
-    ]
+    lines = []
+    for path, texts in parts:
+        n_documents = sum(text.n_documents for text in texts)
+        lines.append(Corpus(str(path)).describe(n_documents, sum(text.n_bytes for text in texts)))
+    return lines
 
 
 def label_lines(tokenizer, *texts):
-    """List the labels of Tokens with their numbers of examples, the most frequent first -> lines.
-
-    The line is left out if there are no labels.
-    """
+    """List the labels of Tokens, the most frequent first -> a line, or none without labels."""
     names = {k: label for label, k in label_ids(tokenizer).items()}
     counts, after_bos = Counter(), int(tokenizer.bos_id() >= 0)
     for tokens in texts if names else ():
@@ -287,47 +294,48 @@ def label_lines(tokenizer, *texts):
 
 
 def text_warnings(training, val):
-    """Say which share of the training text the tokenizer does not know, and which of the validation text was trained on.
-
-    training, val: Tokens. -> lines
-    """
-    unknown, known = training.n_unknown_bytes / training.n_bytes, share_in_training(val, training)
+    """Say what share of Tokens is unknown, and what share of `val` was trained on -> lines."""
+    unknown = training.n_unknown_bytes / training.n_bytes
+    known = share_in_training(val, training)
     lines = []
     if unknown > WORTH_SAYING:
-        lines.append(f"the tokenizer does not know {unknown:.1%} of the text: try another tokenizer or a larger --vocab_size")
+        way = "try another tokenizer or a larger --vocab_size"
+        lines.append(f"the tokenizer does not know {unknown:.1%} of the text: {way}")
     if known > WORTH_SAYING:
-        lines.append(f"{known:.0%} of the validation examples are in the training text too: for new text the bound is too low")
+        found = f"{known:.0%} of the validation examples are in the training text too"
+        lines.append(f"{found}: for new text the bound is too low")
     return lines
 
 
 def few_steps(args, seconds_per_step=None):
     """Say that a run is too short to learn from -> a line."""
     example = f" (about {600 / seconds_per_step:,.0f} steps)" if seconds_per_step else ""
-    return f"{args.max_steps} steps are too few to learn a language: samples will be noise. Try --minutes=10{example}"
+    few = f"{args.max_steps} steps are too few to learn a language"
+    return f"{few}: samples will be noise. Try --minutes=10{example}"
 
 
 def validation_line(figures):
     """Validation figures -> a line."""
-    names = "L_inf", "L_rec", "bound", "monte_carlo_error"
-    L_inf, L_rec, bound, error = (figures[f"{name}_nats_per_token"] for name in names)
     unknown = figures["unknown_nats_per_token"]
     spelling = f" + unknown text {unknown:.3f}" if unknown else ""
     return (
-        f"validation L_inf {L_inf:.3f} + L_rec {L_rec:.3f}{spelling} = bound {bound:.3f} +- {error:.3f} nats per token, "
-        f"{figures['bits_per_char']:.3f} bits per character; exact {figures['exact_bits_per_char']:.3f}"
-    )
+        "validation L_inf {L_inf_nats_per_token:.3f} + L_rec {L_rec_nats_per_token:.3f}{spelling} "
+        "= bound {bound_nats_per_token:.3f} +- {monte_carlo_error_nats_per_token:.3f} nats per "
+        "token, {bits_per_char:.3f} bits per character; exact {exact_bits_per_char:.3f}"
+    ).format(**figures, spelling=spelling)
 
 
 def closing_lines(args):
     """Say where a finished run lies and what to do with it -> lines."""
-    again = (
-        "python train.py -d=CORPUS.txt -mdir=runs/mine --minutes=10"
-        if args.data_path is None
-        else "more --minutes or --max_steps train on"
-    )
-    if args.max_steps < FEW_STEPS and args.data_path is not None:
+    again = "more --minutes or --max_steps train on"
+    if args.data_path is None:
+        again = "python train.py -d=CORPUS.txt -mdir=runs/mine --minutes=10"
+    elif args.max_steps < FEW_STEPS:
         return few_steps(args)
-    contents = "best.pt (weights of the lowest bound), last.pt (to resume), samples.txt, curves.png, metrics.jsonl"
-    sample = shlex.join(["python", "sample.py", f"-mdir={args.model_dir}"])
-    report = shlex.join(["python", "plot.py", "report", args.model_dir])
-    return f"in {args.model_dir}: {contents}\nnext: {sample}\n      {report}\n      {again}"
+    run_dir = args.model_dir
+    sample = shlex.join(["python", "sample.py", f"-mdir={run_dir}"])
+    report = shlex.join(["python", "plot.py", "report", run_dir])
+    return (
+        f"in {run_dir}: best.pt (weights of the lowest bound), last.pt (to resume), samples.txt, "
+        f"curves.png, metrics.jsonl\nnext: {sample}\n      {report}\n      {again}"
+    )

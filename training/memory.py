@@ -1,14 +1,14 @@
-"""How much memory a training step takes, how much there is, and the refusal of a step that does not fit.
+"""How much memory a training step takes, and the refusal of a step that does not fit.
 
-The estimate is known before anything is allocated. Its constants were measured on CPUs with torch 2.13: the bytes that
-autograd keeps, and the peak of the process. With tensors of 32 MB and more the estimate is between 15 % below that peak and
-2 % above it. With smaller ones, malloc keeps up to as much again.
+The estimate is known before anything is allocated. Its constants were measured on CPUs with torch
+2.13. With tensors of 32 MB and more it is between 15 % below the peak of the process and 2 % above
+it. With smaller ones, malloc keeps up to as much again.
 """
 
 import math
 import os
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -17,16 +17,14 @@ from common import cli, parallel
 from model import BFNTransformer
 from training import forms, fused
 
-# Bytes that a layer keeps for the gradient, per token and unit of width.
-LAYER = {("eager", "float32"): 142, ("eager", "bfloat16"): 120, ("compiled", "float32"): 96, ("compiled", "bfloat16"): 68}
-
-
+# Bytes that a layer keeps for the gradient, per token and unit of width, by (compiled, bf16).
+LAYER = {(False, False): 142, (False, True): 120, (True, False): 96, (True, True): 68}
 RECOMPUTED = 4  # the same with --recompute: the layer's input
 OUTSIDE = 55  # the same before and after the layers
 LOGITS = 32  # bytes per token and token of the vocabulary; the fused form has only a chunk of them
 MUON_COPIES = 6  # of all matrices of a shape, while they are orthogonalised
 PROCESS = {"cpu": 0.35e9, "cuda": 0.0}  # of Python and torch
-MARGIN = 1.3  # a step is refused only if it takes this much more than there is: a run that fits must start
+MARGIN = 1.3  # refused is only what takes this much more than there is: what fits must start
 
 
 def step_bytes(config, args, device):
@@ -34,27 +32,29 @@ def step_bytes(config, args, device):
 
         weights + averages + moments + max(activations, gradients + work space of the optimizer)
 
-    With several micro-batches, the gradients are there while the next ones are computed. A batch or a length that is
-    not chosen yet (None) counts as one.
+    With several micro-batches, the gradients are there while the next ones are computed. A batch or
+    a length that is not chosen yet (None) counts as one.
     """
     with torch.device("meta"):  # takes no memory
         model = BFNTransformer(config)
     of_shape = Counter()
     for matrix in model.layer_matrices():
         of_shape[matrix.shape] += 4 * matrix.numel()
-    weights, in_muon = sum(4 * p.numel() for p in model.parameters()), of_shape.total()
+    weights = sum(4 * p.numel() for p in model.parameters())
+    in_muon = of_shape.total()
     moments = 2 * (weights - in_muon) + in_muon
     optimizer = weights + MUON_COPIES * max(of_shape.values())
     accumulated = weights if args.accumulation_steps > parallel.size() else 0
     at_once = max(optimizer, accumulated + activation_bytes(config, args, device))
-    return int(PROCESS[device.type] + weights * (1 + len(args.ema_rate)) + moments + at_once)
+    averages = weights * len(args.ema_rate)
+    return int(PROCESS[device.type] + weights + averages + moments + at_once)
 
 
 def activation_bytes(config, args, device):
-    """Estimate what a micro-batch keeps for its gradient, in bytes, from (B, L) and the form of the computation."""
+    """Estimate what a micro-batch keeps for its gradient, in bytes."""
     B, L, D = args.batch_size or 1, args.sequence_length or 1, config.d_model
     form = forms.wanted_form(args, config, device)
-    layer = LAYER["compiled" if form.compiled else "eager", "bfloat16" if form.bf16 else "float32"] * D
+    layer = LAYER[form.compiled, form.bf16] * D
     if device.type == "cpu":  # the scores, or the mask in float32; GPUs compute them again
         layer += 2 * config.n_heads * L if form.written else 4 * L
     layers = config.n_layers * layer
@@ -67,9 +67,10 @@ def activation_bytes(config, args, device):
 
 
 def total_bytes(device):
-    """Read how much memory a process may use, in bytes: of the GPU, or of the machine within its limits (cgroups) -> float.
+    """Read how much memory a process may use, in bytes; infinite where the system does not tell.
 
-    Processes that torchrun starts on one machine share it. It is infinite where the system does not tell.
+    It is the GPU's, or the machine's within the limits of cgroups, which the processes that
+    torchrun starts there share.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -82,15 +83,17 @@ def total_bytes(device):
 
 
 def cgroup_limits(groups, root):
-    """Read the limits of the groups in the text of /proc/self/cgroup, and of those that they are in -> list of bytes.
+    """Read the limits of the groups in /proc/self/cgroup, and of those around them -> bytes.
 
-    root: the folder of all groups. Both versions of cgroups are known; a container sees its own group as the root.
+    groups: the text of that file. root: the folder of all groups. Both versions of cgroups are
+    known; a container sees its own group as the root.
     """
     limits = []
     for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
-        first = "memory" in controllers.split(",")  # the first version has a folder for each controller
-        top, name = (root / "memory", "memory.limit_in_bytes") if first else (root, "memory.max")
+        top, name = root, "memory.max"
+        if "memory" in controllers.split(","):  # version 1 has a folder for each controller
+            top, name = root / "memory", "memory.limit_in_bytes"
         path = PurePosixPath(path).relative_to("/")
         for group in (path, *path.parents):
             with suppress(OSError, ValueError):  # no such file, or "max"
@@ -99,15 +102,29 @@ def cgroup_limits(groups, root):
 
 
 def check(config, args, device):
-    """Refuse a training step that does not fit -> config. Keeps the figures for the error if memory runs out all the same.
+    """Refuse a training step that does not fit -> advice for when memory runs out all the same.
 
     Raises ValueError if the estimate is more than MARGIN times what there is.
     """
     needed, there = step_bytes(config, args, device), total_bytes(device)
-    ways = ["a lower -bsz with a higher -acc"] * ((args.batch_size or 1) > 1) + ["--recompute"] * (not args.recompute)
-    ways += ["a lower -slen", "a smaller --preset"]
-    figures = f"a training step takes about {needed / 1e9:,.1f} GB, and there are {there / 1e9:,.1f} GB on {device}"
-    cli.memory_advice = f"{figures}: {', '.join(ways[:-1])} or {ways[-1]} takes less"
+    ways = ["a lower -slen", "a smaller --preset"]
+    if not args.recompute:
+        ways.insert(0, "--recompute")
+    if (args.batch_size or 1) > 1:
+        ways.insert(0, "a lower -bsz with a higher -acc")
+    figures = f"takes about {needed / 1e9:,.1f} GB, and there are {there / 1e9:,.1f} GB on {device}"
+    advice = f"a training step {figures}: {', '.join(ways[:-1])} or {ways[-1]} takes less"
     if needed > MARGIN * there:
-        raise ValueError(cli.memory_advice)
-    return config
+        raise ValueError(advice)
+    return advice
+
+
+@contextmanager
+def explained(advice):
+    """Raise MemoryError with this advice if memory runs out within the block."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not cli.ran_out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory: {advice}") from error

@@ -1,25 +1,26 @@
-"""The optimizer: Muon for the matrices of the layers, AdamW for the rest, the schedule, and averaged weights.
+"""The optimizer: Muon for the matrices of the layers, AdamW for the rest; schedule and averages.
 
-Muon is momentum, orthogonalised [Jordan et al. 2024]. torch.optim.Muon orthogonalises in bfloat16, one matrix at a time,
-which is slow on CPUs without bfloat16 units. Here it is float32 (TF32 where allowed), for all matrices of a shape at once.
+Muon is momentum, orthogonalised [Jordan et al. 2024]. torch.optim.Muon orthogonalises in bfloat16,
+one matrix at a time, which is slow on CPUs without bfloat16 units. Here it is float32 (TF32 where
+allowed), for all matrices of a shape at once.
 """
 
 import torch
 
 from common import parallel
 
-# Coefficients of a x + b x^3 + c x^5. Applied one after the other, these polynomials map singular values in [0.003, 1] to
-# [0.8, 1.2]: each one minimises the largest distance from 1 on the range that the one before leaves [after Amsel et al.
-# 2025, arXiv 2505.16932]. Three polynomials for [0.01, 1] are cheaper but trained worse (experiments/RECORD.md).
+# Coefficients of a x + b x^3 + c x^5. Applied one after the other, these polynomials map singular
+# values in [0.003, 1] to [0.8, 1.2]: each one minimises the largest distance from 1 on the range
+# that the one before leaves [after Amsel et al. 2025, arXiv 2505.16932]. Three polynomials for
+# [0.01, 1] are cheaper but trained worse (experiments/RECORD.md).
 QUINTICS = (
     (8.3837, -24.7659, 18.3571),
     (4.0434, -3.0114, 0.5695),
     (3.5056, -2.6267, 0.5257),
     (2.4901, -1.8343, 0.4368),
 )
-
-
-MARGIN = 1.01  # the polynomials grow fast beyond 1, so a rounded norm must not be below the largest singular value
+# Polynomials grow fast beyond 1: a rounded norm must not be below the largest singular value.
+MARGIN = 1.01
 
 
 def orthogonalise_directly(X):
@@ -32,9 +33,9 @@ def orthogonalise_directly(X):
 
 
 def orthogonalise_by_gram(X):
-    """The same as `orthogonalise_directly`, computed on the small matrix X X^T: half the work where X is wide.
+    """Do the same on the small matrix X X^T: half the work where X is wide.
 
-    On a CPU it makes a whole training step 12 % faster. It needs full float32 precision, so it is not used with TF32.
+    On a CPU it makes a whole training step 12 % faster. It needs full float32, not TF32.
     """
     X = X / (MARGIN * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     A, product = X @ X.mT, None
@@ -48,10 +49,10 @@ def orthogonalise_by_gram(X):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates. The factor 0.2 sqrt(longer side) makes them as large as AdamW's [Liu et al. 2025].
+    """Momentum with orthogonalised updates, 0.2 sqrt(longer side) times: AdamW's size [Liu 2025].
 
-    As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and momentum unchanged. by_gram: use the
-    cheaper of the two functions above for wide matrices.
+    As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and momentum
+    unchanged. by_gram: use the cheaper of the two functions above for wide matrices.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -65,7 +66,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
             directions = (self._move_momentum(params, group) for params in by_shape.values())
-            for params, update in zip(by_shape.values(), orthogonalise_in_shares(directions, self.by_gram), strict=True):
+            updates = orthogonalise_in_shares(directions, self.by_gram)
+            for params, update in zip(by_shape.values(), updates, strict=True):
                 self._move_weights(params, update, group)
 
     def _keep(self):
@@ -73,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         return 1.0 if self.found_inf is None else 1 - self.found_inf
 
     def _move_momentum(self, params, group):
-        """Move the momentum of n parameters of one shape towards their gradients -> what to orthogonalise, (n, *shape)."""
+        """Move the momentum of n parameters of one shape -> what to orthogonalise, (n, *shape)."""
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -85,16 +87,16 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
 
     def _move_weights(self, params, update, group):
-        """Subtract the orthogonalised update (n, *shape) from n parameters of one shape, and let them decay."""
+        """Let n parameters of one shape decay, and subtract their update (n, *shape)."""
         rate = self._keep() * group["lr"]
         for p, u in zip(params, update, strict=True):
             p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * max(p.shape) ** 0.5 * u)
 
 
 def orthogonalise_in_shares(stacks, by_gram=True):
-    """Orthogonalise stacks of matrices, each (n, height, width) -> iterator over the results. Each process does its share.
+    """Orthogonalise stacks of matrices (n, height, width) -> iterator over the results.
 
-    All processes get the same results.
+    Each process does its share, and all get the same results.
     """
     if parallel.size() == 1:
         yield from (orthogonalise(X, by_gram) for X in stacks)
@@ -104,26 +106,28 @@ def orthogonalise_in_shares(stacks, by_gram=True):
     for X, ranks in zip(stacks, owners, strict=True):
         if mine := [i for i, rank in enumerate(ranks) if rank == parallel.rank()]:
             X[mine] = orthogonalise(X[mine], by_gram)
-    parallel.exchange([matrix for X in stacks for matrix in X], [rank for ranks in owners for rank in ranks])
+    matrices = [matrix for X in stacks for matrix in X]
+    parallel.exchange(matrices, [rank for ranks in owners for rank in ranks])
     yield from stacks
 
 
 def share_by_cost(shapes, size):
-    """Share stacks of matrices of some shapes (n, height, width) out over processes -> the rank for each matrix of each stack.
+    """Share matrices out over processes -> for each shape (n, height, width), the n ranks.
 
     The costliest matrices come first. Each one goes to the process with the least work.
     """
     costs = [height * width * min(height, width) for _, height, width in shapes]
-    load, owners = [0] * size, [[] for _ in shapes]
-    for cost, (n, *_), ranks in sorted(zip(costs, shapes, owners, strict=True), key=lambda stack: -stack[0]):
-        for _ in range(n):
-            ranks.append(load.index(min(load)))
-            load[ranks[-1]] += cost
+    load = [0] * size
+    owners = [[] for _ in shapes]
+    for i in sorted(range(len(shapes)), key=lambda i: -costs[i]):
+        for _ in range(shapes[i][0]):
+            owners[i].append(load.index(min(load)))
+            load[owners[i][-1]] += costs[i]
     return owners
 
 
 def orthogonalise(X, by_gram=True):
-    """Orthogonalise matrices (n, height, width) of any shape, by the faster of the two functions or, without by_gram, directly."""
+    """Orthogonalise matrices (n, height, width); without by_gram, directly."""
     height, width = X.shape[1:]
     if height > width:
         return orthogonalise(X.mT, by_gram).mT
@@ -144,12 +148,13 @@ def make_optimizers(model, args):
         dict(params=[p for p in rest if p.ndim >= 2], weight_decay=args.weight_decay),
         dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
     ]
-    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)  # only the fused form reads found_inf
-    return [adamw, Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay)]
+    lr = args.learning_rate
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)  # reads found_inf
+    return [adamw, Muon(matrices, lr=lr, weight_decay=args.weight_decay)]
 
 
 def learning_rate(step, args):
-    """The learning rate of a step: a linear warm-up, then a straight line that reaches zero after the last step."""
+    """The learning rate of a step: a linear warm-up, then straight to zero after the last step."""
     warmup = min(args.warmup_steps, args.max_steps // 5)
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup

@@ -1,18 +1,4 @@
-"""The run folder: what is saved, how a run resumes, and how to hand a model on.
-
-    python checkpoint.py export RUN_DIR OUT_DIR
-
-A checkpoint is one file of plain types and tensors, the description of the run (made when training starts or resumes) and
-its state:
-
-    args, identity, config, tokenizer_hash, sizes, lengths, word_lengths             `describe_run`
-    step, best, model, emas, optimizers, times, times_history, loss_by_time          `State`
-
-last.pt is the newest, best.pt the one of the lowest validation bound, and older/ holds those that last.pt was before.
-
-An exported folder holds the last of the emas as model.safetensors. Its config.json has what is left of the checkpoint
-without model, optimizers and times, and the figures of the validation.
-"""
+"""The run folder: who holds it, what its files must be, and what is decided when a run starts."""
 
 import math
 import os
@@ -37,16 +23,18 @@ from text.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from training.checkpoint import (
-    IDENTITY,
-    RUN_FILES,
-    TOY_SENTENCES,
-    new_run,
-    older_checkpoints,
-    read_checkpoint,
-    way_back,
-)
-from training.log import LEAST_VAL_TOKENS, MOST_MINUTES, VAL_SHARE, VALIDATIONS
+from training import checkpoint
+
+# What a run is: these must not change when it is resumed, everything else may.
+IDENTITY = (
+    "seed model_dim num_layers num_heads dropout_prob beta sequence_length batch_size "
+    "accumulation_steps ema_rate tokenizer vocab_size tokenizer_hash example corpus validation"
+).split()
+VALIDATIONS = 10  # of a run, and at least one every MOST_MINUTES
+MOST_MINUTES = 5
+VAL_SHARE = 0.15  # of the time, at most
+VAL_TOKENS = 16_384  # scored by a validation, at most
+LEAST_VAL_TOKENS = 2048
 
 
 def lock(run_dir):
@@ -76,16 +64,17 @@ def lock(run_dir):
 def open_run_folder(run_dir):
     """Read the last checkpoint of a run folder -> dict, or None for a new run.
 
-    Raises ValueError if last.pt is damaged, or missing where there are other checkpoints, and for files of the names that a
-    run writes but nothing else of a run.
+    Raises ValueError if last.pt is damaged, or missing where there are other checkpoints, and for
+    files with the names that a run writes but nothing else of a run.
     """
     if (run_dir / "last.pt").exists():
-        return read_checkpoint(run_dir / "last.pt")
+        return checkpoint.read_checkpoint(run_dir / "last.pt")
     if (run_dir / "model.safetensors").exists():
         way = f"give another -mdir and {shlex.quote(f'--init_from={run_dir}')}"
         raise ValueError(f"{run_dir} was exported and cannot be resumed: {way}")
-    if (run_dir / "best.pt").exists() or older_checkpoints(run_dir):
-        raise ValueError(f"{run_dir} has checkpoints but no last.pt: {way_back(run_dir)}")
+    if (run_dir / "best.pt").exists() or checkpoint.older_checkpoints(run_dir):
+        way = checkpoint.way_back(run_dir)
+        raise ValueError(f"{run_dir} has checkpoints but no last.pt: {way}")
     if not (run_dir / "tokenizer.model").exists():  # which a run writes first
         for name in ("metrics.jsonl", "samples.txt", "curves.png", "report.html", "older"):
             if (run_dir / name).is_file():
@@ -94,52 +83,64 @@ def open_run_folder(run_dir):
 
 
 def write_once(path, content):
-    """Write a file of the run folder. Raises ValueError if another file has its name, so nothing of the user's is lost."""
+    """Write a file of the run folder. Raises ValueError if a file of the user's has its name."""
     if path.exists() and path.read_bytes() != content:
-        raise ValueError(f"{path} exists already and does not belong to this run: move it away or give another -mdir")
+        there = f"{path} exists already and does not belong to this run"
+        raise ValueError(f"{there}: move it away or give another -mdir")
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def prepare_text(args, run_dir, saved):
-    """Put tokenizer (and the built-in corpus) into the run folder and tokenise -> tokenizer, training and validation Tokens.
+    """Write tokenizer and built-in corpus, and tokenise -> tokenizer, training and val Tokens.
 
     Raises ValueError for a missing or empty text, and for a tokenizer that is not the run's.
     """
-    corpus, resume = Corpus(args.data_path or str(run_dir / "corpus.txt"), args.text_field), saved or parallel.rank() > 0
+    resume = saved or parallel.rank() > 0
+    corpus = Corpus(args.data_path or str(run_dir / "corpus.txt"), args.text_field)
     val = Corpus(args.val_path, args.text_field) if args.val_path else None
     if args.data_path is None and not resume:
-        write_once(run_dir / "corpus.txt", toy.corpus(TOY_SENTENCES, args.seed).encode())
-    written = {(run_dir / name).resolve() for name in set(RUN_FILES) - {"corpus.txt"}}  # written only if -d is not given
+        write_once(run_dir / "corpus.txt", toy.corpus(checkpoint.TOY_SENTENCES, args.seed).encode())
     for text in filter(None, (corpus, val)):
-        if Path(text.path).resolve() == run_dir.resolve():
-            raise ValueError(f"{text} is the run folder, where training writes: give another -mdir")
-        for file in text.files:
-            if Path(file).resolve() in written:
-                raise ValueError(f"{file} is the name of a file that training writes: leave it out, or give another -mdir")
-        check_separator(text, args.example)
-        if next(read_pieces(text, args.example), None) is None:
-            raise ValueError(f"{text} has no text")
+        check_text(text, run_dir, args.example)
     path = run_dir / "tokenizer.model"
     if not resume:
         write_once(path, make_tokenizer(args, corpus))
     elif args.spm_model and not args.init_from and file_hash(args.spm_model) != file_hash(path):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
     tokenizer = load_tokenizer(path)
-    read = partial(cache.load_corpus, tokenizer_path=path, cache_dir=args.cache_dir, example=args.example)
+    options = dict(tokenizer_path=path, cache_dir=args.cache_dir, example=args.example)
+    read = partial(cache.load_corpus, **options)
     if val:
         return tokenizer, read(corpus, part="all"), read(val, part="all")
     return tokenizer, read(corpus, part="train"), read(corpus, part="val")
+
+
+def check_text(text, run_dir, example):
+    """Raise ValueError if a Corpus has no examples, or files that training writes."""
+    if Path(text.path).resolve() == run_dir.resolve():
+        raise ValueError(f"{text} is the run folder, where training writes: give another -mdir")
+    written = {(run_dir / name).resolve() for name in checkpoint.RUN_FILES if name != "corpus.txt"}
+    for file in text.files:
+        if Path(file).resolve() in written:
+            name = f"{file} is the name of a file that training writes"
+            raise ValueError(f"{name}: leave it out, or give another -mdir")
+    check_separator(text, example)
+    if next(read_pieces(text, example), None) is None:
+        raise ValueError(f"{text} has no text")
 
 
 def make_tokenizer(args, corpus):
     """Read the tokenizer of the flags, or train one on the corpus -> the model as bytes."""
     if args.spm_model:
         tokenizer = load_tokenizer(args.spm_model)
+        name = args.spm_model
         if label_ids(tokenizer) and args.example != "labelled":
-            raise ValueError(f"{args.spm_model} has tokens for labels: give --labelled, or another tokenizer")
+            way = "give --labelled, or another tokenizer"
+            raise ValueError(f"{name} has tokens for labels: {way}")
         if args.example not in ONE_LINE and not keeps_breaks(tokenizer):
-            raise ValueError(f"{args.spm_model} does not keep line breaks: leave -spm or --init_from out, or use --example=line")
+            way = "leave -spm or --init_from out, or use --example=line"
+            raise ValueError(f"{name} does not keep line breaks: {way}")
         return Path(args.spm_model).read_bytes()
     print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
@@ -148,13 +149,13 @@ def make_tokenizer(args, corpus):
 def describe_run(args, config, tokenizer, tokens, val, run_dir):
     """Describe the run -> dict, a part of its checkpoints."""
     tokenizer_hash = file_hash(run_dir / "tokenizer.model")
-    facts = {**vars(args), "corpus": tokens.key, "validation": val.key, "tokenizer_hash": tokenizer_hash}
+    facts = dict(vars(args), corpus=tokens.key, validation=val.key, tokenizer_hash=tokenizer_hash)
     return dict(
         args=vars(args),
         identity={name: facts[name] for name in IDENTITY},
         config=asdict(config),
         tokenizer_hash=tokenizer_hash,
-        sizes={name: text_size(text) for name, text in (("training", tokens), ("validation", val))},
+        sizes=dict(training=text_size(tokens), validation=text_size(val)),
         lengths=np.trim_zeros(tokens.count_lengths(args.sequence_length), "b").tolist(),
         word_lengths=count_word_lengths(tokenizer, tokens),
     )
@@ -162,7 +163,8 @@ def describe_run(args, config, tokenizer, tokens, val, run_dir):
 
 def text_size(tokens):
     """Count what is in Tokens -> dict."""
-    return dict(examples=tokens.n_documents, tokens=len(tokens.ids), characters=tokens.n_chars, bytes=tokens.n_bytes)
+    sizes = dict(examples=tokens.n_documents, tokens=len(tokens.ids))
+    return sizes | dict(characters=tokens.n_chars, bytes=tokens.n_bytes)
 
 
 def check_identity(saved, now, args):
@@ -173,33 +175,48 @@ def check_identity(saved, now, args):
     for name in IDENTITY:
         if name not in now or saved[name] == now[name]:
             continue
-        change, back, more = f"{name}={saved[name]}, now it is {now[name]}", "change it back", ""
+        change = f"{name}={saved[name]}, now it is {now[name]}"
+        back = "change it back"
+        more = ""
         if name in ("corpus", "validation"):  # hashes, which tell a reader nothing
-            change, back = f"another {name} text", "give -d and --val_path (or none) as before"
+            change = f"another {name} text"
+            back = "give -d and --val_path (or none) as before"
             more = f"; to start from its weights, {new_run(args)}" if args.data_path else ""
         known = f"{args.model_dir} was trained with {change}"
         raise ValueError(f"{known}: {back} or give another -mdir{more}")
 
 
-# ---------------------------------------------------------------- how long, and how often
+def new_run(args):
+    """Write the command that starts a new run on the text of `args` from the weights of its run."""
+    run_dir = Path(args.model_dir)
+    number = 2
+    while os.path.exists(f"{run_dir}-{number}"):
+        number += 1
+    words = [f"-d={args.data_path}", f"--init_from={run_dir}", f"-mdir={run_dir}-{number}"]
+    if args.val_path:
+        words.append(f"--val_path={args.val_path}")
+    if args.text_field != "text":
+        words.append(f"--text_field={args.text_field}")
+    length = "minutes" if args.minutes else "max_steps"
+    words += [f"--preset={args.preset}", f"--{length}={getattr(args, length)}"]
+    return shlex.join(["python", "train.py", *words])
 
 
 def decide_steps(args, before, step, seconds, val_seconds):
-    """Decide how many steps --minutes are, how often to validate, sample and save, and how many tokens to validate on.
+    """Decide the steps of --minutes, and how often, and on how many tokens, to validate.
 
-    before: flags of the run that resumes, or {}: it keeps what was decided. seconds, val_seconds: of a step, and of a
-    validation on evaluate.VAL_TOKENS, as measured.
+    before: flags of the run that resumes, or {}: it keeps what was decided. seconds, val_seconds:
+    of a step, and of a validation on VAL_TOKENS, as measured.
     """
     total = args.max_steps * seconds / (1 - VAL_SHARE) if args.max_steps else 60 * args.minutes
-    val_tokens = int(VAL_TOKENS * min(1.0, VAL_SHARE * total / (VALIDATIONS * val_seconds)))
-    args.val_tokens = before.get("val_tokens", VAL_TOKENS if before else max(LEAST_VAL_TOKENS, val_tokens))
+    affordable = VAL_TOKENS * min(1.0, VAL_SHARE * total / (VALIDATIONS * val_seconds))
+    new = VAL_TOKENS if before else max(LEAST_VAL_TOKENS, int(affordable))
+    args.val_tokens = before.get("val_tokens", new)
     val_seconds *= args.val_tokens / VAL_TOKENS
     if not args.max_steps:
-        args.max_steps = step + max(1, int(max(total - VALIDATIONS * val_seconds, total / 2) / seconds))
+        training = max(total - VALIDATIONS * val_seconds, total / 2)
+        args.max_steps = step + max(1, int(training / seconds))
     often = min(math.ceil(args.max_steps / VALIDATIONS), int(60 * MOST_MINUTES / seconds))
     often = max(often, math.ceil(val_seconds / (VAL_SHARE * seconds)))
     for name in ("val_interval", "sample_interval", "save_interval"):
         setattr(args, name, getattr(args, name) or before.get(name) or often)
-
-
-VAL_TOKENS = 16_384  # a validation scores at most this many tokens

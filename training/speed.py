@@ -1,8 +1,4 @@
-"""What a run reports: metrics, figures, lines for the terminal; and how fast the device is.
-
-The figures of a log line carry their units in their names. utilisation is the share of the floating-point operations per
-second that large matrix products reach on this device.
-"""
+"""How fast the device is, how much a step computes, and how much memory it takes."""
 
 import math
 import sys
@@ -11,8 +7,6 @@ from contextlib import suppress
 from functools import cache
 
 import torch
-
-# ---------------------------------------------------------------- speed
 
 
 def synchronise(device):
@@ -23,10 +17,11 @@ def synchronise(device):
 
 @cache
 def peak(device, bf16):
-    """Measure the floating-point operations per second of large matrix products, in bfloat16 or in float32."""
+    """Measure the floating-point operations per second of large matrix products."""
     n = 8192 if device.type == "cuda" else 512
     generator = torch.Generator(device).manual_seed(0)  # leaves the caller's random numbers alone
-    a = torch.randn(n, n, device=device, generator=generator)  # ones would be faster: they take less power
+    # Ones would be faster: they take less power.
+    a = torch.randn(n, n, device=device, generator=generator)
     a = a.bfloat16() if bf16 else a
     seconds = math.inf
     for _ in range(5):
@@ -45,7 +40,7 @@ def peak(device, bf16):
 def fast_bf16(device):
     """Whether the device has instructions for products in bfloat16: all recent GPUs and some CPUs.
 
-    A CPU without them is far slower in bfloat16 than in float32. A torch that cannot tell counts as a CPU without them.
+    Without them, a CPU is far slower in bfloat16 than in float32. An old torch cannot tell: no.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -54,14 +49,14 @@ def fast_bf16(device):
 
 
 def model_flops(config, row_length):
-    """Count the floating-point operations per token of training, forward and backward, without recomputation.
+    """Count the floating-point operations of training per token, without recomputation.
 
-    Each weight takes 2 forward and 4 backward (2 for the embedding, whose input needs no gradient); attention over the
-    whole row takes 12 L D per layer.
+    Each weight takes 2 forward and 4 backward (2 for the embedding, whose input needs no gradient);
+    attention over the whole row takes 12 L D per layer.
     """
     D, d_time = config.d_model, config.d_time
-    layer = 12 * D**2 + 4 * d_time * D
-    return 6 * (config.n_layers * (layer + 2 * row_length * D) + D**2 + 2 * d_time * D) + 10 * config.K * D
+    layer = 12 * D**2 + 4 * d_time * D + 2 * row_length * D
+    return 6 * (config.n_layers * layer + D**2 + 2 * d_time * D) + 10 * config.K * D
 
 
 def peak_memory(device):
@@ -71,5 +66,6 @@ def peak_memory(device):
     with suppress(ImportError):  # not on Windows
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     return math.nan
