@@ -407,9 +407,9 @@ def read_pieces(corpus, example="line", start=0, stop=math.inf, max_bytes=None, 
         size = stream.seek(0, os.SEEK_END) if start > begin or stop < math.inf else None
         if size is None or (stop > begin and start < begin + size):
             bounds = max(0, start - begin), stop - begin, max_bytes or PIECE_BYTES
-            for *fields, end in _read_document(name, stream, example, *bounds):
-                yield (piece := Piece(*fields, number, begin + end))
-                number += piece.last
+            for text, n, first, last, label, end in _read_document(name, stream, example, *bounds):
+                yield Piece(text, n, first, last, label, number, begin + end)
+                number += last
         begin += stream.tell() if size is None else size
 
 
@@ -444,8 +444,9 @@ def _cut(stream, example, start, stop, max_bytes):
     position, held, first = start, bytearray(), True  # held: read but not yielded, at `position`
     longest = max(max_bytes, len(separator) + 100)  # a separator is not read in parts
     for raw, is_whole in _read_lines(stream, start, stop, longest):
-        is_blank = first and not held and raw.isspace()  # left out, like a separator
-        is_separator = is_separated and is_whole and (is_blank or raw.strip() == separator)
+        is_separator = is_separated and is_whole and raw.strip() == separator
+        if is_separated and is_whole and first and not held:
+            is_separator = is_separator or raw.isspace()  # a blank line before an example
         complete = is_separator or (example in ONE_LINE and raw.endswith(b"\n"))
         held += b"" if is_separator else raw
         while len(held) > max_bytes or (len(held) == max_bytes and not complete):

@@ -50,7 +50,6 @@ def _grammar():
         "ACT one": _words(INTRANSITIVE, "s"),
         "ACT many": _words(INTRANSITIVE),
     }
-    # The verb has the number of the subject, whatever stands between them.
     for n in ("one", "many"):
         rules[f"SUBJECT {n}"] = [
             (0.5, ("the", "ADJECTIVE?", f"NOUN {n}")),
