@@ -88,12 +88,6 @@ def test_the_command_prints_exact_likelihoods_next_to_the_bound(tmp_path, monkey
     figures = json.loads(capsys.readouterr().out)
     assert f"{figures['exact_2_calls_nats_per_token']:.4f}" == values["exact, 2 calls"][0]
     assert figures["exact_99_calls_text_error_nats_per_token"] > 0
-    monkeypatch.setattr(sys, "argv", [*command, f"--by_calls={tmp_path / 'calls'}"])
-    for _ in range(2):  # an earlier result may be replaced
-        cli.run(evaluate.main)
-    rows = [line.split(",") for line in (tmp_path / "calls.csv").read_text().splitlines()[1:]]
-    assert [(n, f"{float(nats):.4f}") for n, nats, _ in rows] == [(str(n), values[f"exact, {n} calls"][0]) for n in (2, 99)]
-    assert (tmp_path / "calls.png").stat().st_size > 5000
 
 
 def test_ctrl_c_prints_the_figures_so_far_and_says_that_they_are_partial(tmp_path, monkeypatch, capsys):
@@ -115,18 +109,6 @@ def test_ctrl_c_prints_the_figures_so_far_and_says_that_they_are_partial(tmp_pat
         out, err = capsys.readouterr()
         assert error.value.code == 130 and "these figures are partial" in err
         assert out.count("exact") == n_exact and "bound" in out
-
-
-def test_a_curve_over_calls_needs_calls_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
-    run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
-    (tmp_path / "data.csv").write_text("my data\n")
-    command = ["evaluate.py", f"-mdir={run_dir}", f"-d={run_dir / 'text.txt'}", f"--by_calls={tmp_path / 'data'}"]
-    for more, message in (([], "give --calls=8,32,128"), (["--calls=2"], "data.csv exists already: give --by_calls another name")):
-        monkeypatch.setattr(sys, "argv", [*command, *more])
-        with pytest.raises(SystemExit) as error:
-            cli.run(evaluate.main)
-        assert error.value.code == 2 and message in capsys.readouterr().err
-    assert (tmp_path / "data.csv").read_text() == "my data\n"
 
 
 def test_an_order_that_does_not_exist_is_refused(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -415,6 +416,19 @@ def test_quality_draws_the_exact_likelihoods_that_evaluate_prints(draw, drawn, t
     draw("quality", "exact.json")
     curve, bound = drawn[0].axes[0].lines[0], drawn[0].axes[0].lines[-1]
     assert curve.get_xydata().tolist() == [[1, 3], [16, 2]] and bound.get_ydata() == [2.5, 2.5]
+
+
+def test_quality_draws_the_losses_by_time_that_evaluate_prints(draw, drawn, tmp_path):
+    """A bin is drawn at its middle, a step of L_n where it starts; bins without draws are left out."""
+    curves = np.array([0]), np.array([2.0, np.nan, 1.0, 3.0]), np.array([4.0, np.nan, 3.0, 2.0])
+    for n_steps, t in ((None, [0.125, 0.625, 0.875]), (4, [0.0, 0.5, 0.75])):
+        scores = SimpleNamespace(n_steps=n_steps, by_time=lambda: curves)
+        content = dict(bound_nats_per_token=2.5, by_time=tables.by_time(scores))
+        (tmp_path / "loss.json").write_text(json.dumps(content))
+        draw("quality", "loss.json")
+        loss, cross_entropy = drawn[-1].axes[0].lines
+        assert loss.get_xydata().tolist() == [list(pair) for pair in zip(t, [2.0, 1.0, 3.0])]
+        assert cross_entropy.get_ydata().tolist() == [4.0, 3.0, 2.0]
 
 
 def test_other_files_are_refused_in_one_line(draw, capsys, tmp_path):

@@ -108,9 +108,9 @@ def test_figures_have_their_errors_in_each_unit(page):
 
 def test_a_text_at_each_call_is_what_the_network_says(run_dir):
     """Tokens by falling probability, the first of them always; in the end stands what sample.py prints."""
-    model, tokenizer, run = load(run_dir)
-    data = plot.sample_texts(model, tokenizer, run)
-    printed = sample.Sampler(model, tokenizer, run)(n=plot.N_TEXTS)
+    sampler = sample.Sampler(*load(run_dir))
+    data = plot.sample_texts(sampler)
+    printed = sampler(n=plot.N_TEXTS)
     for text, expected in zip(data["texts"], printed, strict=True):
         drawn = "".join(data["pieces"][k] for k in text["ids"])
         assert drawn.split(" (end)")[0].split() == expected.split()
