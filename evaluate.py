@@ -316,10 +316,10 @@ def read_text(args, tokenizer, run):
 def measure(model, text, args, device):
     """Measure what the flags ask for -> Scores, figures, names of the exact ones, is it stopped."""
     with cli.catch_signals(INTERRUPT, PROMISE) as interrupts:
-        seconds = SECONDS if is_quick(args) else math.inf
+        seconds = SECONDS if args.quick else math.inf
         work = Work(device, args.batch_size, seconds, interrupts, progress=True)
         draws = dict(n_draws=args.draws, n_steps=args.n_steps, seed=args.seed)
-        scores = bounds.score(model, text, work, error=error_to_reach(args), **draws)
+        scores = bounds.score(model, text, work, error=args.error, **draws)
         figures = likelihood_figures(scores, args.given is not nothing_given)
         functions = likelihood.figures_of(args.calls, args.order)
         if parallel.total(len(interrupts)):
@@ -332,22 +332,14 @@ def measure(model, text, args, device):
     return scores, figures, list(functions), is_stopped
 
 
-def is_quick(args):
-    """Tell whether a minute has to do."""
-    return not (args.all or args.max_tokens or args.se or args.draws)
-
-
-def error_to_reach(args):
-    """Choose the Monte-Carlo error to reach, nats per token, or None."""
-    return None if args.draws else args.se or ERROR
-
-
 def main(argv=None):
     """Measure a model. argv: the flags, or those of the command line.
 
     Ctrl-C ends it after the figures so far, as KeyboardInterrupt. Raises ValueError for bad flags.
     """
     args = flags().parse_args(argv)
+    args.quick = not (args.all or args.max_tokens or args.se or args.draws)  # a minute has to do
+    args.error = None if args.draws else args.se or ERROR
     device = parallel.join(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
     if args.samples:  # first, because this fails if the training text is missing or empty
@@ -368,7 +360,7 @@ def main(argv=None):
     elif samples:
         print(*quality.table(samples), sep="\n")
     if parallel.rank() == 0:
-        for line in notes(scores, error_to_reach(args), is_quick(args)):
+        for line in notes(scores, args.error, args.quick):
             print(line, file=sys.stderr)
     if scores.partial:
         raise KeyboardInterrupt

@@ -54,17 +54,17 @@ LEAST = 5  # per mille: less likely alternatives are left out
 PACKED_ROWS = 32  # that are drawn
 
 
-# ---------------------------------------------------------------- simplex and beta
+# Each function returns what makes its figure, or saves what is no figure itself.
 
 
 def draw_simplex(args):
     """Draw the flow on three tokens, and what a network adds."""
-    save(args.output, partial(pictures.simplex, args.seed), args.dark)
+    return partial(pictures.simplex, args.seed)
 
 
 def draw_beta(args):
     """Draw how often the evidence names the token, over t."""
-    save(args.output, partial(pictures.beta, args.beta), args.dark)
+    return partial(pictures.beta, args.beta)
 
 
 # ---------------------------------------------------------------- run and compare
@@ -79,19 +79,19 @@ def read_histories(run_dirs):
 
 def draw_run(args):
     """Draw the curves of runs: losses, bound, likelihood, speed; with --watch again and again."""
-
-    def draw():
-        """Read the runs as they are now, and draw them."""
-        save(args.output, partial(pictures.training, read_histories(args.run_dirs)), args.dark)
-
-    draw()
     if args.watch:
-        message = f"drawn again every {WATCH_SECONDS} seconds; Ctrl-C ends this"
-        print(f"{args.output}: {message}", flush=True)
+        watch(args)
+    return lambda: pictures.training(read_histories(args.run_dirs))
+
+
+def watch(args):
+    """Draw runs while they train, until Ctrl-C."""
+    message = f"drawn again every {WATCH_SECONDS} seconds; Ctrl-C ends this"
+    print(f"{args.output}: {message}", flush=True)
     with suppress(KeyboardInterrupt):
-        while args.watch:
+        while True:
+            save(args.output, partial(pictures.training, read_histories(args.run_dirs)), args.dark)
             time.sleep(WATCH_SECONDS)
-            draw()
 
 
 def print_comparison(args):
@@ -163,7 +163,7 @@ def draw_times(args):
     curves = found[max(found)][3].get("times_history", [])
     history = [(step, density_of(torch.tensor(curve))) for step, curve in curves]
     measured = [measure_times(*found[step], args, device) for step in sorted(found)]
-    save(args.output, partial(pictures.times, measured, history), args.dark)
+    return partial(pictures.times, measured, history)
 
 
 def measure_times(which, model, tokenizer, run, args, device):
@@ -209,8 +209,7 @@ def draw_packing(args):
     plans = packing_plans(tokens, row_length)
     examples = f"{tokens.n_documents:,} examples in rows of {row_length} tokens"
     title = f"{Path(path).name}: {examples}"
-    draw = partial(pictures.packing, tokens, plans, row_length, PACKED_ROWS, title)
-    save(args.output, draw, args.dark)
+    return partial(pictures.packing, tokens, plans, row_length, PACKED_ROWS, title)
 
 
 def packing_plans(tokens, row_length):
@@ -273,18 +272,22 @@ def draw_sampling(args):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(args.output) as temporary:
             temporary.write_bytes(pictures.to_gif(images, MARK))
-        return
+        return None
     shown = []
     for ids, calls in texts:
         labels = [piece or "(end)" for piece in to_pieces(ids, sampler.tokenizer)]
         shown.append((labels, np.stack([share[:, 0] for _, share in calls])))
-    save(args.output, partial(pictures.certainty, shown, title), args.dark)
+    return partial(pictures.certainty, shown, title)
 
 
-def to_pieces(ids, tokenizer, end=""):
-    """Write each token, with the space before it, a line break as an arrow, eos as `end`."""
-    pieces = [end if k == tokenizer.eos_id() else piece_text(k, tokenizer) for k in map(int, ids)]
-    return [piece.replace("\n", "\u21b5") for piece in pieces]
+def to_piece(k, tokenizer, end=""):
+    """Write a token with the space before it, eos as `end`."""
+    return end if k == tokenizer.eos_id() else piece_text(int(k), tokenizer)
+
+
+def to_pieces(ids, tokenizer):
+    """Write tokens for one line: an arrow for a line break, eos as nothing."""
+    return [to_piece(k, tokenizer).replace("\n", "\u21b5") for k in ids]
 
 
 def to_frames(texts, tokenizer):
@@ -323,8 +326,7 @@ def draw_quality(args):
             known = "one results.json of experiments.samplers, and outputs of evaluate.py --json"
             raise ValueError(f"{path} is not one of the files to give: {known}")
     title = ", ".join(Path(path).name for path in args.files)
-    draw = partial(pictures.quality_figure, exact, results, title, by_time)
-    save(args.output, draw, args.dark)
+    return partial(pictures.quality_figure, exact, results, title, by_time)
 
 
 def read_json(path):
@@ -416,13 +418,8 @@ def sample_texts(sampler):
         calls = [[likely(*pair) for pair in zip(*call, strict=True)] for call in calls]
         texts.append(dict(ids=ids, calls=calls))
         used.update(ids, *(position[::2] for call in calls for position in call))
-    pieces = {k: to_piece(k, sampler.tokenizer) for k in sorted(used)}
+    pieces = {k: to_piece(k, sampler.tokenizer, " (end)") for k in sorted(used)}
     return dict(texts=texts, pieces=pieces)
-
-
-def to_piece(k, tokenizer):
-    """Write a token as it reads within a text."""
-    return " (end)" if k == tokenizer.eos_id() else piece_text(k, tokenizer)
 
 
 def likely(ids, share):
@@ -516,7 +513,8 @@ def main(argv=None):
     folder = args.run_dir if picture == "report" else ""
     args.output = Path(args.output or os.path.join(folder, picture + endings[0]))
     check_output(args.output, endings)
-    draw(args)
+    if make_figure := draw(args):
+        save(args.output, make_figure, args.dark)
     print(f"{args.output}: {os.path.getsize(args.output) / 1000:.0f} KB")
 
 
