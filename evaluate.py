@@ -1,7 +1,9 @@
-"""Measure a trained model: a bound on -log P(text) with its errors, exact likelihoods, and the quality of samples.
+"""Measure a trained model: a bound on -log P(text) with its errors, likelihoods, samples.
 
-    python evaluate.py -mdir=RUN_DIR -d=TEXT.txt          a large text in part, within about a minute
+    python evaluate.py -mdir=RUN_DIR -d=TEXT.txt          in part, within about a minute
     python evaluate.py -mdir=RUN_DIR -d=TEXT.txt --all    everything
+
+`plot.py quality` draws what --json prints: the loss by time, the likelihood by --calls.
 """
 
 import argparse
@@ -21,20 +23,11 @@ from tqdm import tqdm
 import bfn
 import data
 import model as model_file
-from common import drawing, parallel
-from common.files import writing
+from common import parallel
 from common.noise import mix_seed
 from evaluation import bounds, likelihood, quality
 from evaluation.bounds import Text, Work, n_scorable, nothing_given
-from evaluation.tables import (
-    describe,
-    exact_figures,
-    likelihood_figures,
-    notes,
-    table,
-    to_json,
-    to_key,
-)
+from evaluation.tables import describe, exact_figures, likelihood_figures, notes, table, to_json
 from model import rows_at_once
 from sample import Sampler
 from sampling.generate import DEFAULT, Options, generate
@@ -47,67 +40,10 @@ from training.run_folder import VAL_TOKENS
 
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token
 SECONDS = 40  # how long the draws take if no flag says how much to score
-BY_TIME_HEADER = "t,loss_nats_per_token,cross_entropy_nats_per_token"
-BY_CALLS_HEADER = "calls,exact_nats_per_token,error_nats_per_token"
 VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes many calls
 COMMIT = {"exact": partial(likelihood.exact, calls=DEFAULT.steps)}
 INTERRUPT = ["SIGINT"]
 PROMISE = "finishing this batch, then the figures so far"
-
-
-def check_table(path, header, flag):
-    """Raise ValueError if PATH.csv or PATH.png exists and is not an earlier result of the flag, which has this header."""
-    table = Path(f"{path}.csv")
-    with suppress(OSError), open(table, encoding="utf-8", errors="replace") as file:
-        if file.readline().strip() == header:
-            return
-    for file in (table, Path(f"{path}.png")):
-        if file.exists():
-            raise ValueError(f"{file} exists already: give {flag} another name")
-
-
-def check_tables(args):
-    """Raise ValueError if --by_time or --by_calls would overwrite what they should not, or have nothing to show."""
-    if args.by_calls and not args.calls:
-        raise ValueError("--by_calls draws what --calls measures: give --calls=8,32,128, for example")
-    if args.by_time and args.by_time == args.by_calls:
-        raise ValueError(f"--by_time and --by_calls would both write {args.by_time}.csv: give them different names")
-    for path, header, flag in ((args.by_time, BY_TIME_HEADER, "--by_time"), (args.by_calls, BY_CALLS_HEADER, "--by_calls")):
-        if path:
-            check_table(path, header, flag)
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-
-
-def write_table(path, header, rows):
-    """Write PATH.csv."""
-    with writing(f"{path}.csv"):
-        Path(f"{path}.csv").write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
-
-
-@parallel.first_only
-def write_by_time(scores, path, title):
-    """Write the loss and the output's cross-entropy by time to PATH.csv and PATH.png."""
-    _, loss, cross_entropy = scores.by_time()
-    t = (np.arange(len(loss)) + 0.5 * (scores.n_steps is None)) / len(loss)  # bins' middles, or where steps start
-    t, loss, cross_entropy = (x[~np.isnan(loss)] for x in (t, loss, cross_entropy))
-    rows = zip(t, loss, cross_entropy, strict=True)
-    write_table(path, BY_TIME_HEADER, ((f"{a:.4f}", f"{b:.6f}", f"{c:.6f}") for a, b, c in rows))
-    label = f"loss (its mean is L_{scores.n_steps or 'inf'})"
-    series = {label: (t, loss), "cross-entropy of the output": (t, cross_entropy)}
-    drawing.lines(f"{path}.png", series, "t", "nats per token", title)
-
-
-@parallel.first_only
-def write_by_calls(figures, calls, path, title):
-    """Write the exact likelihood by the number of calls, and the bound for comparison, to PATH.csv and PATH.png."""
-    names = {n: to_key(next(iter(likelihood.figures_of([n])))) for n in sorted(set(calls))}
-    nats = [figures[f"{name}_nats_per_token"] for name in names.values()]
-    errors = [figures[f"{name}_text_error_nats_per_token"] for name in names.values()]
-    rows = zip(names, nats, errors, strict=True)
-    write_table(path, BY_CALLS_HEADER, ((f"{n}", f"{a:.6f}", f"{b:.6f}") for n, a, b in rows))
-    ends = [min(names), max(names)]
-    series = {"exact, under commit": (list(names), nats), "bound of the flow": (ends, [figures["bound_nats_per_token"]] * 2)}
-    drawing.lines(f"{path}.png", series, "network calls", "nats per token", title, log="x")
 
 
 # ---------------------------------------------------------------- validation
@@ -115,7 +51,7 @@ def write_by_calls(figures, calls, path, title):
 
 @contextmanager
 def full_precision():
-    """Multiply float32 matrices in float32 and not in TF32, which is accurate enough to train but not to measure."""
+    """Multiply float32 matrices in float32: TF32 is accurate enough to train, not to measure."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -125,7 +61,7 @@ def full_precision():
 
 
 def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
-    """Measure the bound, and the exact likelihood under commit, on the same text and noise each time.
+    """Measure the bound and the exact likelihood, on the same text and noise each time.
 
     -> figures (see `likelihood_figures`, `exact_figures`), loss by time: a list of 20 values, nats
     per token, in even bins.
@@ -139,7 +75,7 @@ def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
 
 
 def validation_seconds(model, tokens, bos_id, row_length, device):
-    """Estimate from a few rows how long `validate` takes on VAL_TOKENS -> seconds, with those of the samples after it."""
+    """Estimate from a few rows how many seconds `validate` and the samples after it take."""
     text = Text(tokens, row_length, bos_id).first_tokens(VAL_TOKENS)
     few = text.first_rows(min(16, rows_at_once(row_length, model.config, device)))
     seconds = text.plan.n_rows * bounds.seconds_per_row(model, few, device, None)
@@ -148,16 +84,20 @@ def validation_seconds(model, tokens, bos_id, row_length, device):
 
 def exact_likelihood(model, text, device):
     """Measure the exact likelihood of a Text under commit -> figures."""
-    tokens, bos_id = text.tokens, text.bos_id
-    scores = likelihood.score(model, text.windows(), bos_id, text.given, COMMIT, Work(device))
-    figures = exact_figures(text, scores)
+    figures = measure_exact(model, text, COMMIT, Work(device))
     bits_per_token = figures["exact_nats_per_token"] / math.log(2)
-    tokens_per_char = n_scorable(tokens, bos_id) / tokens.n_chars
+    tokens_per_char = n_scorable(text.tokens, text.bos_id) / text.tokens.n_chars
     return figures | dict(exact_bits_per_char=bits_per_token * tokens_per_char)
 
 
+def measure_exact(model, text, functions, work, seed=0):
+    """Compute the figures of `functions` (see `likelihood.figures_of`) for a Text -> dict."""
+    inputs = text.windows(), text.bos_id, text.given
+    return exact_figures(text, likelihood.score(model, *inputs, functions, work, seed))
+
+
 def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
-    """Compare a model of the built-in language with the exact entropy, and check 256 samples -> three lines of text.
+    """Compare a model of the built-in language with the exact entropy; check 256 samples -> lines.
 
     val: Tokens of held-out sentences. corpus: Path of the text that the model was trained on.
     """
@@ -177,17 +117,18 @@ def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
     grammatical = [text for text in texts if toy.is_grammatical(text)]
     new_share = sum(text not in known for text in grammatical) / max(1, len(grammatical))
     good, new = f"{len(grammatical) / len(texts):.1%} of {len(texts)}", f"{new_share:.0%}"
+    compared = f"{above(bound)} the exact entropy given the length, {entropy:.3f}"
     return [
-        f"bound {bound:.3f} bits per token, {above(bound)} the exact entropy given the length, {entropy:.3f}",
+        f"bound {bound:.3f} bits per token, {compared}",
         f"exact likelihood under commit {exact:.3f} bits per token, {above(exact)}",
         f"{good} samples are grammatical, {new} of these are not in the corpus",
     ]
 
 
 def excess_nats_per_token(model, tokenizer, val, n=400):
-    """Compute what up to n sentences of the built-in language cost under commit more than the grammar.
+    """Compute what n sentences cost under commit more than the grammar -> nats per token.
 
-    -> nats per token. Both are exact likelihoods given the length, so the choice of sentences hardly matters.
+    Both are exact likelihoods given the length, so the choice of sentences hardly matters.
     """
     sentences = [val.ids[begin:end] for begin, end in pairwise(val.offsets[: n + 1])]
     device = next(model.parameters()).device
@@ -202,41 +143,57 @@ def excess_nats_per_token(model, tokenizer, val, n=400):
 
 
 def find_corpus(args, run):
-    """Find the text that the model was trained on -> Corpus, which part of it was used. Raises ValueError if it is gone."""
-    path = args.corpus or run["args"]["data_path"] or str(Path(args.model_dir) / "corpus.txt")
-    message = "samples are compared with the training text, which is not at {}: give it with --corpus"
-    corpus, part = Corpus.find(path, run["args"]["text_field"], message), "all" if run["args"]["val_path"] else "train"
-    tokenizer, trained_on = Path(args.model_dir) / "tokenizer.model", run.get("identity", {}).get("corpus")
-    if trained_on not in (None, cache.text_key(corpus, tokenizer, args.cache_dir, part, run["args"]["example"])):
-        print(f"{path} is not the text that the model was trained on: samples are compared with another one", file=sys.stderr)
+    """Find the text that the model was trained on -> Corpus, which part of it was used.
+
+    Raises ValueError if it is gone. One line on standard error says that it is another one.
+    """
+    flags = run["args"]
+    path = args.corpus or flags["data_path"] or str(Path(args.model_dir) / "corpus.txt")
+    message = "samples are compared with the training text, which is not at {}"
+    corpus = Corpus.find(path, flags["text_field"], f"{message}: give it with --corpus")
+    part = "all" if flags["val_path"] else "train"
+    tokenizer = Path(args.model_dir) / "tokenizer.model"
+    key = cache.text_key(corpus, tokenizer, args.cache_dir, part, flags["example"])
+    if run.get("identity", {}).get("corpus") not in (None, key):
+        compared = "samples are compared with another one"
+        print(f"{path} is not the text that the model was trained on: {compared}", file=sys.stderr)
     return corpus, part
 
 
 def choose_texts(tokens, tokenizer, window, n, seed):
-    """Choose random windows of a text -> up to n texts, their lengths in tokens. Raises ValueError if all are too short."""
+    """Choose random windows of a text -> up to n texts, their lengths in tokens.
+
+    Raises ValueError if all are too short.
+    """
     plan = data.plan_validation(tokens, window, n)
     long_enough = np.flatnonzero(plan.lengths > 1)
     if not len(long_enough):
-        raise ValueError("every window of this text is a single token, too short to compare with samples: give another text")
+        message = "every window of this text is a single token, too short to compare with samples"
+        raise ValueError(f"{message}: give another text")
     chosen = np.random.default_rng(seed).permutation(long_enough)[:n]
     starts, lengths = plan.starts[chosen].tolist(), plan.lengths[chosen].tolist()
-    windows = [tokens.ids[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
-    return [decode(tokenizer, ids) for ids in windows], lengths
+    pairs = zip(starts, lengths, strict=True)
+    return [decode(tokenizer, tokens.ids[i : i + n].tolist()) for i, n in pairs], lengths
 
 
 def sample_quality(sampler, tokens, reference, args):
-    """Compare generated texts with windows of the text, equally many and long -> {name: {figure: (value, low, high)}}."""
+    """Compare generated texts with windows of the text, equally many and long.
+
+    -> {name: {figure: (value, low, high)}}.
+    """
     tokenizer, run = sampler.tokenizer, sampler.run
     real, lengths = choose_texts(tokens, tokenizer, sampler.limit, args.samples, args.seed)
     seeds = [mix_seed(args.seed, i) for i in range(len(lengths))]
-    templates = [make_template("", tokenizer, run, *pair) for pair in zip(seeds, lengths, strict=True)]
+    pairs = zip(seeds, lengths, strict=True)
+    templates = [make_template("", tokenizer, run, *pair) for pair in pairs]
     options = Options(bfn.Controls(args.sampler, args.steps, args.corrections))
     samples = generate(sampler.model, tokenizer, templates, args.seed, options)
-    samples = list(tqdm(samples, total=len(templates), unit="sample", desc="sampling", disable=None))
+    bar = dict(total=len(templates), unit="sample", desc="sampling", disable=None)
+    samples = list(tqdm(samples, **bar))
     generated = [decode(tokenizer, ids) for ids, _ in samples]
-    calls_per_sample = sum(calls for _, calls in samples) / len(samples)
+    calls = sum(calls for _, calls in samples) / len(samples)
     return {
-        f"{len(real)} samples, {calls_per_sample:.4g} calls": quality.figures(generated, reference, args.seed),
+        f"{len(real)} samples, {calls:.4g} calls": quality.figures(generated, reference, args.seed),
         f"{len(real)} real texts": quality.figures(real, reference, args.seed),
     }
 
@@ -245,9 +202,9 @@ def sample_quality(sampler, tokens, reference, args):
 
 
 def parse_given(text):
-    """Read "prefix:0.5" or "around:0.2" -> function from segment_ids (B, L) to the mask of what is given (B, L).
+    """Read "prefix:0.5" or "around:0.2" -> function: segment_ids (B, L) -> what is given (B, L).
 
-    prefix:S gives the first share S of each window; around:S gives everything but a gap of share S in the middle.
+    prefix:S gives the first share S of each window, around:S all but a gap of S in its middle.
     """
     kind, _, share = text.partition(":")
     if kind not in ("prefix", "around"):
@@ -281,32 +238,35 @@ def flags():
     add("-d", "--data_path", type=cli.path, required=True,
         help="text as for train.py, with examples as in training")
     add("--text_field", help="field of .jsonl files that holds the text (that of the training)")
-    add("--checkpoint", choices=["best", "last"], default="best", help="best by validation, or last (best)")
-    add("--ema", type=int, default=-1, help="which of the weight averages to measure, counted from 0 (-1: the last)")
-    add("--window", type=cli.count, help="tokens scored together (the sequence length of the training)")
+    add("--checkpoint", choices=["best", "last"], default="best",
+        help="best by validation, or last (best)")
+    add("--ema", type=int, default=-1,
+        help="which of the weight averages to measure, counted from 0 (-1: the last)")
+    add("--window", type=cli.count,
+        help="tokens scored together (the sequence length of the training)")
     amount = p.add_mutually_exclusive_group().add_argument
-    amount("--all", action="store_true", help="score the whole text (as much as can be read within about a minute)")
-    amount("--max_tokens", type=cli.count, help="score only about this many tokens, from all over the text")
+    amount("--all", action="store_true",
+        help="score the whole text (as much as can be read within about a minute)")
+    amount("--max_tokens", type=cli.count,
+        help="score only about this many tokens, from all over the text")
     precision = p.add_mutually_exclusive_group().add_argument
-    precision("--se", type=cli.positive, help=f"Monte-Carlo error to reach, nats per token, however long it takes ({ERROR})")
+    precision("--se", type=cli.positive,
+        help=f"Monte-Carlo error to reach, nats per token, however long it takes ({ERROR})")
     precision("--draws", type=cli.count, help="make this many draws (as many as --se takes)")
-    add("--n_steps", type=cli.steps, help="measure the discrete-time bound for N steps instead of the continuous one")
-    add(
-        "--given",
-        type=parse_given,
-        default=nothing_given,
-        help="score only the rest, given the first share of each window (prefix:SHARE), or all but a gap (around:SHARE)",
-    )
-    exact = "also measure the exact likelihood under commit with so many calls, for example 8,32,128"
-    add("--calls", type=cli.counts, default=[], help=exact)
-    orders = "also measure the chain rule, a call per token, in the orders sampler,left,random, and the bound over any order"
-    add("--order", type=parse_orders, default=[], help=orders)
-    add("-bsz", "--batch_size", type=cli.count, help="rows per network call (chosen by the size of the model)")
-    add("--by_time", type=cli.path, metavar="PATH",
-        help="write the loss by time to PATH.csv and PATH.png")
-    add("--by_calls", type=cli.path, metavar="PATH",
-        help="write the exact likelihood by --calls to PATH.csv and PATH.png")
-    add("--samples", type=cli.natural, default=0, help="also measure the quality of this many generated texts (0)")
+    add("--n_steps", type=cli.steps,
+        help="measure the discrete-time bound for N steps instead of the continuous one")
+    add("--given", type=parse_given, default=nothing_given,
+        help="score the rest, given the first share of each window (prefix:SHARE), or all but a "
+        "gap (around:SHARE)")
+    add("--calls", type=cli.counts, default=[],
+        help="also measure the exact likelihood under commit with so many calls: 8,32,128")
+    add("--order", type=parse_orders, default=[],
+        help="also measure the chain rule, a call per token, in the orders sampler,left,random, "
+        "and the bound over any order")
+    add("-bsz", "--batch_size", type=cli.count,
+        help="rows per network call (chosen by the size of the model)")
+    add("--samples", type=cli.natural, default=0,
+        help="also measure the quality of this many generated texts (0)")
     add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler,
         help=f"for --samples ({DEFAULT.sampler})")
     add("--steps", type=cli.steps, default=DEFAULT.steps,
@@ -325,31 +285,51 @@ def flags():
 
 @parallel.first_only
 def warn_of_changes(corpus, tokenizer, example, n=1000):
-    """Say on standard error which share of a text's first examples the tokenizer does not give back unchanged."""
+    """Say on standard error which share of a text's first examples the tokenizer changes."""
     texts = [piece.text for piece, _ in zip(read_pieces(corpus, example), range(n))]
     encoded = [(text, tokenizer.encode(text)) for text in texts]
-    known = [(text, ids) for text, ids in encoded if tokenizer.unk_id() not in ids]  # unknown text is accounted for
+    # Unknown text is accounted for.
+    known = [(text, ids) for text, ids in encoded if tokenizer.unk_id() not in ids]
     share = sum(tokenizer.decode(ids) != text for text, ids in known) / max(1, len(known))
     if share:
-        print(
-            f"the tokenizer changes {share:.1%} of the examples (spaces, letter forms): figures per character and byte are of "
-            "the changed text's tokens",
-            file=sys.stderr,
-        )
+        what = f"{share:.1%} of the examples (spaces, letter forms)"
+        meaning = "figures per character and byte are of the changed text's tokens"
+        print(f"the tokenizer changes {what}: {meaning}", file=sys.stderr)
 
 
-def measure_exact(model, text, functions, work, seed):
-    """Compute the figures of the `functions` (see `likelihood.figures_of`) for a Text -> figures."""
-    inputs = text.windows(), text.bos_id, text.given
-    return exact_figures(text, likelihood.score(model, *inputs, functions, work, seed))
+def read_text(args, tokenizer, run):
+    """Read the text to measure -> Text of which as much is scored as the flags say."""
+    example = run["args"]["example"]
+    corpus = Corpus(args.data_path, args.text_field or run["args"]["text_field"])
+    path = Path(args.model_dir) / "tokenizer.model"
+    with parallel.first_alone():
+        tokens = cache.load_corpus(corpus, path, args.cache_dir, example=example)
+    warn_of_changes(corpus, tokenizer, example)
+    for line in left_out(corpus.path):
+        print(f"{corpus}: {line}", file=sys.stderr)
+    longest = int(tokens.shard_lengths[:, 1].max())  # no document fills a longer window
+    window = min(args.window, longest) if args.window else run["args"]["sequence_length"]
+    text = Text(tokens, window, tokenizer.bos_id(), args.given)
+    return text.first_tokens(args.max_tokens) if args.max_tokens else text
 
 
-def write_tables(args, scores, figures, title):
-    """Write what --by_time and --by_calls ask for. figures: of the exact likelihood, {} if it was not computed."""
-    if args.by_time:
-        write_by_time(scores, args.by_time, title)
-    if args.by_calls and figures:
-        write_by_calls(figures, args.calls, args.by_calls, title)
+def measure(model, text, args, device):
+    """Measure what the flags ask for -> Scores, figures, names of the exact ones, is it stopped."""
+    with cli.catch_signals(INTERRUPT, PROMISE) as interrupts:
+        seconds = SECONDS if args.quick else math.inf
+        work = Work(device, args.batch_size, seconds, interrupts, progress=True)
+        draws = dict(n_draws=args.draws, n_steps=args.n_steps, seed=args.seed)
+        scores = bounds.score(model, text, work, error=args.error, **draws)
+        figures = likelihood_figures(scores, args.given is not nothing_given)
+        functions = likelihood.figures_of(args.calls, args.order)
+        if parallel.total(len(interrupts)):
+            functions = {}
+        if functions:
+            work = replace(work, seconds=math.inf if args.all or args.max_tokens else SECONDS)
+            figures |= measure_exact(model, scores.text, functions, work, args.seed)
+        is_stopped = parallel.total(len(interrupts)) > 0
+    scores.partial |= is_stopped and bool(functions)
+    return scores, figures, list(functions), is_stopped
 
 
 def main(argv=None):
@@ -358,53 +338,30 @@ def main(argv=None):
     Ctrl-C ends it after the figures so far, as KeyboardInterrupt. Raises ValueError for bad flags.
     """
     args = flags().parse_args(argv)
-    check_tables(args)
+    args.quick = not (args.all or args.max_tokens or args.se or args.draws)  # a minute has to do
+    args.error = None if args.draws else args.se or ERROR
     device = parallel.join(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
-    if args.samples:  # before the work of an hour, not after: this fails if the training text is missing or empty
+    if args.samples:  # first, because this fails if the training text is missing or empty
         corpus, part = find_corpus(args, run)
         reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
-    example = run["args"]["example"]
-    text = Corpus(args.data_path, args.text_field or run["args"]["text_field"])
-    with parallel.first_alone():
-        tokens = cache.load_corpus(text, Path(args.model_dir) / "tokenizer.model", args.cache_dir, example=example)
-    warn_of_changes(text, tokenizer, example)
-    for line in left_out(text.path):
-        print(f"{text}: {line}", file=sys.stderr)
-    longest = args.window and min(args.window, int(tokens.shard_lengths[:, 1].max()))  # no document fills a longer window
-    window, bos_id = longest or run["args"]["sequence_length"], tokenizer.bos_id()
-    to_score = Text(tokens, window, bos_id, args.given)
-    if args.max_tokens:
-        to_score = to_score.first_tokens(args.max_tokens)
-    quick = not (args.all or args.max_tokens or args.se or args.draws)  # a minute has to do
-    error = None if args.draws else args.se or ERROR
-    draws = dict(n_draws=args.draws, error=error, n_steps=args.n_steps, seed=args.seed)
-    with cli.catch_signals(INTERRUPT, PROMISE) as interrupts:
-        work = Work(device, args.batch_size, SECONDS if quick else math.inf, interrupts, progress=True)
-        scores = bounds.score(model, to_score, work, **draws)
-        conditional = args.given is not nothing_given
-        figures = likelihood_figures(scores, conditional)
-        functions = {} if parallel.total(len(interrupts)) else likelihood.figures_of(args.calls, args.order)
-        if functions:
-            seconds = math.inf if args.all or args.max_tokens else SECONDS
-            work = replace(work, seconds=seconds)
-            figures |= measure_exact(model, scores.text, functions, work, args.seed)
-        stopped = parallel.total(len(interrupts)) > 0
-    scores.partial |= stopped and bool(functions)
-    write_tables(args, scores, figures if functions else {}, f"{args.model_dir}, step {run['step']}")
+    text = read_text(args, tokenizer, run)
+    scores, figures, exact_names, is_stopped = measure(model, text, args, device)
     if not args.json:
-        print(describe(args.data_path, tokens, window, figures), *table(figures, args.n_steps, functions), sep="\n", flush=True)
+        print(describe(args.data_path, text, figures))
+        print(*table(figures, args.n_steps, exact_names), sep="\n", flush=True)
     samples = {}
-    if args.samples and not stopped:
+    if args.samples and not is_stopped:
         with suppress(KeyboardInterrupt):
-            samples = sample_quality(Sampler(model, tokenizer, run), tokens, reference, args)
+            samples = sample_quality(Sampler(model, tokenizer, run), text.tokens, reference, args)
     scores.partial |= args.samples > 0 and not samples
     if args.json:
         print(to_json(figures, scores, samples))
     elif samples:
-        print("\n".join(quality.table(samples)))
-    for line in notes(scores, error, quick) if parallel.rank() == 0 else ():
-        print(line, file=sys.stderr)
+        print(*quality.table(samples), sep="\n")
+    if parallel.rank() == 0:
+        for line in notes(scores, args.error, args.quick):
+            print(line, file=sys.stderr)
     if scores.partial:
         raise KeyboardInterrupt
 

@@ -1,16 +1,14 @@
-"""Pictures, as PNG or SVG, light or dark: of the flow, of a run, of packing, of sampling, of experiments; and a page of a run.
+"""Pictures, as PNG or SVG, light or dark: of the flow, of runs, of sampling; and a page of a run.
 
-    python plot.py simplex                                  the flow on three tokens, and what a network adds
-    python plot.py beta --beta 0.005                        how often the evidence names the token, over t
-    python plot.py run RUN_DIR [MORE ...] --watch           losses, bound, likelihood, speed; again and again while it trains
-    python plot.py times RUN_DIR                            losses by time, and the density of learned times
-    python plot.py packing -d=CORPUS.txt -spm=TOKENIZER     rows before and after packing
-    python plot.py sampling RUN_DIR [--gif]                 certainty of each position over the network calls
-    python plot.py quality RESULTS.json [MORE ...]          exact likelihoods and figures of samples over the network calls
-    python plot.py compare RUN_DIR RUN_DIR ...              a table of what differs between runs: flags, figures
-    python plot.py report RUN_DIR                           a page, HTML in one file: data, figures, curves, samples, texts
-
-What they look like is in figures.py. Other files draw lines with `lines`.
+    python plot.py simplex                            the flow on three tokens; a network's pull
+    python plot.py beta --beta 0.005                  how often the evidence names the token
+    python plot.py run RUN_DIR [MORE ...] --watch     losses, bound, speed; while it trains
+    python plot.py times RUN_DIR                      losses by time, and the density of times
+    python plot.py packing -d=TEXT -spm=TOKENIZER     rows before and after packing
+    python plot.py sampling RUN_DIR [--gif]           certainty of each position at each call
+    python plot.py quality RESULTS.json [MORE ...]    likelihoods and figures of samples by calls
+    python plot.py compare RUN_DIR RUN_DIR ...        a table of what differs between runs
+    python plot.py report RUN_DIR                     a page: data, figures, curves, texts
 """
 
 import argparse
@@ -56,30 +54,48 @@ LEAST = 5  # per mille: less likely alternatives are left out
 PACKED_ROWS = 32  # that are drawn
 
 
+# Each function returns what makes its figure, or saves what is no figure itself.
+
+
+def draw_simplex(args):
+    """Draw the flow on three tokens, and what a network adds."""
+    return partial(pictures.simplex, args.seed)
+
+
+def draw_beta(args):
+    """Draw how often the evidence names the token, over t."""
+    return partial(pictures.beta, args.beta)
+
+
 # ---------------------------------------------------------------- run and compare
 
 
 def read_histories(run_dirs):
-    """Read metrics.jsonl of each run -> {name: lines}. Names are those of the folders if these differ, else their paths."""
+    """Read metrics.jsonl of each run -> {name of the folder, or path if names agree: lines}."""
     names = [Path(run_dir).resolve().name for run_dir in run_dirs]
     names = names if len(set(names)) == len(names) else map(str, run_dirs)
     return {name: read_metrics(run_dir) for name, run_dir in zip(names, run_dirs, strict=True)}
 
 
 def draw_run(args):
-    """Draw the curves of runs, with --watch again and again."""
-    draw = partial(save, args.output, dark=args.dark)
-    draw(lambda: pictures.training(read_histories(args.run_dirs)))
+    """Draw the curves of runs: losses, bound, likelihood, speed; with --watch again and again."""
     if args.watch:
-        print(f"{args.output}: drawn again every {WATCH_SECONDS} seconds; Ctrl-C ends this", flush=True)
+        watch(args)
+    return lambda: pictures.training(read_histories(args.run_dirs))
+
+
+def watch(args):
+    """Draw runs while they train, until Ctrl-C."""
+    message = f"drawn again every {WATCH_SECONDS} seconds; Ctrl-C ends this"
+    print(f"{args.output}: {message}", flush=True)
     with suppress(KeyboardInterrupt):
-        while args.watch:
+        while True:
+            save(args.output, partial(pictures.training, read_histories(args.run_dirs)), args.dark)
             time.sleep(WATCH_SECONDS)
-            draw(lambda: pictures.training(read_histories(args.run_dirs)))
 
 
 def print_comparison(args):
-    """Print what differs between runs, and what they reached."""
+    """Print what differs between two or more runs, and what they reached."""
     run_dirs = list(dict.fromkeys(args.run_dirs))
     if len(run_dirs) < 2:
         raise ValueError("compare needs two or more run folders")
@@ -88,19 +104,28 @@ def print_comparison(args):
     table = [["", *histories], *difference(checkpoints), *results(histories)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
 
 
 def difference(checkpoints):
-    """List the flags that differ between runs, the folder left out, and K and beta(1) -> rows of cells, the flag first."""
-    facts = [{"K": c["config"]["K"], "beta(1)": c["config"]["beta1"], **c["args"]} for c in checkpoints]
-    names = [name for name in dict.fromkeys(name for f in facts for name in f) if name != "model_dir"]
-    rows = [[name, *(f.get(name) for f in facts)] for name in names]
-    return [[name, *map(to_cell, values)] for name, *values in rows if any(value != values[0] for value in values)]
+    """List the flags that differ between runs, and K and beta(1) -> rows of cells."""
+    facts = [{"K": c["config"]["K"], "beta(1)": c["config"]["beta1"]} for c in checkpoints]
+    facts = [fact | checkpoint["args"] for fact, checkpoint in zip(facts, checkpoints, strict=True)]
+    rows = []
+    for name in dict.fromkeys(name for fact in facts for name in fact):
+        values = [fact.get(name) for fact in facts]
+        if name != "model_dir" and any(value != values[0] for value in values):
+            rows.append([name, *map(to_cell, values)])
+    return rows
 
 
 def results(histories):
     """List what runs reached -> rows of cells, the figure's name first."""
+
+    def last(values):
+        return values[-1]
+
     rows = []
     for name, key, choose in [
         ("steps", "step", max),
@@ -112,14 +137,9 @@ def results(histories):
         ("tokens per second, median", "tokens_per_s", np.median),
         ("peak memory, GB", "peak_memory_gb", max),
     ]:
-        values = [[line[key] for line in metrics if key in line] for metrics in histories.values()]
+        values = [pictures.history(metrics, key)[1] for metrics in histories.values()]
         rows.append([name, *(to_cell(choose(v)) if v else "" for v in values)])
     return rows
-
-
-def last(values):
-    """The last of some values."""
-    return values[-1]
 
 
 def to_cell(value):
@@ -133,36 +153,39 @@ def to_cell(value):
 
 
 def draw_times(args):
-    """Draw the losses of best.pt and last.pt by time, and the densities that were fitted to them at each validation."""
-    device, found = parallel.find_device(args.device), {}
+    """Draw the losses of best.pt and last.pt by time, and the densities fitted to them."""
+    device = parallel.find_device(args.device)
+    found = {}
     for which in ("best", "last"):
         if which == "last" or Path(args.run_dir, "best.pt").exists():
             model, tokenizer, run = load(args.run_dir, which, device)
             found[run["step"]] = which, model, tokenizer, run
-    history = [(step, density_of(torch.tensor(curve))) for step, curve in found[max(found)][3].get("times_history", [])]
+    curves = found[max(found)][3].get("times_history", [])
+    history = [(step, density_of(torch.tensor(curve))) for step, curve in curves]
     measured = [measure_times(*found[step], args, device) for step in sorted(found)]
-    save(args.output, partial(pictures.times, measured, history), args.dark)
+    return partial(pictures.times, measured, history)
 
 
 def measure_times(which, model, tokenizer, run, args, device):
-    """Measure loss and cross-entropy by time on the validation text -> figures.ByTime."""
+    """Measure loss and cross-entropy by time on the validation text -> pictures.ByTime."""
     flags, run_dir = run["args"], Path(args.run_dir)
     path = args.data_path or flags["val_path"] or flags["data_path"] or run_dir / "corpus.txt"
     part = "all" if args.data_path or flags["val_path"] else "val"
-    corpus = cache.Corpus.find(path, flags["text_field"], "the losses are measured on the validation text, which is not at {}: give -d")
-    tokens = cache.load_corpus(
-        corpus, run_dir / "tokenizer.model", args.cache_dir, part, flags["example"]
-    )
+    message = "the losses are measured on the validation text, which is not at {}: give -d"
+    corpus = cache.Corpus.find(path, flags["text_field"], message)
+    tokenizer_path = run_dir / "tokenizer.model"
+    tokens = cache.load_corpus(corpus, tokenizer_path, args.cache_dir, part, flags["example"])
     text = bounds.Text(tokens, flags["sequence_length"], tokenizer.bos_id())
     work = bounds.Work(device, progress=True)
     scores = bounds.score(model, text.first_tokens(args.max_tokens), work, n_draws=DENSITY_DRAWS)
-    _, loss, cross_entropy = scores.by_time(DENSITY_BINS)
+    _, *losses = scores.by_time(DENSITY_BINS)
     t = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
-    return pictures.ByTime(f"{which}.pt, step {run['step']:,}", t, loss, cross_entropy, density_of(run["times"]))
+    label = f"{which}.pt, step {run['step']:,}"
+    return pictures.ByTime(label, t, *losses, density_of(run["times"]))
 
 
 def density_of(curve):
-    """Compute the density of learned times that belongs to a curve of `Times` -> (N_BINS,) array."""
+    """Compute the density of learned times that belongs to a curve of `Times` -> (N_BINS,)."""
     fit = Times("learned", 0.0)
     fit.curve = curve
     return fit.density().numpy()
@@ -173,110 +196,137 @@ def density_of(curve):
 
 def draw_packing(args):
     """Draw rows before and after packing."""
+    if not args.data_path:
+        raise ValueError("packing reads a text: give -d")
+    path, row_length = args.data_path, args.sequence_length
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_path = args.spm_model
         if not tokenizer_path:
             tokenizer_path = Path(folder) / "tokenizer.model"
-            model = train_tokenizer(args.data_path, "bpe", example=args.example)
-            tokenizer_path.write_bytes(model)
+            tokenizer_path.write_bytes(train_tokenizer(path, "bpe", example=args.example))
         load_tokenizer(tokenizer_path)  # raises if it is none
-        tokens = cache.load_corpus(args.data_path, tokenizer_path, args.cache_dir, example=args.example)
-    plans = packing_plans(tokens, args.sequence_length)
-    title = f"{Path(args.data_path).name}: {tokens.n_documents:,} examples in rows of {args.sequence_length} tokens"
-    save(args.output, partial(pictures.packing, tokens, plans, args.sequence_length, PACKED_ROWS, title), args.dark)
+        tokens = cache.load_corpus(path, tokenizer_path, args.cache_dir, example=args.example)
+    plans = packing_plans(tokens, row_length)
+    examples = f"{tokens.n_documents:,} examples in rows of {row_length} tokens"
+    title = f"{Path(path).name}: {examples}"
+    return partial(pictures.packing, tokens, plans, row_length, PACKED_ROWS, title)
 
 
 def packing_plans(tokens, row_length):
-    """Plan rows of one window each, and those of the first epoch of training -> {name: data.Plan}."""
+    """Plan rows of one window each, and those of the first epoch -> {name: data.Plan}."""
     plan = data.plan_validation(tokens, row_length, PACKED_ROWS)
     order = np.argsort(plan.starts)  # as in the text
     alone = data.Plan(plan.starts[order], plan.lengths[order], np.arange(len(order) + 1))
-    return {"one example a row": alone, "packed": data.plan_epoch(tokens, row_length, seed=0, epoch=0)}
+    packed = data.plan_epoch(tokens, row_length, seed=0, epoch=0)
+    return {"one example a row": alone, "packed": packed}
 
 
 # ---------------------------------------------------------------- sampling
 
 
 class Recorder:
-    """Keep what the network answers in each call for one batch: the likeliest tokens and how certain they are."""
+    """Keep the n likeliest tokens of one batch at each network call. bar: counts the calls."""
 
-    def __init__(self):
-        self.ids, self.certainty = [], []
+    def __init__(self, n=1, bar=None):
+        self.n, self.bar = n, bar
+        self.calls = []  # of ids and probabilities, both (B, L, n); 1 for a given token
 
     def __call__(self, t, p, given):
         """See `watch` in bfn.Controls: p (B, L, K), given (B, L)."""
-        certainty, ids = p.max(-1)
-        self.ids.append(ids.cpu())
-        self.certainty.append(certainty.masked_fill(given, 1.0).cpu())
-
-    def of_text(self, row, ids, n_calls, tokenizer):
-        """Look up the course of one text -> its tokens at the end, at each call (n_calls lists), certainty (n_calls, L).
-
-        ids: the text, which counts as certain in the last call. bos is left out.
-        """
-        begin = int(ids[0] == tokenizer.bos_id())
-        at_calls = [k[row, begin : len(ids)].tolist() for k in self.ids[: n_calls - 1]] + [ids[begin:]]
-        certainty = torch.stack(self.certainty[:n_calls])[:, row, begin : len(ids)].numpy()
-        return to_pieces(ids[begin:], tokenizer), [to_pieces(k, tokenizer) for k in at_calls], certainty
+        share, ids = p.topk(min(self.n, p.shape[-1]))
+        share = share.masked_fill(given[..., None], 1.0)
+        self.calls.append((ids.cpu().numpy(), share.cpu().numpy()))
+        if self.bar is not None:
+            self.bar.update()
 
 
-def to_pieces(ids, tokenizer):
-    """Write each token, with the space before it; eos as nothing -> list of str."""
-    return ["" if k == tokenizer.eos_id() else piece_text(k, tokenizer).replace("\n", "\u21b5") for k in ids]
+def record(sampler, prompts, recorder, controls, seed=0, length=None):
+    """Sample a text for each prompt -> [(ids, calls)], without bos.
+
+    calls: of each network call the likeliest ids and their probabilities, both (L, n).
+    """
+    options = Options(replace(controls, watch=recorder))
+    read = {prompt: sampler.read(prompt, length, options) for prompt in prompts}
+    seeds = [mix_seed(seed, i) for i in range(len(prompts))]
+    templates = [read[prompt].draw(s) for prompt, s in zip(prompts, seeds, strict=True)]
+    samples = sample_batch(sampler.model, sampler.tokenizer, templates, seeds, options)
+    texts = []
+    for row, (ids, n_calls) in enumerate(samples):
+        part = slice(int(ids[0] == sampler.tokenizer.bos_id()), len(ids))
+        calls = [(k[row, part], share[row, part]) for k, share in recorder.calls[:n_calls]]
+        texts.append((ids[part], calls))
+    return texts
 
 
 def draw_sampling(args):
     """Draw how certain each position is at each network call, or the texts as they emerge."""
     sampler = Sampler.load(args.run_dir, args.checkpoint, args.device)
-    n, recorder = args.num_samples or (6 if args.gif else 1), Recorder()
-    prompts = [read_breaks(prompt, sampler.run) for prompt in args.prompt or [""] for _ in range(n)]
-    options = Options(bfn.Controls(args.sampler, args.steps, args.corrections, watch=recorder))
-    templates = sampler.templates(prompts, args.seed, args.length, options)
-    seeds = [mix_seed(args.seed, i) for i in range(len(prompts))]
-    samples = sample_batch(sampler.model, sampler.tokenizer, templates, seeds, options)
-    texts = [recorder.of_text(row, ids, calls, sampler.tokenizer) for row, (ids, calls) in enumerate(samples)]
+    n = args.num_samples or (6 if args.gif else 1)
+    prompts = [read_breaks(text, sampler.run) for text in args.prompt or [""] for _ in range(n)]
+    controls = bfn.Controls(args.sampler, args.steps, args.corrections)
+    texts = record(sampler, prompts, Recorder(), controls, args.seed, args.length)
     title = f"{args.sampler}, {args.run_dir}, step {sampler.run['step']:,}"
     if args.gif:
-        save_animation(args.output, texts, title, args.dark)
-    else:
-        shown = [([piece or "(end)" for piece in pieces], certainty) for pieces, _, certainty in texts]
-        save(args.output, partial(pictures.certainty, shown, title), args.dark)
+        with drawing.style(args.dark):
+            images = pictures.emerging(to_frames(texts, sampler.tokenizer), title)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(args.output) as temporary:
+            temporary.write_bytes(pictures.to_gif(images, MARK))
+        return None
+    shown = []
+    for ids, calls in texts:
+        labels = [piece or "(end)" for piece in to_pieces(ids, sampler.tokenizer)]
+        shown.append((labels, np.stack([share[:, 0] for _, share in calls])))
+    return partial(pictures.certainty, shown, title)
 
 
-def save_animation(path, texts, title, dark):
-    """Save the texts of `Recorder.of_text` as a GIF in which they emerge. A text that is done stays as it is."""
-    n_calls = max(len(at_calls) for _, at_calls, _ in texts)
-    frames = []
-    for i in range(n_calls):
-        frames.append([])
-        for pieces, at_calls, certainty in texts:
-            is_done = i >= len(at_calls) - 1  # the tokens of the last call are drawn
-            row = zip(pieces, [1.0] * len(pieces), strict=True) if is_done else zip(at_calls[i], certainty[i], strict=True)
-            frames[-1].append(list(row))
-    with drawing.style(dark):
-        content = pictures.to_gif(pictures.emerging(frames, title), MARK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+def to_piece(k, tokenizer, end=""):
+    """Write a token with the space before it, eos as `end`."""
+    return end if k == tokenizer.eos_id() else piece_text(int(k), tokenizer)
 
 
-# ---------------------------------------------------------------- report
+def to_pieces(ids, tokenizer):
+    """Write tokens for one line: an arrow for a line break, eos as nothing."""
+    return [to_piece(k, tokenizer).replace("\n", "\u21b5") for k in ids]
+
+
+def to_frames(texts, tokenizer):
+    """List what texts of `record` show at each call -> frames[i][row] = [(piece, certainty)].
+
+    A text that is done stays as it is. What is drawn in its last call counts as certain.
+    """
+    frames = [[] for _ in range(max(len(calls) for _, calls in texts))]
+    for ids, calls in texts:
+        for i, frame in enumerate(frames):
+            k, share = ids, np.ones(len(ids))
+            if i + 1 < len(calls):
+                k, share = (x[:, 0] for x in calls[i])
+            frame.append(list(zip(to_pieces(k, tokenizer), share, strict=True)))
+    return frames
+
+
+# ---------------------------------------------------------------- quality
 
 
 def draw_quality(args):
-    """Draw likelihoods and figures of samples over the network calls."""
-    exact, results = {}, []
+    """Draw what evaluate.py --json and experiments.samplers write: by network calls, by time."""
+    exact, by_time, results = {}, {}, []
     for path in args.files:
         content = read_json(path)
         if is_comparison(content) and not results:
             results = content
-        elif isinstance(content, dict) and "bound_nats_per_token" in content and (curve := exact_by_calls(content)):
+            continue
+        is_evaluation = isinstance(content, dict) and "bound_nats_per_token" in content
+        curve = exact_by_calls(content) if is_evaluation else None
+        if curve:
             exact[Path(path).stem] = curve
-        else:
-            known = "one results.json of experiments/samplers.py at most, and outputs of evaluate.py --json --calls=8,32"
+        if is_evaluation and "by_time" in content:
+            by_time[Path(path).stem] = list(content["by_time"].values())
+        elif not curve:
+            known = "one results.json of experiments.samplers, and outputs of evaluate.py --json"
             raise ValueError(f"{path} is not one of the files to give: {known}")
     title = ", ".join(Path(path).name for path in args.files)
-    save(args.output, partial(pictures.quality_figure, exact, results, title), args.dark)
+    return partial(pictures.quality_figure, exact, results, title, by_time)
 
 
 def read_json(path):
@@ -290,22 +340,34 @@ def read_json(path):
 
 
 def is_comparison(content):
-    """Tell whether this is what experiments/samplers.py writes: a list of records, the first of held-out text."""
+    """Tell whether this is a list of records of experiments.samplers, first of held-out text."""
     needed = {"sampler", "calls", "temperature", "top_p", "calls_per_text", "figures"}
     is_list = isinstance(content, list) and len(content) > 1
-    return is_list and all(isinstance(record, dict) and needed <= record.keys() for record in content)
+    return is_list and all(isinstance(x, dict) and needed <= x.keys() for x in content)
 
 
 def exact_by_calls(content):
-    """Find the exact likelihoods in the output of evaluate.py --json -> (calls, nats per token, errors, bound), or None."""
-    found = {int(m[1]): m[0] for name in content if (m := re.fullmatch(r"exact_(\d+)_calls?_nats_per_token", name))}
-    names = [found[calls] for calls in sorted(found)]
-    errors = [content[name.replace("nats", "text_error_nats")] or 0.0 for name in names]
-    return (sorted(found), [content[name] for name in names], errors, content["bound_nats_per_token"]) if found else None
+    """Find the exact likelihoods in what evaluate.py --json prints.
+
+    -> (calls, nats per token, errors, bound), or None if there are none.
+    """
+    names = {}
+    for name in content:
+        if match := re.fullmatch(r"exact_(\d+)_calls?_nats_per_token", name):
+            names[int(match[1])] = name
+    if not names:
+        return None
+    calls = sorted(names)
+    nats = [content[names[n]] for n in calls]
+    errors = [content[names[n].replace("nats", "text_error_nats")] or 0.0 for n in calls]
+    return calls, nats, errors, content["bound_nats_per_token"]
+
+
+# ---------------------------------------------------------------- report
 
 
 def draw_report(args):
-    """Write the page of a run."""
+    """Write the page of a run: data, figures, curves, samples, texts at each network call."""
     content = run_page(Path(args.run_dir), parallel.find_device(args.device))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output) as temporary:  # names of files may not be UTF-8
@@ -313,195 +375,124 @@ def draw_report(args):
 
 
 def run_page(run_dir, device):
-    """Describe a run folder or an exported one -> HTML. Raises ValueError if there is nothing to show."""
-    metrics, loaded = read_run_so_far(run_dir, device)
+    """Describe a run folder or an exported one -> HTML, or ValueError if it shows nothing."""
+    metrics, sampler = read_run_so_far(run_dir, device)
     found = texts = None
-    if loaded:
-        model, tokenizer, run = loaded
-        run = run | dict(args=without_folders(run["args"]))
-        loaded = model, tokenizer, run
+    if sampler:
+        run = sampler.run
+        run["args"] = without_folders(run["args"])
         found = read_figures(run_dir, run["step"]) or run.get("figures", {})
-        texts = sample_texts(*loaded)
-    name, samples = run_dir.resolve().name, report.read_samples(run_dir)
-    return report.page(name, metrics, samples, loaded, found, texts)
+        texts = sample_texts(sampler)
+    samples = report.read_samples(run_dir)
+    return report.page(run_dir.resolve().name, metrics, samples, sampler, found, texts)
 
 
 def read_run_so_far(run_dir, device):
-    """Read what there is of a run -> metrics (list), (model, tokenizer, run) or None.
+    """Read what there is of a run -> metrics (list), Sampler or None.
 
     Raises ValueError if there is nothing to show, or if a file is damaged.
     """
     if not run_dir.is_dir():
         raise ValueError(f"no folder at {run_dir}: give a run folder")
     metrics = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
-    has_best = any((run_dir / name).is_file() for name in ("best.pt", "model.safetensors", "config.json"))
+    best = "best.pt", "model.safetensors", "config.json"
+    has_best = any((run_dir / name).is_file() for name in best)
     which = "best" if has_best else "last" if (run_dir / "last.pt").is_file() else None
     if not which and not metrics:
-        raise ValueError(f"{run_dir} has nothing to show yet: no checkpoint and no metrics; train, or give another folder")
-    return metrics, load(run_dir, which, device) if which else None
+        missing = "no checkpoint and no metrics; train, or give another folder"
+        raise ValueError(f"{run_dir} has nothing to show yet: {missing}")
+    return metrics, Sampler(*load(run_dir, which, device)) if which else None
 
 
-class Alternatives:
-    """Keep the likeliest tokens of one batch in each network call. bar: shows the calls."""
+def sample_texts(sampler):
+    """Sample the texts that sample.py prints first -> dict: texts, and the pieces of their ids.
 
-    def __init__(self, bar):
-        self.calls, self.bar = [], bar
-
-    def __call__(self, t, p, given):
-        """See `watch` in bfn.Controls: p (B, L, K)."""
-        share, ids = p.topk(min(N_ALTERNATIVES, p.shape[-1]))
-        self.calls.append(torch.stack([ids, (1000 * share).round().long()], -1).cpu().numpy())  # (B, L, n, 2)
-        self.bar.update()
-
-    def of_text(self, row, begin, ids, n_calls):
-        """Look up the course of one text from position `begin` on -> dict of ids and calls, see above."""
-        calls = [[likely(pairs) for pairs in call[row, begin : len(ids)]] for call in self.calls[:n_calls]]
-        return dict(ids=ids[begin:], calls=calls)
-
-
-def likely(pairs):
-    """Keep the first token and those that are likely enough: (n, 2) of id and falling per mille -> [id, per mille, id, ...]."""
-    return pairs[: max(1, (pairs[:, 1] >= LEAST).sum())].flatten().tolist()
+    Each text has its ids, and calls[i][position] = [id, per mille, id, ...].
+    """
+    n_texts = min(N_TEXTS, max(1, MOST_TOKENS // sampler.limit))
+    n_calls = DEFAULT.steps + DEFAULT.corrections
+    with tqdm(total=n_calls, desc="sampling", unit="call", disable=None) as bar:
+        recorded = record(sampler, [""] * n_texts, Recorder(N_ALTERNATIVES, bar), DEFAULT)
+    texts, used = [], set()
+    for ids, calls in recorded:
+        calls = [[likely(*pair) for pair in zip(*call, strict=True)] for call in calls]
+        texts.append(dict(ids=ids, calls=calls))
+        used.update(ids, *(position[::2] for call in calls for position in call))
+    pieces = {k: to_piece(k, sampler.tokenizer, " (end)") for k in sorted(used)}
+    return dict(texts=texts, pieces=pieces)
 
 
-def sample_texts(model, tokenizer, run):
-    """Sample the texts that sample.py prints first -> dict: texts as of `Alternatives.of_text`, pieces of all their ids."""
-    n_texts = min(N_TEXTS, max(1, MOST_TOKENS // run["args"]["sequence_length"]))
-    seeds = [mix_seed(0, i) for i in range(n_texts)]
-    templates = Sampler(model, tokenizer, run).templates([""] * n_texts, 0, None, Options())
-    with tqdm(total=DEFAULT.steps + DEFAULT.corrections, desc="sampling", unit="call", disable=None) as bar:
-        alternatives = Alternatives(bar)
-        options = Options(replace(DEFAULT, watch=alternatives))
-        samples = sample_batch(model, tokenizer, templates, seeds, options)
-    begin = int(tokenizer.bos_id() >= 0)
-    texts = [alternatives.of_text(row, begin, ids, calls) for row, (ids, calls) in enumerate(samples)]
-    used = {k for text in texts for call in text["calls"] for position in call for k in position[::2]}
-    used = used.union(*(text["ids"] for text in texts))
-    return dict(texts=texts, pieces={k: to_text(k, tokenizer) for k in sorted(used)})
-
-
-def to_text(k, tokenizer):
-    """Write a token as it reads within a text -> str."""
-    if k == tokenizer.eos_id():
-        return " (end)"
-    return piece_text(k, tokenizer)
+def likely(ids, share):
+    """Keep the first token and those that are likely enough: (n,) -> [id, per mille, id, ...]."""
+    per_mille = (1000 * share).round().astype(int)
+    n = max(1, (per_mille >= LEAST).sum())
+    return np.stack([ids, per_mille], -1)[:n].flatten().tolist()
 
 
 # ---------------------------------------------------------------- the command
 
-
-def draw_simplex(args):
-    """Draw the flow on three tokens."""
-    save(args.output, partial(pictures.simplex, args.seed), args.dark)
-
-
-def draw_beta(args):
-    """Draw how often the evidence names the token."""
-    save(args.output, partial(pictures.beta, args.beta), args.dark)
-
-
-def add_run_flags(add):
-    add("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR",
-        help="run folders; several are drawn over each other")
-    add("--watch", action="store_true", help=f"draw again every {WATCH_SECONDS} seconds until Ctrl-C")
-
-
-def add_times_flags(add):
-    add("run_dir", type=cli.path, metavar="RUN_DIR", help="run folder")
-    add("-d", "--data_path", type=cli.path,
-        help="text to measure the losses on (the validation text of the training)")
-    add("--max_tokens", type=cli.count, default=16_384, help="tokens to measure them on, at most (16384)")
-    add_device(add)
-    add_cache(add)
-
-
-def add_packing_flags(add):
-    add("-d", "--data_path", type=cli.path, required=True, help="text file")
-    add("-spm", "--spm_model", type=cli.path,
-        help="SentencePiece model (a bpe is trained on the text)")
-    add("--example", default="line", help=EXAMPLE_HELP)
-    add("-slen", "--sequence_length", type=cli.several, default=128, help="tokens of a row (128)")
-    add_cache(add)
-
-
-def add_sampling_flags(add):
-    add("run_dir", type=cli.path, metavar="RUN_DIR", help="run folder")
-    add("--checkpoint", choices=["best", "last"], default="best", help="the best by validation, or the last (best)")
-    add("--prompt", action="append", default=[], help="as in sample.py; repeatable")
-    add("--num_samples", type=cli.count, help="texts per prompt (1, with --gif 6)")
-    add("--length", type=cli.several, help="tokens per text, with bos and eos (drawn from the training lengths)")
-    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler, help="how to sample (%(default)s)")
-    add("--steps", type=cli.steps, default=DEFAULT.steps, help="as in sample.py (%(default)s)")
-    add("--corrections", type=cli.natural, default=DEFAULT.corrections, help="as in sample.py (%(default)s)")
-    add("--gif", action="store_true", help="an animation of the texts that emerge, pale where they are uncertain")
-    add_seed(add)
-    add_device(add)
-
-
-def add_compare_flags(add):
-    add("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR", help="run folders, two or more")
-
-
-def add_report_flags(add):
-    add("run_dir", type=cli.path, metavar="RUN_DIR",
-        help="run folder, also of a run that still trains, or exported folder")
-    add_device(add)
-
-
-def add_beta_flags(add):
-    add("--beta", nargs="+", type=cli.positive, default=[], help="further values of beta(1) to draw")
-
-
-def add_seed(add):
-    add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
-
-
-def add_device(add):
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-
-
-def add_cache(add):
-    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)")
-
-
-def add_quality_flags(add):
-    sources = "results.json of experiments/samplers.py, outputs of evaluate.py --json --calls=8,32"
-    add("files", nargs="+", type=cli.path, metavar="FILE.json", help=sources)
-
-
-PICTURES = {  # flags, and what draws the picture from them
-    "simplex": (add_seed, draw_simplex),
-    "beta": (add_beta_flags, draw_beta),
-    "run": (add_run_flags, draw_run),
-    "times": (add_times_flags, draw_times),
-    "packing": (add_packing_flags, draw_packing),
-    "sampling": (add_sampling_flags, draw_sampling),
-    "quality": (add_quality_flags, draw_quality),
-    "compare": (add_compare_flags, print_comparison),
-    "report": (add_report_flags, draw_report),
+FLAGS = {
+    "run_dir": dict(type=cli.path, metavar="RUN_DIR",
+        help="run folder, also of a run that still trains; for the report an exported one too"),
+    "run_dirs": dict(nargs="+", type=cli.path, metavar="RUN_DIR", help="run folders"),
+    "files": dict(nargs="+", type=cli.path, metavar="FILE.json",
+        help="results.json of experiments.samplers, outputs of evaluate.py --json"),
+    "--watch": dict(action="store_true",
+        help=f"draw again every {WATCH_SECONDS} seconds until Ctrl-C"),
+    "--beta": dict(nargs="+", type=cli.positive, default=[],
+        help="further values of beta(1) to draw"),
+    "-d --data_path": dict(type=cli.path,
+        help="text file; for times the text to measure the losses on (that of the validation)"),
+    "--max_tokens": dict(type=cli.count, default=16_384,
+        help="tokens to measure losses on, at most (16384)"),
+    "-spm --spm_model": dict(type=cli.path,
+        help="SentencePiece model (a bpe is trained on the text)"),
+    "--example": dict(default="line", help=EXAMPLE_HELP),
+    "-slen --sequence_length": dict(type=cli.several, default=128, help="tokens of a row (128)"),
+    "--checkpoint": dict(choices=["best", "last"], default="best",
+        help="the best by validation, or the last (best)"),
+    "--prompt": dict(action="append", default=[], help="as in sample.py; repeatable"),
+    "--num_samples": dict(type=cli.count, help="texts per prompt (1, with --gif 6)"),
+    "--length": dict(type=cli.several,
+        help="tokens per text, with bos and eos (drawn from the training lengths)"),
+    "--sampler --solver": dict(choices=bfn.SAMPLERS, default=DEFAULT.sampler,
+        help="how to sample (%(default)s)"),
+    "--steps": dict(type=cli.steps, default=DEFAULT.steps, help="as in sample.py (%(default)s)"),
+    "--corrections": dict(type=cli.natural, default=DEFAULT.corrections,
+        help="as in sample.py (%(default)s)"),
+    "--gif": dict(action="store_true",
+        help="an animation of the texts that emerge, pale where they are uncertain"),
+    "--seed": dict(type=cli.natural, default=0, help="seed of all random numbers (0)"),
+    "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)"),
+    "--cache_dir": dict(type=cli.path, default=cache.default_cache_dir(),
+        help="folder for tokenised corpora (%(default)s)"),
+    "--output": dict(type=cli.path, help="file to write (PICTURE.png, RUN_DIR/report.html)"),
+    "--dark": dict(action="store_true", help="dark colours"),
+}
+RUN = "run_dir --device"
+SAMPLING = f"{RUN} --checkpoint --prompt --num_samples --length --sampler --steps --corrections"
+PICTURES = {  # what draws it, and its flags
+    "simplex": (draw_simplex, "--seed --output --dark"),
+    "beta": (draw_beta, "--beta --output --dark"),
+    "run": (draw_run, "run_dirs --watch --output --dark"),
+    "times": (draw_times, f"{RUN} -d --max_tokens --cache_dir --output --dark"),
+    "packing": (draw_packing, "-d -spm --example -slen --cache_dir --output --dark"),
+    "sampling": (draw_sampling, f"{SAMPLING} --gif --seed --output --dark"),
+    "quality": (draw_quality, "files --output --dark"),
+    "compare": (print_comparison, "run_dirs"),
+    "report": (draw_report, f"{RUN} --output"),  # its colours follow the reader's settings
 }
 
 
 def flags(picture):
     """Make the parser of one picture."""
-    p = cli.Parser(next(line for line in __doc__.splitlines() if line.startswith(f"    python plot.py {picture} ")).strip())
-    p.prog = f"plot.py {picture}"
-    PICTURES[picture][0](p.add_argument)
-    if picture == "report":  # its colours follow the reader's settings
-        p.add_argument("--output", type=cli.path, help="page to write, .html (RUN_DIR/report.html)")
-    elif picture != "compare":  # which is printed
-        p.add_argument("--output", type=cli.path,
-            help=f"picture to write, .png or .svg ({picture}.png)")
-        p.add_argument("--dark", action="store_true", help="dark colours")
+    draw, chosen = PICTURES[picture]
+    p = cli.Parser(draw.__doc__)
+    p.prog = f"python plot.py {picture}"
+    for names, options in FLAGS.items():
+        if names.split()[0] in chosen.split():
+            p.add_argument(*names.split(), **options)
     return p
-
-
-def endings(picture, args):
-    """List the endings that --output may have, the default first."""
-    if picture == "report":
-        return [".html"]
-    return [".gif"] if getattr(args, "gif", False) else [".png", ".svg"]
 
 
 def main(argv=None):
@@ -511,13 +502,19 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     picture = p.parse_args(words[:1]).picture
     args = flags(picture).parse_args(words[1:])
+    draw, _ = PICTURES[picture]
     if picture == "compare":
-        return print_comparison(args)
-    allowed = endings(picture, args)
+        return draw(args)
+    endings = [".png", ".svg"]
+    if picture == "report":
+        endings = [".html"]
+    elif getattr(args, "gif", False):
+        endings = [".gif"]
     folder = args.run_dir if picture == "report" else ""
-    args.output = Path(args.output or os.path.join(folder, picture + allowed[0]))
-    check_output(args.output, allowed)
-    PICTURES[picture][1](args)
+    args.output = Path(args.output or os.path.join(folder, picture + endings[0]))
+    check_output(args.output, endings)
+    if make_figure := draw(args):
+        save(args.output, make_figure, args.dark)
     print(f"{args.output}: {os.path.getsize(args.output) / 1000:.0f} KB")
 
 

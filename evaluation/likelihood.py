@@ -135,12 +135,11 @@ def score(model, windows, bos_id, given, functions, work, seed=0):
     def is_over(seconds):
         return len(work.interrupts) > 0 or time.perf_counter() + seconds > deadline
 
-    hidden = None if work.progress else True
-    with tqdm(total=per_process, unit="window", desc="likelihood", disable=hidden) as bar:
+    look = dict(unit="window", desc="likelihood", disable=None if work.progress else True)
+    with tqdm(total=per_process, **look) as bar:
         n_chunks = add_up_batches(chunks, add, [nats, n_scored], is_over)
     n_read = chunks[n_chunks - 1].stop
-    figures = zip(functions, nats[:, :n_read].numpy(), strict=True)
-    scores = Likelihoods(dict(figures), n_scored[:n_read].numpy())
-    if not scores.n_scored.sum():
+    if not n_scored[:n_read].sum():
         raise ValueError("nothing of this text is left to score: give less of it")
-    return scores
+    figures = dict(zip(functions, nats[:, :n_read].numpy(), strict=True))
+    return Likelihoods(figures, n_scored[:n_read].numpy())

@@ -1,12 +1,10 @@
-"""Measure a trained model: a bound on -log P(text) with its errors, exact likelihoods, and the quality of samples.
-
-    python evaluate.py -mdir=RUN_DIR -d=TEXT.txt          a large text in part, within about a minute
-    python evaluate.py -mdir=RUN_DIR -d=TEXT.txt --all    everything
-"""
+"""The figures of evaluate.py, with units in their names, as a table, as JSON and in words."""
 
 import json
 import math
 import re
+
+import numpy as np
 
 from evaluation import bounds
 from evaluation.bounds import clustered_error, n_scorable, unknown_nats_per_token
@@ -17,31 +15,35 @@ from evaluation.bounds import clustered_error, n_scorable, unknown_nats_per_toke
 def likelihood_figures(scores, conditional=False):
     """Compute the figures of a scored text, with units in their names -> dict of floats and ints.
 
-    Characters and bytes are those of the raw text; `conditional` leaves out the figures per character and byte, which have
-    no meaning if part of the text was given. Text that the tokenizer does not know costs `bounds.UNKNOWN_BITS` per byte. This, and
-    the tokens per character, are averages over the whole text, even if only some windows were scored.
+    Characters and bytes are those of the raw text; `conditional` leaves out the figures per
+    character and byte, which have no meaning if part of the text was given. Unknown text costs
+    `bounds.UNKNOWN_BITS` per byte. This, and the tokens per character, are averages over the whole
+    text, even if only some windows were scored.
     """
     diffusion, reconstruction = scores.nats_per_token
     tokens, bos_id = scores.text.tokens, scores.text.bos_id
-    n_scored, unknown = n_scorable(tokens, bos_id), unknown_nats_per_token(tokens, bos_id)
+    unknown = unknown_nats_per_token(tokens, bos_id)
     bound = diffusion + reconstruction + unknown
+    bits = bound / math.log(2)
     text_error, n_clusters = scores.text_error()
     figures = {f"L_{scores.n_steps or 'inf'}_nats_per_token": diffusion} | dict(
         L_rec_nats_per_token=reconstruction,
         unknown_nats_per_token=unknown,
         bound_nats_per_token=bound,
-        bound_bits_per_token=bound / math.log(2),
+        bound_bits_per_token=bits,
         monte_carlo_error_nats_per_token=scores.monte_carlo_error(),
         text_error_nats_per_token=text_error,
         perplexity_per_token=math.exp(min(bound, 700.0)),  # exp(710) overflows
     )
     if not conditional:
+        n = n_scorable(tokens, bos_id)
         figures |= dict(
-            bits_per_char=bound / math.log(2) * n_scored / tokens.n_chars,
-            bits_per_byte=bound / math.log(2) * n_scored / tokens.n_bytes,
+            bits_per_char=bits * n / tokens.n_chars, bits_per_byte=bits * n / tokens.n_bytes
         )
-    counts = dict(n_tokens_scored=int(scores.n_scored.sum()), n_clusters=n_clusters, n_draws=len(scores.loss))
-    return {name: float(value) for name, value in figures.items()} | counts  # plain types, for checkpoints and JSON
+    figures = {name: float(value) for name, value in figures.items()}  # for checkpoints and JSON
+    return figures | dict(
+        n_tokens_scored=int(scores.n_scored.sum()), n_clusters=n_clusters, n_draws=len(scores.loss)
+    )
 
 
 def to_key(name):
@@ -54,42 +56,67 @@ def exact_figures(text, scores):
 
     text: the Text whose first windows were scored. Names are such as exact_8_calls_nats_per_token.
     """
-    n, unknown = len(scores.n_scored), unknown_nats_per_token(text.tokens, text.bos_id)
+    document = text.document[: len(scores.n_scored)]
+    unknown = unknown_nats_per_token(text.tokens, text.bos_id)
     figures = dict(exact_n_tokens_scored=int(scores.n_scored.sum()))
     for name, mean in scores.nats_per_token.items():
-        figures[f"{to_key(name)}_nats_per_token"] = mean + unknown
         excess = scores.nats[name] - mean * scores.n_scored
-        figures[f"{to_key(name)}_text_error_nats_per_token"] = clustered_error(excess, scores.n_scored, text.document[:n])[0]
+        error, _ = clustered_error(excess, scores.n_scored, document)
+        figures[f"{to_key(name)}_nats_per_token"] = mean + unknown
+        figures[f"{to_key(name)}_text_error_nats_per_token"] = error
     return figures
 
 
-def describe(path, tokens, window, figures):
+def describe(path, text, figures):
     """Say in one line how large a text is, and how much of it was scored."""
-    return (
-        f"{path}: {tokens.n_documents:,} documents, {len(tokens.ids):,} tokens, {tokens.n_chars:,} characters; "
-        f"{figures['n_tokens_scored']:,} tokens scored in windows of {window}, {figures['n_draws']} draws"
-        + (f"; exact likelihoods of {figures['exact_n_tokens_scored']:,} of these" if "exact_n_tokens_scored" in figures else "")
-    )
+    tokens = text.tokens
+    size = f"{tokens.n_documents:,} documents, {len(tokens.ids):,} tokens"
+    scored = f"{figures['n_tokens_scored']:,} tokens scored in windows of {text.row_length}"
+    line = f"{path}: {size}, {tokens.n_chars:,} characters; {scored}, {figures['n_draws']} draws"
+    if "exact_n_tokens_scored" in figures:
+        line += f"; exact likelihoods of {figures['exact_n_tokens_scored']:,} of these"
+    return line
 
 
 def to_json(figures, scores, samples):
-    """Write all figures as one JSON object, in which null stands for nan."""
+    """Write all figures as one JSON object, in which null stands for nan.
+
+    by_time: the mean loss and cross-entropy at each time, nats per token.
+    """
     figures = {name: None if math.isnan(value) else value for name, value in figures.items()}
-    figures |= dict(share_of_text=scores.share, partial=scores.partial) | ({"samples": samples} if samples else {})
-    return json.dumps(figures)
+    figures |= dict(share_of_text=scores.share, partial=scores.partial, by_time=by_time(scores))
+    return json.dumps(figures | ({"samples": samples} if samples else {}))
+
+
+def by_time(scores):
+    """List the loss and the output's cross-entropy by time -> dict of lists.
+
+    A time is the middle of a bin, or where a step of L_n starts.
+    """
+    _, *curves = scores.by_time()
+    n_bins = len(curves[0])
+    t = (np.arange(n_bins) + (0.0 if scores.n_steps else 0.5)) / n_bins
+    known = ~np.isnan(curves[0])
+    names = "t", "loss_nats_per_token", "cross_entropy_nats_per_token"
+    return {name: x[known].tolist() for name, x in zip(names, (t, *curves), strict=True)}
 
 
 def table(figures, n_steps, exact_names=()):
-    """Lay out the figures of `likelihood_figures`, and those of `exact_figures` that are named -> lines of text."""
+    """Lay out `likelihood_figures`, and those of `exact_figures` that are named -> lines."""
     units = {"nats/token": 1.0, "bits/token": 1 / math.log(2)}
     if "bits_per_char" in figures:
         bound = figures["bound_nats_per_token"] or math.nan
-        units["bits/char"], units["bits/byte"] = figures["bits_per_char"] / bound, figures["bits_per_byte"] / bound
+        units["bits/char"] = figures["bits_per_char"] / bound
+        units["bits/byte"] = figures["bits_per_byte"] / bound
     L = f"L_{n_steps or 'inf'}"
-    entries = [(L, L), ("L_rec", "L_rec"), *[("unknown text", "unknown")] * (figures["unknown_nats_per_token"] > 0)]
-    entries += [("bound", "bound"), ("  +- noise, times", "monte_carlo_error"), ("  +- choice of text", "text_error")]
+    entries = [(L, L), ("L_rec", "L_rec")]
+    if figures["unknown_nats_per_token"] > 0:
+        entries.append(("unknown text", "unknown"))
+    entries += [("bound", "bound"), ("  +- noise, times", "monte_carlo_error")]
+    entries.append(("  +- choice of text", "text_error"))
     for name in exact_names:
-        entries += [(name, to_key(name)), ("  +- choice of text", f"{to_key(name)}_text_error")]
+        key = to_key(name)
+        entries += [(name, key), ("  +- choice of text", f"{key}_text_error")]
     lines = [" " * 24 + "".join(f"{unit:>12}" for unit in units)]
     for label, name in entries:
         values = (figures[f"{name}_nats_per_token"] * x for x in units.values())
@@ -98,15 +125,17 @@ def table(figures, n_steps, exact_names=()):
 
 
 def notes(scores, error, quick):
-    """Say which share of the text was scored, how to repeat the figures, how to lower the error -> lines of text.
+    """Say how much was scored, how to repeat the figures, how to lower the error -> lines.
 
-    error: the Monte-Carlo error to reach, nats per token, or None. quick: the time has limited what was scored.
+    error: the Monte-Carlo error to reach, nats per token, or None. quick: the time has limited what
+    was scored.
     """
     n_draws, noise, choice = len(scores.loss), scores.monte_carlo_error(), scores.text_error()[0]
     lines = ["stopped before the end: these figures are partial"] if scores.partial else []
     if quick or scores.partial:
         errors = {"from noise and times": noise, "from the choice of text": choice}
-        known = [f"{value:.4f} {source}" for source, value in errors.items() if not math.isnan(value)]
+        errors = {source: value for source, value in errors.items() if not math.isnan(value)}
+        known = [f"{value:.4f} {source}" for source, value in errors.items()]
         everything = ": --all looks at everything" if scores.share < 1 else ""
         lines.append(f"looked at {100 * scores.share:.3g} % of the text{everything}")
         lines.append(f"error in nats per token: {', '.join(known) or 'not known yet'}")

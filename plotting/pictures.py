@@ -1,10 +1,9 @@
 """The pictures of plot.py: from numbers to matplotlib figures, one function per picture.
 
     theta   (..., K)   float32  input distribution
-    series  {label: (x, y)}     lines of equal length each
     plan    data.Plan           windows in rows
 
-Call them in `style`, which sets light or dark colours. matplotlib is imported where it is needed: it takes a second.
+Call them in `drawing.style`, which sets light or dark colours.
 """
 
 import io
@@ -12,6 +11,7 @@ import math
 import os
 import unicodedata
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,12 +29,10 @@ if not cli.user_cache_dir()[1]:  # matplotlib's as well
 # ---------------------------------------------------------------- simplex: the flow on three tokens
 
 TOKENS = "ABC"
-
-
 CORNERS = np.array([[0, 0], [1, 0], [0.5, math.sqrt(3) / 2]])  # of the triangle
 CLOUD_TIMES = 0.25, 0.5, 0.75, 1.0  # of the flow's density
 CLOUD_POINTS, N_PATHS, PATH_STEPS, CALLS = 1000, 3, 40, 16
-AGREE = 0.9  # probability that the two positions of the small joint distribution hold the same token
+AGREE = 0.9  # probability that two positions hold the same token
 
 
 def to_triangle(theta):
@@ -43,10 +41,9 @@ def to_triangle(theta):
 
 
 def flow_paths(ids, n_steps, s1, K, generator):
-    """Follow theta from the uniform prior through n_steps Bayesian updates: ids (B, L) -> theta (n_steps + 1, B, L, K).
+    """Follow theta through n Bayesian updates: ids (B, L) -> theta (n_steps + 1, B, L, K).
 
-    Step i brings evidence of accuracy a^2 = s1^2 (2i - 1) / n_steps^2, so theta is then the flow's at
-    t = i / n_steps.
+    Step i brings evidence of accuracy a^2 = s1^2 (2i - 1) / n^2; theta is then the flow's at i / n.
     """
     states = [torch.zeros(*ids.shape, K)]
     for i in range(1, n_steps + 1):
@@ -57,10 +54,10 @@ def flow_paths(ids, n_steps, s1, K, generator):
 
 
 class AgreeingPair:
-    """The exact network of a joint distribution of two positions that mostly hold the same token.
+    """The exact network of two positions that mostly hold the same token.
 
-    p_d(k) is proportional to the sum over pairs with x_d = k of P(x_1, x_2) theta_1(x_1) theta_2(x_2). It keeps what it was
-    asked and what it answered: `asked` and `answers`, lists of (B, 2, K).
+    p_d(k) is proportional to the sum over pairs with x_d = k of P(x) theta_1(x_1) theta_2(x_2). It
+    keeps what it was asked and what it answered: `asked` and `answers`, lists of (B, 2, K).
     """
 
     def __init__(self, K):
@@ -76,22 +73,25 @@ class AgreeingPair:
 
 
 def sample_pair(seed, s1, K):
-    """Sample both positions with the published sampler and the exact network -> theta, p: both (CALLS, 2, K), tokens (2,)."""
-    network, nothing = AgreeingPair(K), torch.zeros(1, 2, dtype=torch.bool)
-    controls = bfn.Controls("ancestral", steps=CALLS - 1)
-    ids, _ = bfn.sample(network, nothing.long(), nothing, s1, K, controls, Draws.seeded([seed], [2]))
+    """Sample both positions as the paper does -> theta, p: both (CALLS, 2, K), tokens (2,)."""
+    network = AgreeingPair(K)
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    controls, draws = bfn.Controls("ancestral", steps=CALLS - 1), Draws.seeded([seed], [2])
+    ids, _ = bfn.sample(network, nothing.long(), nothing, s1, K, controls, draws)
     return torch.cat(network.asked), torch.cat(network.answers), ids[0]
 
 
 def simplex(seed=0):
-    """Draw the flow on three tokens: its density at four times, paths of theta, and the pull of an exact network."""
+    """Draw the flow on three tokens: its density, paths of theta, the pull of an exact network."""
     K = len(TOKENS)
-    s1, generator = math.sqrt(K * bfn.auto_beta1(K)), torch.Generator().manual_seed(seed)
-    above, below = (figure := new_figure(5.6)).subfigures(2, 1, height_ratios=(1, 1.3))
-    clouds, paths = above.subplots(1, len(CLOUD_TIMES)), below.subplots(1, 3)
-    pull = "Theta step by step from the square; the arrows lead to the network's answer, which pulls it"
+    s1 = math.sqrt(K * bfn.auto_beta1(K))
+    generator = torch.Generator().manual_seed(seed)
+    figure = new_figure(5.6)
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
     above.suptitle("The flow of token C: draws of theta (the dot is their mean)", fontsize=10)
-    below.suptitle(pull, fontsize=10)
+    pull = "the arrows lead to the network's answer, which pulls it"
+    below.suptitle(f"Theta step by step from the square; {pull}", fontsize=10)
+    clouds, paths = above.subplots(1, len(CLOUD_TIMES)), below.subplots(1, 3)
     token = K - 1  # the corner at the top
     for axes, t in zip(clouds, CLOUD_TIMES, strict=True):
         ids = torch.full((1, CLOUD_POINTS), token)
@@ -106,10 +106,11 @@ def simplex(seed=0):
         paths[0].plot(*to_triangle(path), linewidth=1.1)
     mark_prior(paths[0])
     theta, p, tokens = sample_pair(seed, s1, K)
+    arrows = dict(angles="xy", scale_units="xy", scale=1, width=0.006, color="C1", alpha=0.7)
     for d, axes in enumerate(paths[1:]):
         frame(axes, f"position {d + 1} of two that agree: {TOKENS[tokens[d]]}")
         begin, end = to_triangle(theta[:, d]), to_triangle(p[:, d])
-        axes.quiver(*begin, *(end - begin), angles="xy", scale_units="xy", scale=1, width=0.006, color="C1", alpha=0.7)
+        axes.quiver(*begin, *(end - begin), **arrows)
         axes.plot(*begin, "o-", color="C0", markersize=3, linewidth=1.4)
         mark_prior(axes)
     return figure
@@ -134,8 +135,6 @@ def mark_prior(axes):
 # ---------------------------------------------------------------- beta: how much the evidence tells
 
 VOCABULARIES = 2, 27, 256, 4096, 32_000
-
-
 ACCURACY = 0.955  # at t = 1, of beta(1) = auto
 PUBLISHED = [  # K, beta(1), where, offset of the label in points
     (27, 0.75**2, "text8", (-22, -13)),
@@ -145,31 +144,38 @@ PUBLISHED = [  # K, beta(1), where, offset of the label in points
 
 
 def beta(more=()):
-    """Draw how often the noisy view names the token: over t, and at t = 1 over beta(1). more: further beta(1) to draw."""
+    """Draw how often the noisy view names the token: over t, and at t = 1 over beta(1).
+
+    more: further beta(1) to draw.
+    """
     figure = new_figure(4.4)
     by_time, by_beta = figure.subplots(1, 2, sharey=True)
     t, betas = np.linspace(0, 1, 101), np.geomspace(1e-4, 40, 121)
     for i, K in enumerate(VOCABULARIES):
-        auto = bfn.auto_beta1(K)
-        for beta1, dashes in [(auto, "-"), *((b, "--") for b in more)]:
-            label = f"K = {K:,}: beta(1) = {auto:.3g}" if dashes == "-" else None
-            by_time.plot(t, accuracies(K, beta1 * t**2), dashes, color=f"C{i}", label=label, linewidth=1.8 if label else 1.2)
-        by_beta.plot(betas, accuracies(K, betas), color=f"C{i}", linewidth=1.8)
-        by_beta.plot(auto, bfn.evidence_accuracy(math.sqrt(K * auto), K), "o", color=f"C{i}", markersize=6)
+        auto, colour = bfn.auto_beta1(K), f"C{i}"
+        label = f"K = {K:,}: beta(1) = {auto:.3g}"
+        by_time.plot(t, accuracies(K, auto * t**2), color=colour, label=label, linewidth=1.8)
+        for b in more:
+            by_time.plot(t, accuracies(K, b * t**2), "--", color=colour, linewidth=1.2)
+        by_beta.plot(betas, accuracies(K, betas), color=colour, linewidth=1.8)
+        by_beta.plot(auto, accuracies(K, [auto])[0], "o", color=colour, markersize=6)
     for K, beta1, where, offset in PUBLISHED:
-        y, colour = bfn.evidence_accuracy(math.sqrt(K * beta1), K), f"C{VOCABULARIES.index(K)}"
+        (y,) = accuracies(K, [beta1])
         by_beta.plot(beta1, y, "*", color=ink(), markersize=9, zorder=3)
-        by_beta.annotate(where, (beta1, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8, color=colour)
+        look = dict(ha="center", fontsize=8, color=f"C{VOCABULARIES.index(K)}")
+        by_beta.annotate(where, (beta1, y), xytext=offset, textcoords="offset points", **look)
     for beta1 in more:
         by_beta.axvline(beta1, color=ink(0.6), linestyle="--", linewidth=1)
     for axes in (by_time, by_beta):
         mark_level(axes, ACCURACY, f"{ACCURACY:.1%} at t = 1")
         axes.grid()
     others = f"; dashed: beta(1) = {', '.join(f'{b:g}' for b in more)}" if more else ""
-    by_time.set(xlabel="t", ylabel="the evidence names the token", title=f"beta(1) = auto{others}", ylim=(0, 1.16))
+    by_time.set(xlabel="t", ylabel="the evidence names the token", ylim=(0, 1.16))
+    by_time.set_title(f"beta(1) = auto{others}")
     by_time.yaxis.set_major_formatter("{x:.0%}")
     name_lines(figure, by_time, "outside lower center")
-    by_beta.set(xscale="log", xlabel="beta(1)", title="at t = 1: dots are auto, stars are published", xlim=(1e-4, 40))
+    by_beta.set(xscale="log", xlabel="beta(1)", xlim=(1e-4, 40))
+    by_beta.set_title("at t = 1: dots are auto, stars are published")
     return figure
 
 
@@ -200,11 +206,8 @@ def training(histories):
     """Draw the PANELS of runs by step: {run: lines of its metrics.jsonl}."""
     figure = new_figure(5.0 + legend_height(histories))
     for axes, (title, unit, key) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for i, (name, metrics) in enumerate(histories.items()):
-            x, y = history(metrics, key)
-            axes.plot(x, y, marker="." if len(x) < 20 else None, label=plain(name), **line_look(i))
-        axes.set(title=title, xlabel="step", ylabel=unit, ylim=(0, None))
-        axes.grid()
+        lines = {name: history(metrics, key) for name, metrics in histories.items()}
+        draw_lines(axes, lines, title, unit)
     name_lines(figure, axes)
     return figure
 
@@ -212,11 +215,16 @@ def training(histories):
 def panel(x, y, title, unit, x_label):
     """Draw one line as a small figure, for a page of several."""
     figure = new_figure(2.7, width=4.2)
-    axes = figure.subplots()
-    axes.plot(x, y, marker="." if len(x) < 20 else None, linewidth=1.5)
+    draw_lines(figure.subplots(), {"": (x, y)}, title, unit, x_label)
+    return figure
+
+
+def draw_lines(axes, lines, title, unit, x_label="step"):
+    """Draw {label: (x, y)} from 0 on, with looks that differ."""
+    for i, (label, (x, y)) in enumerate(lines.items()):
+        axes.plot(x, y, marker="." if len(x) < 20 else None, label=plain(label), **line_look(i))
     axes.set(title=title, xlabel=x_label, ylabel=unit, ylim=(0, None))
     axes.grid()
-    return figure
 
 
 def line_look(i):
@@ -238,8 +246,9 @@ def legend_height(names):
 
 def name_lines(figure, axes, place="outside upper center"):
     """Put one legend of the lines of `axes` above or below all panels of a figure."""
-    handles = [line for line in axes.get_lines() if not line.get_label().startswith("_child")]
-    labels = [line.get_label() for line in handles]  # matplotlib's own list leaves out "_name"
+    lines = axes.get_lines()  # matplotlib's own list leaves out those named "_name"
+    handles = [line for line in lines if not line.get_label().startswith("_child")]
+    labels = [line.get_label() for line in handles]
     labels = [x if len(x) < 90 else f"{x[:40]} ... {x[-40:]}" for x in labels]
     figure.legend(handles, labels, loc=place, ncols=legend_columns(labels))
 
@@ -259,7 +268,7 @@ class ByTime:
 
 
 def times(checkpoints, history=()):
-    """Draw loss, cross-entropy and fitted density by time of ByTime checkpoints, the oldest first and palest.
+    """Draw loss, cross-entropy and density by time of ByTime checkpoints, the oldest palest.
 
     history: (step, density) of earlier fits, as thin lines.
     """
@@ -267,28 +276,36 @@ def times(checkpoints, history=()):
     losses, density = figure.subplots(1, 2)
     density.axhline(1, color=ink(0.6), linestyle="--", linewidth=1, label="before training")
     for i, (_, earlier) in enumerate(history, 1):
-        edges, alpha = np.linspace(0, 1, len(earlier) + 1), 0.1 + 0.5 * i / len(history)
         label = f"at {len(history)} validations" if i == len(history) else None
-        density.stairs(earlier, edges, baseline=None, color=ink(0.4), linewidth=0.8, alpha=alpha, label=label)
+        look = dict(color=ink(0.4), linewidth=0.8, alpha=0.1 + 0.5 * i / len(history))
+        draw_density(density, earlier, label, **look)
     for i, c in enumerate(checkpoints, 1):
-        strength = dict(alpha=i / len(checkpoints) if len(checkpoints) > 1 else 1.0, linewidth=1.8)
-        losses.plot(c.t, c.loss, color="C0", label=plain(f"loss, {c.label}"), **strength)
-        losses.plot(c.t, c.cross_entropy, color="C1", label=plain(f"cross-entropy, {c.label}"), **strength)
-        edges = np.linspace(0, 1, len(c.density) + 1)
-        density.stairs(c.density, edges, baseline=None, color="C2", label=plain(c.label), **strength)
-    losses.set(xlabel="t", ylabel="nats per token", title="loss (its mean is L_inf) and cross-entropy", ylim=(0, None))
+        look = dict(alpha=i / len(checkpoints), linewidth=1.8)
+        losses.plot(c.t, c.loss, color="C0", label=plain(f"loss, {c.label}"), **look)
+        label = plain(f"cross-entropy, {c.label}")
+        losses.plot(c.t, c.cross_entropy, color="C1", label=label, **look)
+        draw_density(density, c.density, plain(c.label), color="C2", **look)
+    losses.set(xlabel="t", ylabel="nats per token", ylim=(0, None))
+    losses.set_title("loss (its mean is L_inf) and cross-entropy")
     density.set(xlabel="t", title="density of learned times, fitted to the loss", ylim=(0, None))
     for axes, n_columns in ((losses, 2), (density, 1)):
         axes.grid()
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=n_columns)
+        place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axes.legend(fontsize=8, ncols=n_columns, **place)
     return figure
+
+
+def draw_density(axes, density, label, **look):
+    """Draw a density over even bins of [0, 1]."""
+    edges = np.linspace(0, 1, len(density) + 1)
+    axes.stairs(density, edges, baseline=None, label=label, **look)
 
 
 # ---------------------------------------------------------------- packing: examples in rows
 
 
 def packing(tokens, plans, row_length, n_rows, title):
-    """Draw the first rows of plans {title: Plan} as bars of segments, with the share of positions that hold a token."""
+    """Draw the first rows of plans {title: Plan} as bars of segments, with how full they are."""
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap([ink(0.07), "C0", "C1", "C2"])
@@ -306,22 +323,22 @@ def packing(tokens, plans, row_length, n_rows, title):
     return figure
 
 
-# ---------------------------------------------------------------- sampling: a text at each network call
+# ---------------------------------------------------------------- sampling: a text at each call
 
 HOLD_SECONDS, FRAME_SECONDS = 2.0, 0.17
-
-
 CHARACTER_WIDTH = 0.602 * 10 / 72  # inches, of the font of fixed width in 10 points
 
 
 def certainty(texts, title):
-    """Draw how certain each position is at each network call: [(tokens of the text, certainty (calls, L))]."""
+    """Draw how certain each position is at each call: [(tokens, certainty (calls, L))]."""
     longest = max(len(tokens) for tokens, _ in texts)
-    figure = new_figure(0.8 + 3.0 * len(texts), width=min(max(5, 1.6 + 0.22 * longest), 16))
+    width = min(max(5, 1.6 + 0.22 * longest), 16)
+    figure = new_figure(0.8 + 3.0 * len(texts), width)
     all_axes = figure.subplots(len(texts), 1, squeeze=False)[:, 0]
+    look = dict(vmin=0, vmax=1, aspect="auto", interpolation="nearest", cmap="viridis")
     for axes, (tokens, shares) in zip(all_axes, texts, strict=True):
-        image = axes.imshow(shares, vmin=0, vmax=1, aspect="auto", interpolation="nearest", cmap="viridis")
-        axes.set_xticks(range(len(tokens)), [plain(token) for token in tokens], rotation=90, fontsize=8)
+        image = axes.imshow(shares, **look)
+        axes.set_xticks(range(len(tokens)), list(map(plain, tokens)), rotation=90, fontsize=8)
         axes.set_yticks(range(0, len(shares), max(1, len(shares) // 8)))
         axes.set_yticklabels(1 + int(i) for i in axes.get_yticks())
         axes.set(ylabel="network call")
@@ -331,21 +348,23 @@ def certainty(texts, title):
 
 
 def emerging(frames, title):
-    """Draw texts that emerge from noise -> list of images: frames[i][row] = [(text of a token, certainty in [0, 1]), ...].
+    """Draw texts that emerge from noise -> list of images. Uncertain tokens are pale.
 
-    Uncertain tokens are pale.
+    frames[i][row] = [(text of a token, certainty in [0, 1]), ...].
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     lines = ["".join(text for text, _ in row) for frame in frames for row in frame]
-    columns, characters = max(map(n_columns, lines)), {*title, *"".join(lines)}
-    fonts = fonts_for(characters, "monospace")
-    n_rows, images = len(frames[0]), []
+    fonts = fonts_for({*title, *"".join(lines)}, "monospace")
+    n_rows = len(frames[0])
+    text_width = CHARACTER_WIDTH * max(map(n_columns, lines)) + 0.3
+    size = 0.24 * n_rows + 0.5, max(text_width, 0.065 * len(title) + 1.5)
+    look = dict(va="top", fontsize=8, color=ink(0.6), family=["sans-serif", *fonts[1:]])
+    images = []
     for i, texts in enumerate(frames, 1):
-        figure = new_figure(0.24 * n_rows + 0.5, max(CHARACTER_WIDTH * columns + 0.3, 0.065 * len(title) + 1.5))
+        figure = new_figure(*size)
         figure.set_layout_engine("none")
-        look = dict(va="top", fontsize=8, color=ink(0.6), family=["sans-serif", *fonts[1:]])
         figure.text(0.02, 0.97, plain(f"{title}, call {i} of {len(frames)}"), **look)
         for j, row in enumerate(texts):
             draw_row(figure, row, 0.97 - (j + 1.9) / (n_rows + 1.6), fonts)
@@ -374,23 +393,32 @@ def to_gif(images, comment):
     """Join images to an animation that repeats and holds the last one -> bytes."""
     milliseconds = [int(1000 * FRAME_SECONDS)] * (len(images) - 1) + [int(1000 * HOLD_SECONDS)]
     few = [image.quantize(16) for image in images]  # colours: shades of one ink
-    content, options = io.BytesIO(), dict(save_all=True, duration=milliseconds, loop=0, comment=comment.encode())
-    few[0].save(content, "GIF", append_images=few[1:], **options)
+    options = dict(duration=milliseconds, loop=0, comment=comment.encode())
+    content = io.BytesIO()
+    few[0].save(content, "GIF", save_all=True, append_images=few[1:], **options)
     return content.getvalue()
 
 
-# ---------------------------------------------------------------- quality: figures over the number of network calls
+# ---------------------------------------------------------------- quality: by calls, by time
 
 
-def quality_figure(exact, results, title):
-    """Draw exact likelihoods, and figures of samples with their intervals, over the number of network calls.
+def quality_figure(exact, results, title, by_time=()):
+    """Draw exact likelihoods and figures of samples over network calls, and losses over time.
 
-    exact: {name: (calls, nats per token, errors, bound)}. results: records of experiments/samplers.py, the first of held-out
-    text, or []; with several temperatures or top-p, the last panel shows quality over diversity.
+    exact: {name: (calls, nats per token, errors, bound)}. results: records of experiments.samplers,
+    the first of held-out text, or []; with several temperatures or top-p, the last panel shows
+    quality over diversity. by_time: {name: (t, loss, cross-entropy)}.
     """
-    names = list(results[0]["figures"]) if results else []
-    sweeps = by_diversity(results) if results else {}
-    panels = ["exact likelihood (nats per token)"] * bool(exact) + names + ["diversity"] * bool(sweeps)
+    panels = {}
+    if exact:
+        panels["exact likelihood (nats per token)"] = partial(draw_exact, exact)
+    if by_time:
+        panels["loss by time (nats per token)"] = partial(draw_by_time, by_time)
+    n_before = len(panels)
+    for name in results[0]["figures"] if results else ():
+        panels[name] = partial(draw_by_calls, results, name)
+    if results and (sweeps := by_diversity(results)):
+        panels["quality over diversity"] = partial(draw_diversity, sweeps, results)
     n_columns = min(3, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     figure = new_figure(0.9 + 2.6 * n_rows, width=WIDTH if n_columns > 1 else 5.5)
@@ -398,26 +426,33 @@ def quality_figure(exact, results, title):
     all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
     for axes in all_axes[len(panels) :]:
         axes.axis("off")
-    for axes, panel in zip(all_axes[: len(panels)], panels, strict=True):
-        axes.set_title(panel)
-        if panel == "diversity":
-            draw_diversity(axes, sweeps, results)
-        elif panel in names:
-            draw_by_calls(axes, results, panel)
-        else:
-            draw_exact(axes, exact)
+    for axes, (name, draw) in zip(all_axes, panels.items(), strict=False):
+        axes.set_title(name)
+        draw(axes)
         axes.grid()
     if results:
-        name_lines(figure, all_axes[panels.index(names[0])], "outside lower center")
+        name_lines(figure, all_axes[n_before], "outside lower center")
     return figure
 
 
-def draw_exact(axes, exact):
-    """Draw exact likelihoods over calls, and the bounds as dashed lines. exact: see `quality_figure`."""
+def draw_exact(exact, axes):
+    """Draw exact likelihoods over calls, and the bounds as dashed lines, see `quality_figure`."""
     for i, (name, (calls, nats, errors, bound)) in enumerate(exact.items()):
-        axes.errorbar(calls, nats, errors, fmt="o-", color=f"C{i}", markersize=4, capsize=3, label=plain(f"exact, {name}"))
-        axes.axhline(bound, color=f"C{i}", linestyle="--", linewidth=1, label=plain(f"bound, {name}"))
+        look = dict(fmt="o-", color=f"C{i}", markersize=4, capsize=3)
+        axes.errorbar(calls, nats, errors, label=plain(f"exact, {name}"), **look)
+        look = dict(color=f"C{i}", linestyle="--", linewidth=1)
+        axes.axhline(bound, label=plain(f"bound, {name}"), **look)
     log_calls(axes)
+    axes.legend(fontsize=8)
+
+
+def draw_by_time(by_time, axes):
+    """Draw losses over time, and the output's cross-entropy as dashed lines."""
+    for i, (name, (t, loss, cross_entropy)) in enumerate(by_time.items()):
+        axes.plot(t, loss, color=f"C{i}", label=plain(f"loss, {name}"))
+        label = plain(f"cross-entropy, {name}")
+        axes.plot(t, cross_entropy, color=f"C{i}", linestyle="--", label=label)
+    axes.set(xlabel="t")
     axes.legend(fontsize=8)
 
 
@@ -431,13 +466,14 @@ def log_calls(axes):
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_by_calls(axes, results, figure_name):
-    """Draw a figure over network calls with its interval, one line per sampler, at temperature and top-p 1."""
+def draw_by_calls(results, figure_name, axes):
+    """Draw a figure over calls with its interval, by sampler, at temperature and top-p 1."""
     held_out, *sampled = results
     points = {}
     for r in sampled:
         if r["temperature"] == r["top_p"] == 1:
-            points.setdefault(r["sampler"], []).append((r["calls_per_text"], *r["figures"][figure_name]))
+            point = r["calls_per_text"], *r["figures"][figure_name]
+            points.setdefault(r["sampler"], []).append(point)
     for sampler, rows in points.items():
         calls, value, low, high = zip(*sorted(rows), strict=True)
         axes.plot(calls, value, marker=".", label=sampler, linewidth=1.5)
@@ -448,33 +484,38 @@ def draw_by_calls(axes, results, figure_name):
         axes.set(yscale="log")
 
 
-def main_figure(results):
-    """Choose the figure that stands for quality: the share of grammatical texts if known, else n-gram perplexity."""
-    return "grammatical" if "grammatical" in results[0]["figures"] else "n-gram perplexity"
+def quality_of(record):
+    """Read distinct bigrams and what stands for quality: grammatical texts, else perplexity."""
+    figures = record["figures"]
+    name = "grammatical" if "grammatical" in figures else "n-gram perplexity"
+    return figures["distinct bigrams"][0], figures[name][0]
 
 
 def by_diversity(results):
-    """Collect quality over distinct bigrams by temperature and by top-p -> {(sampler, calls, control): (x, y)}.
+    """Collect quality over distinct bigrams -> {(sampler, calls, control): (x, y)}.
 
-    Only lines of two points or more.
+    control: temperature or top_p. Only lines of two points or more.
     """
     points = {}
     for r in results[1:]:
         for control, other in (("temperature", "top_p"), ("top_p", "temperature")):
             if r[other] == 1:
-                diversity, value = (r["figures"][name][0] for name in ("distinct bigrams", main_figure(results)))
-                points.setdefault((r["sampler"], r["calls"], control), []).append((r[control], diversity, value))
-    return {job: tuple(zip(*sorted(rows), strict=True))[1:] for job, rows in points.items() if len(rows) > 1}
+                job = r["sampler"], r["calls"], control
+                points.setdefault(job, []).append((r[control], *quality_of(r)))
+    lines = {job: sorted(rows) for job, rows in points.items() if len(rows) > 1}
+    return {job: tuple(zip(*rows, strict=True))[1:] for job, rows in lines.items()}
 
 
-def draw_diversity(axes, sweeps, results):
-    """Draw the lines of `by_diversity` in their sampler's colour, and the held-out text as a star."""
+def draw_diversity(sweeps, results, axes):
+    """Draw `by_diversity` in the colours of the samplers, and the held-out text as a star."""
     samplers = list(dict.fromkeys(r["sampler"] for r in results[1:]))
     for (sampler, calls, control), (x, y) in sweeps.items():
-        colour, dashes = f"C{samplers.index(sampler)}", "-" if control == "temperature" else "--"
+        colour = f"C{samplers.index(sampler)}"
+        dashes = "-" if control == "temperature" else "--"
         axes.plot(x, y, dashes, marker=".", linewidth=1.5, color=colour)
-        axes.annotate(f"{calls}", (x[-1], y[-1]), xytext=(4, 2), textcoords="offset points", fontsize=7, color=colour)
-    held_out = (results[0]["figures"][name][0] for name in ("distinct bigrams", main_figure(results)))
-    axes.plot(*held_out, "*", color=ink(), markersize=9)
-    axes.set(title="quality over diversity", ylabel=main_figure(results))
+        place = dict(xytext=(4, 2), textcoords="offset points")
+        axes.annotate(f"{calls}", (x[-1], y[-1]), fontsize=7, color=colour, **place)
+    axes.plot(*quality_of(results[0]), "*", color=ink(), markersize=9)
+    is_exact = "grammatical" in results[0]["figures"]
+    axes.set(ylabel="grammatical" if is_exact else "n-gram perplexity")
     axes.set_xlabel("distinct bigrams (numbers: calls, star: held-out text)", fontsize=8)

@@ -1,8 +1,6 @@
-"""One HTML page about a run, in one file: its data, figures, curves, samples, and texts at each network call.
+"""One HTML page about a run, in one file: data, figures, curves, samples, texts at each call.
 
-    python plot.py report RUN_DIR
-
-    calls  list of n_calls, each a list of L   what the network says of each position in a call: [id, per mille, id, ...]
+    calls  list of n_calls, each a list of L   likely tokens there: [id, per mille, id, ...]
     ids    list of L                           the tokens that were drawn
 """
 
@@ -41,7 +39,8 @@ def read_samples(run_dir):
 
 def thin(values, most):
     """Choose at most `most` of some values, evenly spaced, with the first and the last -> list."""
-    return [values[i] for i in np.linspace(0, len(values) - 1, min(len(values), most)).round().astype(int)]
+    indices = np.linspace(0, len(values) - 1, min(len(values), most)).round().astype(int)
+    return [values[i] for i in indices]
 
 
 # ---------------------------------------------------------------- parts of the page
@@ -50,11 +49,12 @@ def thin(values, most):
 def table(rows, header=(), kind=""):
     """Write rows of cells as a table; the first cell of each names the row -> HTML."""
     head = "".join(f"<th scope=col>{escape(str(cell))}</th>" for cell in header)
-    body = "".join(
-        f"<tr><th scope=row>{escape(str(name))}</th>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
-        for name, *cells in rows
-    )
-    return f'<table class="{kind}">' + (f"<thead><tr>{head}</tr></thead>" if head else "") + f"<tbody>{body}</tbody></table>"
+    head = f"<thead><tr>{head}</tr></thead>" if head else ""
+    body = ""
+    for name, *cells in rows:
+        values = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+        body += f"<tr><th scope=row>{escape(str(name))}</th>{values}</tr>"
+    return f'<table class="{kind}">{head}<tbody>{body}</tbody></table>'
 
 
 def note(text):
@@ -62,28 +62,34 @@ def note(text):
     return f"<p class=note>{escape(text)}</p>"
 
 
-def describe(model, tokenizer, run, metrics):
+def describe(sampler, metrics):
     """Say what was trained on what -> HTML."""
+    model, run = sampler.model, sampler.run
     args, config = run["args"], model.config
     step = max([run["step"], *(line["step"] for line in metrics)])
-    minutes = [line["minutes"] for line in metrics if "minutes" in line][-1:]
-    progress = [f"step {step:,} of {max(step, args.get('max_steps') or 0):,}", *(f"{value:.1f} minutes" for value in minutes)]
+    progress = f"step {step:,} of {max(step, args.get('max_steps') or 0):,}"
+    for minutes in [line["minutes"] for line in metrics if "minutes" in line][-1:]:
+        progress += f", {minutes:.1f} minutes"
     source = args.get("spm_model") or f"{args.get('tokenizer') or 'no name'}, trained on the text"
+    n_parameters = sum(p.numel() for p in model.parameters())
+    layers = f"{config.n_layers} layers of width {config.d_model}"
     facts = [
-        ("text", args["data_path"] or "the built-in language (toy.py)"),
+        ("text", args["data_path"] or "the built-in language"),
         ("validation text", args.get("val_path") or "a held-out part"),
-        ("tokenizer", f"{len(tokenizer):,} tokens ({source})"),
-        ("model", f"{sum(p.numel() for p in model.parameters()):,} parameters: {config.n_layers} layers of width {config.d_model}"),
+        ("tokenizer", f"{len(sampler.tokenizer):,} tokens ({source})"),
+        ("model", f"{n_parameters:,} parameters: {layers}"),
         ("rows", f"{args['sequence_length']:,} tokens"),
         ("beta(1)", f"{config.beta1:.4g}"),
-        ("training", ", ".join(progress)),
+        ("training", progress),
         ("weights shown", f"of step {run['step']:,}"),
     ]
     sizes = run.get("sizes", {})
-    units = list(dict.fromkeys(unit for size in sizes.values() for unit in size))
+    units = dict.fromkeys(unit for size in sizes.values() for unit in size)
     counts = [(unit, *(f"{size[unit]:,}" for size in sizes.values())) for unit in units]
-    flags = [(f"--{name}", ",".join(map(str, v)) if isinstance(v, list) else v) for name, v in sorted(args.items())]
     amounts = f"<div class=wide>{table(counts, ['', *sizes], 'numbers')}</div>" if sizes else ""
+    flags = []
+    for name, value in sorted(args.items()):
+        flags.append((f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else value))
     details = f"<details><summary>All flags</summary>{table(flags, kind='facts')}</details>"
     return table(facts, kind="facts") + amounts + details
 
@@ -91,28 +97,35 @@ def describe(model, tokenizer, run, metrics):
 def show_figures(found, step):
     """Lay out the figures of a validation at a step with their errors in each unit -> HTML."""
     rows = []
-    for label, prefix, noise in (("bound", "", "monte_carlo_error_nats_per_token"), ("exact", "exact_", None)):
-        nats = found.get("exact_nats_per_token" if prefix else "bound_nats_per_token")
-        errors = [found.get(noise), found.get(f"{prefix}text_error_nats_per_token")]
-        per_char = found.get(f"{prefix}bits_per_char")
-        for unit, value in (("nats per token", nats), ("bits per token", nats and nats / math.log(2)), ("bits per character", per_char)):
+    for label, name, prefix in (("bound", "bound", ""), ("exact", "exact", "exact_")):
+        nats = found.get(f"{name}_nats_per_token")
+        noise = None if prefix else found.get("monte_carlo_error_nats_per_token")
+        errors = noise, found.get(f"{prefix}text_error_nats_per_token")
+        units = {"nats per token": nats, "bits per token": nats and nats / math.log(2)}
+        units["bits per character"] = found.get(f"{prefix}bits_per_char")
+        for unit, value in units.items():
             if nats and value:  # errors are a constant factor away in each unit
                 cells = [value, *(error and error * value / nats for error in errors)]
-                rows.append((f"{label}, {unit}", *("" if cell is None else f"{cell:.4f}" for cell in cells)))
+                cells = ["" if cell is None else f"{cell:.4f}" for cell in cells]
+                rows.append((f"{label}, {unit}", *cells))
     if not rows:
         return note(f"Nothing was validated at step {step:,} yet, so there are no figures.")
-    scored = [f"{found[key]:,}" for key in ("n_tokens_scored", "exact_n_tokens_scored") if key in found]
-    return f"<div class=wide>{table(rows, ['', 'value', '± noise', '± text'], 'numbers')}</div>" + note(
-        f"-log P of the validation text, given the lengths, at step {step:,}: an upper bound, and exact for the sampler commit"
-        + (f" ({' and '.join(scored)} tokens were scored)" if scored else "")
-        + ". Errors are standard errors: from the noise that was drawn, and from the choice of text."
+    names = "n_tokens_scored", "exact_n_tokens_scored"
+    scored = " and ".join(f"{found[name]:,}" for name in names if name in found)
+    scored = f" ({scored} tokens were scored)" if scored else ""
+    laid_out = table(rows, ["", "value", "± noise", "± text"], "numbers")
+    return f"<div class=wide>{laid_out}</div>" + note(
+        f"-log P of the validation text, given the lengths, at step {step:,}: an upper bound, and "
+        f"exact for the sampler commit{scored}. Errors are standard errors: from the noise that "
+        "was drawn, and from the choice of text."
     )
 
 
 def to_svg(figure, title):
     """Write a figure of the light style as SVG whose colours follow the page."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+    unnamed = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+    figure.savefig(file, format="svg", metadata=unnamed)
     svg = file.getvalue()
     for name, colour in colours(drawing.LIGHT).items():
         svg = svg.replace(colour, f"var(--{name})")
@@ -120,31 +133,38 @@ def to_svg(figure, title):
 
 
 def draw_curves(metrics, loss_by_time):
-    """Draw the panels of `plot.py run` that have points, and the loss by time, each as a small figure -> HTML."""
+    """Draw the panels of `plot.py run` and the loss by time, each as a small figure -> HTML."""
     import matplotlib
 
-    panels = [(title, unit, "step", *pictures.history(metrics, key)) for title, unit, key in pictures.PANELS]
+    panels = []
+    for title, unit, key in pictures.PANELS:
+        panels.append((*pictures.history(metrics, key), title, unit, "step"))
     if loss_by_time:
-        panels.append(("loss by time", "nats per token", "t", (np.arange(len(loss_by_time)) + 0.5) / len(loss_by_time), loss_by_time))
-    drawn = []
+        n = len(loss_by_time)
+        t = (np.arange(n) + 0.5) / n
+        panels.append((t, loss_by_time, "loss by time", "nats per token", "t"))
+    drawn = ""
     with drawing.style(), matplotlib.rc_context({"svg.fonttype": "none"}):
-        for title, unit, x_label, x, y in panels:
+        for x, y, title, unit, x_label in panels:
             if len(x):
-                figure = pictures.panel(thin(x, MOST_POINTS), thin(y, MOST_POINTS), title, unit, x_label)
-                drawn.append(to_svg(figure, f"{title} over {x_label}"))
-    return f"<div class=curves>{''.join(drawn)}</div>" if drawn else note("Nothing is logged yet.")
+                points = thin(x, MOST_POINTS), thin(y, MOST_POINTS)
+                figure = pictures.panel(*points, title, unit, x_label)
+                drawn += to_svg(figure, f"{title} over {x_label}")
+    return f"<div class=curves>{drawn}</div>" if drawn else note("Nothing is logged yet.")
 
 
 def show_samples(samples):
     """Lay out samples by step -> HTML."""
     if not samples:
         return note("There is no samples.txt, or nothing in it yet.")
-    rows = (f"<dt>{step:,}</dt>" + "".join(f"<dd>{escape(text)}</dd>" for text in texts) for step, texts in samples.items())
-    return f'<dl class=samples tabindex=0 aria-label="samples by step">{"".join(rows)}</dl>'
+    rows = ""
+    for step, texts in samples.items():
+        rows += f"<dt>{step:,}</dt>" + "".join(f"<dd>{escape(text)}</dd>" for text in texts)
+    return f'<dl class=samples tabindex=0 aria-label="samples by step">{rows}</dl>'
 
 
 def colours(style):
-    """Name the colours of figures.LIGHT or DARK -> {name: colour}."""
+    """Name the colours of drawing.LIGHT or DARK -> {name: colour}."""
     names = {name: style[name] for name in ("background", "ink", "pale")}
     return names | {f"c{i}": colour for i, colour in enumerate(style["colours"].split())}
 
@@ -159,20 +179,19 @@ def to_json(data):
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def page(name, metrics, samples, loaded=None, found=None, texts=None):
+def page(name, metrics, samples, sampler=None, found=None, texts=None):
     """Describe a run -> HTML.
 
-    metrics, samples: of the run folder. loaded: model, tokenizer and run, if there is a checkpoint;
-    found: the figures of its validation; texts: what it writes, as `plot.sample_texts` returns it.
+    metrics, samples: of the run folder. sampler: a `Sampler`, if there is a checkpoint; found: the
+    figures of its validation; texts: what it writes, as `plot.sample_texts` returns it.
     """
     body, emerging_part, script = read_parts()
     about = values = emerging = note("There is no checkpoint yet.")
     loss_by_time = None
-    if loaded:
-        model, tokenizer, run = loaded
-        loss_by_time = run["loss_by_time"]
-        about = describe(model, tokenizer, run, metrics)
-        values = show_figures(found, run["step"])
+    if sampler:
+        loss_by_time = sampler.run["loss_by_time"]
+        about = describe(sampler, metrics)
+        values = show_figures(found, sampler.run["step"])
         emerging = Template(emerging_part).substitute(data=to_json(texts))
     return Template(body).substitute(
         mark=drawing.MARK,
@@ -185,7 +204,7 @@ def page(name, metrics, samples, loaded=None, found=None, texts=None):
         curves=draw_curves(metrics, loss_by_time),
         emerging=emerging,
         samples=show_samples(samples),
-        script=f"<script>{script}</script>" if loaded else "",
+        script=f"<script>{script}</script>" if sampler else "",
     )
 
 

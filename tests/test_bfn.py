@@ -31,7 +31,9 @@ def continuous_time_loss(network, ids, t, cond_mask, s1, K):
 
 def n_step_loss(network, ids, i, n, cond_mask, s1, K):
     """One draw of the n-step loss at steps i (B, L) -> (B, L)."""
-    return bfn.n_step_error(bfn.predict_noisy(network, ids, (i - 1) / n, cond_mask, s1, K), ids, i, n, s1)
+    return bfn.n_step_error(
+        bfn.predict_noisy(network, ids, (i - 1) / n, cond_mask, s1, K), ids, i, n, s1
+    )
 
 
 def mean_and_error(losses):
@@ -44,8 +46,12 @@ def exact_bound(s1, n=100_000):
     torch.manual_seed(1)
     ids = draw(SEQUENCES, P, n)
     t = torch.rand(n, 1).expand(n, L)
-    L_inf, error_inf = mean_and_error(continuous_time_loss(EXACT, ids, t, nothing_given(ids), s1, K))
-    L_rec, error_rec = mean_and_error(bfn.reconstruction_loss(EXACT, ids, nothing_given(ids), s1, K))
+    L_inf, error_inf = mean_and_error(
+        continuous_time_loss(EXACT, ids, t, nothing_given(ids), s1, K)
+    )
+    L_rec, error_rec = mean_and_error(
+        bfn.reconstruction_loss(EXACT, ids, nothing_given(ids), s1, K)
+    )
     return L_inf, L_rec, error_inf + error_rec
 
 
@@ -57,7 +63,9 @@ def test_a_uniform_prediction_costs_half_s1_squared_times_1_minus_1_over_k():
 
 
 def test_the_flow_and_its_loss_are_the_papers():
-    """softmax of y ~ N(beta (K e_x - 1), beta K I), and K beta1 t |e_x - p|^2, written out as published."""
+    """softmax of y ~ N(beta (K e_x - 1), beta K I), and K beta1 t |e_x - p|^2, written out as
+    published.
+    """
     beta1, K = 0.3, 5
     s1 = math.sqrt(K * beta1)
     ids, t, eps = torch.randint(K, (2, 7)), torch.rand(2, 7), torch.randn(2, 7, K)
@@ -67,7 +75,9 @@ def test_the_flow_and_its_loss_are_the_papers():
     torch.testing.assert_close(bfn.flow(ids, t, s1, K, eps).softmax(-1), theta)
     logits = torch.randn(2, 7, K)
     published = K * beta1 * t * (e_x - logits.softmax(-1)).square().sum(-1)
-    torch.testing.assert_close(bfn.squared_error_loss(logits.log_softmax(-1), ids, t, s1), published)
+    torch.testing.assert_close(
+        bfn.squared_error_loss(logits.log_softmax(-1), ids, t, s1), published
+    )
 
 
 def test_the_training_loss_is_the_squared_error_plus_the_weighted_cross_entropy():
@@ -111,7 +121,9 @@ def test_the_one_step_loss_is_at_most_the_negative_log_likelihood():
     for x in range(4):
         ids = torch.full((50_000, 1), x)
         one = torch.ones_like(ids)
-        loss = n_step_loss(lambda theta, t: logits.expand_as(theta), ids, one, 1, nothing_given(ids), 1.5, 4)
+        loss = n_step_loss(
+            lambda theta, t: logits.expand_as(theta), ids, one, 1, nothing_given(ids), 1.5, 4
+        )
         assert loss.mean() <= -logits.log_softmax(-1)[0, x] + 3 * loss.std() / math.sqrt(len(ids))
 
 
@@ -128,7 +140,9 @@ def test_many_small_updates_equal_one_flow_sample_in_mean_and_variance():
 
 
 def frequencies(samples):
-    return torch.bincount((samples * K ** torch.arange(L - 1, -1, -1)).sum(-1), minlength=K**L) / len(samples)
+    return torch.bincount(
+        (samples * K ** torch.arange(L - 1, -1, -1)).sum(-1), minlength=K**L
+    ) / len(samples)
 
 
 def condition(weights):
@@ -157,13 +171,15 @@ def total_variation(n_steps, sampler="ancestral", n=40_000, given=None, truth=No
     ],
 )
 def test_every_sampler_reproduces_the_exact_joint_as_well_as_is_known(sampler, at_3, at_10):
-    """Total variations known for a joint of 3.46 nats, where 0.0135 is the error of 40,000 perfect draws."""
+    """Total variations known for a joint of 3.46 nats, where 0.0135 is the error of 40,000 perfect
+    draws.
+    """
     assert total_variation(3, sampler) < 1.2 * at_3
     assert total_variation(10, sampler) < 1.2 * at_10 + 0.005
     assert total_variation(50, sampler) < 0.025
 
 
-def test_a_flow_at_its_own_pace_is_exact_with_one_position_a_call_and_errs_less_than_one_pace_for_all():
+def test_pace_is_exact_with_one_position_a_call_and_errs_less_than_one_pace_for_all():
     assert total_variation(L, "pace") < 0.02
     assert total_variation(2, "pace") < total_variation(2, "ancestral")
 
@@ -174,7 +190,9 @@ def test_the_second_order_sde_errs_less_than_the_first_and_that_less_than_the_an
 
 def test_committing_one_position_a_call_is_exact_and_all_at_once_is_not():
     assert total_variation(L, "commit") < 0.02
-    independent = torch.stack([torch.stack([FLAT_P[SEQUENCES[:, d] == k].sum() for k in range(K)]) for d in range(L)])
+    independent = torch.stack(
+        [torch.stack([FLAT_P[SEQUENCES[:, d] == k].sum() for k in range(K)]) for d in range(L)]
+    )
     product = torch.stack([independent[d, SEQUENCES[:, d]] for d in range(L)]).prod(0)
     assert total_variation(1, "commit", truth=product) < 0.02 < total_variation(1, "commit")
 
@@ -215,18 +233,24 @@ def test_the_likelihood_given_a_token_is_the_conditional_and_given_tokens_cost_n
     given = torch.tensor([False, True, False]).expand_as(SEQUENCES)
     of_token = torch.stack([FLAT_P[SEQUENCES[:, 1] == k].sum() for k in range(K)])
     conditional = FLAT_P / of_token[SEQUENCES[:, 1]]
-    torch.testing.assert_close(log_p_of_all(L, given=given), conditional.log().double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        log_p_of_all(L, given=given), conditional.log().double(), atol=1e-5, rtol=0
+    )
     terms = bfn.log_likelihood(FLAT, SEQUENCES, given, 6.0, K, L)
     assert not terms[given].any() and (terms[~given] < 0).all()
 
 
 def test_the_likelihood_of_a_row_does_not_depend_on_longer_rows():
-    """Rows of three, two and one open positions in one batch; the shorter ones have ended while the first goes on."""
+    """Rows of three, two and one open positions in one batch; the shorter ones have ended while the
+    first goes on.
+    """
     given = torch.tensor([[False] * 3, [True, False, False], [True, True, False]])
     for ids in SEQUENCES[::7]:
         rows = ids.expand(3, L)
         together = bfn.log_likelihood(FLAT, rows, given, 6.0, K, L)
-        alone = [bfn.log_likelihood(FLAT, rows[i : i + 1], given[i : i + 1], 6.0, K, L) for i in range(3)]
+        alone = [
+            bfn.log_likelihood(FLAT, rows[i : i + 1], given[i : i + 1], 6.0, K, L) for i in range(3)
+        ]
         torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
@@ -242,7 +266,9 @@ def test_the_likelihood_of_a_hopeless_token_is_finite():
 
 
 def test_the_lowest_score_of_each_stretch_of_open_positions_is_chosen():
-    """The positions 0, 1, 3, 4, 5, 6 are cut in two; 1 and 6 have the lowest score of their half, 1 and 3 of all."""
+    """The positions 0, 1, 3, 4, 5, 6 are cut in two; 1 and 6 have the lowest score of their half, 1
+    and 3 of all.
+    """
     score = torch.tensor([[5.0, 1.0, 0.0, 2.0, 4.0, 5.0, 3.0]])
     open_mask = torch.tensor([[True, True, False, True, True, True, True]])
     assert bfn.spread_out(score, open_mask, torch.tensor([2])).nonzero()[:, 1].tolist() == [1, 6]
@@ -252,26 +278,33 @@ def test_the_lowest_score_of_each_stretch_of_open_positions_is_chosen():
 
 
 def share_repeated(n_calls, **options):
-    """Share of tokens that repeat the one before, in samples of a text of 8 of which 0.95 do -> mean, standard error."""
+    """Share of tokens that repeat the one before, in samples of a text of 8 of which 0.95 do ->
+    mean, standard error.
+    """
     n, share = 8, 0.95
     sequences = torch.cartesian_prod(*[torch.arange(2)] * n)
     same = (sequences[:, 1:] == sequences[:, :-1]).sum(1)
     network = ExactNetwork(sequences, 0.5 * share**same * (1 - share) ** (n - 1 - same))
     ids = torch.zeros(2000, n, dtype=torch.long)
     torch.manual_seed(0)
-    samples, calls = bfn.sample(network, ids, ids.bool(), 5.0, 2, Controls("pace", n_calls, **options))
+    samples, calls = bfn.sample(
+        network, ids, ids.bool(), 5.0, 2, Controls("pace", n_calls, **options)
+    )
     assert (calls == n_calls + options.get("corrections", 0)).all()
     repeated = (samples[:, 1:] == samples[:, :-1]).float().mean(1)
     return repeated.mean().item(), repeated.std().item() / math.sqrt(len(repeated))
 
 
-# With two calls, positions 0, 2, 4, 6 are fair coins. A token between two equal ones repeats both with probability
-# 0.95^2 / (0.95^2 + 0.05^2), one between different ones repeats one of the two, and the last repeats its neighbour at 0.95.
+# With two calls, positions 0, 2, 4, 6 are fair coins. A token between two equal ones repeats both
+# with probability 0.95^2 / (0.95^2 + 0.05^2), one between different ones repeats one of the two,
+# and the last repeats its neighbour at 0.95.
 SHARE_REPEATED = (3 * (0.95**2 / (0.95**2 + 0.05**2) + 0.5) + 0.95) / 7
 
 
 def test_tokens_committed_together_are_far_apart():
-    """Then the share of repeats is the one above, 0.777; with the first half committed first it would be 0.69."""
+    """Then the share of repeats is the one above, 0.777; with the first half committed first it
+    would be 0.69.
+    """
     mean, error = share_repeated(2)
     assert mean == pytest.approx(SHARE_REPEATED, abs=4 * error) and error < 0.01
 
@@ -285,7 +318,9 @@ def test_the_output_without_a_positions_own_evidence_is_the_prediction_from_the_
         others = z.clone()
         others[:, d] = 0.0
         log_p = FLAT(others.softmax(-1), None).log_softmax(-1)[:, d]
-        torch.testing.assert_close(found[:, d], log_p.gather(-1, ids[:, d : d + 1]).squeeze(-1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found[:, d], log_p.gather(-1, ids[:, d : d + 1]).squeeze(-1), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_corrections_repair_tokens_that_were_drawn_independently():
@@ -297,7 +332,9 @@ def test_corrections_make_texts_likelier_than_the_networks_own_distribution():
     def mean_log_p(n_steps, corrections):
         torch.manual_seed(5)
         ids = torch.zeros(20_000, L, dtype=torch.long)
-        samples, _ = bfn.sample(FLAT, ids, ids.bool(), 6.0, K, Controls("pace", n_steps, corrections))
+        samples, _ = bfn.sample(
+            FLAT, ids, ids.bool(), 6.0, K, Controls("pace", n_steps, corrections)
+        )
         return (frequencies(samples) * FLAT_P.log()).sum().item()
 
     entropy = -(FLAT_P * FLAT_P.log()).sum().item()
@@ -306,31 +343,48 @@ def test_corrections_make_texts_likelier_than_the_networks_own_distribution():
 
 
 def test_corrections_keep_given_tokens_and_are_at_most_one_per_two_open_positions():
-    """A row of one free token takes one call, one of three tokens two and, of two corrections, one: one for two tokens."""
+    """A row of one free token takes one call, one of three tokens two and, of two corrections, one:
+    one for two tokens.
+    """
     ids, given = torch.full((2, L), 2), torch.tensor([[False] * L, [True] * (L - 1) + [False]])
     samples, calls = bfn.sample(FLAT, ids, given, 6.0, K, Controls("pace", 2, corrections=2))
     assert calls.tolist() == [3, 1] and (samples[1, :-1] == 2).all()
 
 
 def test_a_row_of_which_all_open_positions_are_certain_ends_at_once():
-    """All tokens repeat the first: after one call the rest is certain, and there is nothing to correct."""
+    """All tokens repeat the first: after one call the rest is certain, and there is nothing to
+    correct.
+    """
     sequences = torch.tensor([[k] * L for k in range(K)])
     network = ExactNetwork(sequences, torch.full((K,), 1 / K))
     ids = torch.zeros(50, L, dtype=torch.long)
     for until, n in ((0.01, 2), (0.0, 3)):
-        samples, calls = bfn.sample(network, ids, ids.bool(), 6.0, K, Controls("pace", 2, corrections=2, until=until))
-        assert (samples == samples[:, :1]).all() and len(samples.unique()) == K and (calls == n).all()
+        samples, calls = bfn.sample(
+            network, ids, ids.bool(), 6.0, K, Controls("pace", 2, corrections=2, until=until)
+        )
+        assert (
+            (samples == samples[:, :1]).all() and len(samples.unique()) == K and (calls == n).all()
+        )
 
 
 def test_committing_makes_no_more_calls_than_there_are_tokens():
-    ids, given = torch.zeros(2, L, dtype=torch.long), torch.tensor([[False] * L, [True] * (L - 1) + [False]])
+    ids, given = (
+        torch.zeros(2, L, dtype=torch.long),
+        torch.tensor([[False] * L, [True] * (L - 1) + [False]]),
+    )
     _, calls = bfn.sample(FLAT, ids, given, 6.0, K, Controls("commit", 10))
     assert calls.tolist() == [L, 1]
 
 
 @pytest.mark.parametrize("step, order", [(bfn.ode1, 1), (bfn.ode2, 2)])
-def test_the_error_of_an_ode_sampler_falls_with_the_number_of_steps_to_the_power_of_its_order(step, order):
-    s1, ids, nothing = 3.0, torch.zeros(200, L, dtype=torch.long), torch.zeros(200, L, dtype=torch.bool)
+def test_the_error_of_an_ode_sampler_falls_with_the_number_of_steps_to_the_power_of_its_order(
+    step, order
+):
+    s1, ids, nothing = (
+        3.0,
+        torch.zeros(200, L, dtype=torch.long),
+        torch.zeros(200, L, dtype=torch.bool),
+    )
 
     def end(n_steps):
         times, states = torch.linspace(0.2, 1, n_steps + 1).tolist(), []
@@ -355,7 +409,9 @@ def test_given_tokens_come_back_and_the_rest_follows_the_conditional_distributio
         assert total_variation(n_steps, sampler, given=2) < 0.03
 
 
-@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)])
+@pytest.mark.parametrize(
+    "sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)]
+)
 def test_a_hint_gives_the_distribution_under_the_same_evidence(sampler, n_steps):
     """Also for an ODE, which would amplify a hint that is added to z."""
     hint = torch.zeros(1, L, K)
@@ -365,7 +421,9 @@ def test_a_hint_gives_the_distribution_under_the_same_evidence(sampler, n_steps)
     assert total_variation(n_steps, sampler, truth=truth, hint=hint) < 0.03
 
 
-@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)])
+@pytest.mark.parametrize(
+    "sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)]
+)
 def test_without_a_banned_token_the_others_keep_their_distribution(sampler, n_steps):
     """If the network is told: the hint says what `allowed` enforces."""
     allowed = torch.tensor([True, False, True, True])
@@ -374,7 +432,9 @@ def test_without_a_banned_token_the_others_keep_their_distribution(sampler, n_st
     assert total_variation(n_steps, sampler, truth=truth, hint=hint, allowed=allowed) < 0.03
 
 
-@pytest.mark.parametrize("sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)])
+@pytest.mark.parametrize(
+    "sampler, n_steps", [("sde2", 30), ("ode2", 30), ("pace", 3), ("commit", 3)]
+)
 def test_sampling_from_a_draft_follows_the_distribution_given_its_evidence(sampler, n_steps):
     torch.manual_seed(7)
     draft, strength = torch.tensor([[0, 2, 1]]), 0.3
@@ -415,7 +475,9 @@ def test_a_row_ends_when_its_output_is_certain_and_its_end_changes_no_other_row(
 
     def run(rows):
         draws = Draws.seeded([0, 1][-rows:], [L] * rows)
-        return bfn.sample(network, ids[:rows], nothing[:rows], 3.0, K, Controls("sde1", 10, until=0.1), draws)
+        return bfn.sample(
+            network, ids[:rows], nothing[:rows], 3.0, K, Controls("sde1", 10, until=0.1), draws
+        )
 
     samples, calls = run(2)
     assert calls.tolist() == [6, 11] and samples[0].tolist() == [1] * L
@@ -432,7 +494,9 @@ def test_tokens_that_are_not_allowed_are_never_drawn_by_any_sampler():
     ids = torch.zeros(500, L, dtype=torch.long)
     allowed = torch.tensor([True, False, True, False])
     for sampler in bfn.SAMPLERS:
-        samples, _ = bfn.sample(EXACT, ids, nothing_given(ids), 6.0, K, Controls(sampler, 5, allowed=allowed))
+        samples, _ = bfn.sample(
+            EXACT, ids, nothing_given(ids), 6.0, K, Controls(sampler, 5, allowed=allowed)
+        )
         assert set(samples.unique().tolist()) == {0, 2}
 
 
@@ -459,22 +523,31 @@ def test_losses_are_finite_at_the_ends_of_time_for_50000_tokens_and_s1_12(t, cer
 
 def test_a_bf16_network_gives_float32_losses():
     ids, t = torch.randint(5, (2, 3)), torch.rand(2, 3)
-    loss = continuous_time_loss(lambda theta, t: theta.bfloat16(), ids, t, nothing_given(ids), 2.0, 5)
+    loss = continuous_time_loss(
+        lambda theta, t: theta.bfloat16(), ids, t, nothing_given(ids), 2.0, 5
+    )
     assert loss.dtype == torch.float32
 
 
 def test_given_positions_show_the_network_a_one_hot_and_time_1():
     theta, t = bfn.clamp_given(
-        torch.full((1, 2, 3), 1 / 3), torch.tensor([[0.2, 0.2]]), torch.tensor([[1, 2]]), torch.tensor([[True, False]])
+        torch.full((1, 2, 3), 1 / 3),
+        torch.tensor([[0.2, 0.2]]),
+        torch.tensor([[1, 2]]),
+        torch.tensor([[True, False]]),
     )
     torch.testing.assert_close(theta, torch.tensor([[[0.0, 1, 0], [1 / 3] * 3]]))
     torch.testing.assert_close(t, torch.tensor([[1.0, 0.2]]))
 
 
-@pytest.mark.parametrize("K, beta1", [(2, 2.874), (27, 0.5628), (256, 0.0847), (8192, 0.00381), (50257, 0.000716)])
+@pytest.mark.parametrize(
+    "K, beta1", [(2, 2.874), (27, 0.5628), (256, 0.0847), (8192, 0.00381), (50257, 0.000716)]
+)
 def test_auto_beta1_gives_the_evidence_the_same_accuracy_at_every_vocabulary_size(K, beta1):
     assert bfn.auto_beta1(K) == pytest.approx(beta1, rel=3e-3)
-    assert bfn.evidence_accuracy(math.sqrt(K * bfn.auto_beta1(K)), K) == pytest.approx(0.955, abs=1e-6)
+    assert bfn.evidence_accuracy(math.sqrt(K * bfn.auto_beta1(K)), K) == pytest.approx(
+        0.955, abs=1e-6
+    )
 
 
 def test_evidence_accuracy_is_the_frequency_with_which_theta_names_the_token():
@@ -490,15 +563,23 @@ def test_a_row_is_sampled_the_same_next_to_longer_rows(sampler, more):
 
     def run(lengths):
         torch.manual_seed(0)
-        table = torch.randn(7, 3, K)  # any network that depends on position and input, not on other rows
+        table = torch.randn(
+            7, 3, K
+        )  # any network that depends on position and input, not on other rows
         ids, columns = torch.zeros(len(lengths), 7, dtype=torch.long), torch.arange(7)
         padding = columns >= torch.tensor(lengths)[:, None]
 
         def network(theta, t):
-            return table[:, 0] + table[:, 1] * theta.mean(1, keepdim=True) * 4 + table[:, 2] * t[..., None]
+            return (
+                table[:, 0]
+                + table[:, 1] * theta.mean(1, keepdim=True) * 4
+                + table[:, 2] * t[..., None]
+            )
 
         draws = Draws.seeded(lengths, [7] * len(lengths))
-        samples, calls = bfn.sample(network, ids, padding, 3.0, K, Controls(sampler, 5, **more), draws)
+        samples, calls = bfn.sample(
+            network, ids, padding, 3.0, K, Controls(sampler, 5, **more), draws
+        )
         return samples[-1].tolist(), calls[-1].item()
 
     assert run([3]) == run([7, 3]) == run([6, 7, 3])
@@ -510,14 +591,24 @@ def test_rows_of_one_position_or_with_everything_given_are_sampled(sampler):
     given = torch.tensor([[True] * 3, [True, False, True]])
     controls = Controls(sampler, 4, corrections=3)
     samples, calls = bfn.sample(FLAT, ids, given, 6.0, K, controls)
-    assert samples[0].tolist() == [3, 1, 2] and samples[1, [0, 2]].tolist() == [3, 2] and (calls >= 1).all()
-    one, calls = bfn.sample(lambda theta, t: theta, torch.zeros(2, 1).long(), torch.zeros(2, 1).bool(), 3.0, 2, controls)
+    assert (
+        samples[0].tolist() == [3, 1, 2]
+        and samples[1, [0, 2]].tolist() == [3, 2]
+        and (calls >= 1).all()
+    )
+    one, calls = bfn.sample(
+        lambda theta, t: theta, torch.zeros(2, 1).long(), torch.zeros(2, 1).bool(), 3.0, 2, controls
+    )
     assert one.shape == (2, 1) and (one < 2).all() and (calls >= 1).all()
 
 
-left_to_right = partial(bfn.fill, pace=partial(bfn.Commit, choose=leftmost))  # the recipe of the README
+left_to_right = partial(
+    bfn.fill, pace=partial(bfn.Commit, choose=leftmost)
+)  # the recipe of the README
 
 
-def test_a_sampler_added_to_the_dict_is_exact_for_the_exact_network_at_one_token_per_call(monkeypatch):
+def test_a_sampler_added_to_the_dict_is_exact_for_the_exact_network_at_one_token_per_call(
+    monkeypatch,
+):
     monkeypatch.setitem(bfn.SAMPLERS, "left_to_right", left_to_right)
     assert total_variation(L, "left_to_right") < 0.02

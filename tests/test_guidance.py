@@ -1,4 +1,6 @@
-"""Guidance: with exact networks and exact labels, samples follow the exact conditional distribution."""
+"""Guidance: with exact networks and exact labels, samples follow the exact conditional
+distribution.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ def joint():
 def sample(network, sampler, steps, n=N, **controls):
     torch.manual_seed(0)
     ids, given = torch.zeros(n, L, dtype=torch.long), torch.zeros(n, L, dtype=torch.bool)
-    return bfn.sample(network, ids, given, S1, K, bfn.Controls(sampler=sampler, steps=steps, **controls))[0]
+    return bfn.sample(
+        network, ids, given, S1, K, bfn.Controls(sampler=sampler, steps=steps, **controls)
+    )[0]
 
 
 def frequencies(ids):
@@ -34,20 +38,32 @@ def label_guide(sequences, probabilities, has_label):
     """The exact log p(label | z) of a label that is a function of the sequence."""
 
     def guide(z, t):
-        log_weight = probabilities.log() + torch.einsum("blk,nlk->bn", z, torch.nn.functional.one_hot(sequences, K).float())
+        log_weight = probabilities.log() + torch.einsum(
+            "blk,nlk->bn", z, torch.nn.functional.one_hot(sequences, K).float()
+        )
         return log_weight.masked_fill(~has_label, -torch.inf).logsumexp(1) - log_weight.logsumexp(1)
 
     return guide
 
 
-@pytest.mark.parametrize("sampler, steps", [("commit", 3), ("pace", 3), ("ancestral", 100), ("sde1", 100), ("ode2", 100)])
+@pytest.mark.parametrize(
+    "sampler, steps", [("commit", 3), ("pace", 3), ("ancestral", 100), ("sde1", 100), ("ode2", 100)]
+)
 def test_with_an_exact_guide_of_scale_1_samples_follow_the_exact_conditional(joint, sampler, steps):
     sequences, P = joint
     has_label = sequences.sum(1) >= 4  # about a quarter
     target = torch.where(has_label, P, 0) / P[has_label].sum()
     exact = ExactNetwork(sequences, P)
-    network = guidance.by_function(exact, label_guide(sequences, P, has_label), scale=1.0, is_exact=True)
-    floor = sum(distance(torch.multinomial(target, N, True).bincount(minlength=K**L) / N, target) for _ in range(5)) / 5
+    network = guidance.by_function(
+        exact, label_guide(sequences, P, has_label), scale=1.0, is_exact=True
+    )
+    floor = (
+        sum(
+            distance(torch.multinomial(target, N, True).bincount(minlength=K**L) / N, target)
+            for _ in range(5)
+        )
+        / 5
+    )
     guided = frequencies(sample(network, sampler, steps))
     assert distance(frequencies(sample(exact, sampler, steps)), target) > 0.4
     assert distance(guided, target) < floor + (0.03 if sampler == "commit" else 0.06)
@@ -58,18 +74,28 @@ def test_the_answer_with_an_exact_guide_is_the_exact_conditional(joint):
     sequences, P = joint
     has_label = sequences[:, 0] == sequences[:, 2]
     z = torch.randn(5, L, K, generator=torch.Generator().manual_seed(0))
-    network = guidance.by_function(ExactNetwork(sequences, P), label_guide(sequences, P, has_label), scale=1.0, is_exact=True)
+    network = guidance.by_function(
+        ExactNetwork(sequences, P), label_guide(sequences, P, has_label), scale=1.0, is_exact=True
+    )
     expected = ExactNetwork(sequences, torch.where(has_label, P, 1e-30))(z.softmax(-1), None).exp()
-    torch.testing.assert_close(network(z.softmax(-1), torch.zeros(5, L)).exp(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        network(z.softmax(-1), torch.zeros(5, L)).exp(), expected, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("sampler, steps", [("commit", 3), ("ancestral", 100)])
-def test_to_first_order_samples_have_the_label_more_often_the_larger_the_scale(joint, sampler, steps):
+def test_to_first_order_samples_have_the_label_more_often_the_larger_the_scale(
+    joint, sampler, steps
+):
     sequences, P = joint
     has_label = sequences.sum(1) >= 4
     guide, exact = label_guide(sequences, P, has_label), ExactNetwork(sequences, P)
     shares = [
-        frequencies(sample(guidance.by_function(exact, guide, scale), sampler, steps, n=1000))[has_label].sum().item()
+        frequencies(sample(guidance.by_function(exact, guide, scale), sampler, steps, n=1000))[
+            has_label
+        ]
+        .sum()
+        .item()
         for scale in (0.0, 1.0, 3.0)
     ]
     assert shares[0] == pytest.approx(P[has_label].sum().item(), abs=0.05)
@@ -78,18 +104,27 @@ def test_to_first_order_samples_have_the_label_more_often_the_larger_the_scale(j
 
 def test_a_guide_brings_in_no_token_that_the_network_rules_out():
     p = torch.tensor([[[0.5, 0.5, 1e-9]]])
-    network = guidance.by_function(lambda theta, t: p.log(), lambda z, t: z.softmax(-1)[:, 0, 2].log(), scale=1.0)
+    network = guidance.by_function(
+        lambda theta, t: p.log(), lambda z, t: z.softmax(-1)[:, 0, 2].log(), scale=1.0
+    )
     assert network(torch.full((1, 1, 3), 1 / 3), torch.zeros(1, 1)).softmax(-1)[0, 0, 2] < 1e-8
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
 def test_guidance_by_a_prompt_multiplies_the_two_answers(joint, weight):
     exact = ExactNetwork(*joint)
-    ids, prompt_mask = torch.tensor([[2, 0, 0], [1, 0, 0]]), torch.tensor([[True, False, False]] * 2)
+    ids, prompt_mask = (
+        torch.tensor([[2, 0, 0], [1, 0, 0]]),
+        torch.tensor([[True, False, False]] * 2),
+    )
     theta, t = bfn.clamp_given(torch.full((2, L, K), 1 / K), torch.zeros(2, L), ids, prompt_mask)
-    network = guidance.by_prompt(lambda theta, t, segment_ids: exact(theta, t), torch.ones(2, L), prompt_mask, weight)
+    network = guidance.by_prompt(
+        lambda theta, t, segment_ids: exact(theta, t), torch.ones(2, L), prompt_mask, weight
+    )
     with_prompt, without = exact(theta, t).exp(), exact(torch.full((2, L, K), 1 / K), t).exp()
     expected = with_prompt ** (1 + weight) * without**-weight
-    torch.testing.assert_close(network(theta, t).softmax(-1)[:, 1:], (expected / expected.sum(-1, keepdim=True))[:, 1:])
+    torch.testing.assert_close(
+        network(theta, t).softmax(-1)[:, 1:], (expected / expected.sum(-1, keepdim=True))[:, 1:]
+    )
     if weight == 0:
         assert torch.equal(network(theta, t), exact(theta, t).log_softmax(-1))

@@ -1,4 +1,6 @@
-"""The exact likelihood of text: against the joint distribution that the exact network knows, and on the command line."""
+"""The exact likelihood of text: against the joint distribution that the exact network knows, and on
+the command line.
+"""
 
 import json
 import math
@@ -31,28 +33,44 @@ network.config = SimpleNamespace(K=4, d_model=1, s1=6.0)
 
 
 def score(ids, functions, given=bounds.nothing_given, **options):
-    return likelihood.score(network, list(ids.numpy()), -1, given, functions, bounds.Work(CPU, **options))
+    return likelihood.score(
+        network, list(ids.numpy()), -1, given, functions, bounds.Work(CPU, **options)
+    )
 
 
 def test_the_chain_rule_of_the_exact_network_is_the_joint_in_every_order():
     scores = score(SEQUENCES, ALL)
     for name in ("exact, 3 calls", "exact, a call per token", "left to right", "random order"):
         np.testing.assert_allclose(scores.nats[name], -P.log().numpy(), atol=1e-5)
-    assert scores.nats["exact, 1 call"] @ P.numpy() > scores.nats["exact, 2 calls"] @ P.numpy() > -(P @ P.log())
+    assert (
+        scores.nats["exact, 1 call"] @ P.numpy()
+        > scores.nats["exact, 2 calls"] @ P.numpy()
+        > -(P @ P.log())
+    )
 
 
 def test_the_bound_over_all_orders_is_the_mean_over_orders():
-    """Which for the exact network is -log P itself; its only noise is how many and which tokens are unknown."""
+    """Which for the exact network is -log P itself; its only noise is how many and which tokens are
+    unknown.
+    """
     ids = draw(SEQUENCES, P, 4000)
     nats = score(ids, likelihood.figures_of(orders=["any"])).nats["any order (bound)"]
     truth = -P.log()[(ids * torch.tensor([16, 4, 1])).sum(-1)].numpy()
-    assert (nats - truth).mean() == pytest.approx(0, abs=4 * (nats - truth).std() / math.sqrt(len(nats)))
+    assert (nats - truth).mean() == pytest.approx(
+        0, abs=4 * (nats - truth).std() / math.sqrt(len(nats))
+    )
 
 
 def test_what_is_given_costs_nothing_and_the_rest_its_conditional():
-    scores = score(SEQUENCES, likelihood.figures_of([9]), given=lambda segment_ids: torch.tensor([[True, False, False]]))
+    scores = score(
+        SEQUENCES,
+        likelihood.figures_of([9]),
+        given=lambda segment_ids: torch.tensor([[True, False, False]]),
+    )
     first = torch.stack([P[SEQUENCES[:, 0] == k].sum() for k in range(4)])
-    np.testing.assert_allclose(scores.nats["exact, 9 calls"], -(P / first[SEQUENCES[:, 0]]).log().numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        scores.nats["exact, 9 calls"], -(P / first[SEQUENCES[:, 0]]).log().numpy(), atol=1e-5
+    )
     assert (scores.n_scored == 2).all()
 
 
@@ -63,7 +81,11 @@ def test_windows_are_read_in_chunks_until_the_time_is_over_or_ctrl_c(monkeypatch
     monkeypatch.setattr(likelihood, "CHUNK_TOKENS", 60)
     for name, nats in score(SEQUENCES, figures).nats.items():
         np.testing.assert_allclose(nats, whole.nats[name], atol=1e-5)
-    assert len(score(SEQUENCES, figures, seconds=1e-9).n_scored) == len(score(SEQUENCES, figures, interrupts=[2]).n_scored) == 20
+    assert (
+        len(score(SEQUENCES, figures, seconds=1e-9).n_scored)
+        == len(score(SEQUENCES, figures, interrupts=[2]).n_scored)
+        == 20
+    )
 
 
 def test_a_text_of_which_all_is_given_is_refused():
@@ -72,32 +94,51 @@ def test_a_text_of_which_all_is_given_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_the_command_prints_exact_likelihoods_next_to_the_bound(tmp_path, monkeypatch, capsys, kind):
-    """Packed rows, windows of different lengths: as many calls as tokens are the sampler's own order."""
+def test_the_command_prints_exact_likelihoods_next_to_the_bound(
+    tmp_path, monkeypatch, capsys, kind
+):
+    """Packed rows, windows of different lengths: as many calls as tokens are the sampler's own
+    order.
+    """
     run_dir = make_run(tmp_path / kind, kind, toy.corpus(60))
-    flags = ["-d", str(run_dir / "text.txt"), f"--cache_dir={tmp_path}", "--draws=1", "--max_tokens=300", "--calls=2,99"]
+    flags = [
+        "-d",
+        str(run_dir / "text.txt"),
+        f"--cache_dir={tmp_path}",
+        "--draws=1",
+        "--max_tokens=300",
+        "--calls=2,99",
+    ]
     command = ["evaluate.py", f"-mdir={run_dir}", *flags, "--order=sampler,any"]
     monkeypatch.setattr(sys, "argv", command)
     cli.run(evaluate.main)
     lines = capsys.readouterr().out.splitlines()
-    values = {line[:24].strip(): line.split()[-4:] for line in lines if line.startswith(("exact", "any", "bound"))}
-    assert list(values) == ["bound", "exact, 2 calls", "exact, 99 calls", "exact, a call per token", "any order (bound)"]
+    values = {
+        line[:24].strip(): line.split()[-4:]
+        for line in lines
+        if line.startswith(("exact", "any", "bound"))
+    }
+    assert list(values) == [
+        "bound",
+        "exact, 2 calls",
+        "exact, 99 calls",
+        "exact, a call per token",
+        "any order (bound)",
+    ]
     assert values["exact, 99 calls"] == values["exact, a call per token"]
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
     cli.run(evaluate.main)
     figures = json.loads(capsys.readouterr().out)
     assert f"{figures['exact_2_calls_nats_per_token']:.4f}" == values["exact, 2 calls"][0]
     assert figures["exact_99_calls_text_error_nats_per_token"] > 0
-    monkeypatch.setattr(sys, "argv", [*command, f"--by_calls={tmp_path / 'calls'}"])
-    for _ in range(2):  # an earlier result may be replaced
-        cli.run(evaluate.main)
-    rows = [line.split(",") for line in (tmp_path / "calls.csv").read_text().splitlines()[1:]]
-    assert [(n, f"{float(nats):.4f}") for n, nats, _ in rows] == [(str(n), values[f"exact, {n} calls"][0]) for n in (2, 99)]
-    assert (tmp_path / "calls.png").stat().st_size > 5000
 
 
-def test_ctrl_c_prints_the_figures_so_far_and_says_that_they_are_partial(tmp_path, monkeypatch, capsys):
-    """During the bound, without exact likelihoods; during these, with those of the windows that were read."""
+def test_ctrl_c_prints_the_figures_so_far_and_says_that_they_are_partial(
+    tmp_path, monkeypatch, capsys
+):
+    """During the bound, without exact likelihoods; during these, with those of the windows that
+    were read.
+    """
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(600))
     flags = ["-d", str(run_dir / "text.txt"), f"--cache_dir={tmp_path}", "--draws=2", "--calls=2"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", f"-mdir={run_dir}", *flags])
@@ -117,20 +158,10 @@ def test_ctrl_c_prints_the_figures_so_far_and_says_that_they_are_partial(tmp_pat
         assert out.count("exact") == n_exact and "bound" in out
 
 
-def test_a_curve_over_calls_needs_calls_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
-    run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
-    (tmp_path / "data.csv").write_text("my data\n")
-    command = ["evaluate.py", f"-mdir={run_dir}", f"-d={run_dir / 'text.txt'}", f"--by_calls={tmp_path / 'data'}"]
-    for more, message in (([], "give --calls=8,32,128"), (["--calls=2"], "data.csv exists already: give --by_calls another name")):
-        monkeypatch.setattr(sys, "argv", [*command, *more])
-        with pytest.raises(SystemExit) as error:
-            cli.run(evaluate.main)
-        assert error.value.code == 2 and message in capsys.readouterr().err
-    assert (tmp_path / "data.csv").read_text() == "my data\n"
-
-
 def test_an_order_that_does_not_exist_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "-d=x", "--order=left,up"])
     with pytest.raises(SystemExit) as error:
         cli.run(evaluate.main)
-    assert error.value.code == 2 and "write some of sampler,left,random,any" in capsys.readouterr().err
+    assert (
+        error.value.code == 2 and "write some of sampler,left,random,any" in capsys.readouterr().err
+    )

@@ -37,7 +37,7 @@ FIGURES = dict(
 
 
 class Reader(HTMLParser):
-    """Collect what is in a page: elements with their attributes, text, and the text of each script."""
+    """Collect what is in a page: elements with attributes, text, the text of each script."""
 
     def __init__(self, page):
         super().__init__()
@@ -61,14 +61,24 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run folder in which all text that others write is hostile: labels, which are tokens, flags, samples, names."""
-    lines = "".join(f"{HOSTILE}\tthe baker sees the {thing}\nplain\tthe king sleeps\n" for thing in ("boat", "ring", "king") * 40)
+    """A run folder in which all text that others write is hostile: labels, which are tokens, flags,
+    samples, names.
+    """
+    lines = "".join(
+        f"{HOSTILE}\tthe baker sees the {thing}\nplain\tthe king sleeps\n"
+        for thing in ("boat", "ring", "king") * 40
+    )
     run_dir = make_run(tmp_path_factory.mktemp("runs") / FOLDER, "word", lines, "labelled")
     checkpoint = read_checkpoint(run_dir / "best.pt")
-    checkpoint["args"] |= dict(data_path=f"/home/me/{FOLDER}", text_field=HOSTILE + LONG, max_steps=20)
+    checkpoint["args"] |= dict(
+        data_path=f"/home/me/{FOLDER}", text_field=HOSTILE + LONG, max_steps=20
+    )
     save_checkpoint(run_dir / "best.pt", {**checkpoint, "step": 10})
     write_metrics(run_dir, [*METRICS, dict(step=10, **FIGURES)])
-    (run_dir / "samples.txt").write_text(f"10\t{HOSTILE}\n10\t{LONG}\n10\tone\\ntwo\n20\t{HOSTILE}\nnot of a run\n20\tunfinished {LONG}")
+    (run_dir / "samples.txt").write_text(
+        f"10\t{HOSTILE}\n10\t{LONG}\n10\tone\\ntwo\n20\t{HOSTILE}\n"
+        f"not of a run\n20\tunfinished {LONG}"
+    )
     return run_dir
 
 
@@ -79,10 +89,19 @@ def page(run_dir):
 
 def test_foreign_text_is_text_and_nothing_is_loaded_from_elsewhere(page):
     found = Reader(page)
-    assert {tag for tag, _ in found.elements}.isdisjoint({"img", "link", "iframe", "object", "base"})
-    assert [attributes.get("type") for tag, attributes in found.elements if tag == "script"] == ["application/json", None]
-    names = {(name, value) for _, attributes in found.elements for name, value in attributes.items()}
-    assert not [name for name, _ in names if name.startswith("on") or name in ("src", "srcset", "data")]
+    assert {tag for tag, _ in found.elements}.isdisjoint(
+        {"img", "link", "iframe", "object", "base"}
+    )
+    assert [attributes.get("type") for tag, attributes in found.elements if tag == "script"] == [
+        "application/json",
+        None,
+    ]
+    names = {
+        (name, value) for _, attributes in found.elements for name, value in attributes.items()
+    }
+    assert not [
+        name for name, _ in names if name.startswith("on") or name in ("src", "srcset", "data")
+    ]
     assert all(value.startswith("#") for name, value in names if name in ("href", "xlink:href"))
     assert found.text.count(HOSTILE) == 3  # a flag and two samples
     assert found.text.count(FOLDER) == 4  # title, heading, the text that was trained on, its flag
@@ -93,7 +112,11 @@ def test_foreign_text_is_text_and_nothing_is_loaded_from_elsewhere(page):
 
 def test_samples_are_shown_by_step_with_their_line_breaks(run_dir):
     assert report.read_samples(run_dir) == {10: [HOSTILE, LONG, "one\ntwo"], 20: [HOSTILE]}
-    assert report.thin(list(range(101)), 3) == [0, 50, 100] and report.thin([7, 8], 3) == [7, 8] and report.thin([], 3) == []
+    assert (
+        report.thin(list(range(101)), 3) == [0, 50, 100]
+        and report.thin([7, 8], 3) == [7, 8]
+        and report.thin([], 3) == []
+    )
 
 
 def test_figures_have_their_errors_in_each_unit(page):
@@ -107,10 +130,12 @@ def test_figures_have_their_errors_in_each_unit(page):
 
 
 def test_a_text_at_each_call_is_what_the_network_says(run_dir):
-    """Tokens by falling probability, the first of them always; in the end stands what sample.py prints."""
-    model, tokenizer, run = load(run_dir)
-    data = plot.sample_texts(model, tokenizer, run)
-    printed = sample.Sampler(model, tokenizer, run)(n=plot.N_TEXTS)
+    """Tokens by falling probability, the first of them always; in the end stands what sample.py
+    prints.
+    """
+    sampler = sample.Sampler(*load(run_dir))
+    data = plot.sample_texts(sampler)
+    printed = sampler(n=plot.N_TEXTS)
     for text, expected in zip(data["texts"], printed, strict=True):
         drawn = "".join(data["pieces"][k] for k in text["ids"])
         assert drawn.split(" (end)")[0].split() == expected.split()
@@ -118,11 +143,15 @@ def test_a_text_at_each_call_is_what_the_network_says(run_dir):
             assert len(call) == len(text["ids"])
             for position in call:
                 shares = position[1::2]
-                assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1000 + len(shares)
+                assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1000 + len(
+                    shares
+                )
                 assert all(share >= plot.LEAST for share in shares[1:])
 
 
-def test_a_run_without_a_checkpoint_or_a_validation_shows_what_it_has(run_dir, tmp_path, capsys, monkeypatch):
+def test_a_run_without_a_checkpoint_or_a_validation_shows_what_it_has(
+    run_dir, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(sys, "argv", ["plot.py", "report", str(tmp_path)])
     with pytest.raises(SystemExit):
         cli.run(plot.main)
@@ -130,15 +159,25 @@ def test_a_run_without_a_checkpoint_or_a_validation_shows_what_it_has(run_dir, t
     assert "has nothing to show yet" in line
     write_metrics(tmp_path, METRICS[:1])
     early = plot.run_page(tmp_path, CPU)
-    assert early.count("There is no checkpoint yet.") == 3 and "training loss over step" in early and "<script" not in early
+    assert (
+        early.count("There is no checkpoint yet.") == 3
+        and "training loss over step" in early
+        and "<script" not in early
+    )
     shutil.copyfile(run_dir / "best.pt", tmp_path / "last.pt")
     shutil.copyfile(run_dir / "tokenizer.model", tmp_path / "tokenizer.model")
     stopped = plot.run_page(tmp_path, CPU)
-    assert "Nothing was validated at step 10 yet" in stopped and "step 10 of 20" in stopped and "<script" in stopped
+    assert (
+        "Nothing was validated at step 10 yet" in stopped
+        and "step 10 of 20" in stopped
+        and "<script" in stopped
+    )
     assert "There is no samples.txt" in stopped
 
 
-def test_the_command_writes_the_page_of_an_exported_folder_and_spares_files_of_the_user(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_the_page_of_an_exported_folder_and_spares_files_of_the_user(
+    tmp_path, capsys, monkeypatch
+):
     exported, output = tmp_path / "toy", tmp_path / "toy" / "report.html"
     shutil.copytree(ROOT / "examples" / "toy", exported)
     monkeypatch.setattr(sys, "argv", ["plot.py", "report", str(exported)])
@@ -150,26 +189,37 @@ def test_the_command_writes_the_page_of_an_exported_folder_and_spares_files_of_t
     for _ in range(2):  # the second time over its own
         cli.run(plot.main)
     text = output.read_text()
-    assert "the built-in language" in text and "exact, bits per token" in text and "loss by time over t" in text
+    assert (
+        "the built-in language" in text
+        and "exact, bits per token" in text
+        and "loss by time over t" in text
+    )
     assert len(text) < 100_000
     with pytest.raises(ValueError, match="is a file of the run"):
         sample.check_output(sample.flags().parse_args([f"-mdir={exported}", f"--output={output}"]))
 
 
 def test_training_ends_with_a_command_that_exists():
-    lines = log.closing_lines(SimpleNamespace(model_dir="runs/mine", data_path=None, max_steps=1000)).splitlines()
+    lines = log.closing_lines(
+        SimpleNamespace(model_dir="runs/mine", data_path=None, max_steps=1000)
+    ).splitlines()
     (words,) = [line.split()[2:] for line in lines if "plot.py report" in line]
     assert plot.flags(words[0]).parse_args(words[1:]).run_dir == "runs/mine"
 
 
 # ---------------------------------------------------------------- in a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def open_in_browser(url, profile):
-    """Open a page without a window -> its elements after the script has run, and what it wrote to the console."""
-    flags = "--headless --no-sandbox --disable-gpu --virtual-time-budget=2000 --dump-dom --enable-logging=stderr".split()
+    """Open a page without a window -> its elements after the script has run, and what it wrote to
+    the console.
+    """
+    flags = "--headless --no-sandbox --disable-gpu --virtual-time-budget=2000".split()
+    flags += ["--dump-dom", "--enable-logging=stderr"]
     command = [CHROMIUM, *flags, "--window-size=360,700", f"--user-data-dir={profile}", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -201,11 +251,16 @@ def test_the_slider_moves_the_texts_without_an_error(page, tmp_path):
 
 
 @needs_browser
-def test_on_a_phone_nothing_is_wider_than_the_screen_and_tokens_tell_their_alternatives(page, tmp_path):
-    """A script at the end of a copy, which the page's own policy would not let run, writes what it finds as the title."""
+def test_on_a_phone_nothing_is_wider_than_the_screen_and_tokens_tell_their_alternatives(
+    page, tmp_path
+):
+    """A script at the end of a copy, which the page's own policy would not let run, writes what it
+    finds as the title.
+    """
     ask = """<script>
       const [first, second] = document.querySelectorAll(".text span"), found = [];
-      const note = () => found.push(element("alternatives").hidden ? "" : element("alternatives").innerText);
+      const shown = element("alternatives");
+      const note = () => found.push(shown.hidden ? "" : shown.innerText);
       document.querySelector("details").open = true;
       HTMLElement.prototype.focus = function () {  // without a window, focus may come late
         this.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
@@ -225,5 +280,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_tokens_tell_their_alter
     data = json.loads(Reader(page).scripts[0])
     first, second = data["texts"][0]["calls"][0][:2]
     for shown, expected in zip(found, (first, second, [], first), strict=True):
-        lines = [f"{data['pieces'][str(k)].strip()}\t{share / 10:.1f}%" for k, share in zip(expected[::2], expected[1::2], strict=True)]
+        lines = [
+            f"{data['pieces'][str(k)].strip()}\t{share / 10:.1f}%"
+            for k, share in zip(expected[::2], expected[1::2], strict=True)
+        ]
         assert shown.splitlines()[: len(lines)] == lines and bool(shown) == bool(expected)
