@@ -324,5 +324,5 @@ class BFNTransformer(nn.Module):
         if segment_ids is None:
             segment_ids = torch.ones_like(t, dtype=torch.long)
         if not (self.training or segment_ids.is_cuda or segment_ids.any()):
-            raise ValueError("segment_ids is 0, padding, everywhere: number segments from 1")
+            raise ValueError("segment_ids is 0 everywhere, padding: number segments from 1")
         return self.head(self.body(self.embed(theta), t, segment_ids), theta)

@@ -168,7 +168,8 @@ def choose_source(args, saved):
     before = saved["args"] if saved else vars(args)
     theirs = before["init_from"]
     if args.init_from and (not theirs or Path(args.init_from) != Path(theirs)):
-        raise ValueError(f"{args.model_dir} did not start from {args.init_from}: give another -mdir")
+        started = f"{args.model_dir} did not start from {args.init_from}"
+        raise ValueError(f"{started}: give another -mdir")
     args.init_from = theirs
     has_tokenizer = args.spm_model or args.init_from or (saved and before["tokenizer"] is None)
     if has_tokenizer and (args.tokenizer or args.vocab_size):
