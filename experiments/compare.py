@@ -434,7 +434,7 @@ def main(argv=None):
         print(json.dumps(train_one(name, int(seed), args, folder)))
         return
     for name in args.variants:
-        pass
+        run_flags(args, name)  # an error in a flag is found before the first run
     for seed in range(args.seeds):
         for name in args.variants:
             one = ["--one", name, str(seed)]
