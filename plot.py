@@ -79,19 +79,15 @@ def read_histories(run_dirs):
 
 def draw_run(args):
     """Draw the curves of runs: losses, bound, likelihood, speed; with --watch again and again."""
-    if args.watch:
-        watch(args)
-    return lambda: pictures.training(read_histories(args.run_dirs))
-
-
-def watch(args):
-    """Draw runs while they train, until Ctrl-C."""
-    message = f"drawn again every {WATCH_SECONDS} seconds; Ctrl-C ends this"
+    if not args.watch:
+        return partial(pictures.training, read_histories(args.run_dirs))
+    message = f"drawn every {WATCH_SECONDS} seconds; Ctrl-C ends this"
     print(f"{args.output}: {message}", flush=True)
     with suppress(KeyboardInterrupt):
         while True:
             save(args.output, partial(pictures.training, read_histories(args.run_dirs)), args.dark)
             time.sleep(WATCH_SECONDS)
+    return None
 
 
 def print_comparison(args):
