@@ -159,7 +159,7 @@ class Convolution(nn.Module):
 
     def forward(self, h, segment_ids):
         L = h.shape[1]
-        reach = self.offsets[-1]
+        reach = max(map(abs, self.offsets))
         padded = F.pad(h, (0, 0, reach, reach))
         padded_ids = F.pad(segment_ids, (reach, reach), value=-1)
         for offset, weight in zip(self.offsets, self.weight, strict=True):
