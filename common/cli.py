@@ -188,6 +188,10 @@ def catch_signals(
         for number in before:
             signal.signal(number, handle)
         yield caught
+    except ConnectionError:  # torchrun is about to end this process, which must still say why
+        if signal.SIGTERM in before:
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
