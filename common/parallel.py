@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 START_TIMEOUT = timedelta(minutes=1)  # until all processes have started; also between GPUs
 STEP_TIMEOUT = timedelta(seconds=15)  # see `limit_steps`; torchrun ends what hangs after 30 more
-LONG_TIMEOUT = timedelta(days=1)  # for what the first process does alone, such as tokenising
+LONG_TIMEOUT = timedelta(days=1)  # for work of the first process only, such as tokenising
 _step_group = _patient_group = None  # groups of all processes, between CPUs, that wait for so long
 
 

@@ -50,7 +50,7 @@ def tokens(corpus, tokenizer_path, tmp_path):
 
 
 def test_documents_are_the_examples(tmp_path):
-    """And the same file read otherwise is another corpus, with a cache of its own."""
+    """And the same file read otherwise is another corpus, with another cache."""
     path = write(tmp_path / "text", "one\ntwo\n\nthree\n\n\n")
     (tmp_path / "model").write_bytes(train_tokenizer(path, "bpe", 300, "paragraph"))
     tokenizer, keys = load_tokenizer(tmp_path / "model"), set()

@@ -569,7 +569,7 @@ def check_separator(corpus, example):
     if separator and is_within:
         pattern = re.sub(r"([][\\.*^$/])", r"\\\1", separator)
         command = shlex.quote(f"s/{pattern}/\\n&\\n/g")
-        hint = f"it stands within lines: give it lines of its own, with sed {command}"
+        hint = f"it stands within lines: put it on separate lines, with sed {command}"
     raise ValueError(f"no line of {corpus} is {example!r}: {hint}")
 
 
