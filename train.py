@@ -341,7 +341,7 @@ def main(argv=None):
 
 def train(args, device, until_end):
     """Train as the flags say. until_end: holds the run folder and the handlers of signals."""
-    torch.set_float32_matmul_precision("high")
+    speed.allow_tf32(device)
     run_dir = Path(args.model_dir)
 
     # The text, and what has been trained on it.

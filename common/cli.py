@@ -188,9 +188,9 @@ def catch_signals(
         for number in before:
             signal.signal(number, handle)
         yield caught
-    except ConnectionError:  # torchrun is about to end this process, which must still say why
-        if signal.SIGTERM in before:
-            before[signal.SIGTERM] = signal.SIG_IGN
+    except ConnectionError:
+        if "RANK" in os.environ and signal.SIGTERM in before:
+            before[signal.SIGTERM] = signal.SIG_IGN  # torchrun ends this process, which says why
         raise
     finally:
         for number, handler in before.items():

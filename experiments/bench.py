@@ -311,7 +311,7 @@ def flags():
 def main(argv=None):
     args = flags().parse_args(argv)
     device = parallel.find_device(args.device)
-    torch.set_float32_matmul_precision("high")
+    speed.allow_tf32(device)
     if args.one:
         case, variant, sizes = json.loads(args.one)
         print(json.dumps(CASES[case](device, args.repetitions, variant, **sizes)))

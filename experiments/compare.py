@@ -37,7 +37,7 @@ from common import cli, drawing, parallel
 from common.noise import mix_seed
 from evaluation import bounds, tables
 from experiments.tables import table
-from training import forms, optim
+from training import forms, optim, speed
 from training.checkpoint import save
 from training.run_folder import describe_run, prepare_text
 
@@ -276,6 +276,7 @@ def train_variant(name, args, budget, text, folder):
     tokenizer, tokens, val = text
     VARIANTS.get(name, base)(args)
     device = parallel.find_device(args.device)
+    speed.allow_tf32(device)
     config = train.make_config(args, len(tokenizer))
     state = train.build(config, args, device, None)
     L, bos_id = args.sequence_length, tokenizer.bos_id()
@@ -427,7 +428,6 @@ def train_one(name, seed, args, folder):
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = flags().parse_args(words)
-    torch.set_float32_matmul_precision("high")  # as in train.py
     folder = Path(args.output)
     if args.one:
         name, seed = args.one

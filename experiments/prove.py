@@ -34,6 +34,7 @@ from experiments.bench import call, peak_of
 from experiments.tables import row, table
 from text import toy
 from training import log
+from training.speed import allow_tf32
 
 ROOT = Path(train.__file__).parent
 TITLE = "# Proof of a machine"
@@ -319,9 +320,9 @@ def main(argv=None):
     args = flags().parse_args(words)
     if args.data_path and not os.path.isfile(args.data_path):
         raise ValueError(f"no text file at {args.data_path}")
-    torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
     args.device, args.folder = parallel.find_device("auto"), Path(args.output)
+    allow_tf32(args.device)
     args.sizes = SIZES["quick" if args.quick else args.device.type]
     args.deadline = begin + 60 * args.minutes
     report = open_report(args.folder)

@@ -37,6 +37,15 @@ def peak(device, bf16):
     return 2 * n**3 / seconds
 
 
+def allow_tf32(device):
+    """Multiply float32 matrices in TF32 on a GPU.
+
+    For a CPU, torch.compile (2.13) would then make programs that are wrong with AVX2 instructions.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def fast_bf16(device):
     """Whether the device has instructions for products in bfloat16: all recent GPUs and some CPUs.
 
