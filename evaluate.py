@@ -263,6 +263,9 @@ def flags():
     add("--order", type=parse_orders, default=[],
         help="also measure the chain rule, a call per token, in the orders sampler,left,random, "
         "and the bound over any order")
+    add("--gaps", type=cli.counts, default=[],
+        help="also measure the tokens of a gap in their full context, and from the left only, for "
+        "gaps of so many tokens: 1,4,16; and the tokens of a random share of the text")
     add("-bsz", "--batch_size", type=cli.count,
         help="rows per network call (chosen by the size of the model)")
     add("--samples", type=cli.natural, default=0,
@@ -321,7 +324,7 @@ def measure(model, text, args, device):
         draws = dict(n_draws=args.draws, n_steps=args.n_steps, seed=args.seed)
         scores = bounds.score(model, text, work, error=args.error, **draws)
         figures = likelihood_figures(scores, args.given is not nothing_given)
-        functions = likelihood.figures_of(args.calls, args.order)
+        functions = likelihood.figures_of(args.calls, args.order, args.gaps)
         if parallel.total(len(interrupts)):
             functions = {}
         if functions:

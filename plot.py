@@ -3,7 +3,6 @@
     python plot.py simplex                            the flow on three tokens; a network's pull
     python plot.py beta --beta 0.005                  how often the evidence names the token
     python plot.py run RUN_DIR [MORE ...] --watch     losses, bound, speed; while it trains
-    python plot.py times RUN_DIR                      losses by time, and the density of times
     python plot.py packing -d=TEXT -spm=TOKENIZER     rows before and after packing
     python plot.py sampling RUN_DIR [--gif]           certainty of each position at each call
     python plot.py quality RESULTS.json [MORE ...]    likelihoods and figures of samples by calls
@@ -25,7 +24,6 @@ from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import bfn
@@ -34,7 +32,6 @@ from common import drawing, parallel
 from common.drawing import MARK, check_output, save
 from common.files import replacing
 from common.noise import mix_seed
-from evaluation import bounds
 from plotting import pictures, report
 from sample import Sampler
 from sampling.generate import DEFAULT, Options, sample_batch
@@ -43,10 +40,8 @@ from text import cache
 from text.reading import EXAMPLE_HELP
 from text.tokenizer import load_tokenizer, piece_text, train_tokenizer
 from training.checkpoint import load, read_checkpoint, read_figures, read_metrics, without_folders
-from training.times import Times
 
 WATCH_SECONDS = 5
-DENSITY_BINS, DENSITY_DRAWS = 20, 8  # of losses by time
 N_TEXTS = 5  # of the page of a run; fewer where rows are long
 MOST_TOKENS = 512  # of them
 N_ALTERNATIVES = 6  # at each network call
@@ -143,48 +138,6 @@ def to_cell(value):
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
-
-
-# ---------------------------------------------------------------- times
-
-
-def draw_times(args):
-    """Draw the losses of best.pt and last.pt by time, and the densities fitted to them."""
-    device = parallel.find_device(args.device)
-    found = {}
-    for which in ("best", "last"):
-        if which == "last" or Path(args.run_dir, "best.pt").exists():
-            model, tokenizer, run = load(args.run_dir, which, device)
-            found[run["step"]] = which, model, tokenizer, run
-    curves = found[max(found)][3].get("times_history", [])
-    history = [(step, density_of(torch.tensor(curve))) for step, curve in curves]
-    measured = [measure_times(*found[step], args, device) for step in sorted(found)]
-    return partial(pictures.times, measured, history)
-
-
-def measure_times(which, model, tokenizer, run, args, device):
-    """Measure loss and cross-entropy by time on the validation text -> pictures.ByTime."""
-    flags, run_dir = run["args"], Path(args.run_dir)
-    path = args.data_path or flags["val_path"] or flags["data_path"] or run_dir / "corpus.txt"
-    part = "all" if args.data_path or flags["val_path"] else "val"
-    message = "the losses are measured on the validation text, which is not at {}: give -d"
-    corpus = cache.Corpus.find(path, flags["text_field"], message)
-    tokenizer_path = run_dir / "tokenizer.model"
-    tokens = cache.load_corpus(corpus, tokenizer_path, args.cache_dir, part, flags["example"])
-    text = bounds.Text(tokens, flags["sequence_length"], tokenizer.bos_id())
-    work = bounds.Work(device, progress=True)
-    scores = bounds.score(model, text.first_tokens(args.max_tokens), work, n_draws=DENSITY_DRAWS)
-    _, *losses = scores.by_time(DENSITY_BINS)
-    t = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
-    label = f"{which}.pt, step {run['step']:,}"
-    return pictures.ByTime(label, t, *losses, density_of(run["times"]))
-
-
-def density_of(curve):
-    """Compute the density of learned times that belongs to a curve of `Times` -> (N_BINS,)."""
-    fit = Times("learned", 0.0)
-    fit.curve = curve
-    return fit.density().numpy()
 
 
 # ---------------------------------------------------------------- packing
@@ -437,10 +390,7 @@ FLAGS = {
         help=f"draw again every {WATCH_SECONDS} seconds until Ctrl-C"),
     "--beta": dict(nargs="+", type=cli.positive, default=[],
         help="further values of beta(1) to draw"),
-    "-d --data_path": dict(type=cli.path,
-        help="text file; for times the text to measure the losses on (that of the validation)"),
-    "--max_tokens": dict(type=cli.count, default=16_384,
-        help="tokens to measure losses on, at most (16384)"),
+    "-d --data_path": dict(type=cli.path, help="text file"),
     "-spm --spm_model": dict(type=cli.path,
         help="SentencePiece model (a bpe is trained on the text)"),
     "--example": dict(default="line", help=EXAMPLE_HELP),
@@ -471,7 +421,6 @@ PICTURES = {  # what draws it, and its flags
     "simplex": (draw_simplex, "--seed --output --dark"),
     "beta": (draw_beta, "--beta --output --dark"),
     "run": (draw_run, "run_dirs --watch --output --dark"),
-    "times": (draw_times, f"{RUN} -d --max_tokens --cache_dir --output --dark"),
     "packing": (draw_packing, "-d -spm --example -slen --cache_dir --output --dark"),
     "sampling": (draw_sampling, f"{SAMPLING} --gif --seed --output --dark"),
     "quality": (draw_quality, "files --output --dark"),

@@ -31,7 +31,7 @@ from text.reading import EXAMPLE_HELP
 from text.tokenizer import label_ids
 from training import forms, fused, log, memory, optim, run_folder, speed
 from training.checkpoint import State, load, restore, save
-from training.times import Times
+from training.times import draw_times
 
 PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()
 PRESETS = {
@@ -85,10 +85,10 @@ def flags():
     add("-b", "--beta", type=cli.auto_or_positive, default="auto",
         help="beta(1), or auto: from the vocabulary size (auto)")
     add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
-    add("--times", choices=["uniform", "stratified", "learned"], default="stratified",
-        help="how times are drawn (stratified)")
     add("--position_times", type=cli.zero_to_one, default=0.5,
         help="share of texts whose positions have their own t (0.5)")
+    add("--hidden_texts", type=cli.zero_to_one, default=0.5,
+        help="share of texts, at the end, of whose unknown tokens nothing is seen (0.5)")
     add("-wus", "--warmup_steps", type=cli.natural, help="linear warm-up, at most a fifth *")
     add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="of matrices (0.01)")
     add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest norm (1)")
@@ -213,12 +213,13 @@ def make_config(args, K):
 # ---------------------------------------------------------------- one step
 
 
-def accumulate_gradients(model, batches, seeds, device, times, total=int):
+def accumulate_gradients(model, batches, seeds, device, draw_times, total=int):
     """Add the gradient of a step's mean training loss -> the loss, in nats per predicted token.
 
     batches: micro-batches (ids, segment_ids, cond_mask), each (B, L) on the CPU; each has its own
-    seed. total: adds up the number of predicted tokens over all processes that share the step; the
-    loss, a scalar on the device, and its gradient are this one's part.
+    seed. draw_times: see `times_at`. total: adds up the number of predicted tokens over all
+    processes that share the step; the loss, a scalar on the device, and its gradient are this one's
+    part.
     """
     masks = [(segment_ids > 0) & ~cond_mask for _, segment_ids, cond_mask in batches]  # predicted
     n_tokens = max(1, total(sum(int(mask.sum()) for mask in masks)))
@@ -229,7 +230,7 @@ def accumulate_gradients(model, batches, seeds, device, times, total=int):
         predicted = mask.flatten().nonzero().squeeze(1)  # on the CPU: nothing waits for the device
         on_device = (to_device(x, device) for x in (*batch, mask, predicted))
         ids, segment_ids, cond_mask, mask, predicted = on_device
-        t, weight = times.draw(segment_ids)
+        t, weight = draw_times(segment_ids, cond_mask)
         keys = draw_keys(*ids.shape, device=device)
         scale = weight * mask / n_tokens
         with torch.autocast(device.type, torch.bfloat16, enabled=model.form.bf16):
@@ -238,16 +239,23 @@ def accumulate_gradients(model, batches, seeds, device, times, total=int):
                 h = model.project(fused.ThetaToH.apply(model.embedding.weight, noisy))
                 hidden = model.body(h, t.masked_fill(cond_mask, 1.0), segment_ids)
                 weights = model.linear_out.parameters()
-                loss, losses = fused.HiddenToLoss.apply(hidden, *weights, scale, noisy)
+                loss = fused.HiddenToLoss.apply(hidden, *weights, scale, noisy)
             else:
                 network = partial(model, segment_ids=segment_ids)
                 log_p = bfn.predict_noisy(network, ids, t, cond_mask, s1, K, noise(keys, K))
-                losses = bfn.training_loss(log_p, ids, t, s1)
-                loss = (scale * losses).sum()
+                loss = (scale * bfn.training_loss(log_p, ids, t, s1)).sum()
         loss.backward()
-        times.learn(t, losses.detach(), mask)
         sum_of_losses += loss.detach()
     return sum_of_losses
+
+
+def times_at(progress, args):
+    """Choose how times are drawn at a share of the training -> see `times.draw_times`.
+
+    The share of hidden texts rises in a straight line from 0: at first easy texts teach more.
+    """
+    hidden_share = args.hidden_texts * progress
+    return partial(draw_times, own_share=args.position_times, hidden_share=hidden_share)
 
 
 def to_device(x, device):
@@ -257,7 +265,6 @@ def to_device(x, device):
 
 def update_weights(state, args):
     """Clip, step, average -> gradient norm. If it is not finite, weights and moments stay."""
-    state.times.fold()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.gradient_clipping)
     for optimizer in state.optimizers:
         optimizer.found_inf = (~norm.isfinite()).float()  # on the device: nothing waits for it
@@ -300,8 +307,7 @@ def build(config, args, device, saved=None):
     if args.init_from and not saved:
         model.load_state_dict(load(args.init_from, device=device)[0].state_dict())
     emas = [copy.deepcopy(model).requires_grad_(False).eval() for _ in args.ema_rate]
-    times = Times(args.times, args.position_times, device)
-    state = State(model, optim.make_optimizers(model, args), emas, times)
+    state = State(model, optim.make_optimizers(model, args), emas)
     if saved:
         restore(state, saved)
     return state
@@ -388,10 +394,11 @@ def train(args, device, until_end):
     while not (stop := parallel.total(len(caught))) and state.step < args.max_steps:
         seeds = [mix_seed(args.seed, state.step, m) for m in parallel.share(range(accumulation))]
         micro_batches = [next(batches) for _ in seeds]
-        inputs = state.model, micro_batches, seeds, device, state.times
-        loss = accumulate_gradients(*inputs, parallel.total)
+        inputs = state.model, micro_batches, seeds, device
+        times = times_at(state.step / args.max_steps, args)
+        loss = accumulate_gradients(*inputs, times, parallel.total)
         gradients = (p.grad for p in state.model.parameters() if p.requires_grad)
-        parallel.add_up([*gradients, loss, state.times.sums])
+        parallel.add_up([*gradients, loss])
         norm = update_weights(state, args)
         state.step += 1
         meter.add(state.step, loss, norm, micro_batches)
@@ -407,7 +414,6 @@ def train(args, device, until_end):
                 validated = evaluate.validate(state.emas[-1], *val_inputs, args.val_tokens)
                 figures, state.loss_by_time = validated
                 write(step, **{f"val_{name}": value for name, value in figures.items()})
-                state.times.remember(step)
                 news += [log.validation_line(figures), log.overfitting_line(run_dir)]
                 log.draw_curves(run_dir)
                 bound = figures["bound_nats_per_token"]

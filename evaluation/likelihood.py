@@ -24,6 +24,7 @@ from evaluation.bounds import add_up_batches
 from model import rows_at_once
 
 ANY_ORDER_DRAWS = 8  # per window
+SHARES = 0.15, 0.3, 0.5, 0.75, 1.0  # of a text that are unknown
 CHUNK_TOKENS = 2048  # every figure is computed of so many tokens before the next ones are read
 
 
@@ -71,6 +72,43 @@ def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
     return nats
 
 
+def gap(network, ids, cond_mask, u, config, size, from_left=False):
+    """Compute -log P of a stretch of `size` tokens, one of a row at random, times tokens / size.
+
+    The stretch is filled in the sampler's order with all other tokens given; from_left: from left
+    to right, with only the tokens before it given, as a causal model must. The mean per token of
+    the text is that of a hidden token -> (B,) nats.
+    """
+    n_open = (~cond_mask).sum(1)
+    size = n_open.clamp(1, size)
+    begin = (u[:, 0] * (n_open - size + 1)).long()
+    number = (~cond_mask).cumsum(1) - 1  # counts the open positions of a row from 0
+    before = number < begin[:, None]
+    hidden = ~cond_mask & ~before & (number < (begin + size)[:, None])
+    if not from_left:
+        nats = exact(network, ids, ~hidden, u, config, calls=int(size.max()))
+        return nats * n_open / size
+    nothing = torch.zeros(*ids.shape, config.K, device=ids.device)
+    nats = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    for i in range(int(size.max())):
+        known = cond_mask | (number < (begin + i)[:, None])
+        log_p = bfn.predict(network, nothing.softmax(-1), nothing[..., 0], ids, known)
+        this = hidden & (number == (begin + i)[:, None])
+        nats += (bfn.cross_entropy(log_p, ids).double() * this).sum(1)
+    return nats * n_open / size
+
+
+def share_unknown(network, ids, cond_mask, u, config, share):
+    """Compute -log P of a random share of each row's tokens, given the others, over that share.
+
+    It takes the sampler's order and its default number of calls -> (B,) nats.
+    """
+    n_open = (~cond_mask).sum(1)
+    m = (share * n_open).ceil().long().clamp(min=1)
+    hidden = ~cond_mask & (ranks(u[:, 1:], ~cond_mask) < m[:, None])
+    return exact(network, ids, ~hidden, u, config, calls=bfn.Controls.steps) * n_open / m
+
+
 ORDERS = {  # by the flag --order: the name of the figure, and how it is computed
     "sampler": ("exact, a call per token", exact),
     "left": ("left to right", partial(exact, choose=leftmost)),
@@ -79,10 +117,18 @@ ORDERS = {  # by the flag --order: the name of the figure, and how it is compute
 }
 
 
-def figures_of(calls=(), orders=()):
-    """Name the figures of numbers of calls, and of ORDERS -> {name: function}."""
-    by_calls = {f"exact, {n} call{'s' if n > 1 else ''}": partial(exact, calls=n) for n in calls}
-    return by_calls | dict(ORDERS[order] for order in orders)
+def figures_of(calls=(), orders=(), gaps=()):
+    """Name the figures of numbers of calls, of ORDERS, and of gaps of n tokens.
+
+    -> {name: function}. With gaps, also the figures by the share that is unknown.
+    """
+    figures = {f"exact, {n} call{'s' if n > 1 else ''}": partial(exact, calls=n) for n in calls}
+    figures |= dict(ORDERS[order] for order in orders)
+    for n in gaps:
+        figures[f"gap of {n}"] = partial(gap, size=n)
+        figures[f"{n} from the left"] = partial(gap, size=n, from_left=True)
+    shares = SHARES if gaps else ()
+    return figures | {f"{s:.0%} unknown": partial(share_unknown, share=s) for s in shares}
 
 
 # ---------------------------------------------------------------- a text

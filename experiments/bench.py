@@ -150,8 +150,10 @@ def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_lengt
     batch = torch.randint(K, segment_ids.shape), segment_ids, nothing
     forms.choose_form(state, batch, args, device, train.accumulate_gradients)
 
+    times = train.times_at(0.0, args)
+
     def call():
-        train.accumulate_gradients(state.model, [batch], [0], device, state.times)
+        train.accumulate_gradients(state.model, [batch], [0], device, times)
         train.update_weights(state, args)
 
     flops = speed.model_flops(config, row_length) * n_tokens

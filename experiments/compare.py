@@ -127,7 +127,7 @@ def first_formulation(args):
     model_file.FiLM = FiLM
     for variant in (no_skip, no_convolution, adamw, no_cross_entropy, no_easy_start):
         variant(args)
-    args.position_times = 0.0
+    args.position_times = args.hidden_texts = 0.0
     args.beta = 0.005
     args.learning_rate = 1e-3
 
@@ -192,7 +192,7 @@ def masked(args):
     def squared_error_loss(log_p, ids, t, s1):
         return unknown * bfn.cross_entropy(log_p, ids) / (1 - t).clamp(min=1e-4)
 
-    args.position_times = 0.0
+    args.position_times = args.hidden_texts = 0.0
     data.draw_cond_mask = give_nothing
     bfn.CROSS_ENTROPY = 0.0
     bfn.predict_noisy = predict_noisy
@@ -293,7 +293,8 @@ def train_variant(name, args, budget, text, folder):
     def step():
         batch = loader.batch(state.step, budget.progress)
         seeds = [mix_seed(args.seed, state.step, 0)]
-        train.accumulate_gradients(state.model, [batch], seeds, device, state.times)
+        times = train.times_at(budget.progress, args)
+        train.accumulate_gradients(state.model, [batch], seeds, device, times)
         train.update_weights(state, args)
         state.step += 1
         return int((batch[1] > 0).sum())

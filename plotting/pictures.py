@@ -10,7 +10,6 @@ import io
 import math
 import os
 import unicodedata
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -251,54 +250,6 @@ def name_lines(figure, axes, place="outside upper center"):
     labels = [line.get_label() for line in handles]
     labels = [x if len(x) < 90 else f"{x[:40]} ... {x[-40:]}" for x in labels]
     figure.legend(handles, labels, loc=place, ncols=legend_columns(labels))
-
-
-# ---------------------------------------------------------------- times: loss and training times
-
-
-@dataclass(frozen=True)
-class ByTime:
-    """What a checkpoint tells by time."""
-
-    label: str
-    t: np.ndarray  # (n,) middles of the bins of the two losses
-    loss: np.ndarray  # (n,) nats per token; its mean is L_inf
-    cross_entropy: np.ndarray  # (n,) nats per token
-    density: np.ndarray  # (n_bins,) of the learned training times, mean 1
-
-
-def times(checkpoints, history=()):
-    """Draw loss, cross-entropy and density by time of ByTime checkpoints, the oldest palest.
-
-    history: (step, density) of earlier fits, as thin lines.
-    """
-    figure = new_figure(4.2)
-    losses, density = figure.subplots(1, 2)
-    density.axhline(1, color=ink(0.6), linestyle="--", linewidth=1, label="before training")
-    for i, (_, earlier) in enumerate(history, 1):
-        label = f"at {len(history)} validations" if i == len(history) else None
-        look = dict(color=ink(0.4), linewidth=0.8, alpha=0.1 + 0.5 * i / len(history))
-        draw_density(density, earlier, label, **look)
-    for i, c in enumerate(checkpoints, 1):
-        look = dict(alpha=i / len(checkpoints), linewidth=1.8)
-        losses.plot(c.t, c.loss, color="C0", label=plain(f"loss, {c.label}"), **look)
-        label = plain(f"cross-entropy, {c.label}")
-        losses.plot(c.t, c.cross_entropy, color="C1", label=label, **look)
-        draw_density(density, c.density, plain(c.label), color="C2", **look)
-    losses.set(xlabel="t", ylabel="nats per token", ylim=(0, None))
-    losses.set_title("loss (its mean is L_inf) and cross-entropy")
-    density.set(xlabel="t", title="density of learned times, fitted to the loss", ylim=(0, None))
-    for axes, n_columns in ((losses, 2), (density, 1)):
-        axes.grid()
-        place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        axes.legend(fontsize=8, ncols=n_columns, **place)
-    return figure
-
-
-def draw_density(axes, density, label, **look):
-    """Draw a density over even bins of [0, 1]."""
-    edges = np.linspace(0, 1, len(density) + 1)
-    axes.stairs(density, edges, baseline=None, label=label, **look)
 
 
 # ---------------------------------------------------------------- packing: examples in rows

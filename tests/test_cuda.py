@@ -18,7 +18,7 @@ from model import BFNTransformer, Config, Form
 from text import toy
 from training import fused, optim
 from training.checkpoint import State
-from training.times import Times
+from training.times import draw_times
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU and BFN_TEST_CUDA=1")
@@ -49,7 +49,7 @@ def gradients(model, batch, is_fused=False):
     """Loss and gradients of a step on fixed noise."""
     model.zero_grad(set_to_none=True)
     model.use(model.form._replace(fused=is_fused))
-    loss = train.accumulate_gradients(model, [batch], [3], DEVICE, Times("stratified", 0.5, DEVICE))
+    loss = train.accumulate_gradients(model, [batch], [3], DEVICE, draw_times)
     return loss.item(), torch.cat(
         [p.grad.flatten().float() for p in model.parameters() if p.requires_grad]
     )
@@ -129,12 +129,12 @@ def test_the_commands_train_go_on_and_sample(tmp_path, monkeypatch, capsys):
 
 def test_a_step_waits_for_the_device_nowhere(model, batch):
     args = train.complete(train.flags().parse_args(["-d=none", "--max_steps=9"]))
-    state = State(model, optim.make_optimizers(model, args), [], Times("learned", 0.5, DEVICE))
+    state = State(model, optim.make_optimizers(model, args), [])
     args.ema_rate = []
     model.use(model.form._replace(fused=True))
 
     def step():
-        train.accumulate_gradients(model, [batch], [3], DEVICE, state.times)
+        train.accumulate_gradients(model, [batch], [3], DEVICE, draw_times)
         train.update_weights(state, args)
 
     step()

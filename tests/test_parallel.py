@@ -130,13 +130,13 @@ def launch(tmp_path):
 def test_a_run_stopped_on_two_processes_and_resumed_on_one_equals_a_whole_one_bit_for_bit(
     launch, tmp_path
 ):
-    assert launch(tmp_path / "whole", 1, "-acc=2", "--times=learned").returncode == 0
-    stopped = launch(tmp_path / "parts", 2, "--times=learned", stop=(signal.SIGTERM, 4))
+    assert launch(tmp_path / "whole", 1, "-acc=2").returncode == 0
+    stopped = launch(tmp_path / "parts", 2, stop=(signal.SIGTERM, 4))
     assert stopped.returncode != 0 and "Traceback" not in stopped.stdout, stopped.stderr
     assert (
         read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 5
     )  # all finished the step and one saved
-    assert launch(tmp_path / "parts", 1, "--times=learned").returncode == 0
+    assert launch(tmp_path / "parts", 1).returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -20,14 +20,13 @@ import data
 import plot
 from bfn import Controls
 from common import cli, drawing
-from evaluation import bounds, likelihood, tables
+from evaluation import likelihood, tables
 from plotting import pictures
 from sampling.generate import Options, sample_batch
 from sampling.prompts import make_template
 from text import cache, toy
 from text.tokenizer import SPACE
 from training.checkpoint import load, read_checkpoint, read_metrics, save_checkpoint
-from training.times import N_BINS, Times
 
 METRICS = [
     dict(
@@ -60,8 +59,7 @@ def write_metrics(run_dir, lines):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run folder with an untrained network, two checkpoints of different fits of the times, and
-    metrics.
+    """A run folder with an untrained network, two checkpoints, and metrics.
     """
     run_dir = make_run(tmp_path_factory.mktemp("runs") / "run", "word", toy.corpus(300))
     checkpoint = read_checkpoint(run_dir / "best.pt")
@@ -69,7 +67,7 @@ def run_dir(tmp_path_factory):
     for name, step in (("best", 10), ("last", 20)):
         save_checkpoint(
             run_dir / f"{name}.pt",
-            {**checkpoint, "step": step, "times": torch.linspace(1, step, N_BINS)},
+            {**checkpoint, "step": step},
         )
     write_metrics(run_dir, METRICS)
     return run_dir
@@ -274,44 +272,10 @@ def test_missing_and_foreign_runs_are_one_line(draw, capsys, run_dir, tmp_path):
     assert "metrics.jsonl is not of a run" in fails(draw, capsys, "run", "foreign")
     assert "two or more run folders" in fails(draw, capsys, "compare", run_dir, run_dir)
     assert "no checkpoint at begun/last.pt" in fails(draw, capsys, "compare", run_dir, "begun")
-    assert "no checkpoint at nowhere/last.pt" in fails(draw, capsys, "times", "nowhere")
     assert "no checkpoint at nowhere/best.pt" in fails(draw, capsys, "sampling", "nowhere")
 
 
-# ---------------------------------------------------------------- times and packing
-
-
-def test_times_draws_measured_losses_and_the_fit_of_both_checkpoints(
-    draw, drawn, run_dir, tmp_path
-):
-    draw("times", run_dir, f"--cache_dir={tmp_path}", "--max_tokens=2000")
-    losses, density = drawn[0].axes
-    labels = [line.get_label() for line in losses.lines]
-    assert labels[::2] == ["loss, best.pt, step 10", "loss, last.pt, step 20"] and labels[
-        1
-    ].startswith("cross-entropy")
-    assert losses.lines[0].get_alpha() < losses.lines[2].get_alpha() == 1
-    model, tokenizer, _ = load(run_dir)
-    tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
-    device, n_draws = torch.device("cpu"), plot.DENSITY_DRAWS
-    text = bounds.Text(tokens, 32, tokenizer.bos_id()).first_tokens(2000)
-    scores = bounds.score(model, text, bounds.Work(device), n_draws=n_draws)
-    assert losses.lines[2].get_ydata() == pytest.approx(scores.by_time(plot.DENSITY_BINS)[1])
-    assert losses.lines[2].get_ydata().mean() == pytest.approx(
-        scores.nats_per_token[0], rel=0.1
-    )  # L_inf
-    fit = Times("learned", 0.0)
-    fit.curve = torch.linspace(1, 20, N_BINS)
-    assert density.patches[1].get_data().values == pytest.approx(fit.density().numpy())
-
-
-def test_times_without_its_text_say_where_it_was(draw, capsys, run_dir, tmp_path):
-    shutil.copytree(run_dir, tmp_path / "moved")
-    checkpoint = read_checkpoint(run_dir / "last.pt")
-    checkpoint["args"]["val_path"] = "gone.txt"
-    for name in ("best", "last"):
-        save_checkpoint(tmp_path / "moved" / f"{name}.pt", checkpoint)
-    assert "which is not at gone.txt: give -d" in fails(draw, capsys, "times", "moved")
+# ---------------------------------------------------------------- packing
 
 
 def test_packing_draws_the_segments_of_both_plans_with_their_fill(draw, drawn, run_dir, tmp_path):

@@ -30,7 +30,7 @@ from sampling.guidance import Classifier, load_classifier, save_classifier
 from sampling.prompts import check_unicode
 from text.reading import lines_of
 from text.tokenizer import label_ids
-from training.times import Times
+from training.times import draw_times
 
 BATCH = 32  # texts
 HELD_OUT_SHARE = 0.1
@@ -84,14 +84,15 @@ def batches(examples, seed):
 def read_noisy(classifier, examples, sampler, t, given=None):
     """Draw a noisy view of examples at time t and label it -> log p (B, n_labels), labels (B,).
 
-    t: a number, or a function of segment_ids -> (B, L). given: a function of segment_ids that tells
-    what is given, besides bos.
+    t: a number, or None for times as in training. given: a function of segment_ids that tells what
+    is given, besides bos.
     """
     ids, segment_ids = pad([ids for _, ids in examples], sampler.device)
-    t = t(segment_ids) if callable(t) else torch.full(ids.shape, t, device=sampler.device)
     cond_mask = (segment_ids == 0) | (ids == sampler.tokenizer.bos_id())
     if given is not None:
         cond_mask |= given(segment_ids)
+    drawn = draw_times(segment_ids, cond_mask, own_share=0.5)[0]
+    t = drawn if t is None else torch.full_like(drawn, t)
     config = sampler.model.config
     theta = bfn.flow(ids, t, config.s1, config.K).softmax(-1)
     labels = torch.tensor([classifier.labels.index(label) for label, _ in examples])
@@ -106,11 +107,7 @@ def train(sampler, examples, labels, n_steps, seed):
     classifier = Classifier(sampler.model, labels).to(sampler.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
-    times = Times("stratified", position_share=0.5, device=sampler.device)
     rng = np.random.default_rng(seed)
-
-    def draw_times(segment_ids):
-        return times.draw(segment_ids)[0]
 
     def given(segment_ids):
         cond_mask = data.draw_cond_mask(segment_ids.cpu().numpy(), rng)
@@ -119,7 +116,7 @@ def train(sampler, examples, labels, n_steps, seed):
     steps = islice(batches(examples, seed), n_steps)
     bar = tqdm(steps, total=n_steps, desc="training", unit="step", disable=None)
     for batch in bar:
-        log_p, wanted = read_noisy(classifier, batch, sampler, draw_times, given)
+        log_p, wanted = read_noisy(classifier, batch, sampler, None, given)
         loss = F.nll_loss(log_p, wanted)
         loss.backward()
         optimizer.step()

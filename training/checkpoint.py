@@ -4,12 +4,12 @@ A checkpoint is one file of plain types and tensors: the description of the run,
 starts or resumes, and its state:
 
     args, identity, config, tokenizer_hash, sizes, lengths, word_lengths             `describe_run`
-    step, best, model, emas, optimizers, times, times_history, loss_by_time          `State`
+    step, best, model, emas, optimizers, loss_by_time                                `State`
 
 last.pt is the newest, best.pt the one of the lowest validation bound, and older/ holds those that
 last.pt was before. An exported folder (tools/export.py) holds the last of the emas as
-model.safetensors. Its config.json has the rest, without model, optimizers and times, and the
-figures of the validation.
+model.safetensors. Its config.json has the rest, without model and optimizers, and the figures of
+the validation.
 """
 
 import json
@@ -28,7 +28,6 @@ from common import parallel
 from common.files import file_hash, replacing
 from model import BFNTransformer, Config
 from text.tokenizer import load_tokenizer
-from training.times import Times
 
 FORMAT = 5  # of the checkpoint file and the network in it
 RUN_FILES = (
@@ -236,7 +235,6 @@ class State:
     model: BFNTransformer
     optimizers: list
     emas: list  # averaged copies of the model, one per rate
-    times: Times
     step: int = 0
     best: float = math.inf  # lowest validation bound so far, nats per token
     loss_by_time: list | None = None  # of the last validation, in even bins
@@ -254,8 +252,6 @@ def restore(state, saved):
         ema.load_state_dict(weights)
     state.step, state.best, state.loss_by_time = saved["step"], saved["best"], saved["loss_by_time"]
     state.saved_step = state.step
-    state.times.curve.copy_(saved["times"])
-    state.times.history = list(saved.get("times_history", []))
 
 
 @parallel.first_only
@@ -279,8 +275,6 @@ def save(state, run, run_dir, is_best=False):
         step=state.step,
         best=state.best,
         loss_by_time=state.loss_by_time,
-        times=state.times.curve,
-        times_history=state.times.history,
     )
     keep = run["args"]["keep"]
     last = run_dir / "last.pt"

@@ -1,14 +1,14 @@
 """How a step computes its numbers: compiled, fused, in bfloat16, with flex attention.
 
 A form is used only after a check that it gives the loss and the gradients of the plain form.
-`accumulate` is train.accumulate_gradients(model, batches, seeds, device, times) throughout.
+`accumulate` is train.accumulate_gradients(model, batches, seeds, device, draw_times) throughout.
 """
 
 import re
 import sys
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from common import parallel
 from model import Form
 from training import fused, optim, speed
-from training.times import Times
+from training.times import draw_times
 
 FUSED_FROM = 1000  # tokens of vocabulary; below, the plain form is as fast
 COMPILED_FROM = 256  # width, on a CPU; below, compiling gains nothing
@@ -129,14 +129,12 @@ def can_use_gram(model, device):
 # ---------------------------------------------------------------- is it right?
 
 
-class CheckTimes(Times):
-    """Times of the check, with both ends: an edit that only matters there must show."""
-
-    def draw(self, segment_ids):
-        B, L = segment_ids.shape
-        t = torch.tensor([0.0, 0.001, 0.5, 0.01, 1.0, 0.99, 0.3, 0.999], device=segment_ids.device)
-        t = t.repeat(B, -(-L // len(t)))[:, :L].contiguous()
-        return t, torch.ones_like(t)
+def checked_times(segment_ids, cond_mask):
+    """Choose times with both ends: an edit that only matters there must show."""
+    B, L = segment_ids.shape
+    t = torch.tensor([0.0, 0.001, 0.5, 0.01, 1.0, 0.99, 0.3, 0.999], device=segment_ids.device)
+    t = t.repeat(B, -(-L // len(t)))[:, :L].contiguous()
+    return t, torch.ones_like(t)
 
 
 class Check:
@@ -178,9 +176,9 @@ class Check:
     def step(self, network):
         """Take the loss and the gradients of a step, with the same noise -> {name: tensor}."""
         network.zero_grad(set_to_none=True)
-        times = CheckTimes("uniform", 0.0, self.device)
+        inputs = network, [self.batch], [0], self.device, checked_times
         with self.own_random_numbers():
-            found = {"the loss": self.accumulate(network, [self.batch], [0], self.device, times)}
+            found = {"the loss": self.accumulate(*inputs)}
         for name, p in reversed(list(network.named_parameters())):  # the last is computed first
             if p.grad is not None:
                 found[f"the gradient of {name}"] = p.grad
@@ -244,7 +242,7 @@ def in_brackets(error):
 
 def warm_up(state, batch, args, device, accumulate):
     """Do the work of some steps, but change nothing -> seconds that a step takes."""
-    times = Times(args.times, args.position_times, device)
+    times = partial(draw_times, own_share=args.position_times)
     model = state.model
 
     def micro_batch():

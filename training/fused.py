@@ -77,22 +77,20 @@ def theta_times_sum(ids, t, keys, s1, K, dtype):
 
 
 def loss_and_gradient(linear, bias, ids, t, keys, scale, s1):
-    """Compute bfn.training_loss for logits = linear + bias + z, and a gradient.
+    """Compute bfn.training_loss for logits = linear + bias + z, summed with weights scale (n,).
 
-    linear (n, K) -> losses (n,) float32, gradient of their sum, weighted by scale (n,), with
-    respect to linear (n, K).
+    linear (n, K) -> the sum, its gradient with respect to linear (n, K).
     """
     z = evidence(ids, t, keys, s1, linear.shape[-1])
     parts = zip(halves(linear, -1), halves(bias), z, strict=True)
     logits = torch.cat([x.float() + b + half for x, b, half in parts], -1)
 
     def weighted_sum(logits):
-        losses = bfn.training_loss(logits.log_softmax(-1), ids, t, s1)
-        return (scale * losses).sum(), losses
+        return (scale * bfn.training_loss(logits.log_softmax(-1), ids, t, s1)).sum()
 
     # The gradient with respect to logits is also that with respect to linear.
-    gradient, losses = torch.func.grad(weighted_sum, has_aux=True)(logits)
-    return losses, gradient.to(linear.dtype)
+    gradient, loss = torch.func.grad_and_value(weighted_sum)(logits)
+    return loss, gradient.to(linear.dtype)
 
 
 compiled_theta_times_sum = torch.compile(theta_times_sum, dynamic=False)
@@ -142,8 +140,8 @@ class ThetaToH(torch.autograd.Function):
 class HiddenToLoss(torch.autograd.Function):
     """bfn.training_loss of log_softmax(hidden W^T + bias + z), summed with weights scale (B, L).
 
-    -> the weighted sum, and the losses (B, L) without gradient, 0 where nothing is predicted. The
-    gradients are computed along with the loss, so that the logits of a chunk are forgotten at once.
+    The gradients are computed along with the loss, so that the logits of a chunk are forgotten at
+    once. What is not predicted adds nothing.
     """
 
     @staticmethod
@@ -151,26 +149,24 @@ class HiddenToLoss(torch.autograd.Function):
         x = hidden.flatten(0, 1).to(matmul_dtype(hidden))
         scale = scale.flatten()
         cast = W.to(x.dtype)
-        losses = torch.zeros_like(scale)
+        loss = torch.zeros((), device=W.device)
         dx, dW, d_bias = torch.zeros_like(x), torch.zeros_like(W), torch.zeros_like(bias)
         call = compiled_loss_and_gradient if noisy.compiled else loss_and_gradient
         with torch.autocast(W.device.type, enabled=False):
             for index, *tokens in noisy.chunks(len(W)):
                 size, n = len(tokens[0]), len(index)
                 linear = pad(x[index] @ cast.T, size)
-                each, d = call(linear, bias, *tokens, pad(scale[index], size), noisy.s1)
-                losses[index], d = each[:n], d[:n]
+                of_chunk, d = call(linear, bias, *tokens, pad(scale[index], size), noisy.s1)
+                loss += of_chunk
+                d = d[:n]
                 dx[index] = d @ cast
                 add_product(dW, d.T, x[index])
                 d_bias += d.sum(0, dtype=d_bias.dtype)
         ctx.save_for_backward(dx.view_as(hidden), dW, d_bias)
-        weighted_sum = (losses * scale).sum()
-        losses = losses.view(hidden.shape[:2])
-        ctx.mark_non_differentiable(losses)
-        return weighted_sum, losses
+        return loss
 
     @staticmethod
-    def backward(ctx, d_sum, _):
+    def backward(ctx, d_sum):
         return *(gradient * d_sum for gradient in ctx.saved_tensors), None, None
 
 
