@@ -106,7 +106,9 @@ def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
     bound = bound_nats_per_token / math.log(2)
     exact = entropy + excess_nats_per_token(sampler.model, sampler.tokenizer, val) / math.log(2)
 
-    def above(bits):
+    hidden, by_grammar = hidden_word_nats(sampler.model, sampler.tokenizer, val)
+
+    def above(bits, entropy=entropy):
         return f"{abs(bits / entropy - 1):.1%} {'above' if bits >= entropy else 'below'}"
 
     tokenizer = sampler.tokenizer
@@ -121,8 +123,28 @@ def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
     return [
         f"bound {bound:.3f} bits per token, {compared}",
         f"exact likelihood under commit {exact:.3f} bits per token, {above(exact)}",
+        f"a hidden word {hidden / math.log(2):.3f} bits, {above(hidden, by_grammar)} the grammar",
         f"{good} samples are grammatical, {new} of these are not in the corpus",
     ]
+
+
+def hidden_word_nats(model, tokenizer, val, n=100):
+    """Compute what a word costs, given all others, in n sentences -> nats: model, grammar."""
+    rows, hidden, truth = [], [], 0.0
+    for begin, end in pairwise(val.offsets[: n + 1]):
+        ids = val.ids[begin:end].tolist()
+        words = tokenizer.decode(ids).split()
+        for d in range(len(words)):
+            rows.append(ids)
+            hidden.append([d + 1])  # after bos
+            others = [*words[:d], None, *words[d + 1 :]]
+            truth += math.log(toy.probability(others) / toy.probability(words))
+    ids, segment_ids = data.pad(rows, next(model.parameters()).device)
+    hidden = torch.tensor(hidden, device=ids.device)
+    given = torch.ones_like(ids, dtype=torch.bool).scatter(1, hidden, False)
+    network, config = partial(model, segment_ids=segment_ids), model.config
+    log_p = bfn.log_likelihood(network, ids, given, config.s1, config.K, calls=1)
+    return -log_p.sum().item() / len(rows), truth / len(rows)
 
 
 def excess_nats_per_token(model, tokenizer, val, n=400):

@@ -35,7 +35,7 @@ import model as model_file
 import train
 from common import cli, drawing, parallel
 from common.noise import mix_seed
-from evaluation import bounds, tables
+from evaluation import bounds, likelihood, tables
 from experiments.tables import table
 from training import forms, optim, speed
 from training.checkpoint import save
@@ -47,7 +47,9 @@ EXACT_TOKENS = 2048  # and of these, for the exact likelihood
 MEANS = "L_inf_nats_per_token", "L_rec_nats_per_token", "minutes", "n_tokens"
 WARM_UP = 0.1  # share of the budget
 BITS = {"bits per character: bound": "bits_per_char", "exact": "exact_bits_per_char"}
+GAPS = 1, 4, 16  # tokens; each in its full context, and from the left
 COLUMNS = "variant", "what", *BITS, "L_inf + L_rec, nats per token", "minutes", "tokens", "seeds"
+GAP_COLUMNS = list(likelihood.figures_of(gaps=GAPS))
 
 
 # ---------------------------------------------------------------- variants
@@ -271,6 +273,16 @@ def measure_bound(model, text, device):
     return tables.likelihood_figures(scores)
 
 
+def measure_gaps(name, model, text, device):
+    """Measure hidden tokens of EXACT_TOKENS of a Text -> figures. Causal models see the left."""
+    functions = likelihood.figures_of(gaps=GAPS)
+    if name == "autoregressive":
+        functions = {key: f for key, f in functions.items() if key.endswith("from the left")}
+    text = text.first_tokens(EXACT_TOKENS)
+    with evaluate.full_precision():
+        return evaluate.measure_exact(model, text, functions, bounds.Work(device))
+
+
 def train_variant(name, args, budget, text, folder):
     """Train one variant on the text that `prepare` returned -> its record."""
     tokenizer, tokens, val = text
@@ -306,6 +318,7 @@ def train_variant(name, args, budget, text, folder):
             return measure_bound(model, held_out, device) | exact
 
     curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
+    curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L, bos_id), device))
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
         state.loss_by_time = evaluate.validate(state.emas[-1], val, bos_id, L, device)[1]
         run = describe_run(args, config, *text, folder)
@@ -349,7 +362,11 @@ def summarise(records):
         nats = "{L_inf_nats_per_token:.3f} + {L_rec_nats_per_token:.3f}".format(**mean)
         spent = [f"{mean['minutes']:.1f}", f"{mean['n_tokens'] / 1e6:.2f} M"]
         rows.append([name, what, *bits, nats, *spent, str(len(rs))])
-    return table(COLUMNS, sorted(rows, key=lambda cells: float(cells[2].split()[0])))
+    rows = sorted(rows, key=lambda cells: float(cells[2].split()[0]))
+    keys = [f"{tables.to_key(name)}_nats_per_token" for name in GAP_COLUMNS]
+    gaps = [[name, *(mean_and_error(groups[name], key) for key in keys)] for name, *_ in rows]
+    hidden = table(["variant", *GAP_COLUMNS], gaps)
+    return [*table(COLUMNS, rows), "", "Nats per hidden token:", "", *hidden]
 
 
 def mean_and_error(records, key):

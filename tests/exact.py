@@ -1,6 +1,8 @@
-"""The exact network of a small joint distribution: what perfect training would give."""
+"""Exact networks, which are what perfect training would give: of a small joint, of a grammar."""
 
 import torch
+
+from text import toy
 
 
 def random_joint(K=4, L=3, seed=0, spread=2.0):
@@ -35,3 +37,37 @@ def draw(sequences, probabilities, n, seed=0):
     """n independent sequences (n, L)."""
     generator = torch.Generator().manual_seed(seed)
     return sequences[torch.multinomial(probabilities, n, replacement=True, generator=generator)]
+
+
+class ExactGrammar:
+    """The built-in language, of which theta (B, L, V) is over `toy.vocabulary()`.
+
+    spans[b, i, j] is the probability of a symbol to become the words i to j - 1, under theta, so
+    that a sequence of symbols is a product of matrices. The derivative of the log of the whole, by
+    log theta, is the posterior of each word.
+    """
+
+    def __init__(self):
+        self.words = {word: k for k, word in enumerate(toy.vocabulary())}
+
+    def spans(self, symbol, theta, known):
+        if symbol in known:
+            return known[symbol]
+        if symbol in self.words:
+            known[symbol] = torch.diag_embed(theta[..., self.words[symbol]], 1)
+            return known[symbol]
+        total = 0.0
+        for weight, body in toy.GRAMMAR[symbol]:
+            product = torch.eye(theta.shape[1] + 1, dtype=theta.dtype).expand(len(theta), -1, -1)
+            for part in body:
+                product = product @ self.spans(part, theta, known)
+            total = total + weight * product
+        known[symbol] = total
+        return total
+
+    @torch.enable_grad()
+    def __call__(self, theta, t):
+        theta = theta.detach().double().requires_grad_()
+        whole = self.spans("S", theta, {})[:, 0, -1]
+        (slope,) = torch.autograd.grad(whole.log().sum(), theta)
+        return (theta * slope).detach().clamp(min=1e-300).log()

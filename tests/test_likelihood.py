@@ -4,14 +4,16 @@ the command line.
 
 import json
 import math
+import random
 import signal
 import sys
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from exact import ExactNetwork, draw, random_joint
+from exact import ExactGrammar, ExactNetwork, draw, random_joint
 from untrained import make_run
 
 import evaluate
@@ -165,3 +167,50 @@ def test_an_order_that_does_not_exist_is_refused(monkeypatch, capsys):
     assert (
         error.value.code == 2 and "write some of sampler,left,random,any" in capsys.readouterr().err
     )
+
+
+# ---------------------------------------------------------------- gaps
+
+
+@pytest.fixture(scope="module")
+def grammar():
+    """Sentences of equal length of the built-in language, their ids, and the exact network of its grammar."""
+    exact, rng = ExactGrammar(), random.Random(3)
+    drawn = (toy.sample(rng) for _ in range(10_000))
+    sentences = list(islice((words for words in drawn if len(words) == 9), 40))
+    windows = [np.array([exact.words[word] for word in words]) for words in sentences]
+
+    def network(theta, t, segment_ids):
+        return exact(theta, t)
+
+    network.config = SimpleNamespace(K=len(exact.words), d_model=1, s1=6.0)
+    return sentences, windows, network
+
+
+def hidden_nats(words, begin, size):
+    """-log of the probability of words[begin : begin + size], given all others."""
+    others = [*words[:begin], *[None] * size, *words[begin + size :]]
+    return math.log(toy.probability(others) / toy.probability(words))
+
+
+def test_a_gap_costs_what_the_grammar_says(grammar):
+    sentences, windows, network = grammar
+    functions = likelihood.figures_of(gaps=[1, 3])
+    scores = likelihood.score(
+        network, windows, -1, bounds.nothing_given, functions, bounds.Work(CPU)
+    )
+    for size in (1, 3):
+        found = scores.nats[f"gap of {size}"] * size / scores.n_scored
+        for nats, words in zip(found, sentences, strict=True):
+            possible = [hidden_nats(words, d, size) for d in range(len(words) - size + 1)]
+            assert min(abs(nats - x) for x in possible) < 1e-5
+    for name in ("1 from the left", "3 from the left"):
+        size = int(name[0])
+        for nats, words in zip(scores.nats[name] * size / scores.n_scored, sentences, strict=True):
+            n = len(words)
+            before = [[*words[:d], *[None] * (n - d)] for d in range(n + 1)]
+            p = [toy.probability(x) for x in before]
+            possible = [math.log(p[d] / p[d + size]) for d in range(n - size + 1)]
+            assert min(abs(nats - x) for x in possible) < 1e-5
+    whole = [-math.log(toy.probability(w) / toy.lengths()[len(w)]) for w in sentences]
+    np.testing.assert_allclose(scores.nats["100% unknown"], whole, atol=1e-4)

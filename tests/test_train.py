@@ -458,9 +458,10 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused)
     """With the same noise, also if the micro-batches have different numbers of predicted tokens."""
     _, _, state = tiny_setup()
     torch.nn.init.normal_(state.model.linear_out.weight)
-    monkeypatch.setattr(
-        Times, "draw", lambda self, segment_ids: torch.full((2, *segment_ids.shape), 0.6)
-    )
+
+    def draw_times(segment_ids, cond_mask):
+        return torch.full((2, *segment_ids.shape), 0.6)
+
     keys = train.draw_keys(1, 10)
     monkeypatch.setattr(train, "draw_keys", lambda B, L, device: keys.expand(B, L, 2))
     state.model.use(Form(fused=is_fused))

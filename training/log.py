@@ -309,9 +309,10 @@ def text_warnings(training, val):
 
 def few_steps(args, seconds_per_step=None):
     """Say that a run is too short to learn from -> a line."""
-    example = f" (about {600 / seconds_per_step:,.0f} steps)" if seconds_per_step else ""
+    minutes = max(10, round(3 * (args.minutes or 0)))
+    example = f" (about {60 * minutes / seconds_per_step:,.0f} steps)" if seconds_per_step else ""
     few = f"{args.max_steps} steps are too few to learn a language"
-    return f"{few}: samples will be noise. Try --minutes=10{example}"
+    return f"{few}: samples will be noise. Try --minutes={minutes}{example}"
 
 
 def validation_line(figures):
