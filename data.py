@@ -3,11 +3,11 @@
     window       at most L consecutive tokens of one document, which is an example of the corpus
     ids          (B, L) int64  rows of a batch, each packed with windows, 0 = padding
     segment_ids  (B, L) int64  number of the window in its row: 1, 2, ..., 0 = padding
-    cond_mask    (B, L) bool   True = given to the network, not predicted
+    seen         (B, L) int8   what the network sees of a token: see `draw_seen`
 
 Whatever is random depends only on (seed, epoch), or on (seed, number of the batch, progress of the
 training), so a loader has no state to save. Training begins with easy texts, in which most tokens
-are given: see `easy_share`.
+are given.
 """
 
 import math
@@ -20,7 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import segment_positions
 
-EASY_SHARE = 0.8  # see `easy_share`
+EASY_SHARE = 0.8  # of tokens, see `easy_share`
+UNEVEN_SHARE = 0.5  # of texts, see `draw_seen`
+SHARED, GIVEN, HIDDEN, OWN = range(4)  # what the network sees of a token
 
 
 # ---------------------------------------------------------------- packing
@@ -226,23 +228,34 @@ def easy_share(progress):
     return EASY_SHARE * max(0.0, 1 - 2 * progress)
 
 
-def draw_cond_mask(segment_ids, rng, easy=0.0):
-    """Choose what is given: segment_ids (B, L) -> (B, L) bool, both numpy arrays.
+def draw_seen(segment_ids, rng, progress=1.0):
+    """Choose what the network sees of each token: segment_ids (B, L) -> (B, L) int8, both numpy.
 
-    Nothing in half of the segments, else a random span, or random positions. The share of a segment
-    that is given is uniform on (0, 1). Of the rest, a random share `easy` is given too.
+        SHARED    evidence of the time that the positions of a segment share, as in the bound
+        GIVEN     the token itself
+        HIDDEN    nothing
+        OWN       evidence of a time of its own
+
+    In a share UNEVEN_SHARE of the segments, some tokens are far clearer than others. Of these, a
+    share `progress` is HIDDEN but for random positions that are GIVEN. In half of the others, which
+    are OWN or SHARED, nothing is given, else a random span or random positions; of the rest,
+    `easy_share` is given too. The share of a segment that is given is uniform on (0, 1).
     """
     B, L = segment_ids.shape
     position, until_end = (x.numpy() for x in segment_positions(torch.from_numpy(segment_ids)))
     size = position + until_end + 1
     of_segment = np.arange(B)[:, None], segment_ids  # picks from a (B, L + 1) array of segments
-    kind, share, u = (draw[of_segment] for draw in rng.random((3, B, L + 1)))
+    kind, share, u, v = (draw[of_segment] for draw in rng.random((4, B, L + 1)))
     n = (share * size).astype(np.int64)
     begin = (u * (size - n + 1)).astype(np.int64)
     span = (begin <= position) & (position < begin + n)
     scattered = rng.random((B, L)) < share
     given = np.where(kind < 0.5, False, np.where(kind < 0.75, span, scattered))
-    return (given | (rng.random((B, L)) < easy)) & (segment_ids > 0)
+    given |= rng.random((B, L)) < easy_share(progress)
+    is_hidden = v < UNEVEN_SHARE * progress
+    given = np.where(is_hidden, scattered, given)
+    others = np.where(is_hidden, HIDDEN, np.where(v < UNEVEN_SHARE, OWN, SHARED))
+    return np.where(segment_ids > 0, np.where(given, GIVEN, others), SHARED).astype(np.int8)
 
 
 class Loader:
@@ -271,7 +284,7 @@ class Loader:
         return math.ceil(epochs * self.rows_per_epoch / self.batch_size / accumulation)
 
     def batch(self, n, progress=1.0):
-        """Make batch n -> ids, segment_ids, cond_mask, each a tensor (B, L).
+        """Make batch n -> ids, segment_ids, seen, each a tensor (B, L).
 
         bos is always given, a label in half of the texts or more. progress: the share of the
         training that is done, in [0, 1].
@@ -283,12 +296,12 @@ class Loader:
             parts += self.read(int(epoch), rows[epochs == epoch])
         ids, segment_ids = map(np.concatenate, zip(*parts, strict=True))
         rng = np.random.default_rng((self.seed, 0, n))
-        cond_mask = draw_cond_mask(segment_ids, rng, easy_share(progress))
+        seen = draw_seen(segment_ids, rng, progress)
         if self.label_ids:
             is_label = np.isin(ids, self.label_ids) & (segment_ids > 0)
-            cond_mask |= is_label & (rng.random(ids.shape) < 0.5)
-        cond_mask |= (ids == self.bos_id) & (segment_ids > 0)
-        return tuple(map(torch.from_numpy, (ids, segment_ids, cond_mask)))
+            seen[is_label & (rng.random(ids.shape) < 0.5)] = GIVEN
+        seen[(ids == self.bos_id) & (segment_ids > 0)] = GIVEN
+        return tuple(map(torch.from_numpy, (ids, segment_ids, seen)))
 
     def read(self, epoch, rows):
         """Read rows (n,), numbered through all epochs, of an epoch -> list of ids, segment_ids."""

@@ -85,10 +85,6 @@ def flags():
     add("-b", "--beta", type=cli.auto_or_positive, default="auto",
         help="beta(1), or auto: from the vocabulary size (auto)")
     add("-lr", "--learning_rate", type=cli.positive, help="peak learning rate *")
-    add("--position_times", type=cli.zero_to_one, default=0.5,
-        help="share of texts whose positions have their own t (0.5)")
-    add("--hidden_texts", type=cli.zero_to_one, default=0.5,
-        help="share of texts, at the end, of whose unknown tokens nothing is seen (0.5)")
     add("-wus", "--warmup_steps", type=cli.natural, help="linear warm-up, at most a fifth *")
     add("-wd", "--weight_decay", type=cli.non_negative, default=0.01, help="of matrices (0.01)")
     add("-gc", "--gradient_clipping", type=cli.positive, default=1.0, help="largest norm (1)")
@@ -213,15 +209,15 @@ def make_config(args, K):
 # ---------------------------------------------------------------- one step
 
 
-def accumulate_gradients(model, batches, seeds, device, draw_times, total=int):
+def accumulate_gradients(model, batches, seeds, device, total=int, times=draw_times):
     """Add the gradient of a step's mean training loss -> the loss, in nats per predicted token.
 
-    batches: micro-batches (ids, segment_ids, cond_mask), each (B, L) on the CPU; each has its own
-    seed. draw_times: see `times_at`. total: adds up the number of predicted tokens over all
-    processes that share the step; the loss, a scalar on the device, and its gradient are this one's
-    part.
+    batches: micro-batches (ids, segment_ids, seen), each (B, L) on the CPU; each has its own
+    seed. total: adds up the number of predicted tokens over all processes that share the step; the
+    loss, a scalar on the device, and its gradient are this one's part. times: see `draw_times`.
     """
-    masks = [(segment_ids > 0) & ~cond_mask for _, segment_ids, cond_mask in batches]  # predicted
+    # What is predicted.
+    masks = [(segment_ids > 0) & (seen != data.GIVEN) for _, segment_ids, seen in batches]
     n_tokens = max(1, total(sum(int(mask.sum()) for mask in masks)))
     sum_of_losses = torch.zeros((), device=device)
     K, s1 = model.config.K, model.config.s1
@@ -229,8 +225,9 @@ def accumulate_gradients(model, batches, seeds, device, draw_times, total=int):
         torch.manual_seed(seed)
         predicted = mask.flatten().nonzero().squeeze(1)  # on the CPU: nothing waits for the device
         on_device = (to_device(x, device) for x in (*batch, mask, predicted))
-        ids, segment_ids, cond_mask, mask, predicted = on_device
-        t, weight = draw_times(segment_ids, cond_mask)
+        ids, segment_ids, seen, mask, predicted = on_device
+        cond_mask = seen == data.GIVEN
+        t, weight = times(segment_ids, seen)
         keys = draw_keys(*ids.shape, device=device)
         scale = weight * mask / n_tokens
         with torch.autocast(device.type, torch.bfloat16, enabled=model.form.bf16):
@@ -247,15 +244,6 @@ def accumulate_gradients(model, batches, seeds, device, draw_times, total=int):
         loss.backward()
         sum_of_losses += loss.detach()
     return sum_of_losses
-
-
-def times_at(progress, args):
-    """Choose how times are drawn at a share of the training -> see `times.draw_times`.
-
-    The share of hidden texts rises in a straight line from 0: at first easy texts teach more.
-    """
-    hidden_share = args.hidden_texts * progress
-    return partial(draw_times, own_share=args.position_times, hidden_share=hidden_share)
 
 
 def to_device(x, device):
@@ -394,9 +382,7 @@ def train(args, device, until_end):
     while not (stop := parallel.total(len(caught))) and state.step < args.max_steps:
         seeds = [mix_seed(args.seed, state.step, m) for m in parallel.share(range(accumulation))]
         micro_batches = [next(batches) for _ in seeds]
-        inputs = state.model, micro_batches, seeds, device
-        times = times_at(state.step / args.max_steps, args)
-        loss = accumulate_gradients(*inputs, times, parallel.total)
+        loss = accumulate_gradients(state.model, micro_batches, seeds, device, parallel.total)
         gradients = (p.grad for p in state.model.parameters() if p.requires_grad)
         parallel.add_up([*gradients, loss])
         norm = update_weights(state, args)

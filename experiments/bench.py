@@ -121,7 +121,7 @@ def operations(device, repetitions, variant, K, n_tokens, width):
     def in_chunks():
         keys = draw_keys(1, n_tokens, device=device)
         noisy = fused.Noisy(ids, t, keys, predicted, s1, compiled)
-        return fused.HiddenToLoss.apply(fused.ThetaToH.apply(E, noisy), W, bias, scale, noisy)[0]
+        return fused.HiddenToLoss.apply(fused.ThetaToH.apply(E, noisy), W, bias, scale, noisy)
 
     call = in_chunks if "fused" in variant else plain
     if variant == "plain, compiled":
@@ -150,10 +150,8 @@ def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_lengt
     batch = torch.randint(K, segment_ids.shape), segment_ids, nothing
     forms.choose_form(state, batch, args, device, train.accumulate_gradients)
 
-    times = train.times_at(0.0, args)
-
     def call():
-        train.accumulate_gradients(state.model, [batch], [0], device, times)
+        train.accumulate_gradients(state.model, [batch], [0], device)
         train.update_weights(state, args)
 
     flops = speed.model_flops(config, row_length) * n_tokens

@@ -1,7 +1,7 @@
 """Train variants for the same minutes or tokens, and compare their validation bounds.
 
     python -m experiments.compare base no_skip adamw --minutes=3
-    python -m experiments.compare base learning_rate=3e-3 "position_times=0 batch_size=8"
+    python -m experiments.compare base learning_rate=3e-3 "weight_decay=0 batch_size=8"
     python -m experiments.compare base autoregressive --minutes=12 --seeds=3 -d=wiki8.train.txt \\
         --val_path=wiki8.valid.txt --flags="--preset=laptop --tokenizer=char -slen=128 -bsz=16"
 
@@ -60,9 +60,9 @@ def head_without_theta(self, hidden, theta):
     return self.linear_out(hidden)
 
 
-def give_nothing(segment_ids, rng, easy=0.0):
-    """Replace data.draw_cond_mask: no position is given -> (B, L) bool."""
-    return np.zeros_like(segment_ids, dtype=bool)
+def give_nothing(segment_ids, rng, progress=1.0):
+    """Replace data.draw_seen: a text shares its time -> (B, L) int8."""
+    return np.full_like(segment_ids, data.SHARED, dtype=np.int8)
 
 
 def no_reconstruction(network, ids, *rest):
@@ -112,6 +112,11 @@ def no_easy_start(args):
     data.EASY_SHARE = 0.0
 
 
+def even(args):
+    """All that is not given of a text shares its time."""
+    data.UNEVEN_SHARE = 0.0
+
+
 def first_formulation(args):
     """theta @ E, AdamW at 1e-3, beta 0.005, one t per text, one loss; FiLM without 1 +, no skip,
     convolution or easy start.
@@ -127,9 +132,8 @@ def first_formulation(args):
             return F.rms_norm(h, h.shape[-1:]) * scale + shift
 
     model_file.FiLM = FiLM
-    for variant in (no_skip, no_convolution, adamw, no_cross_entropy, no_easy_start):
+    for variant in (no_skip, no_convolution, adamw, no_cross_entropy, no_easy_start, even):
         variant(args)
-    args.position_times = args.hidden_texts = 0.0
     args.beta = 0.005
     args.learning_rate = 1e-3
 
@@ -172,7 +176,7 @@ def autoregressive(args):
         return bfn.cross_entropy(log_p, ids)
 
     train.BFNTransformer = Causal
-    data.draw_cond_mask = give_nothing
+    data.draw_seen = give_nothing
     bfn.CROSS_ENTROPY = 0.0
     bfn.predict = predict
     bfn.squared_error_loss = squared_error_loss
@@ -194,8 +198,7 @@ def masked(args):
     def squared_error_loss(log_p, ids, t, s1):
         return unknown * bfn.cross_entropy(log_p, ids) / (1 - t).clamp(min=1e-4)
 
-    args.position_times = args.hidden_texts = 0.0
-    data.draw_cond_mask = give_nothing
+    data.draw_seen = give_nothing
     bfn.CROSS_ENTROPY = 0.0
     bfn.predict_noisy = predict_noisy
     bfn.squared_error_loss = squared_error_loss
@@ -205,8 +208,8 @@ def masked(args):
 VARIANTS = {
     f.__name__: f
     for f in (
-        base, no_skip, no_convolution, adamw, no_cross_entropy, no_easy_start, first_formulation,
-        autoregressive, masked,
+        base, no_skip, no_convolution, adamw, no_cross_entropy, no_easy_start, even,
+        first_formulation, autoregressive, masked,
     )
 }  # fmt: skip
 
@@ -305,8 +308,7 @@ def train_variant(name, args, budget, text, folder):
     def step():
         batch = loader.batch(state.step, budget.progress)
         seeds = [mix_seed(args.seed, state.step, 0)]
-        times = train.times_at(budget.progress, args)
-        train.accumulate_gradients(state.model, [batch], seeds, device, times)
+        train.accumulate_gradients(state.model, [batch], seeds, device)
         train.update_weights(state, args)
         state.step += 1
         return int((batch[1] > 0).sum())

@@ -43,9 +43,9 @@ def test_padding_does_not_change_a_label(trained):
     longest = max(held_out, key=lambda example: len(example[1]))
     shortest = min(held_out, key=lambda example: len(example[1]))
     with torch.no_grad():
-        alone, _ = classify.read_noisy(classifier, [shortest], sampler, 1.0, lambda s: s > 0)
+        alone, _ = classify.read_noisy(classifier, [shortest], sampler, torch.ones_like)
         padded, _ = classify.read_noisy(
-            classifier, [longest, shortest], sampler, 1.0, lambda s: s > 0
+            classifier, [longest, shortest], sampler, torch.ones_like
         )
     torch.testing.assert_close(padded[1], alone[0], atol=1e-4, rtol=1e-4)
 

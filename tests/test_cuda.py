@@ -18,7 +18,6 @@ from model import BFNTransformer, Config, Form
 from text import toy
 from training import fused, optim
 from training.checkpoint import State
-from training.times import draw_times
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU and BFN_TEST_CUDA=1")
@@ -49,7 +48,7 @@ def gradients(model, batch, is_fused=False):
     """Loss and gradients of a step on fixed noise."""
     model.zero_grad(set_to_none=True)
     model.use(model.form._replace(fused=is_fused))
-    loss = train.accumulate_gradients(model, [batch], [3], DEVICE, draw_times)
+    loss = train.accumulate_gradients(model, [batch], [3], DEVICE)
     return loss.item(), torch.cat(
         [p.grad.flatten().float() for p in model.parameters() if p.requires_grad]
     )
@@ -134,7 +133,7 @@ def test_a_step_waits_for_the_device_nowhere(model, batch):
     model.use(model.form._replace(fused=True))
 
     def step():
-        train.accumulate_gradients(model, [batch], [3], DEVICE, draw_times)
+        train.accumulate_gradients(model, [batch], [3], DEVICE)
         train.update_weights(state, args)
 
     step()

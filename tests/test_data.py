@@ -322,14 +322,17 @@ def test_a_batch_depends_only_on_the_seed_and_its_number(tokens):
 
 
 def test_bos_is_always_given_and_padding_never(tokens):
-    ids, segment_ids, cond_mask = data.Loader(tokens, 64, 256, seed=0, bos_id=1).batch(0)
-    assert cond_mask[ids == 1].all() and not cond_mask[segment_ids == 0].any()
+    ids, segment_ids, seen = data.Loader(tokens, 64, 256, seed=0, bos_id=1).batch(0)
+    assert (seen[ids == 1] == data.GIVEN).all() and (seen[segment_ids == 0] == data.SHARED).all()
 
 
-def test_half_of_the_segments_have_nothing_given_a_quarter_a_span_and_a_quarter_scattered_tokens():
+def test_half_of_the_segments_have_nothing_given_a_quarter_a_span_and_a_quarter_scattered_tokens(
+    monkeypatch,
+):
+    monkeypatch.setattr(data, "UNEVEN_SHARE", 0.0)
     segment_ids = np.repeat([[1, 2]], 20, axis=1).repeat(4000, axis=0)
     segment_ids[:, 20:] = 2
-    mask = data.draw_cond_mask(segment_ids, np.random.default_rng(0)).reshape(-1, 20)
+    mask = data.draw_seen(segment_ids, np.random.default_rng(0)).reshape(-1, 20) == data.GIVEN
     share = mask.mean(1)
     assert (share == 0).mean() == pytest.approx(0.5 + 0.5 / 20, abs=0.02)
     jumps = np.diff(mask.astype(int), axis=1)
@@ -342,20 +345,36 @@ def test_half_of_the_segments_have_nothing_given_a_quarter_a_span_and_a_quarter_
     assert mask.mean(0).min() > 0.1  # every position is given now and then
 
 
-def test_at_first_most_of_every_text_is_given_and_then_no_more_than_usual(tokens):
+def test_at_first_most_of_every_text_is_given_and_then_no_more_than_usual(monkeypatch, tokens):
     """80 % of the open positions; it falls in a straight line to nothing half way."""
-    assert [data.easy_share(progress) for progress in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(
-        [0.8, 0.4, 0.0, 0.0]
-    )
+    monkeypatch.setattr(data, "UNEVEN_SHARE", 0.0)
+    shares = [data.easy_share(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+    assert shares == pytest.approx([0.8, 0.4, 0.0, 0.0])
     loader = data.Loader(tokens, 64, 256, seed=0)
-    (_, segment_ids, first), (_, _, middle), (_, _, last) = (
-        loader.batch(0, progress) for progress in (0.0, 0.25, 0.5)
-    )
+    _, segment_ids, _ = loader.batch(0)
+    first, middle, last = (loader.batch(0, x)[2] == data.GIVEN for x in (0.0, 0.25, 0.5))
     open_at_last = (segment_ids > 0) & ~last
     assert first[open_at_last].float().mean() == pytest.approx(0.8, abs=0.02)
     assert middle[open_at_last].float().mean() == pytest.approx(0.4, abs=0.02)
     assert first[last].all() and not first[segment_ids == 0].any()
-    assert torch.equal(last, loader.batch(0)[2])
+    assert torch.equal(last, loader.batch(0)[2] == data.GIVEN)
+
+
+def test_the_share_of_hidden_texts_rises_and_any_share_of_such_a_text_is_hidden():
+    segment_ids = np.repeat(np.arange(1, 5), 20)[None].repeat(2000, axis=0)
+    for progress in (0.0, 0.4, 1.0):
+        seen = data.draw_seen(segment_ids, np.random.default_rng(0), progress).reshape(-1, 20)
+        hidden = seen == data.HIDDEN
+        chosen = hidden.any(1)
+        assert chosen.mean() == pytest.approx(data.UNEVEN_SHARE * progress * 20 / 21, abs=0.01)
+        assert set(np.unique(seen[chosen])) <= {data.GIVEN, data.HIDDEN}
+        own = (seen == data.OWN).any(1)
+        assert (own | chosen).mean() <= data.UNEVEN_SHARE + 0.01
+        assert own.any() == (progress < 1) and not (own & chosen).any()
+        if progress:
+            counts = np.bincount(hidden[chosen].sum(1), minlength=21)[1:] / chosen.sum()
+            assert counts == pytest.approx(np.full(20, 1 / 20), abs=0.02)
+            assert hidden[chosen].mean(0) == pytest.approx(np.full(20, 0.525), abs=0.03)
 
 
 def test_prefetch_keeps_the_order_passes_errors_on_and_stops_its_threads():

@@ -23,7 +23,7 @@ PATCHED = [
     (model_file.Convolution, "forward"),
     (train, "BFNTransformer"),
     (bfn, "CROSS_ENTROPY clamp_given predict predict_noisy squared_error_loss reconstruction_loss"),
-    (data, "draw_cond_mask EASY_SHARE"),
+    (data, "draw_seen EASY_SHARE UNEVEN_SHARE"),
     (optim, "make_optimizers"),
 ]
 
@@ -77,7 +77,7 @@ def test_the_bound_of_masked_diffusion_is_that_of_the_exact_network(unpatched):
 def test_every_variant_but_base_changes_something(unpatched):
     for name, variant in compare.VARIANTS.items():
         args = SimpleNamespace(
-            learning_rate=1.0, batch_size=8, position_times=0.5, weight_decay=0.0
+            learning_rate=1.0, batch_size=8, weight_decay=0.0
         )
         before = (
             dict(vars(args)),
@@ -100,7 +100,7 @@ def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path,
     sizes = f"-mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
     words = [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path}", "--tokens=4000"]
     words += [f"--flags=--preset=toy --tokenizer=word {sizes}"]
-    names = ["base", "batch_size=8 position_times=0"]
+    names = ["base", "batch_size=8 weight_decay=0"]
     compare.main([*names, *words])
     records = json.loads((tmp_path / "results.json").read_text())
     assert [r["name"] for r in records] == names
@@ -115,12 +115,12 @@ def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path,
 
 
 def test_a_variant_of_flags_changes_these_flags_only_and_not_the_text():
-    words = "batch_size=7 position_times=0.25", "--flags=-nl=2", "-d=a.txt"
+    words = "batch_size=7 weight_decay=0.25", "--flags=-nl=2", "-d=a.txt"
     args = compare.flags().parse_args(words)
     changed, usual = compare.run_flags(args, *args.variants, seed=3), compare.run_flags(args)
     assert changed.num_layers == 2
     assert changed.data_path == usual.data_path == "a.txt"
-    assert vars(changed) == vars(usual) | dict(batch_size=7, position_times=0.25, seed=3)
+    assert vars(changed) == vars(usual) | dict(batch_size=7, weight_decay=0.25, seed=3)
 
 
 @pytest.mark.parametrize("name, message", [("gone", "gone is no variant"), ("gone=1", "--gone")])

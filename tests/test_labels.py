@@ -163,9 +163,10 @@ def test_half_of_the_labels_are_given_besides_those_that_are_given_anyway(
     plain = data.Loader(tokens, 64, 64, 0, model.bos_id())
     shares = []
     for n in range(6):
-        (ids, segment_ids, given), (same_ids, _, before) = loader.batch(n), plain.batch(n)
+        (ids, segment_ids, seen), (same_ids, _, seen_before) = loader.batch(n), plain.batch(n)
+        given, before = seen == data.GIVEN, seen_before == data.GIVEN
         is_label = torch.from_numpy(np.isin(ids, labels)) & (segment_ids > 0)
-        assert torch.equal(ids, same_ids) and torch.equal(given[~is_label], before[~is_label])
+        assert torch.equal(ids, same_ids) and torch.equal(seen[~is_label], seen_before[~is_label])
         shares.append(given[is_label & ~before].float().mean().item())
     assert sum(shares) / 6 == pytest.approx(0.5, abs=0.1)
 

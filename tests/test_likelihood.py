@@ -174,7 +174,7 @@ def test_an_order_that_does_not_exist_is_refused(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def grammar():
-    """Sentences of equal length of the built-in language, their ids, and the exact network of its grammar."""
+    """Sentences of the built-in language, all of one length, their ids, its exact network."""
     exact, rng = ExactGrammar(), random.Random(3)
     drawn = (toy.sample(rng) for _ in range(10_000))
     sentences = list(islice((words for words in drawn if len(words) == 9), 40))

@@ -34,7 +34,7 @@ from text.cache import Tokens
 from text.tokenizer import train_tokenizer
 from training import checkpoint, forms, log, run_folder
 from training.checkpoint import read_checkpoint
-from training.times import draw_evenly, draw_times, segment_numbers
+from training.times import draw_evenly, segment_numbers
 
 ROOT = Path(train.__file__).parent
 TINY = "-mdim=32 -nl=2 -nh=2 -bsz=4 -slen=32 -nex=2 -lgi=1 -vli=4 -smi=100 -svi=3".split()
@@ -459,7 +459,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused)
     _, _, state = tiny_setup()
     torch.nn.init.normal_(state.model.linear_out.weight)
 
-    def draw_times(segment_ids, cond_mask):
+    def times(segment_ids, seen):
         return torch.full((2, *segment_ids.shape), 0.6)
 
     keys = train.draw_keys(1, 10)
@@ -472,7 +472,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(monkeypatch, is_fused)
     for splits in ([6], [2, 4], [3, 3], [5, 1]):
         batches = list(zip(*(x.split(splits) for x in (ids, segment_ids, cond_mask)), strict=True))
         train.accumulate_gradients(
-            state.model, batches, range(len(splits)), torch.device("cpu"), draw_times
+            state.model, batches, range(len(splits)), torch.device("cpu"), times=times
         )
         gradients.append([p.grad.clone() for p in state.model.parameters() if p.requires_grad])
         state.model.zero_grad()
@@ -496,7 +496,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     for value in (float("nan"), float("inf")):
         before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
         train.accumulate_gradients(
-            state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), draw_times
+            state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu")
         )
         state.model.linear_out.weight.grad[0, 0] = value
         assert not train.update_weights(state, args).isfinite()
@@ -508,7 +508,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
             for v in s.values()
         )
     train.accumulate_gradients(
-        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), draw_times
+        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu")
     )
     assert train.update_weights(state, args).isfinite()
     assert not equal(before, dict(state.model.state_dict()))
@@ -538,7 +538,7 @@ def test_each_step_moves_the_average_by_its_rate():
     with torch.no_grad():
         weight.fill_(1.0), average.fill_(0.0)
     train.accumulate_gradients(
-        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), draw_times
+        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu")
     )
     train.update_weights(state, args)
     torch.testing.assert_close(average, 0.1 * weight)
@@ -551,7 +551,7 @@ def test_a_small_joint_distribution_is_learned():
     args.max_steps, args.learning_rate, args.warmup_steps, args.ema_rate = 400, 0.01, 20, [0.98]
     for step in range(args.max_steps):
         batch = batch_of(draw(sequences, P, 256, seed=step))
-        train.accumulate_gradients(state.model, [batch], [step], torch.device("cpu"), draw_times)
+        train.accumulate_gradients(state.model, [batch], [step], torch.device("cpu"))
         train.update_weights(state, args)
         state.step += 1
     ids, segment_ids, given = batch_of(draw(sequences, P, 20_000, seed=-1))
@@ -795,7 +795,7 @@ def test_few_calls_lie_between_the_training_step_and_the_loss(monkeypatch):
 
     monkeypatch.setattr(bfn, "training_loss", spy)
     train.accumulate_gradients(
-        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu"), draw_times
+        state.model, [batch_of(torch.randint(4, (2, 8)))], [0], torch.device("cpu")
     )
     assert chains == [["accumulate_gradients", "forward", "loss_and_gradient", "weighted_sum"]]
 

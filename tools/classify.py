@@ -81,18 +81,18 @@ def batches(examples, seed):
             yield order[i : i + BATCH]
 
 
-def read_noisy(classifier, examples, sampler, t, given=None):
-    """Draw a noisy view of examples at time t and label it -> log p (B, n_labels), labels (B,).
+def read_noisy(classifier, examples, sampler, seen, t=None):
+    """Draw a noisy view of examples and label it -> log p (B, n_labels), labels (B,).
 
-    t: a number, or None for times as in training. given: a function of segment_ids that tells what
-    is given, besides bos.
+    seen: a function of segment_ids, see `data.draw_seen`; bos is given besides. t: the time of all
+    evidence, or None for times as in training.
     """
     ids, segment_ids = pad([ids for _, ids in examples], sampler.device)
-    cond_mask = (segment_ids == 0) | (ids == sampler.tokenizer.bos_id())
-    if given is not None:
-        cond_mask |= given(segment_ids)
-    drawn = draw_times(segment_ids, cond_mask, own_share=0.5)[0]
+    seen = seen(segment_ids)
+    drawn, _ = draw_times(segment_ids, seen)
     t = drawn if t is None else torch.full_like(drawn, t)
+    is_bos = ids == sampler.tokenizer.bos_id()
+    cond_mask = (segment_ids == 0) | is_bos | (seen == data.GIVEN)
     config = sampler.model.config
     theta = bfn.flow(ids, t, config.s1, config.K).softmax(-1)
     labels = torch.tensor([classifier.labels.index(label) for label, _ in examples])
@@ -109,14 +109,14 @@ def train(sampler, examples, labels, n_steps, seed):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
     rng = np.random.default_rng(seed)
 
-    def given(segment_ids):
-        cond_mask = data.draw_cond_mask(segment_ids.cpu().numpy(), rng)
-        return torch.from_numpy(cond_mask).to(sampler.device)
+    def seen(segment_ids):
+        drawn = data.draw_seen(segment_ids.cpu().numpy(), rng, progress=0.5)
+        return torch.from_numpy(drawn).to(sampler.device)
 
     steps = islice(batches(examples, seed), n_steps)
     bar = tqdm(steps, total=n_steps, desc="training", unit="step", disable=None)
     for batch in bar:
-        log_p, wanted = read_noisy(classifier, batch, sampler, None, given)
+        log_p, wanted = read_noisy(classifier, batch, sampler, seen)
         loss = F.nll_loss(log_p, wanted)
         loss.backward()
         optimizer.step()
@@ -132,7 +132,8 @@ def accuracy(classifier, examples, sampler, t, seed):
     torch.manual_seed(seed)
     right = 0
     for i in range(0, len(examples), BATCH):
-        log_p, labels = read_noisy(classifier, examples[i : i + BATCH], sampler, t)
+        batch = examples[i : i + BATCH]
+        log_p, labels = read_noisy(classifier, batch, sampler, torch.zeros_like, t)
         right += (log_p.argmax(1) == labels).sum().item()
     return right / len(examples)
 

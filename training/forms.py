@@ -1,14 +1,14 @@
 """How a step computes its numbers: compiled, fused, in bfloat16, with flex attention.
 
 A form is used only after a check that it gives the loss and the gradients of the plain form.
-`accumulate` is train.accumulate_gradients(model, batches, seeds, device, draw_times) throughout.
+`accumulate` is train.accumulate_gradients(model, batches, seeds, device) throughout.
 """
 
 import re
 import sys
 import time
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import combinations
 
 import torch
@@ -16,7 +16,6 @@ import torch
 from common import parallel
 from model import Form
 from training import fused, optim, speed
-from training.times import draw_times
 
 FUSED_FROM = 1000  # tokens of vocabulary; below, the plain form is as fast
 COMPILED_FROM = 256  # width, on a CPU; below, compiling gains nothing
@@ -129,7 +128,7 @@ def can_use_gram(model, device):
 # ---------------------------------------------------------------- is it right?
 
 
-def checked_times(segment_ids, cond_mask):
+def checked_times(segment_ids, seen):
     """Choose times with both ends: an edit that only matters there must show."""
     B, L = segment_ids.shape
     t = torch.tensor([0.0, 0.001, 0.5, 0.01, 1.0, 0.99, 0.3, 0.999], device=segment_ids.device)
@@ -176,9 +175,9 @@ class Check:
     def step(self, network):
         """Take the loss and the gradients of a step, with the same noise -> {name: tensor}."""
         network.zero_grad(set_to_none=True)
-        inputs = network, [self.batch], [0], self.device, checked_times
+        inputs = network, [self.batch], [0], self.device
         with self.own_random_numbers():
-            found = {"the loss": self.accumulate(*inputs)}
+            found = {"the loss": self.accumulate(*inputs, times=checked_times)}
         for name, p in reversed(list(network.named_parameters())):  # the last is computed first
             if p.grad is not None:
                 found[f"the gradient of {name}"] = p.grad
@@ -242,12 +241,11 @@ def in_brackets(error):
 
 def warm_up(state, batch, args, device, accumulate):
     """Do the work of some steps, but change nothing -> seconds that a step takes."""
-    times = partial(draw_times, own_share=args.position_times)
     model = state.model
 
     def micro_batch():
         model.zero_grad(set_to_none=True)
-        accumulate(model, [batch], [0], device, times).item()
+        accumulate(model, [batch], [0], device).item()
 
     def update():
         for optimizer in state.optimizers:
