@@ -10,8 +10,7 @@ is checked too.
 
 "pace" is the default of sample.py, with a third of the calls, at most four, for corrections;
 "uncorrected" is pace without them. These and "commit" make fewer calls than asked for if a text has
-fewer tokens. Temperatures and top-p other than 1 trade diversity for quality: the last panel of the
-picture shows quality over diversity.
+fewer tokens. Temperatures and top-p other than 1 trade diversity for quality.
 """
 
 import json
