@@ -464,11 +464,11 @@ def log_calls(axes):
 
 
 def draw_by_calls(results, figure_name, axes):
-    """Draw a figure over calls with its interval, by sampler, at temperature and top-p 1."""
+    """Draw a figure over calls with its interval, by sampler, at temperature 1."""
     held_out, *sampled = results
     points = {}
     for r in sampled:
-        if r["temperature"] == r["top_p"] == 1:
+        if r["temperature"] == 1:
             point = r["calls_per_text"], *r["figures"][figure_name]
             points.setdefault(r["sampler"], []).append(point)
     for sampler, rows in points.items():

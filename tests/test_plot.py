@@ -393,9 +393,7 @@ def test_an_animation_has_a_frame_per_call_and_holds_the_last(draw, run_dir, tmp
 
 def record(sampler, calls, value, temperature=1.0):
     names = ("distinct bigrams", "n-gram perplexity")
-    job = dict(
-        sampler=sampler, calls=calls, temperature=temperature, top_p=1.0, calls_per_text=calls
-    )
+    job = dict(sampler=sampler, calls=calls, temperature=temperature, calls_per_text=calls)
     return dict(job, figures={name: (value, value - 1, value + 1) for name in names})
 
 
