@@ -67,20 +67,18 @@ def measure(texts, reference, is_toy, seed):
 
 
 def sample(model, tokenizer, job, templates, seed):
-    """Sample with a job (sampler, calls, temperature) -> texts, what results.json keeps of it."""
+    """Sample with a job (sampler, calls, temperature) -> texts, calls per text, seconds."""
     begin = time.perf_counter()
     samples = list(generate(model, tokenizer, templates, seed, make_options(*job)))
     seconds = time.perf_counter() - begin
     calls_per_text = sum(calls for _, calls in samples) / len(samples)
-    texts = [decode(tokenizer, ids) for ids, _ in samples]
-    return texts, record(job, calls_per_text, len(texts), seconds)
+    return [decode(tokenizer, ids) for ids, _ in samples], calls_per_text, seconds
 
 
-def record(job, calls_per_text=0, n_texts=0, seconds=0):
-    """Collect what results.json keeps of a job, besides its figures -> dict."""
-    names = "sampler", "calls", "temperature"
-    spent = dict(calls_per_text=calls_per_text, n_texts=n_texts, seconds=seconds)
-    return dict(zip(names, job, strict=True)) | spent
+def record(job, figures, n_texts=0, calls_per_text=0, seconds=0):
+    """Collect what results.json keeps of a job (sampler, calls, temperature)."""
+    result = dict(zip(("sampler", "calls", "temperature"), job, strict=True), figures=figures)
+    return result | dict(n_texts=n_texts, calls_per_text=calls_per_text, seconds=seconds)
 
 
 def summarise(results):
@@ -88,16 +86,10 @@ def summarise(results):
     rows = []
     for r in results:
         job = [r["sampler"], f"{r['calls_per_text']:.4g}", f"{r['temperature']:g}"]
-        figures = [interval(figure) for figure in r["figures"].values()]
+        figures = [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in r["figures"].values()]
         texts_per_s = f"{r['n_texts'] / r['seconds']:.1f}" if r["seconds"] else ""
         rows.append([*job, *figures, texts_per_s])
     return table(["sampler", "calls", "temperature", *results[0]["figures"], "texts/s"], rows)
-
-
-def interval(figure):
-    """Write a figure (value, low, high)."""
-    value, low, high = figure
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def equal_entropy_table(results):
@@ -175,12 +167,13 @@ def main(argv=None):
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     figures = measure(real, reference, is_toy, args.seed)
-    results = [record((HELD_OUT, 0, 1.0), n_texts=len(real)) | dict(figures=figures)]
+    results = [record((HELD_OUT, 0, 1.0), figures, len(real))]
     folder.mkdir(parents=True, exist_ok=True)
     jobs = dict.fromkeys(product(args.samplers, args.calls, (1.0, *args.temperatures)))
     for job in tqdm(jobs, disable=None):
-        texts, result = sample(model, tokenizer, job, templates, args.seed)
-        results.append(result | dict(figures=measure(texts, reference, is_toy, args.seed)))
+        texts, *spent = sample(model, tokenizer, job, templates, args.seed)
+        figures = measure(texts, reference, is_toy, args.seed)
+        results.append(record(job, figures, len(texts), *spent))
         (folder / "results.json").write_text(json.dumps(results, indent=1))  # all can take hours
     lines = summarise(results)
     if args.temperatures:

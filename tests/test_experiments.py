@@ -199,7 +199,7 @@ def test_the_perplexity_at_equal_entropy_is_interpolated_between_temperatures():
 
     def result(job, entropy, perplexity):
         figures = {"word entropy (bits)": (entropy,), "n-gram perplexity": (perplexity,)}
-        return samplers.record(job) | dict(figures=figures)
+        return samplers.record(job, figures)
 
     held_out = result(("held-out text", 0, 1.0), 8.5, 50.0)
     swept = [
