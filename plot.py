@@ -290,7 +290,7 @@ def read_json(path):
 
 def is_comparison(content):
     """Tell whether this is a list of records of experiments.samplers, first of held-out text."""
-    needed = {"sampler", "calls", "temperature", "top_p", "calls_per_text", "figures"}
+    needed = {"sampler", "calls", "temperature", "calls_per_text", "figures"}
     is_list = isinstance(content, list) and len(content) > 1
     return is_list and all(isinstance(x, dict) and needed <= x.keys() for x in content)
 

@@ -114,8 +114,8 @@ def mark_level(axes, y, text):
     axes.axhline(y, color=ink(0.6), linewidth=1, linestyle="--", label=text)
 
 
-def lines(path, series, x_label, y_label, title, log=""):
-    """Draw {label: (x, y)} as lines into a file -> whether that worked. log: "x" or "xy"."""
+def lines(path, series, x_label, y_label, title):
+    """Draw {label: (x, y)} as lines into a file -> whether that worked."""
 
     def draw():
         figure = new_figure(4.5, width=7)
@@ -123,7 +123,6 @@ def lines(path, series, x_label, y_label, title, log=""):
         for label, (x, y) in series.items():
             axes.plot(x, y, label=plain(label), linewidth=1.8)
         axes.set(xlabel=x_label, ylabel=y_label, title=plain(title))
-        axes.set(**{f"{axis}scale": "log" for axis in log})
         axes.grid()
         if series:
             axes.legend()

@@ -7,8 +7,13 @@ Uses the GPUs that it finds, or else the CPU; CUDA_VISIBLE_DEVICES chooses. Writ
 pictures into --output, line by line, so that an interruption keeps what is done. A part that fails
 is reported with the reason, and the next one follows; the exit code is then 1. The minutes are
 shared out over the parts, and training, the last, gets what the others leave.
+
+The cases of experiments/bench.py are measured each in its own process. Ratios are to the first
+variant of a case with the same sizes. The last column compares floating-point operations per second
+with those of a large matrix product on the same machine.
 """
 
+import json
 import math
 import os
 import platform
@@ -21,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,19 +36,20 @@ from tqdm import tqdm
 import train
 from common import cli, drawing, parallel
 from experiments import bench
-from experiments.bench import call, peak_of
 from experiments.tables import row, table
 from text import toy
 from training import log
-from training.speed import allow_tf32
+from training.speed import allow_tf32, fast_bf16, peak
 
 ROOT = Path(train.__file__).parent
 TITLE = "# Proof of a machine"
 TRAINING_SHARE = 0.5  # of a run's time; the rest is for starting and compiling
 LEAST_SECONDS = 60  # that a command gets when the time is used up
+GRACE_SECONDS = 60  # that a command gets to stop
 ONE_GPU = "Not measured: two processes need two GPUs, and there is one."
-COLUMNS = "learning rate, steps, minutes, tokens/s, share of matmul peak, memory (GB)".split(", ")
-COLUMNS += ["bound (nats per token)", "bits per character"]
+SPEEDS = "case|sizes|variant|seconds|tokens/s|speed, ratio|memory, MB|ratio|share of matmul peak"
+RUNS = "learning rate|steps|minutes|tokens/s|share of matmul peak|memory (GB)"
+RUNS += "|bound (nats per token)|bits per character"
 FULL = dict(
     forms=("plain", "fused, compiled", "plain, compiled"), vocabularies=(32_000, 8192, 27),
     n_sentences=50_000, rates=(1 / 3, 1, 3),  # times the preset's learning rate
@@ -82,41 +89,28 @@ def shown(command, **environment):
     return f"    {words.replace(f'{ROOT}/', '')}"
 
 
-def measure(job, args, until):
-    """Measure a job of bench.py -> one of its results.
+def call(command, seconds, **environment):
+    """Run a command for at most so many seconds -> what it printed.
 
-    Where the memory is too small, half as many tokens are tried.
+    Raises ValueError if it fails; the last line says why.
     """
-    case, variant, sizes = job
-    n = args.sizes["repetitions"]
-    figures = dict(failed="no time left: give more --minutes")
-    while time.monotonic() < until:
-        if args.quick:  # starting a process would take longer than measuring
-            figures = bench.CASES[case](args.device, n, variant, **sizes)
-        else:
-            job = case, variant, sizes
-            figures = bench.measure_in_process(job, n, args.device, rest(args))
-        if "out of memory" not in figures.get("failed", "") or sizes.get("n_tokens", 0) < 2048:
-            break
-        sizes = sizes | dict(n_tokens=sizes["n_tokens"] // 2)
-    return dict(case=case, variant=variant, sizes=sizes, **figures)
-
-
-def measure_all(jobs, args, seconds):
-    """Measure jobs; none begins after so many seconds -> results, lines with their table."""
-    until = time.monotonic() + seconds
-    results = [measure(job, args, until) for job in tqdm(jobs, leave=False, disable=None)]
-    first = shown(bench.command(jobs[0], args.sizes["repetitions"], args.device))
-    lines = bench.summarise(results, peak_of(args.device))
-    return results, ["One command a line; the first:", "", first, "", *lines, ""]
-
-
-def check(results):
-    """Raise ValueError if a measurement has failed."""
-    reasons = Counter(r["failed"] for r in results if "failed" in r)
-    if reasons:
-        of_all = f"of {len(results)} measurements"
-        raise ValueError("\n".join(f"{n} {of_all}: {why}" for why, n in reasons.items()))
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = shlex.join(command)
+    with subprocess.Popen(command, env=os.environ | environment, **streams) as process:
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"{words}\nno result within {seconds:.0f} seconds") from None
+        finally:
+            if process.poll() is None:  # too late, or interrupted
+                process.terminate()  # torchrun then stops its processes; a kill would leave them
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=GRACE_SECONDS)
+                process.kill()
+    if process.returncode:
+        last = output.splitlines()[-15:] + errors.splitlines()[-30:]
+        raise ValueError("\n".join([f"exit code {process.returncode}: {words}", *last]))
+    return output
 
 
 def train_once(args, seconds, *flags, n_processes=1):
@@ -144,6 +138,88 @@ def typical(metrics, name):
     """Take the median of a figure over the log lines of a run, without the first: it warms up."""
     values = [line[name] for line in metrics if name in line]
     return statistics.median(values[1:] or values)
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def peak_of(device):
+    """Measure the floating-point operations per second of products in the run's dtype."""
+    return peak(device, fast_bf16(device))
+
+
+def bench_command(job, args):
+    """List the words of the command that measures a job of bench.py."""
+    words = [json.dumps(job), str(args.sizes["repetitions"]), str(args.device)]
+    return [sys.executable, "-m", "experiments.bench", *words]
+
+
+def measure_in_process(job, args):
+    """Measure a job of bench.py in a new process -> its figures, or {"failed": the reason}."""
+    try:
+        return json.loads(call(bench_command(job, args), rest(args)).splitlines()[-1])
+    except ValueError as error:
+        return dict(failed=str(error).splitlines()[-1])
+
+
+def measure(job, args, until):
+    """Measure a job of bench.py -> its case, variant, sizes and figures.
+
+    Where the memory is too small, half as many tokens are tried.
+    """
+    case, variant, sizes = job
+    figures = dict(failed="no time left: give more --minutes")
+    while time.monotonic() < until:
+        if args.quick:  # starting a process would take longer than measuring
+            n = args.sizes["repetitions"]
+            figures = bench.CASES[case](args.device, n, variant, **sizes)
+        else:
+            figures = measure_in_process((case, variant, sizes), args)
+        if "out of memory" not in figures.get("failed", "") or sizes.get("n_tokens", 0) < 2048:
+            break
+        sizes = sizes | dict(n_tokens=sizes["n_tokens"] // 2)
+    return dict(case=case, variant=variant, sizes=sizes, **figures)
+
+
+def measure_all(jobs, args, seconds):
+    """Measure jobs; none begins after so many seconds -> results, lines with their table."""
+    until = time.monotonic() + seconds
+    results = [measure(job, args, until) for job in tqdm(jobs, leave=False, disable=None)]
+    first = shown(bench_command(jobs[0], args))
+    lines = summarise(results, peak_of(args.device))
+    return results, ["One command a line; the first:", "", first, "", *lines, ""]
+
+
+def summarise(results, most):
+    """Lay out results, with ratios to the first variant of a case and sizes -> Markdown lines.
+
+    most: floating-point operations per second of a matrix product.
+    """
+    rows, first = [], {}
+    for r in results:
+        sizes = ", ".join(f"{name} {value:,}" for name, value in r["sizes"].items())
+        reference = first.setdefault((r["case"], sizes), r)
+        cells = [r["failed"], *[""] * 5] if "failed" in r else figure_cells(r, reference, most)
+        rows.append([r["case"], sizes, r["variant"], *cells])
+    return table(SPEEDS.split("|"), rows)
+
+
+def figure_cells(r, reference, most):
+    """Write the figures of a result, and their ratios to those of another -> six cells."""
+    faster = f"{reference['seconds'] / r['seconds']:.2f}" if "seconds" in reference else ""
+    memory = reference.get("memory_mb")
+    smaller = f"{r['memory_mb'] / memory:.2f}" if memory else ""
+    share = f"{r['flops_per_s'] / most:.0%}" if r["flops_per_s"] else ""
+    times = [f"{r['seconds']:.3g}", f"{r['tokens_per_s']:,.0f}", faster]
+    return [*times, f"{r['memory_mb']:,.0f}", smaller, share]
+
+
+def check(results):
+    """Raise ValueError if a measurement has failed."""
+    reasons = Counter(r["failed"] for r in results if "failed" in r)
+    if reasons:
+        of_all = f"of {len(results)} measurements"
+        raise ValueError("\n".join(f"{n} {of_all}: {why}" for why, n in reasons.items()))
 
 
 # ---------------------------------------------------------------- parts: each yields its lines
@@ -243,7 +319,7 @@ def training(args, seconds):
         rate = f"{train.PRESETS[preset][3] * factor:.3g}"
         words, output, metrics = train_once(args, share, f"-lr={rate}", *n_steps)
         if not series:
-            yield from (words, "", *table(COLUMNS, []))
+            yield from (words, "", *table(RUNS.split("|"), []))
         logged = [m for m in metrics if "loss" in m]
         validated = [m for m in metrics if "val_bits_per_char" in m]
         last, lowest = logged[-1], min(validated, key=lambda m: m["val_bound_nats_per_token"])

@@ -2,23 +2,22 @@
 
     python -m experiments.samplers -mdir=runs/demo
     python -m experiments.samplers -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
-    python -m experiments.samplers -mdir=runs/demo --calls=20 --temperatures 0.6 0.8 --top_ps 0.9
+    python -m experiments.samplers -mdir=runs/demo --calls=20 --temperatures 0.6 0.8
 
 The texts of each sampler are compared with equally many held-out texts, by the figures of
 evaluation/quality.py with bootstrap intervals. For a model of the built-in language, their grammar
 is checked too.
 
-"pace" is the default of sample.py, with a third of the calls, at most four, for corrections;
-"uncorrected" is pace without them. These and "commit" make fewer calls than asked for if a text has
-fewer tokens. Temperatures and top-p other than 1 trade diversity for quality: the last panel of the
-picture shows quality over diversity.
+"pace" is the default of sample.py, with a third of the calls, at most four, for corrections. It and
+"commit" make fewer calls than asked for if a text has fewer tokens. Temperatures below 1 trade
+diversity for quality.
 """
 
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,48 +35,20 @@ from text import cache, toy
 from text.tokenizer import decode
 from training.checkpoint import load
 
-FILLING = ["pace", "uncorrected", "commit"]  # they fill a few positions in each call
-SOLVERS = [name for name in bfn.SAMPLERS if name not in FILLING]
-CALLS = 5, 10, 20, 50, 100
-MOST_CALLS = 500  # only of the ancestral sampler
 HELD_OUT = "held-out text"
 ENTROPY, PERPLEXITY = "word entropy (bits)", "n-gram perplexity"  # figures of quality.py
 
 
-@dataclass(frozen=True)
-class Job:
-    """One way to sample."""
-
-    sampler: str
-    calls: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def options(self):
-        """Make the Options with this number of network calls."""
-        controls = dict(temperature=self.temperature, top_p=self.top_p)
-        if self.sampler not in FILLING:
-            return Options(bfn.Controls(self.sampler, self.calls - 1, **controls))
-        corrections = min(DEFAULT.corrections, self.calls // 3) if self.sampler == "pace" else 0
-        sampler = "pace" if self.sampler == "uncorrected" else self.sampler
-        return Options(bfn.Controls(sampler, self.calls - corrections, corrections, **controls))
-
-
-def plan(args):
-    """List all jobs: samplers, calls, temperatures and top-p, and one long ancestral job."""
-    controls = [(T, 1.0) for T in (1.0, *args.temperatures)] + [(1.0, p) for p in args.top_ps]
-    jobs = [
-        Job(sampler, calls, *control)
-        for sampler in args.samplers
-        for calls in args.calls
-        for control in controls
-    ]
-    if "ancestral" in args.samplers:
-        jobs.append(Job("ancestral", MOST_CALLS))
-    return list(dict.fromkeys(jobs))
-
-
 # ---------------------------------------------------------------- sampling
+
+
+def make_options(sampler, calls, temperature):
+    """Make the Options of a sampler with a number of network calls."""
+    corrections = min(DEFAULT.corrections, calls // 3) if sampler == "pace" else 0
+    steps = calls - corrections
+    if sampler not in ("pace", "commit"):
+        steps -= 1  # solvers make one call more
+    return Options(bfn.Controls(sampler, steps, corrections, temperature))
 
 
 def share(hits):
@@ -95,32 +66,30 @@ def measure(texts, reference, is_toy, seed):
     return measured
 
 
-def sample_job(model, tokenizer, job, templates, seed):
-    """Sample with a job -> texts, {the job's fields, calls_per_text, seconds, n_texts}."""
+def sample(model, tokenizer, job, templates, seed):
+    """Sample with a job (sampler, calls, temperature) -> texts, calls per text, seconds."""
     begin = time.perf_counter()
-    samples = list(generate(model, tokenizer, templates, seed, job.options()))
+    samples = list(generate(model, tokenizer, templates, seed, make_options(*job)))
     seconds = time.perf_counter() - begin
     calls_per_text = sum(calls for _, calls in samples) / len(samples)
-    result = dict(calls_per_text=calls_per_text, seconds=seconds, n_texts=len(samples))
-    return [decode(tokenizer, ids) for ids, _ in samples], asdict(job) | result
+    return [decode(tokenizer, ids) for ids, _ in samples], calls_per_text, seconds
+
+
+def record(job, figures, n_texts=0, calls_per_text=0, seconds=0):
+    """Collect what results.json keeps of a job (sampler, calls, temperature)."""
+    result = dict(zip(("sampler", "calls", "temperature"), job, strict=True), figures=figures)
+    return result | dict(n_texts=n_texts, calls_per_text=calls_per_text, seconds=seconds)
 
 
 def summarise(results):
     """Lay out results -> Markdown lines."""
     rows = []
     for r in results:
-        job = [f"{r['calls_per_text']:.4g}", f"{r['temperature']:g}", f"{r['top_p']:g}"]
-        figures = [interval(figure) for figure in r["figures"].values()]
+        job = [r["sampler"], f"{r['calls_per_text']:.4g}", f"{r['temperature']:g}"]
+        figures = [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in r["figures"].values()]
         texts_per_s = f"{r['n_texts'] / r['seconds']:.1f}" if r["seconds"] else ""
-        rows.append([r["sampler"], *job, *figures, texts_per_s])
-    columns = ["sampler", "calls", "temperature", "top-p", *results[0]["figures"], "texts/s"]
-    return table(columns, rows)
-
-
-def interval(figure):
-    """Write a figure (value, low, high)."""
-    value, low, high = figure
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        rows.append([*job, *figures, texts_per_s])
+    return table(["sampler", "calls", "temperature", *results[0]["figures"], "texts/s"], rows)
 
 
 def equal_entropy_table(results):
@@ -132,9 +101,8 @@ def equal_entropy_table(results):
     target, perplexity = held_out[ENTROPY][0], held_out[PERPLEXITY][0]
     sweeps, rows = {}, []
     for r in sampled:
-        if r["top_p"] == 1:
-            point = r[ENTROPY][0], r["temperature"], math.log(r[PERPLEXITY][0])
-            sweeps.setdefault((r["sampler"], f"{r['calls']}"), []).append(point)
+        point = r[ENTROPY][0], r["temperature"], math.log(r[PERPLEXITY][0])
+        sweeps.setdefault((r["sampler"], f"{r['calls']}"), []).append(point)
     for job, points in sweeps.items():
         entropies, temperatures, logs = zip(*sorted(points), strict=True)
         if len(points) > 1 and entropies[0] <= target <= entropies[-1]:
@@ -152,20 +120,18 @@ def equal_entropy_table(results):
 
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
-    add, samplers = p.add_argument, [*FILLING, *SOLVERS]
+    add = p.add_argument
     add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
     add("-d", "--data_path", type=cli.path,
         help="held-out text (the validation part of the training text)")
     add("--corpus", type=cli.path,
         help="training text that samples are compared with (the one of the model)")
-    add("--samplers", "--solvers", nargs="+", choices=samplers, default=samplers,
+    add("--samplers", nargs="+", choices=bfn.SAMPLERS, default=[*bfn.SAMPLERS],
         help="samplers to compare (all)")
-    add("--calls", nargs="+", type=cli.several, default=[*CALLS],
+    add("--calls", nargs="+", type=cli.several, default=[5, 10, 20, 50, 100],
         help="numbers of network calls (5 10 20 50 100)")
     add("--temperatures", nargs="+", type=cli.positive, default=[],
         help="temperatures of the output, besides 1")
-    add("--top_ps", nargs="+", type=cli.above_zero_to_one, default=[],
-        help="top-p of the output, besides 1")
     add("--num_samples", type=cli.several, default=256, help="texts per sampler (256)")
     add("--length", type=cli.several,
         help="longest text, in tokens (the sequence length of the training)")
@@ -201,15 +167,15 @@ def main(argv=None):
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     figures = measure(real, reference, is_toy, args.seed)
-    nothing = dict(calls_per_text=0, seconds=0, n_texts=len(real), figures=figures)
-    results = [asdict(Job(HELD_OUT, 0)) | nothing]
+    results = [record((HELD_OUT, 0, 1.0), figures, len(real))]
     folder.mkdir(parents=True, exist_ok=True)
-    for job in tqdm(plan(args), disable=None):
-        texts, result = sample_job(model, tokenizer, job, templates, args.seed)
-        results.append(result | dict(figures=measure(texts, reference, is_toy, args.seed)))
+    jobs = dict.fromkeys(product(args.samplers, args.calls, (1.0, *args.temperatures)))
+    for job in tqdm(jobs, disable=None):
+        texts, *spent = sample(model, tokenizer, job, templates, args.seed)
+        figures = measure(texts, reference, is_toy, args.seed)
+        results.append(record(job, figures, len(texts), *spent))
         (folder / "results.json").write_text(json.dumps(results, indent=1))  # all can take hours
-        lines = summarise(results)
-        (folder / "results.md").write_text("\n".join(lines) + "\n")
+    lines = summarise(results)
     if args.temperatures:
         lines += equal_entropy_table(results)
     (folder / "results.md").write_text("\n".join(lines) + "\n")

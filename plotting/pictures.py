@@ -357,8 +357,7 @@ def quality_figure(exact, results, title, by_time=()):
     """Draw exact likelihoods and figures of samples over network calls, and losses over time.
 
     exact: {name: (calls, nats per token, errors, bound)}. results: records of experiments.samplers,
-    the first of held-out text, or []; with several temperatures or top-p, the last panel shows
-    quality over diversity. by_time: {name: (t, loss, cross-entropy)}.
+    the first of held-out text, or []. by_time: {name: (t, loss, cross-entropy)}.
     """
     panels = {}
     if exact:
@@ -368,8 +367,6 @@ def quality_figure(exact, results, title, by_time=()):
     n_before = len(panels)
     for name in results[0]["figures"] if results else ():
         panels[name] = partial(draw_by_calls, results, name)
-    if results and (sweeps := by_diversity(results)):
-        panels["quality over diversity"] = partial(draw_diversity, sweeps, results)
     n_columns = min(3, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     figure = new_figure(0.9 + 2.6 * n_rows, width=WIDTH if n_columns > 1 else 5.5)
@@ -418,11 +415,11 @@ def log_calls(axes):
 
 
 def draw_by_calls(results, figure_name, axes):
-    """Draw a figure over calls with its interval, by sampler, at temperature and top-p 1."""
+    """Draw a figure over calls with its interval, by sampler, at temperature 1."""
     held_out, *sampled = results
     points = {}
     for r in sampled:
-        if r["temperature"] == r["top_p"] == 1:
+        if r["temperature"] == 1:
             point = r["calls_per_text"], *r["figures"][figure_name]
             points.setdefault(r["sampler"], []).append(point)
     for sampler, rows in points.items():
@@ -433,40 +430,3 @@ def draw_by_calls(results, figure_name, axes):
     log_calls(axes)
     if figure_name.endswith("perplexity"):
         axes.set(yscale="log")
-
-
-def quality_of(record):
-    """Read distinct bigrams and what stands for quality: grammatical texts, else perplexity."""
-    figures = record["figures"]
-    name = "grammatical" if "grammatical" in figures else "n-gram perplexity"
-    return figures["distinct bigrams"][0], figures[name][0]
-
-
-def by_diversity(results):
-    """Collect quality over distinct bigrams -> {(sampler, calls, control): (x, y)}.
-
-    control: temperature or top_p. Only lines of two points or more.
-    """
-    points = {}
-    for r in results[1:]:
-        for control, other in (("temperature", "top_p"), ("top_p", "temperature")):
-            if r[other] == 1:
-                job = r["sampler"], r["calls"], control
-                points.setdefault(job, []).append((r[control], *quality_of(r)))
-    lines = {job: sorted(rows) for job, rows in points.items() if len(rows) > 1}
-    return {job: tuple(zip(*rows, strict=True))[1:] for job, rows in lines.items()}
-
-
-def draw_diversity(sweeps, results, axes):
-    """Draw `by_diversity` in the colours of the samplers, and the held-out text as a star."""
-    samplers = list(dict.fromkeys(r["sampler"] for r in results[1:]))
-    for (sampler, calls, control), (x, y) in sweeps.items():
-        colour = f"C{samplers.index(sampler)}"
-        dashes = "-" if control == "temperature" else "--"
-        axes.plot(x, y, dashes, marker=".", linewidth=1.5, color=colour)
-        place = dict(xytext=(4, 2), textcoords="offset points")
-        axes.annotate(f"{calls}", (x[-1], y[-1]), fontsize=7, color=colour, **place)
-    axes.plot(*quality_of(results[0]), "*", color=ink(), markersize=9)
-    is_exact = "grammatical" in results[0]["figures"]
-    axes.set(ylabel="grammatical" if is_exact else "n-gram perplexity")
-    axes.set_xlabel("distinct bigrams (numbers: calls, star: held-out text)", fontsize=8)

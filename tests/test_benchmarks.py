@@ -11,14 +11,21 @@ import torch
 
 from experiments import bench, prove
 
+FORMS = "plain", "plain, compiled", "fused", "fused, compiled"
 PASSED = dict(seconds=0.5, tokens_per_s=100.0, memory_mb=1.0, flops_per_s=1e9)
 
 
 @pytest.fixture
-def args(tmp_path, monkeypatch):
+def measure_in_process():
+    """The true one, which `args` replaces."""
+    return prove.measure_in_process
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch, measure_in_process):
     """What the parts are given, on a machine with GPUs; nothing is measured."""
     monkeypatch.setattr(prove, "peak_of", lambda device: 1e10)
-    monkeypatch.setattr(bench, "measure_in_process", lambda *job: dict(PASSED))
+    monkeypatch.setattr(prove, "measure_in_process", lambda *job: dict(PASSED))
     sizes, device, deadline = prove.SIZES["cuda"], torch.device("cuda"), time.monotonic() + 600
     return SimpleNamespace(
         sizes=sizes,
@@ -97,16 +104,17 @@ def test_every_measurement_is_one_that_the_benchmark_knows(args, monkeypatch):
         )
     for case, variant, sizes in jobs:
         inspect.signature(bench.CASES[case]).bind(args.device, 2, variant, **sizes)
-        assert case not in ("operations", "step") or variant in bench.FORMS
+        assert case not in ("operations", "step") or variant in FORMS
+    assert {case for case, _, _ in jobs} == set(bench.CASES)
 
 
 def test_a_measurement_that_needs_too_much_memory_is_repeated_with_half_the_tokens(
     args, monkeypatch
 ):
-    def measure(job, repetitions, device, timeout):
+    def measure(job, args):
         return dict(failed="error: out of memory") if job[2]["n_tokens"] > 20_000 else dict(PASSED)
 
-    monkeypatch.setattr(bench, "measure_in_process", measure)
+    monkeypatch.setattr(prove, "measure_in_process", measure)
     result = prove.measure(
         ("step", "plain", dict(n_tokens=65_536)), args, until=time.monotonic() + 60
     )
@@ -114,7 +122,7 @@ def test_a_measurement_that_needs_too_much_memory_is_repeated_with_half_the_toke
 
 
 def test_a_measurement_that_fails_is_in_the_table_and_fails_the_part(args, monkeypatch):
-    monkeypatch.setattr(bench, "measure_in_process", lambda *job: dict(failed="no compiler"))
+    monkeypatch.setattr(prove, "measure_in_process", lambda *job: dict(failed="no compiler"))
     lines = []
     with pytest.raises(ValueError, match="18 of 18 measurements: no compiler"):
         for line in prove.speed(args, 60):
@@ -162,17 +170,18 @@ def test_gpus_are_named_and_their_tests_run_on_them(args, monkeypatch):
         next(lines)
 
 
-def test_a_command_that_fails_or_hangs_is_a_value_error_and_leaves_no_process():
+def test_a_command_that_fails_or_hangs_is_a_value_error_and_leaves_no_process(
+    args, monkeypatch, measure_in_process
+):
     with pytest.raises(ValueError, match="exit code 3: .*\nthe reason"):
         prove.call([sys.executable, "-c", "import sys; print('the reason'); sys.exit(3)"], 60)
     begin = time.monotonic()
     with pytest.raises(ValueError, match="no result within 1 seconds"):
         prove.call([sys.executable, "-c", "import time; time.sleep(60)"], 1)
     assert time.monotonic() - begin < 30
-    assert (
-        "no result within 0 seconds"
-        in bench.measure_in_process(("step", "plain", {}), 1, "cpu", 0.01)["failed"]
-    )
+    monkeypatch.setattr(prove, "rest", lambda args: 0.01)
+    figures = measure_in_process(("step", "plain", {}), args)
+    assert "no result within 0 seconds" in figures["failed"]
 
 
 def test_a_folder_with_other_files_is_refused_and_an_old_report_is_replaced(tmp_path):
@@ -186,7 +195,10 @@ def test_a_folder_with_other_files_is_refused_and_an_old_report_is_replaced(tmp_
     ).read_text() == "mine"
 
 
-def test_processes_of_the_benchmark_are_modules_started_from_the_top():
-    words = bench.command(("step", "plain", {}), 2, "cpu")
+def test_a_job_is_measured_in_a_process_of_a_module_started_from_the_top(args, measure_in_process):
+    args.device, args.sizes = torch.device("cpu"), prove.QUICK
+    job = "text", "load", dict(n_sentences=300)
+    words = prove.bench_command(job, args)
     assert words[1:3] == ["-m", "experiments.bench"]
-    assert prove.shown(words).startswith("    python -m experiments.bench '--one=")
+    assert prove.shown(words).startswith("    python -m experiments.bench '[")
+    assert measure_in_process(job, args)["tokens_per_s"] > 0

@@ -357,13 +357,11 @@ def test_an_animation_has_a_frame_per_call_and_holds_the_last(draw, run_dir, tmp
 
 def record(sampler, calls, value, temperature=1.0):
     names = ("distinct bigrams", "n-gram perplexity")
-    job = dict(
-        sampler=sampler, calls=calls, temperature=temperature, top_p=1.0, calls_per_text=calls
-    )
+    job = dict(sampler=sampler, calls=calls, temperature=temperature, calls_per_text=calls)
     return dict(job, figures={name: (value, value - 1, value + 1) for name in names})
 
 
-def test_quality_draws_figures_over_calls_and_diversity_over_temperatures(draw, drawn, tmp_path):
+def test_quality_draws_figures_over_calls_at_temperature_one(draw, drawn, tmp_path):
     results = [
         record("held-out text", 0, 3.0),
         record("pace", 8, 5.0),
@@ -372,11 +370,10 @@ def test_quality_draws_figures_over_calls_and_diversity_over_temperatures(draw, 
     ]
     (tmp_path / "results.json").write_text(json.dumps(results))
     draw("quality", "results.json")
-    bigrams, perplexity, diversity = (axes for axes in drawn[0].axes)
+    bigrams, perplexity = drawn[0].axes
     for axes in (bigrams, perplexity):
         assert axes.lines[0].get_xydata().tolist() == [[4, 7], [8, 5]]
         assert axes.lines[1].get_ydata() == [3, 3] and axes.lines[1].get_label() == "held-out text"
-    assert diversity.lines[0].get_xydata().tolist() == [[6, 6], [7, 7]]
 
 
 def test_quality_draws_the_exact_likelihoods_that_evaluate_prints(draw, drawn, tmp_path):
