@@ -16,7 +16,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -41,7 +40,7 @@ from sampling.generate import DEFAULT, Options, sample_batch
 from sampling.prompts import read_breaks
 from text import cache
 from text.reading import EXAMPLE_HELP
-from text.tokenizer import load_tokenizer, piece_text, train_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training.checkpoint import load, read_checkpoint, read_figures, read_metrics, without_folders
 from training.times import Times
 
@@ -164,14 +163,13 @@ def draw_times(args):
 
 def measure_times(which, model, tokenizer, run, args, device):
     """Measure loss and cross-entropy by time on the validation text -> pictures.ByTime."""
-    flags, run_dir = run["args"], Path(args.run_dir)
-    path = args.data_path or flags["val_path"] or flags["data_path"] or run_dir / "corpus.txt"
+    flags, built_in = run["args"], Path(args.run_dir) / "corpus.txt"
+    path = args.data_path or flags["val_path"] or flags["data_path"] or built_in
     part = "all" if args.data_path or flags["val_path"] else "val"
     message = "the losses are measured on the validation text, which is not at {}: give -d"
     corpus = cache.Corpus.find(path, flags["text_field"], message)
-    tokenizer_path = run_dir / "tokenizer.model"
-    tokens = cache.load_corpus(corpus, tokenizer_path, args.cache_dir, part, flags["example"])
-    text = bounds.Text(tokens, flags["sequence_length"], tokenizer.bos_id())
+    tokens = cache.load_corpus(corpus, tokenizer, args.cache_dir, part, flags["example"])
+    text = bounds.Text(tokens, flags["sequence_length"])
     work = bounds.Work(device, progress=True)
     scores = bounds.score(model, text.first_tokens(args.max_tokens), work, n_draws=DENSITY_DRAWS)
     _, *losses = scores.by_time(DENSITY_BINS)
@@ -195,13 +193,11 @@ def draw_packing(args):
     if not args.data_path:
         raise ValueError("packing reads a text: give -d")
     path, row_length = args.data_path, args.sequence_length
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer_path = args.spm_model
-        if not tokenizer_path:
-            tokenizer_path = Path(folder) / "tokenizer.model"
-            tokenizer_path.write_bytes(train_tokenizer(path, "bpe", example=args.example))
-        load_tokenizer(tokenizer_path)  # raises if it is none
-        tokens = cache.load_corpus(path, tokenizer_path, args.cache_dir, example=args.example)
+    if args.spm_model:
+        tokenizer = load_tokenizer(args.spm_model)
+    else:
+        tokenizer = Tokenizer(train_tokenizer(path, "bpe", example=args.example))
+    tokens = cache.load_corpus(path, tokenizer, args.cache_dir, example=args.example)
     plans = packing_plans(tokens, row_length)
     examples = f"{tokens.n_documents:,} examples in rows of {row_length} tokens"
     title = f"{Path(path).name}: {examples}"
@@ -248,7 +244,7 @@ def record(sampler, prompts, recorder, controls, seed=0, length=None):
     samples = sample_batch(sampler.model, sampler.tokenizer, templates, seeds, options)
     texts = []
     for row, (ids, n_calls) in enumerate(samples):
-        part = slice(int(ids[0] == sampler.tokenizer.bos_id()), len(ids))
+        part = slice(int(ids[0] == sampler.tokenizer.bos), len(ids))
         calls = [(k[row, part], share[row, part]) for k, share in recorder.calls[:n_calls]]
         texts.append((ids[part], calls))
     return texts
@@ -278,7 +274,7 @@ def draw_sampling(args):
 
 def to_piece(k, tokenizer, end=""):
     """Write a token with the space before it, eos as `end`."""
-    return end if k == tokenizer.eos_id() else piece_text(int(k), tokenizer)
+    return end if k == tokenizer.eos else tokenizer.piece_text(k)
 
 
 def to_pieces(ids, tokenizer):

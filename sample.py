@@ -34,7 +34,7 @@ from sampling.generate import DEFAULT, Options, fit_lengths, generate
 from sampling.prompts import FREE, GAP, Prompt
 from sampling.terminal import Trace
 from text.reading import ONE_LINE
-from text.tokenizer import decode, label_ids, one_line
+from text.tokenizer import one_line
 from training.checkpoint import EXPORTED_FILES, RUN_FILES, load
 
 STEERING = "ban hint draft strength guidance scale"
@@ -86,7 +86,7 @@ class Sampler:
         read = {prompt: self.read(prompt, length, options) for prompt in set(prompts)}
         templates = [read[p].draw(mix_seed(seed, i)) for i, p in enumerate(prompts)]
         if max(map(len, templates), default=0) <= self.limit:
-            odds.check(options.hints, templates, self.tokenizer.bos_id() >= 0)
+            odds.check(options.hints, templates, self.tokenizer.bos >= 0)
         elif options.hints or trace:
             limit = f"at most {self.limit} tokens, the trained length"
             raise ValueError(f"--hint and --trace need texts of {limit}: lower --length")
@@ -101,7 +101,7 @@ class Sampler:
 
     def label(self, prompts, label):
         """Put a label of a model of labelled texts before each prompt."""
-        if not label_ids(self.tokenizer):
+        if not self.tokenizer.labels:
             message = "the model was not trained with --labelled"
             raise ValueError(f"{message}: give a --classifier of the label")
         if any("\t" in prompt for prompt in prompts):
@@ -110,7 +110,7 @@ class Sampler:
 
     def decode(self, ids, unknown=()):
         """Turn ids into text. unknown: the texts of what the tokenizer does not know."""
-        return lay_out(decode(self.tokenizer, ids, unknown), self.run)
+        return lay_out(self.tokenizer.decode(ids, unknown), self.run)
 
     def options(self, *, ban=(), hint=(), draft=None, strength=0.4, **more):
         """Turn what a user says into Options."""
@@ -140,7 +140,7 @@ class Sampler:
         A draft has its own length, and only its bos and label are given.
         """
         if options.draft:
-            given = {self.tokenizer.bos_id(), *label_ids(self.tokenizer).values()}
+            given = {self.tokenizer.bos, *self.tokenizer.labels.values()}
             return Prompt([[k if k in given else FREE for k in options.draft]], [1])
         prompt = Prompt.read(text, self.tokenizer, self.run, length)
         prompt = fit_lengths(self.model, self.tokenizer, prompt)
@@ -159,7 +159,7 @@ class Sampler:
             return np.zeros(0)
         windows = [np.array(self.encode(text)) for text in texts]
         functions = {"exact": partial(likelihood.exact, calls=calls)}
-        inputs = self.model, windows, self.tokenizer.bos_id(), nothing_given, functions
+        inputs = self.model, windows, self.tokenizer.bos, nothing_given, functions
         scores = likelihood.score(*inputs, Work(self.device))
         return -scores.nats["exact"]
 
@@ -196,8 +196,8 @@ class Sampler:
         texts = []
         for i, (template, (ids, _)) in enumerate(zip(templates, samples, strict=True)):
             n_given = sum(k >= 0 for k in template) if i >= n_free else 0
-            given = f"[{decode(self.tokenizer, ids[:n_given])}] " if i >= n_free else ""
-            texts.append(given + decode(self.tokenizer, ids[n_given:]))
+            given = f"[{self.tokenizer.decode(ids[:n_given])}] " if i >= n_free else ""
+            texts.append(given + self.tokenizer.decode(ids[n_given:]))
         return [lay_out(text, self.run) for text in texts]
 
 

@@ -28,7 +28,6 @@ from model import BFNTransformer, Config
 from sample import Sampler
 from text import cache
 from text.reading import EXAMPLE_HELP
-from text.tokenizer import label_ids
 from training import forms, fused, log, memory, optim, run_folder, speed
 from training.checkpoint import State, load, restore, save
 from training.times import Times
@@ -274,7 +273,7 @@ def update_weights(state, args):
 
 
 def open_run(args, device, run_dir):
-    """Complete the flags and read the texts -> checkpoint or None; tokenizer, training and val."""
+    """Complete the flags and read the texts -> checkpoint or None; training and val Tokens."""
     saved = run_folder.open_run_folder(run_dir)
     complete(args, saved, preset=DEFAULT_PRESET[device.type])
     if saved:
@@ -283,9 +282,9 @@ def open_run(args, device, run_dir):
     return saved, run_folder.prepare_text(args, run_dir, saved)
 
 
-def make_loader(args, tokenizer, tokens):
+def make_loader(args, tokens):
     """Make the Loader of the training batches, and choose the steps unless --minutes does."""
-    marks = tokenizer.bos_id(), label_ids(tokenizer).values()
+    marks = tokens.tokenizer.bos, tokens.tokenizer.labels.values()
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, *marks)
     if not args.minutes:
         steps = loader.count_steps(args.epochs, args.accumulation_steps)
@@ -347,12 +346,12 @@ def train(args, device, until_end):
     # The text, and what has been trained on it.
     with parallel.first_alone():
         until_end.enter_context(run_folder.lock(run_dir))
-        saved, (tokenizer, tokens, val) = open_run(args, device, run_dir)
+        saved, (tokens, val) = open_run(args, device, run_dir)
     fit_rows(args, tokens)
-    config = make_config(args, len(tokenizer))
+    config = make_config(args, len(tokens.tokenizer))
     until_end.enter_context(memory.explained(memory.check(config, args, device)))
-    loader = make_loader(args, tokenizer, tokens)
-    run = run_folder.describe_run(args, config, tokenizer, tokens, val, run_dir)
+    loader = make_loader(args, tokens)
+    run = run_folder.describe_run(args, config, tokens, val)
     before = saved["args"] if saved else {}
     if saved:
         run_folder.check_identity(saved["identity"], run["identity"], args)
@@ -361,14 +360,14 @@ def train(args, device, until_end):
     speed.peak(device, speed.fast_bf16(device))  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
-    sampler = Sampler(state.emas[-1], tokenizer, run)
+    sampler = Sampler(state.emas[-1], tokens.tokenizer, run)
     examples = partial(sampler.examples, val, args.num_examples, args.seed)
     if state.step >= (args.max_steps or math.inf):
         print(f"{run_dir} is finished at step {state.step}")
         return finish(state, sampler, val, args)
-    val_inputs = val, tokenizer.bos_id(), args.sequence_length, device
+    val_inputs = val, args.sequence_length, device
     seconds = plan(state, loader, val_inputs, args, device, before)
-    opening = log.opening_lines(state, loader, val, seconds, args, device, tokenizer)
+    opening = log.opening_lines(state, loader, val, seconds, args, device)
     print(*opening, sep="\n")
     if args.dry_run:
         return

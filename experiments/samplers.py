@@ -33,7 +33,6 @@ from plotting import pictures
 from sampling.generate import DEFAULT, Options, generate
 from sampling.prompts import make_template
 from text import cache, toy
-from text.tokenizer import decode
 from training.checkpoint import load
 
 FILLING = ["pace", "uncorrected", "commit"]  # they fill a few positions in each call
@@ -102,7 +101,7 @@ def sample_job(model, tokenizer, job, templates, seed):
     seconds = time.perf_counter() - begin
     calls_per_text = sum(calls for _, calls in samples) / len(samples)
     result = dict(calls_per_text=calls_per_text, seconds=seconds, n_texts=len(samples))
-    return [decode(tokenizer, ids) for ids, _ in samples], asdict(job) | result
+    return [tokenizer.decode(ids) for ids, _ in samples], asdict(job) | result
 
 
 def summarise(results):
@@ -186,9 +185,8 @@ def held_out_texts(args, run, tokenizer, corpus):
         message = f"--length={window}, but the model was trained on texts of at most"
         raise ValueError(f"{message} {trained} tokens")
     path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
-    tokenizer_path, example = Path(args.model_dir) / "tokenizer.model", run["args"]["example"]
-    tokens = cache.load_corpus(path, tokenizer_path, args.cache_dir, part, example)
-    return evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
+    tokens = cache.load_corpus(path, tokenizer, args.cache_dir, part, run["args"]["example"])
+    return evaluate.choose_texts(tokens, window, args.num_samples, args.seed)
 
 
 def main(argv=None):
@@ -196,7 +194,7 @@ def main(argv=None):
     device = parallel.find_device(args.device)
     model, tokenizer, run = load(args.model_dir, device=device)
     is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
-    corpus, part = evaluate.find_corpus(args, run)
+    corpus, part = evaluate.find_corpus(args, tokenizer, run)
     real, lengths = held_out_texts(args, run, tokenizer, corpus)
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]

@@ -29,7 +29,6 @@ from sample import Sampler
 from sampling.guidance import Classifier, load_classifier, save_classifier
 from sampling.prompts import check_unicode
 from text.reading import lines_of
-from text.tokenizer import label_ids
 from training.times import Times
 
 BATCH = 32  # texts
@@ -89,7 +88,7 @@ def read_noisy(classifier, examples, sampler, t, given=None):
     """
     ids, segment_ids = pad([ids for _, ids in examples], sampler.device)
     t = t(segment_ids) if callable(t) else torch.full(ids.shape, t, device=sampler.device)
-    cond_mask = (segment_ids == 0) | (ids == sampler.tokenizer.bos_id())
+    cond_mask = (segment_ids == 0) | (ids == sampler.tokenizer.bos)
     if given is not None:
         cond_mask |= given(segment_ids)
     config = sampler.model.config
@@ -159,7 +158,7 @@ def main(argv=None):
     sampler = Sampler.load(args.model_dir, device=args.device)
     if Path(args.output).exists():
         load_classifier(args.output, sampler)  # anything else is not overwritten
-    if label_ids(sampler.tokenizer):
+    if sampler.tokenizer.labels:
         advice = "sample.py --label steers it without a classifier"
         raise ValueError(f"{args.model_dir} was trained with --labelled: {advice}")
     examples = read_labelled(args.data_path, sampler)
