@@ -30,7 +30,7 @@ from evaluation.bounds import Text, Work, n_scorable, nothing_given
 from evaluation.tables import describe, exact_figures, likelihood_figures, notes, table, to_json
 from model import rows_at_once
 from sample import Sampler
-from sampling.generate import DEFAULT, Options, generate
+from sampling.generate import DEFAULT, FLAGS, Options, generate
 from sampling.prompts import make_template
 from text import cache, toy
 from text.reading import Corpus, left_out, read_pieces
@@ -91,8 +91,8 @@ def exact_likelihood(model, text, device):
 
 def measure_exact(model, text, functions, work, seed=0):
     """Compute the figures of `functions` (see `likelihood.figures_of`) for a Text -> dict."""
-    inputs = text.windows(), text.tokens.tokenizer.bos, text.given
-    return exact_figures(text, likelihood.score(model, *inputs, functions, work, seed))
+    inputs = text.windows(), text.tokens.tokenizer.bos, functions, work, seed
+    return exact_figures(text, likelihood.score(model, *inputs, text.given))
 
 
 def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
@@ -132,7 +132,7 @@ def excess_nats_per_token(model, val, n=400):
     sentences = [val.ids[begin:end] for begin, end in pairwise(val.offsets[: n + 1])]
     device = next(model.parameters()).device
     tokenizer = val.tokenizer
-    scores = likelihood.score(model, sentences, tokenizer.bos, nothing_given, COMMIT, Work(device))
+    scores = likelihood.score(model, sentences, tokenizer.bos, COMMIT, Work(device))
     words = [tokenizer.decode(ids.tolist()).split() for ids in sentences]
     truth = sum(math.log(toy.lengths()[len(w)] / toy.probability(w)) for w in words)
     return (scores.nats["exact"].sum() - truth) / scores.n_scored.sum()
@@ -232,12 +232,10 @@ def parse_orders(text):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    p.add_flags("-mdir --checkpoint --seed --device --cache_dir")
     add("-d", "--data_path", type=cli.path, required=True,
         help="text as for train.py, with examples as in training")
     add("--text_field", help="field of .jsonl files that holds the text (that of the training)")
-    add("--checkpoint", choices=["best", "last"], default="best",
-        help="best by validation, or last (best)")
     add("--ema", type=int, default=-1,
         help="which of the weight averages to measure, counted from 0 (-1: the last)")
     add("--window", type=cli.count,
@@ -265,19 +263,10 @@ def flags():
         help="rows per network call (chosen by the size of the model)")
     add("--samples", type=cli.natural, default=0,
         help="also measure the quality of this many generated texts (0)")
-    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler,
-        help=f"for --samples ({DEFAULT.sampler})")
-    add("--steps", type=cli.steps, default=DEFAULT.steps,
-        help=f"sampling steps for --samples ({DEFAULT.steps})")
-    add("--corrections", type=cli.natural, default=DEFAULT.corrections,
-        help=f"further calls of pace that redraw tokens ({DEFAULT.corrections})")
+    p.add_flags("--sampler --steps --corrections", FLAGS)
     add("--corpus", type=cli.path,
         help="training text that --samples are compared with (that of the model)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
-    add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)")
     return p
 
 

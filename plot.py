@@ -36,6 +36,7 @@ from common.noise import mix_seed
 from evaluation import bounds
 from plotting import pictures, report
 from sample import Sampler
+from sampling import generate
 from sampling.generate import DEFAULT, Options, sample_batch
 from sampling.prompts import read_breaks
 from text import cache
@@ -441,26 +442,15 @@ FLAGS = {
         help="SentencePiece model (a bpe is trained on the text)"),
     "--example": dict(default="line", help=EXAMPLE_HELP),
     "-slen --sequence_length": dict(type=cli.several, default=128, help="tokens of a row (128)"),
-    "--checkpoint": dict(choices=["best", "last"], default="best",
-        help="the best by validation, or the last (best)"),
     "--prompt": dict(action="append", default=[], help="as in sample.py; repeatable"),
     "--num_samples": dict(type=cli.count, help="texts per prompt (1, with --gif 6)"),
     "--length": dict(type=cli.several,
         help="tokens per text, with bos and eos (drawn from the training lengths)"),
-    "--sampler --solver": dict(choices=bfn.SAMPLERS, default=DEFAULT.sampler,
-        help="how to sample (%(default)s)"),
-    "--steps": dict(type=cli.steps, default=DEFAULT.steps, help="as in sample.py (%(default)s)"),
-    "--corrections": dict(type=cli.natural, default=DEFAULT.corrections,
-        help="as in sample.py (%(default)s)"),
     "--gif": dict(action="store_true",
         help="an animation of the texts that emerge, pale where they are uncertain"),
-    "--seed": dict(type=cli.natural, default=0, help="seed of all random numbers (0)"),
-    "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)"),
-    "--cache_dir": dict(type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)"),
     "--output": dict(type=cli.path, help="file to write (PICTURE.png, RUN_DIR/report.html)"),
     "--dark": dict(action="store_true", help="dark colours"),
-}
+} | cli.FLAGS | generate.FLAGS
 RUN = "run_dir --device"
 SAMPLING = f"{RUN} --checkpoint --prompt --num_samples --length --sampler --steps --corrections"
 PICTURES = {  # what draws it, and its flags
@@ -481,9 +471,7 @@ def flags(picture):
     draw, chosen = PICTURES[picture]
     p = cli.Parser(draw.__doc__)
     p.prog = f"python plot.py {picture}"
-    for names, options in FLAGS.items():
-        if names.split()[0] in chosen.split():
-            p.add_argument(*names.split(), **options)
+    p.add_flags(chosen, FLAGS)
     return p
 
 

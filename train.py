@@ -26,7 +26,6 @@ from common.files import file_hash
 from common.noise import draw_keys, mix_seed, noise
 from model import BFNTransformer, Config
 from sample import Sampler
-from text import cache
 from text.reading import EXAMPLE_HELP
 from training import forms, fused, log, memory, optim, run_folder, speed
 from training.checkpoint import State, load, restore, save
@@ -53,12 +52,11 @@ def flags():
     add, on_off = p.add_argument, ["auto", "on", "off"]
     add("-d", "--data_path", type=cli.path,
         help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
-    add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
     add("--example", help=EXAMPLE_HELP)
     add("--labelled", dest="example", action="store_const", const="labelled",
         help="lines are label<TAB>text")
     add("-spm", "--spm_model", type=cli.path, help="SentencePiece model (trained on the corpus)")
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    p.add_flags("-mdir --text_field --seed --device --cache_dir")
     add("--val_path", type=cli.path,
         help="text for validation, as for -d (a held-out part of the corpus)")
     add("--preset", choices=PRESETS, help="defaults of flags with * (GPU: base, CPU: laptop)")
@@ -67,8 +65,6 @@ def flags():
         help="kind of tokenizer to train (bpe)")
     add("--vocab_size", type=cli.several,
         help="tokens of the tokenizer to train (512 to 8192, or room for all characters)")
-    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs; measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
@@ -101,8 +97,6 @@ def flags():
     add("-smi", "--sample_interval", type=cli.count, help=f"steps between samples {ten_times}")
     add("-nex", "--num_examples", type=cli.natural, default=4,
         help="samples each time, half of them from prompts (4)")
-    add("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--compile", choices=on_off, default="auto", help="torch.compile (CUDA, or width 256)")
     add("--fused", choices=on_off, default="auto",
         help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")

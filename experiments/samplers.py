@@ -152,7 +152,7 @@ def equal_entropy_table(results):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add, samplers = p.add_argument, [*FILLING, *SOLVERS]
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    p.add_flags("-mdir --seed --device --cache_dir")
     add("-d", "--data_path", type=cli.path,
         help="held-out text (the validation part of the training text)")
     add("--corpus", type=cli.path,
@@ -168,10 +168,6 @@ def flags():
     add("--num_samples", type=cli.several, default=256, help="texts per sampler (256)")
     add("--length", type=cli.several,
         help="longest text, in tokens (the sequence length of the training)")
-    add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)")
     add("--output", type=cli.path, default="runs/samplers",
         help="folder for results.json, results.md and pictures (runs/samplers)")
     return p

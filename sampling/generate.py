@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import bfn
-from common import parallel
+from common import cli, parallel
 from common.noise import Draws, mix_seed
 from data import pad
 from model import rows_at_once
@@ -22,6 +22,14 @@ from sampling.prompts import FREE, MAX_CANDIDATES, allowed_at
 
 DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
 DEFAULT = bfn.Controls(corrections=4)  # the best that we measured
+FLAGS = {  # of the commands that sample, see `cli.Parser.add_flags`
+    "--sampler --solver": dict(choices=bfn.SAMPLERS, default=DEFAULT.sampler,
+        help="how to sample (%(default)s)"),
+    "--steps": dict(type=cli.steps, default=DEFAULT.steps,
+        help="most calls that fill the text; the solvers make STEPS + 1 (%(default)s)"),
+    "--corrections": dict(type=cli.natural, default=DEFAULT.corrections,
+        help="further calls of pace that redraw tokens (%(default)s)"),
+}
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
 
 

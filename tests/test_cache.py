@@ -465,9 +465,9 @@ def test_a_cache_folder_that_cannot_be_written_is_answered_with_the_flag_for_ano
 
 def test_a_temporary_cache_folder_is_named(corpus, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache.cli, "user_cache_dir", lambda: (str(tmp_path), False))
-    cache.load_corpus(corpus, tokenizer, cache.default_cache_dir())
+    cache.load_corpus(corpus, tokenizer, cache.cli.default_cache_dir())
     error = capsys.readouterr().err
-    assert f"go to {cache.default_cache_dir()}; --cache_dir=FOLDER names another" in error
+    assert f"go to {cache.cli.default_cache_dir()}; --cache_dir=FOLDER names another" in error
     cache.load_corpus(corpus, tokenizer, tmp_path / "mine")
     assert not capsys.readouterr().err
 

@@ -51,11 +51,6 @@ SHARD_TOKENS = 1 << 28  # the most in a shard, except for a longer document
 N_HASHES = 1 << 18  # different documents that are remembered, to find them in another text
 
 
-def default_cache_dir():
-    """Return the folder of tokenised corpora: bayesian-flow-lm in `cli.user_cache_dir`."""
-    return os.path.join(cli.user_cache_dir()[0], "bayesian-flow-lm")
-
-
 @dataclass(frozen=True)
 class Tokens:
     """A tokenised corpus: document d is ids[offsets[d] : offsets[d + 1]]."""
@@ -182,7 +177,7 @@ def load_corpus(corpus, tokenizer, cache_dir, part="all", example="line"):
     that is not UTF-8, and a cache_dir that cannot be written.
     """
     corpus = Corpus.of(corpus)
-    if str(cache_dir) == default_cache_dir() and not cli.user_cache_dir()[1]:
+    if str(cache_dir) == cli.default_cache_dir() and not cli.user_cache_dir()[1]:
         where = f"this user has no folder for caches: tokenised texts go to {cache_dir}"
         cli.warn_once(f"{where}; --cache_dir=FOLDER names another")
     folder = Path(cache_dir) / text_key(corpus, tokenizer, cache_dir, part, example)

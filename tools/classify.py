@@ -142,14 +142,12 @@ def accuracy(classifier, examples, sampler, t, seed):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    p.add_flags("-mdir --seed --device")
     add("-d", "--data_path", type=cli.path, required=True,
         help="text file, each line label<TAB>text")
     add("--output", type=cli.path, required=True,
         help="file for the classifier; a classifier that is there is replaced")
     add("--steps", type=cli.count, default=500, help=f"training steps of {BATCH} texts (500)")
-    add("--seed", type=cli.natural, default=0, help="of the noise and the held-out tenth (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     return p
 
 
