@@ -30,11 +30,10 @@ from evaluation.bounds import Text, Work, n_scorable, nothing_given
 from evaluation.tables import describe, exact_figures, likelihood_figures, notes, table, to_json
 from model import rows_at_once
 from sample import Sampler
-from sampling.generate import DEFAULT, Options, generate
+from sampling.generate import DEFAULT, FLAGS, Options, generate
 from sampling.prompts import make_template
 from text import cache, toy
 from text.reading import Corpus, left_out, read_pieces
-from text.tokenizer import decode
 from training.checkpoint import load
 from training.run_folder import VAL_TOKENS
 
@@ -60,13 +59,13 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 
-def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
+def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS):
     """Measure the bound and the exact likelihood, on the same text and noise each time.
 
     -> figures (see `likelihood_figures`, `exact_figures`), loss by time: a list of 20 values, nats
     per token, in even bins.
     """
-    text = Text(tokens, row_length, bos_id).first_tokens(max_tokens)
+    text = Text(tokens, row_length).first_tokens(max_tokens)
     with full_precision():
         scores = bounds.score(model, text, Work(device), seed="validation")
         exact = exact_likelihood(model, text.first_tokens(VAL_EXACT_TOKENS), device)
@@ -74,9 +73,9 @@ def validate(model, tokens, bos_id, row_length, device, max_tokens=VAL_TOKENS):
     return likelihood_figures(scores) | exact, np.nan_to_num(loss_by_time).tolist()
 
 
-def validation_seconds(model, tokens, bos_id, row_length, device):
+def validation_seconds(model, tokens, row_length, device):
     """Estimate from a few rows how many seconds `validate` and the samples after it take."""
-    text = Text(tokens, row_length, bos_id).first_tokens(VAL_TOKENS)
+    text = Text(tokens, row_length).first_tokens(VAL_TOKENS)
     few = text.first_rows(min(16, rows_at_once(row_length, model.config, device)))
     seconds = text.plan.n_rows * bounds.seconds_per_row(model, few, device, None)
     return 1.4 * 2 * seconds  # two draws, exact likelihood and samples
@@ -86,14 +85,14 @@ def exact_likelihood(model, text, device):
     """Measure the exact likelihood of a Text under commit -> figures."""
     figures = measure_exact(model, text, COMMIT, Work(device))
     bits_per_token = figures["exact_nats_per_token"] / math.log(2)
-    tokens_per_char = n_scorable(text.tokens, text.bos_id) / text.tokens.n_chars
+    tokens_per_char = n_scorable(text.tokens) / text.tokens.n_chars
     return figures | dict(exact_bits_per_char=bits_per_token * tokens_per_char)
 
 
 def measure_exact(model, text, functions, work, seed=0):
     """Compute the figures of `functions` (see `likelihood.figures_of`) for a Text -> dict."""
-    inputs = text.windows(), text.bos_id, text.given
-    return exact_figures(text, likelihood.score(model, *inputs, functions, work, seed))
+    inputs = text.windows(), text.tokens.tokenizer.bos, functions, work, seed
+    return exact_figures(text, likelihood.score(model, *inputs, text.given))
 
 
 def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
@@ -104,9 +103,9 @@ def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
     n_tokens = toy.mean_length() + 1  # eos is scored too
     entropy = toy.entropy_given_length() / n_tokens / math.log(2)
     bound = bound_nats_per_token / math.log(2)
-    exact = entropy + excess_nats_per_token(sampler.model, sampler.tokenizer, val) / math.log(2)
+    exact = entropy + excess_nats_per_token(sampler.model, val) / math.log(2)
 
-    hidden, by_grammar = hidden_word_nats(sampler.model, sampler.tokenizer, val)
+    hidden, by_grammar = hidden_word_nats(sampler.model, val)
 
     def above(bits, entropy=entropy):
         return f"{abs(bits / entropy - 1):.1%} {'above' if bits >= entropy else 'below'}"
@@ -114,7 +113,7 @@ def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
     tokenizer = sampler.tokenizer
     templates = [make_template("", tokenizer, sampler.run, mix_seed("toy", i)) for i in range(256)]
     samples = generate(sampler.model, tokenizer, templates, seed)
-    texts = [decode(tokenizer, ids) for ids, _ in samples]
+    texts = [tokenizer.decode(ids) for ids, _ in samples]
     known = set(corpus.read_text().splitlines())
     grammatical = [text for text in texts if toy.is_grammatical(text)]
     new_share = sum(text not in known for text in grammatical) / max(1, len(grammatical))
@@ -128,12 +127,12 @@ def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
     ]
 
 
-def hidden_word_nats(model, tokenizer, val, n=100):
+def hidden_word_nats(model, val, n=100):
     """Compute what a word costs, given all others, in n sentences -> nats: model, grammar."""
     rows, hidden, truth = [], [], 0.0
     for begin, end in pairwise(val.offsets[: n + 1]):
         ids = val.ids[begin:end].tolist()
-        words = tokenizer.decode(ids).split()
+        words = val.tokenizer.decode(ids).split()
         for d in range(len(words)):
             rows.append(ids)
             hidden.append([d + 1])  # after bos
@@ -147,15 +146,15 @@ def hidden_word_nats(model, tokenizer, val, n=100):
     return -log_p.sum().item() / len(rows), truth / len(rows)
 
 
-def excess_nats_per_token(model, tokenizer, val, n=400):
+def excess_nats_per_token(model, val, n=400):
     """Compute what n sentences cost under commit more than the grammar -> nats per token.
 
     Both are exact likelihoods given the length, so the choice of sentences hardly matters.
     """
     sentences = [val.ids[begin:end] for begin, end in pairwise(val.offsets[: n + 1])]
     device = next(model.parameters()).device
-    bos_id = tokenizer.bos_id()
-    scores = likelihood.score(model, sentences, bos_id, nothing_given, COMMIT, Work(device))
+    tokenizer = val.tokenizer
+    scores = likelihood.score(model, sentences, tokenizer.bos, COMMIT, Work(device))
     words = [tokenizer.decode(ids.tolist()).split() for ids in sentences]
     truth = sum(math.log(toy.lengths()[len(w)] / toy.probability(w)) for w in words)
     return (scores.nats["exact"].sum() - truth) / scores.n_scored.sum()
@@ -164,7 +163,7 @@ def excess_nats_per_token(model, tokenizer, val, n=400):
 # ---------------------------------------------------------------- samples
 
 
-def find_corpus(args, run):
+def find_corpus(args, tokenizer, run):
     """Find the text that the model was trained on -> Corpus, which part of it was used.
 
     Raises ValueError if it is gone. One line on standard error says that it is another one.
@@ -174,7 +173,6 @@ def find_corpus(args, run):
     message = "samples are compared with the training text, which is not at {}"
     corpus = Corpus.find(path, flags["text_field"], f"{message}: give it with --corpus")
     part = "all" if flags["val_path"] else "train"
-    tokenizer = Path(args.model_dir) / "tokenizer.model"
     key = cache.text_key(corpus, tokenizer, args.cache_dir, part, flags["example"])
     if run.get("identity", {}).get("corpus") not in (None, key):
         compared = "samples are compared with another one"
@@ -182,7 +180,7 @@ def find_corpus(args, run):
     return corpus, part
 
 
-def choose_texts(tokens, tokenizer, window, n, seed):
+def choose_texts(tokens, window, n, seed):
     """Choose random windows of a text -> up to n texts, their lengths in tokens.
 
     Raises ValueError if all are too short.
@@ -195,7 +193,7 @@ def choose_texts(tokens, tokenizer, window, n, seed):
     chosen = np.random.default_rng(seed).permutation(long_enough)[:n]
     starts, lengths = plan.starts[chosen].tolist(), plan.lengths[chosen].tolist()
     pairs = zip(starts, lengths, strict=True)
-    return [decode(tokenizer, tokens.ids[i : i + n].tolist()) for i, n in pairs], lengths
+    return [tokens.tokenizer.decode(tokens.ids[i : i + n].tolist()) for i, n in pairs], lengths
 
 
 def sample_quality(sampler, tokens, reference, args):
@@ -204,7 +202,7 @@ def sample_quality(sampler, tokens, reference, args):
     -> {name: {figure: (value, low, high)}}.
     """
     tokenizer, run = sampler.tokenizer, sampler.run
-    real, lengths = choose_texts(tokens, tokenizer, sampler.limit, args.samples, args.seed)
+    real, lengths = choose_texts(tokens, sampler.limit, args.samples, args.seed)
     seeds = [mix_seed(args.seed, i) for i in range(len(lengths))]
     pairs = zip(seeds, lengths, strict=True)
     templates = [make_template("", tokenizer, run, *pair) for pair in pairs]
@@ -212,7 +210,7 @@ def sample_quality(sampler, tokens, reference, args):
     samples = generate(sampler.model, tokenizer, templates, args.seed, options)
     bar = dict(total=len(templates), unit="sample", desc="sampling", disable=None)
     samples = list(tqdm(samples, **bar))
-    generated = [decode(tokenizer, ids) for ids, _ in samples]
+    generated = [tokenizer.decode(ids) for ids, _ in samples]
     calls = sum(calls for _, calls in samples) / len(samples)
     return {
         f"{len(real)} samples, {calls:.4g} calls": quality.figures(generated, reference, args.seed),
@@ -256,12 +254,10 @@ def parse_orders(text):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    p.add_flags("-mdir --checkpoint --seed --device --cache_dir")
     add("-d", "--data_path", type=cli.path, required=True,
         help="text as for train.py, with examples as in training")
     add("--text_field", help="field of .jsonl files that holds the text (that of the training)")
-    add("--checkpoint", choices=["best", "last"], default="best",
-        help="best by validation, or last (best)")
     add("--ema", type=int, default=-1,
         help="which of the weight averages to measure, counted from 0 (-1: the last)")
     add("--window", type=cli.count,
@@ -292,19 +288,10 @@ def flags():
         help="rows per network call (chosen by the size of the model)")
     add("--samples", type=cli.natural, default=0,
         help="also measure the quality of this many generated texts (0)")
-    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler,
-        help=f"for --samples ({DEFAULT.sampler})")
-    add("--steps", type=cli.steps, default=DEFAULT.steps,
-        help=f"sampling steps for --samples ({DEFAULT.steps})")
-    add("--corrections", type=cli.natural, default=DEFAULT.corrections,
-        help=f"further calls of pace that redraw tokens ({DEFAULT.corrections})")
+    p.add_flags("--sampler --steps --corrections", FLAGS)
     add("--corpus", type=cli.path,
         help="training text that --samples are compared with (that of the model)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
-    add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)")
     return p
 
 
@@ -314,7 +301,7 @@ def warn_of_changes(corpus, tokenizer, example, n=1000):
     texts = [piece.text for piece, _ in zip(read_pieces(corpus, example), range(n))]
     encoded = [(text, tokenizer.encode(text)) for text in texts]
     # Unknown text is accounted for.
-    known = [(text, ids) for text, ids in encoded if tokenizer.unk_id() not in ids]
+    known = [(text, ids) for text, ids in encoded if tokenizer.unk not in ids]
     share = sum(tokenizer.decode(ids) != text for text, ids in known) / max(1, len(known))
     if share:
         what = f"{share:.1%} of the examples (spaces, letter forms)"
@@ -326,15 +313,14 @@ def read_text(args, tokenizer, run):
     """Read the text to measure -> Text of which as much is scored as the flags say."""
     example = run["args"]["example"]
     corpus = Corpus(args.data_path, args.text_field or run["args"]["text_field"])
-    path = Path(args.model_dir) / "tokenizer.model"
     with parallel.first_alone():
-        tokens = cache.load_corpus(corpus, path, args.cache_dir, example=example)
+        tokens = cache.load_corpus(corpus, tokenizer, args.cache_dir, example=example)
     warn_of_changes(corpus, tokenizer, example)
     for line in left_out(corpus.path):
         print(f"{corpus}: {line}", file=sys.stderr)
     longest = int(tokens.shard_lengths[:, 1].max())  # no document fills a longer window
     window = min(args.window, longest) if args.window else run["args"]["sequence_length"]
-    text = Text(tokens, window, tokenizer.bos_id(), args.given)
+    text = Text(tokens, window, args.given)
     return text.first_tokens(args.max_tokens) if args.max_tokens else text
 
 
@@ -368,7 +354,7 @@ def main(argv=None):
     device = parallel.join(args.device)
     model, tokenizer, run = load(args.model_dir, args.checkpoint, device, args.ema)
     if args.samples:  # first, because this fails if the training text is missing or empty
-        corpus, part = find_corpus(args, run)
+        corpus, part = find_corpus(args, tokenizer, run)
         reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     text = read_text(args, tokenizer, run)
     scores, figures, exact_names, is_stopped = measure(model, text, args, device)

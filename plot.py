@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -34,11 +33,12 @@ from common.files import replacing
 from common.noise import mix_seed
 from plotting import pictures, report
 from sample import Sampler
+from sampling import generate
 from sampling.generate import DEFAULT, Options, sample_batch
 from sampling.prompts import read_breaks
 from text import cache
 from text.reading import EXAMPLE_HELP
-from text.tokenizer import load_tokenizer, piece_text, train_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training.checkpoint import load, read_checkpoint, read_figures, read_metrics, without_folders
 
 WATCH_SECONDS = 5
@@ -148,13 +148,11 @@ def draw_packing(args):
     if not args.data_path:
         raise ValueError("packing reads a text: give -d")
     path, row_length = args.data_path, args.sequence_length
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer_path = args.spm_model
-        if not tokenizer_path:
-            tokenizer_path = Path(folder) / "tokenizer.model"
-            tokenizer_path.write_bytes(train_tokenizer(path, "bpe", example=args.example))
-        load_tokenizer(tokenizer_path)  # raises if it is none
-        tokens = cache.load_corpus(path, tokenizer_path, args.cache_dir, example=args.example)
+    if args.spm_model:
+        tokenizer = load_tokenizer(args.spm_model)
+    else:
+        tokenizer = Tokenizer(train_tokenizer(path, "bpe", example=args.example))
+    tokens = cache.load_corpus(path, tokenizer, args.cache_dir, example=args.example)
     plans = packing_plans(tokens, row_length)
     examples = f"{tokens.n_documents:,} examples in rows of {row_length} tokens"
     title = f"{Path(path).name}: {examples}"
@@ -201,7 +199,7 @@ def record(sampler, prompts, recorder, controls, seed=0, length=None):
     samples = sample_batch(sampler.model, sampler.tokenizer, templates, seeds, options)
     texts = []
     for row, (ids, n_calls) in enumerate(samples):
-        part = slice(int(ids[0] == sampler.tokenizer.bos_id()), len(ids))
+        part = slice(int(ids[0] == sampler.tokenizer.bos), len(ids))
         calls = [(k[row, part], share[row, part]) for k, share in recorder.calls[:n_calls]]
         texts.append((ids[part], calls))
     return texts
@@ -231,7 +229,7 @@ def draw_sampling(args):
 
 def to_piece(k, tokenizer, end=""):
     """Write a token with the space before it, eos as `end`."""
-    return end if k == tokenizer.eos_id() else piece_text(int(k), tokenizer)
+    return end if k == tokenizer.eos else tokenizer.piece_text(k)
 
 
 def to_pieces(ids, tokenizer):
@@ -395,26 +393,15 @@ FLAGS = {
         help="SentencePiece model (a bpe is trained on the text)"),
     "--example": dict(default="line", help=EXAMPLE_HELP),
     "-slen --sequence_length": dict(type=cli.several, default=128, help="tokens of a row (128)"),
-    "--checkpoint": dict(choices=["best", "last"], default="best",
-        help="the best by validation, or the last (best)"),
     "--prompt": dict(action="append", default=[], help="as in sample.py; repeatable"),
     "--num_samples": dict(type=cli.count, help="texts per prompt (1, with --gif 6)"),
     "--length": dict(type=cli.several,
         help="tokens per text, with bos and eos (drawn from the training lengths)"),
-    "--sampler --solver": dict(choices=bfn.SAMPLERS, default=DEFAULT.sampler,
-        help="how to sample (%(default)s)"),
-    "--steps": dict(type=cli.steps, default=DEFAULT.steps, help="as in sample.py (%(default)s)"),
-    "--corrections": dict(type=cli.natural, default=DEFAULT.corrections,
-        help="as in sample.py (%(default)s)"),
     "--gif": dict(action="store_true",
         help="an animation of the texts that emerge, pale where they are uncertain"),
-    "--seed": dict(type=cli.natural, default=0, help="seed of all random numbers (0)"),
-    "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)"),
-    "--cache_dir": dict(type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)"),
     "--output": dict(type=cli.path, help="file to write (PICTURE.png, RUN_DIR/report.html)"),
     "--dark": dict(action="store_true", help="dark colours"),
-}
+} | cli.FLAGS | generate.FLAGS
 RUN = "run_dir --device"
 SAMPLING = f"{RUN} --checkpoint --prompt --num_samples --length --sampler --steps --corrections"
 PICTURES = {  # what draws it, and its flags
@@ -434,9 +421,7 @@ def flags(picture):
     draw, chosen = PICTURES[picture]
     p = cli.Parser(draw.__doc__)
     p.prog = f"python plot.py {picture}"
-    for names, options in FLAGS.items():
-        if names.split()[0] in chosen.split():
-            p.add_argument(*names.split(), **options)
+    p.add_flags(chosen, FLAGS)
     return p
 
 

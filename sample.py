@@ -28,13 +28,13 @@ from common import parallel
 from common.files import writing
 from common.noise import mix_seed
 from evaluation import likelihood
-from evaluation.bounds import Work, nothing_given
+from evaluation.bounds import Work
 from sampling import guidance, odds, prompts, proofread, terminal
-from sampling.generate import DEFAULT, Options, fit_lengths, generate
+from sampling.generate import DEFAULT, FLAGS, Options, fit_lengths, generate
 from sampling.prompts import FREE, GAP, Prompt
 from sampling.terminal import Trace
 from text.reading import ONE_LINE
-from text.tokenizer import decode, label_ids, one_line
+from text.tokenizer import one_line
 from training.checkpoint import EXPORTED_FILES, RUN_FILES, load
 
 STEERING = "ban hint draft strength guidance scale"
@@ -86,7 +86,7 @@ class Sampler:
         read = {prompt: self.read(prompt, length, options) for prompt in set(prompts)}
         templates = [read[p].draw(mix_seed(seed, i)) for i, p in enumerate(prompts)]
         if max(map(len, templates), default=0) <= self.limit:
-            odds.check(options.hints, templates, self.tokenizer.bos_id() >= 0)
+            odds.check(options.hints, templates, self.tokenizer.bos >= 0)
         elif options.hints or trace:
             limit = f"at most {self.limit} tokens, the trained length"
             raise ValueError(f"--hint and --trace need texts of {limit}: lower --length")
@@ -101,7 +101,7 @@ class Sampler:
 
     def label(self, prompts, label):
         """Put a label of a model of labelled texts before each prompt."""
-        if not label_ids(self.tokenizer):
+        if not self.tokenizer.labels:
             message = "the model was not trained with --labelled"
             raise ValueError(f"{message}: give a --classifier of the label")
         if any("\t" in prompt for prompt in prompts):
@@ -110,7 +110,7 @@ class Sampler:
 
     def decode(self, ids, unknown=()):
         """Turn ids into text. unknown: the texts of what the tokenizer does not know."""
-        return lay_out(decode(self.tokenizer, ids, unknown), self.run)
+        return lay_out(self.tokenizer.decode(ids, unknown), self.run)
 
     def options(self, *, ban=(), hint=(), draft=None, strength=0.4, **more):
         """Turn what a user says into Options."""
@@ -140,7 +140,7 @@ class Sampler:
         A draft has its own length, and only its bos and label are given.
         """
         if options.draft:
-            given = {self.tokenizer.bos_id(), *label_ids(self.tokenizer).values()}
+            given = {self.tokenizer.bos, *self.tokenizer.labels.values()}
             return Prompt([[k if k in given else FREE for k in options.draft]], [1])
         prompt = Prompt.read(text, self.tokenizer, self.run, length)
         prompt = fit_lengths(self.model, self.tokenizer, prompt)
@@ -159,9 +159,8 @@ class Sampler:
             return np.zeros(0)
         windows = [np.array(self.encode(text)) for text in texts]
         functions = {"exact": partial(likelihood.exact, calls=calls)}
-        inputs = self.model, windows, self.tokenizer.bos_id(), nothing_given, functions
-        scores = likelihood.score(*inputs, Work(self.device))
-        return -scores.nats["exact"]
+        inputs = self.model, windows, self.tokenizer.bos, functions, Work(self.device)
+        return -likelihood.score(*inputs).nats["exact"]
 
     def fill(self, ids, given, seed: int = 0, **options) -> torch.Tensor:
         """Draw the tokens that are not given: ids, given (B, L) -> ids (B, L) int64.
@@ -196,8 +195,8 @@ class Sampler:
         texts = []
         for i, (template, (ids, _)) in enumerate(zip(templates, samples, strict=True)):
             n_given = sum(k >= 0 for k in template) if i >= n_free else 0
-            given = f"[{decode(self.tokenizer, ids[:n_given])}] " if i >= n_free else ""
-            texts.append(given + decode(self.tokenizer, ids[n_given:]))
+            given = f"[{self.tokenizer.decode(ids[:n_given])}] " if i >= n_free else ""
+            texts.append(given + self.tokenizer.decode(ids[n_given:]))
         return [lay_out(text, self.run) for text in texts]
 
 
@@ -212,21 +211,14 @@ def lay_out(text, run):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
-    add("--checkpoint", choices=["best", "last"], default="best",
-        help="the best by validation, or the last (best)")
+    p.add_flags("-mdir --checkpoint --device")
     add("--prompt", action="append", default=[],
         help="beginning, or text with gaps ___ or ___{N} (not a gap: \\___); repeatable")
     add("--prompt_file", type=cli.path, help="file with one prompt per line")
     add("--num_samples", type=cli.samples, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count,
         help="tokens per text, with bos and eos (drawn from the training lengths)")
-    add("--sampler", "--solver", choices=bfn.SAMPLERS, default=DEFAULT.sampler,
-        help="how to sample (%(default)s)")
-    add("--steps", type=cli.steps, default=DEFAULT.steps,
-        help="most calls that fill the text; the solvers make STEPS + 1 (32)")
-    add("--corrections", type=cli.natural, default=DEFAULT.corrections,
-        help="further calls of pace that redraw tokens (4)")
+    p.add_flags("--sampler --steps --corrections", FLAGS)
     add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")
     add("--top_p", type=cli.above_zero_to_one, default=1.0,
         help="keep the likeliest tokens that sum to this (1)")
@@ -247,7 +239,6 @@ def flags():
         help="noise level t of --draft: a higher value keeps more of it (0.4)")
     add("--seed", type=cli.natural, default=0,
         help="a sample depends only on the seed and its number (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--output", type=cli.path,
         help="also write prompt, text, ids and network calls to this file, as JSON lines")
     add("--interactive", action="store_true", help="type prompts, and change settings in between")

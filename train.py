@@ -26,9 +26,7 @@ from common.files import file_hash
 from common.noise import draw_keys, mix_seed, noise
 from model import BFNTransformer, Config
 from sample import Sampler
-from text import cache
 from text.reading import EXAMPLE_HELP
-from text.tokenizer import label_ids
 from training import forms, fused, log, memory, optim, run_folder, speed
 from training.checkpoint import State, load, restore, save
 from training.times import draw_times
@@ -54,12 +52,11 @@ def flags():
     add, on_off = p.add_argument, ["auto", "on", "off"]
     add("-d", "--data_path", type=cli.path,
         help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
-    add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
     add("--example", help=EXAMPLE_HELP)
     add("--labelled", dest="example", action="store_const", const="labelled",
         help="lines are label<TAB>text")
     add("-spm", "--spm_model", type=cli.path, help="SentencePiece model (trained on the corpus)")
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    p.add_flags("-mdir --text_field --seed --device --cache_dir")
     add("--val_path", type=cli.path,
         help="text for validation, as for -d (a held-out part of the corpus)")
     add("--preset", choices=PRESETS, help="defaults of flags with * (GPU: base, CPU: laptop)")
@@ -68,8 +65,6 @@ def flags():
         help="kind of tokenizer to train (bpe)")
     add("--vocab_size", type=cli.several,
         help="tokens of the tokenizer to train (512 to 8192, or room for all characters)")
-    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)")
     add("-ep", "--epochs", type=cli.positive, help="passes over the corpus (10)")
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs; measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
@@ -98,8 +93,6 @@ def flags():
     add("-smi", "--sample_interval", type=cli.count, help=f"steps between samples {ten_times}")
     add("-nex", "--num_examples", type=cli.natural, default=4,
         help="samples each time, half of them from prompts (4)")
-    add("--seed", type=cli.natural, default=0, help="seed of everything random (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     add("--compile", choices=on_off, default="auto", help="torch.compile (CUDA, or width 256)")
     add("--fused", choices=on_off, default="auto",
         help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")
@@ -269,7 +262,7 @@ def update_weights(state, args):
 
 
 def open_run(args, device, run_dir):
-    """Complete the flags and read the texts -> checkpoint or None; tokenizer, training and val."""
+    """Complete the flags and read the texts -> checkpoint or None; training and val Tokens."""
     saved = run_folder.open_run_folder(run_dir)
     complete(args, saved, preset=DEFAULT_PRESET[device.type])
     if saved:
@@ -278,9 +271,9 @@ def open_run(args, device, run_dir):
     return saved, run_folder.prepare_text(args, run_dir, saved)
 
 
-def make_loader(args, tokenizer, tokens):
+def make_loader(args, tokens):
     """Make the Loader of the training batches, and choose the steps unless --minutes does."""
-    marks = tokenizer.bos_id(), label_ids(tokenizer).values()
+    marks = tokens.tokenizer.bos, tokens.tokenizer.labels.values()
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, *marks)
     if not args.minutes:
         steps = loader.count_steps(args.epochs, args.accumulation_steps)
@@ -341,12 +334,12 @@ def train(args, device, until_end):
     # The text, and what has been trained on it.
     with parallel.first_alone():
         until_end.enter_context(run_folder.lock(run_dir))
-        saved, (tokenizer, tokens, val) = open_run(args, device, run_dir)
+        saved, (tokens, val) = open_run(args, device, run_dir)
     fit_rows(args, tokens)
-    config = make_config(args, len(tokenizer))
+    config = make_config(args, len(tokens.tokenizer))
     until_end.enter_context(memory.explained(memory.check(config, args, device)))
-    loader = make_loader(args, tokenizer, tokens)
-    run = run_folder.describe_run(args, config, tokenizer, tokens, val, run_dir)
+    loader = make_loader(args, tokens)
+    run = run_folder.describe_run(args, config, tokens, val)
     before = saved["args"] if saved else {}
     if saved:
         run_folder.check_identity(saved["identity"], run["identity"], args)
@@ -355,14 +348,14 @@ def train(args, device, until_end):
     speed.peak(device, speed.fast_bf16(device))  # measured before the memory is needed
     state = build(config, args, device, saved)
     del saved  # it holds a second copy of everything
-    sampler = Sampler(state.emas[-1], tokenizer, run)
+    sampler = Sampler(state.emas[-1], tokens.tokenizer, run)
     examples = partial(sampler.examples, val, args.num_examples, args.seed)
     if state.step >= (args.max_steps or math.inf):
         print(f"{run_dir} is finished at step {state.step}")
         return finish(state, sampler, val, args)
-    val_inputs = val, tokenizer.bos_id(), args.sequence_length, device
+    val_inputs = val, args.sequence_length, device
     seconds = plan(state, loader, val_inputs, args, device, before)
-    opening = log.opening_lines(state, loader, val, seconds, args, device, tokenizer)
+    opening = log.opening_lines(state, loader, val, seconds, args, device)
     print(*opening, sep="\n")
     if args.dry_run:
         return

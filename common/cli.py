@@ -40,6 +40,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
 
+    def add_flags(self, chosen, flags=None):
+        """Add flags {names: options}, by default FLAGS, of which the first name is in `chosen`."""
+        for names, options in (flags or FLAGS).items():
+            if names.split()[0] in chosen.split():
+                self.add_argument(*names.split(), **options)
+
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         known = self._option_string_actions  # not public, but the only list of the flags
@@ -127,6 +133,23 @@ def user_cache_dir():
             return usual, True
     user = getattr(os, "getuid", os.getpid)()
     return os.path.join(tempfile.gettempdir(), f"cache-of-user-{user}"), False
+
+
+def default_cache_dir():
+    """Return the folder of tokenised corpora: bayesian-flow-lm in `user_cache_dir`."""
+    return os.path.join(user_cache_dir()[0], "bayesian-flow-lm")
+
+
+FLAGS = {  # of several commands
+    "-mdir --model_dir": dict(type=path, default="runs/demo", help="run folder (runs/demo)"),
+    "--checkpoint": dict(choices=["best", "last"], default="best",
+        help="the best by validation, or the last (best)"),
+    "--text_field": dict(default="text", help="field of .jsonl files that holds the text (text)"),
+    "--seed": dict(type=natural, default=0, help="seed of all random numbers (0)"),
+    "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)"),
+    "--cache_dir": dict(type=path, default=default_cache_dir(),
+        help="folder for tokenised corpora (%(default)s)"),
+}
 
 
 @cache

@@ -44,7 +44,6 @@ class Text:
 
     tokens: cache.Tokens
     row_length: int  # also the longest window
-    bos_id: int  # -1 if the tokenizer has none
     given: object = nothing_given  # function: segment_ids (B, L) -> what is given, (B, L) bool
     n_rows: float = math.inf  # at most so many, whose windows come from all over the text
 
@@ -91,19 +90,20 @@ class Text:
         """
         rows_read = data.gather_rows(self.tokens, self.plan, np.asarray(rows), self.row_length)
         ids, segment_ids = map(torch.as_tensor, rows_read)
-        cond_mask = ((ids == self.bos_id) | self.given(segment_ids)) & (segment_ids > 0)
+        is_bos = ids == self.tokens.tokenizer.bos
+        cond_mask = (is_bos | self.given(segment_ids)) & (segment_ids > 0)
         first = torch.as_tensor(self.plan.row_starts[rows.start : rows.stop])
         return ids, segment_ids, cond_mask, first[:, None] + (segment_ids - 1).clamp(min=0)
 
 
-def n_scorable(tokens, bos_id):
+def n_scorable(tokens):
     """Count the tokens of a whole text that are scored if nothing is given: all but bos."""
-    return max(1, int(tokens.offsets[-1]) - (bos_id >= 0) * tokens.n_documents)
+    return max(1, int(tokens.offsets[-1]) - (tokens.tokenizer.bos >= 0) * tokens.n_documents)
 
 
-def unknown_nats_per_token(tokens, bos_id):
+def unknown_nats_per_token(tokens):
     """Compute the cost of bytes that the tokenizer does not know, averaged over the whole text."""
-    return UNKNOWN_BITS * math.log(2) * tokens.n_unknown_bytes / n_scorable(tokens, bos_id)
+    return UNKNOWN_BITS * math.log(2) * tokens.n_unknown_bytes / n_scorable(tokens)
 
 
 # ---------------------------------------------------------------- how it is scored
@@ -359,7 +359,7 @@ def score(model, text, work, *, n_draws=2, error=None, n_steps=None, seed=0):
     draws, stop, start = [], False, time.perf_counter()
     n_batches = len(parallel.share(text.batches(work.batch_size)))
     with BoundBar(total=n_draws * n_batches, disable=None if work.progress else True) as bar:
-        bar.unknown = unknown_nats_per_token(text.tokens, text.bos_id)
+        bar.unknown = unknown_nats_per_token(text.tokens)
         while len(draws) < n_draws and not stop:
             draw_seed = mix_seed(seed, "evaluate", len(draws))
             deadline = math.inf if draws else start + work.seconds / 2  # the speed can change

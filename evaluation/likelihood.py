@@ -20,7 +20,7 @@ import bfn
 from common import parallel
 from common.noise import Draws, mix_seed, uniform
 from data import pad
-from evaluation.bounds import add_up_batches
+from evaluation.bounds import add_up_batches, nothing_given
 from model import rows_at_once
 
 ANY_ORDER_DRAWS = 8  # per window
@@ -148,7 +148,7 @@ class Likelihoods:
 
 
 @torch.no_grad()
-def score(model, windows, bos_id, given, functions, work, seed=0):
+def score(model, windows, bos, functions, work, seed=0, given=nothing_given):
     """Compute figures (see `figures_of`) of windows, a list of arrays of ids -> Likelihoods.
 
     model: any callable (theta, t, segment_ids) -> logits whose `config` has K, s1 and d_model.
@@ -161,21 +161,19 @@ def score(model, windows, bos_id, given, functions, work, seed=0):
     fitting = min(max(1, CHUNK_TOKENS // longest), rows_at_once(longest, model.config, work.device))
     size = min(fitting, per_process)
     chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
-    nats = torch.zeros(len(functions), n, dtype=torch.float64)
-    n_scored = torch.zeros(n, dtype=torch.float64)
+    results = torch.zeros(1 + len(functions), n, dtype=torch.float64)  # n_scored, then the figures
     deadline = time.perf_counter() + work.seconds
 
     def add(rows):
         chunk = slice(rows.start, rows.stop)
         ids, segment_ids = pad([window.tolist() for window in windows[chunk]], work.device)
-        cond_mask = (segment_ids == 0) | (ids == bos_id) | given(segment_ids)
+        cond_mask = (segment_ids == 0) | (ids == bos) | given(segment_ids)
         seeds = [mix_seed(seed, "likelihood", i) for i in rows]
         keys = Draws.seeded(seeds, [longest + 1] * len(rows), work.device).keys
-        u = uniform(keys)[:, : ids.shape[1] + 1]
-        n_scored[chunk] = (~cond_mask).sum(1)
+        inputs = ids, cond_mask, uniform(keys)[:, : ids.shape[1] + 1], model.config
         network = partial(model, segment_ids=segment_ids)
-        for row, function in zip(nats, functions.values(), strict=True):
-            row[chunk] = function(network, ids, cond_mask, u, model.config)
+        figures = (function(network, *inputs) for function in functions.values())
+        results[:, chunk] = torch.stack([(~cond_mask).sum(1), *figures]).cpu()
         bar.update(len(rows))
 
     def is_over(seconds):
@@ -183,9 +181,8 @@ def score(model, windows, bos_id, given, functions, work, seed=0):
 
     look = dict(unit="window", desc="likelihood", disable=None if work.progress else True)
     with tqdm(total=per_process, **look) as bar:
-        n_chunks = add_up_batches(chunks, add, [nats, n_scored], is_over)
-    n_read = chunks[n_chunks - 1].stop
-    if not n_scored[:n_read].sum():
+        n_chunks = add_up_batches(chunks, add, [results], is_over)
+    n_scored, *nats = results[:, : chunks[n_chunks - 1].stop].numpy()
+    if not n_scored.sum():
         raise ValueError("nothing of this text is left to score: give less of it")
-    figures = dict(zip(functions, nats[:, :n_read].numpy(), strict=True))
-    return Likelihoods(figures, n_scored[:n_read].numpy())
+    return Likelihoods(dict(zip(functions, nats, strict=True)), n_scored)

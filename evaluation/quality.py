@@ -56,7 +56,7 @@ class Reference:
                 n_chars += len(piece.text)
         if not words:
             raise ValueError(f"{corpus} has no text to compare samples with")
-        stream = _stream(tokenizer.encode_as_numpy(texts), K, order)
+        stream = _stream(tokenizer.encode_all(texts), K, order)
         is_token = stream[order - 1 :] < K  # an n-gram ends in a token, not in a mark
         counts, histories = [], []
         for n in range(1, order + 1):

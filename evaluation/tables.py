@@ -21,8 +21,8 @@ def likelihood_figures(scores, conditional=False):
     text, even if only some windows were scored.
     """
     diffusion, reconstruction = scores.nats_per_token
-    tokens, bos_id = scores.text.tokens, scores.text.bos_id
-    unknown = unknown_nats_per_token(tokens, bos_id)
+    tokens = scores.text.tokens
+    unknown = unknown_nats_per_token(tokens)
     bound = diffusion + reconstruction + unknown
     bits = bound / math.log(2)
     text_error, n_clusters = scores.text_error()
@@ -36,7 +36,7 @@ def likelihood_figures(scores, conditional=False):
         perplexity_per_token=math.exp(min(bound, 700.0)),  # exp(710) overflows
     )
     if not conditional:
-        n = n_scorable(tokens, bos_id)
+        n = n_scorable(tokens)
         figures |= dict(
             bits_per_char=bits * n / tokens.n_chars, bits_per_byte=bits * n / tokens.n_bytes
         )
@@ -57,7 +57,7 @@ def exact_figures(text, scores):
     text: the Text whose first windows were scored. Names are such as exact_8_calls_nats_per_token.
     """
     document = text.document[: len(scores.n_scored)]
-    unknown = unknown_nats_per_token(text.tokens, text.bos_id)
+    unknown = unknown_nats_per_token(text.tokens)
     figures = dict(exact_n_tokens_scored=int(scores.n_scored.sum()))
     for name, mean in scores.nats_per_token.items():
         excess = scores.nats[name] - mean * scores.n_scored

@@ -288,14 +288,14 @@ def measure_gaps(name, model, text, device):
 
 def train_variant(name, args, budget, text, folder):
     """Train one variant on the text that `prepare` returned -> its record."""
-    tokenizer, tokens, val = text
+    tokens, val = text
     VARIANTS.get(name, base)(args)
     device = parallel.find_device(args.device)
     speed.allow_tf32(device)
-    config = train.make_config(args, len(tokenizer))
+    config = train.make_config(args, len(tokens.tokenizer))
     state = train.build(config, args, device, None)
-    L, bos_id = args.sequence_length, tokenizer.bos_id()
-    loader = data.Loader(tokens, L, args.batch_size, args.seed, bos_id)
+    L = args.sequence_length
+    loader = data.Loader(tokens, L, args.batch_size, args.seed, tokens.tokenizer.bos)
     trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
     forms.choose_form(state, *trial)
     forms.warm_up(state, *trial)  # compiles, before the time counts
@@ -314,16 +314,16 @@ def train_variant(name, args, budget, text, folder):
         return int((batch[1] > 0).sum())
 
     def measure():
-        model, held_out = state.emas[-1], bounds.Text(val, L, bos_id)
+        model, held_out = state.emas[-1], bounds.Text(val, L)
         with evaluate.full_precision():
             exact = evaluate.exact_likelihood(model, held_out.first_tokens(EXACT_TOKENS), device)
             return measure_bound(model, held_out, device) | exact
 
     curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
-    curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L, bos_id), device))
+    curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L), device))
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
-        state.loss_by_time = evaluate.validate(state.emas[-1], val, bos_id, L, device)[1]
-        run = describe_run(args, config, *text, folder)
+        state.loss_by_time = evaluate.validate(state.emas[-1], val, L, device)[1]
+        run = describe_run(args, config, *text)
         save_weights(state, run, folder / f"{name}-{args.seed}")
     return record(name, args.seed, state.model, curve)
 
@@ -396,7 +396,7 @@ def add_record(new, folder):
 
 
 def prepare(args, folder):
-    """Prepare the text in the comparison's folder -> tokenizer, training and validation Tokens."""
+    """Prepare the text in the comparison's folder -> training and validation Tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     return prepare_text(args, folder, None)
 
@@ -441,7 +441,7 @@ def train_one(name, seed, args, folder):
     """Train one variant in this process -> its record."""
     changed = run_flags(args, name, seed)
     text = prepare(run_flags(args), folder)  # the same text for all
-    train.fit_rows(changed, text[1])
+    train.fit_rows(changed, text[0])
     return train_variant(name, changed, Budget(args.minutes, args.tokens), text, folder)
 
 

@@ -32,7 +32,6 @@ from plotting import pictures
 from sampling.generate import DEFAULT, Options, generate
 from sampling.prompts import make_template
 from text import cache, toy
-from text.tokenizer import decode
 from training.checkpoint import load
 
 HELD_OUT = "held-out text"
@@ -72,7 +71,7 @@ def sample(model, tokenizer, job, templates, seed):
     samples = list(generate(model, tokenizer, templates, seed, make_options(*job)))
     seconds = time.perf_counter() - begin
     calls_per_text = sum(calls for _, calls in samples) / len(samples)
-    return [decode(tokenizer, ids) for ids, _ in samples], calls_per_text, seconds
+    return [tokenizer.decode(ids) for ids, _ in samples], calls_per_text, seconds
 
 
 def record(job, figures, n_texts=0, calls_per_text=0, seconds=0):
@@ -121,7 +120,7 @@ def equal_entropy_table(results):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    p.add_flags("-mdir --seed --device --cache_dir")
     add("-d", "--data_path", type=cli.path,
         help="held-out text (the validation part of the training text)")
     add("--corpus", type=cli.path,
@@ -135,10 +134,6 @@ def flags():
     add("--num_samples", type=cli.several, default=256, help="texts per sampler (256)")
     add("--length", type=cli.several,
         help="longest text, in tokens (the sequence length of the training)")
-    add("--seed", type=cli.natural, default=0, help="seed of all random numbers (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    add("--cache_dir", type=cli.path, default=cache.default_cache_dir(),
-        help="folder for tokenised corpora (%(default)s)")
     add("--output", type=cli.path, default="runs/samplers",
         help="folder for results.json, results.md and pictures (runs/samplers)")
     return p
@@ -152,9 +147,8 @@ def held_out_texts(args, run, tokenizer, corpus):
         message = f"--length={window}, but the model was trained on texts of at most"
         raise ValueError(f"{message} {trained} tokens")
     path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
-    tokenizer_path, example = Path(args.model_dir) / "tokenizer.model", run["args"]["example"]
-    tokens = cache.load_corpus(path, tokenizer_path, args.cache_dir, part, example)
-    return evaluate.choose_texts(tokens, tokenizer, window, args.num_samples, args.seed)
+    tokens = cache.load_corpus(path, tokenizer, args.cache_dir, part, run["args"]["example"])
+    return evaluate.choose_texts(tokens, window, args.num_samples, args.seed)
 
 
 def main(argv=None):
@@ -162,7 +156,7 @@ def main(argv=None):
     device = parallel.find_device(args.device)
     model, tokenizer, run = load(args.model_dir, device=device)
     is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
-    corpus, part = evaluate.find_corpus(args, run)
+    corpus, part = evaluate.find_corpus(args, tokenizer, run)
     real, lengths = held_out_texts(args, run, tokenizer, corpus)
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import bfn
-from common import parallel
+from common import cli, parallel
 from common.noise import Draws, mix_seed
 from data import pad
 from model import rows_at_once
@@ -22,6 +22,14 @@ from sampling.prompts import FREE, MAX_CANDIDATES, allowed_at
 
 DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
 DEFAULT = bfn.Controls(corrections=4)  # the best that we measured
+FLAGS = {  # of the commands that sample, see `cli.Parser.add_flags`
+    "--sampler --solver": dict(choices=bfn.SAMPLERS, default=DEFAULT.sampler,
+        help="how to sample (%(default)s)"),
+    "--steps": dict(type=cli.steps, default=DEFAULT.steps,
+        help="most calls that fill the text; the solvers make STEPS + 1 (%(default)s)"),
+    "--corrections": dict(type=cli.natural, default=DEFAULT.corrections,
+        help="further calls of pace that redraw tokens (%(default)s)"),
+}
 SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
 
 
@@ -126,7 +134,7 @@ def sample_batch(model, tokenizer, templates, seeds, options, limit=math.inf):
     )
     network = partial(model, segment_ids=segment_ids)
     if options.guidance:
-        prompt_mask = given & (segment_ids > 0) & (padded != tokenizer.bos_id())
+        prompt_mask = given & (segment_ids > 0) & (padded != tokenizer.bos)
         network = guidance.by_prompt(model, segment_ids, prompt_mask, options.guidance)
     if options.guide is not None:
         steering = options.guide, options.scale, options.guide_is_exact
@@ -148,7 +156,7 @@ def combine_evidence(options, tokenizer, config, draws):
     (B, L, _), device = draws.keys.shape, draws.keys.device
     evidence = []
     if options.hints:
-        hint = odds.add_up(options.hints, L, tokenizer.bos_id() >= 0, config.K)
+        hint = odds.add_up(options.hints, L, tokenizer.bos >= 0, config.K)
         evidence.append(hint.to(device))
     if options.draft:
         draft = torch.tensor(options.draft, device=device).expand(B, L)
@@ -167,7 +175,7 @@ def write_blocks(model, tokenizer, templates, seeds, options, limit):
     (template,), (seed,) = templates, seeds
     ids = [k for k in template if k >= 0]
     calls = 0
-    while len(ids) < len(template) and tokenizer.eos_id() not in ids:
+    while len(ids) < len(template) and tokenizer.eos not in ids:
         given = ids[-(limit // 2) :]
         block = given + [FREE] * min(limit - len(given), len(template) - len(ids))
         block_seed = mix_seed(mix_seed(seed, len(ids)), 0)
@@ -192,18 +200,18 @@ def given_log_likelihood(model, tokenizer, templates):
     parts = []
     for i in range(0, len(templates), batch_size):
         padded, segment_ids = pad(templates[i : i + batch_size], device)
-        parts.append(batch_log_likelihood(model, padded, segment_ids, tokenizer.bos_id()))
+        parts.append(batch_log_likelihood(model, padded, segment_ids, tokenizer.bos))
     return torch.cat(parts).cpu()
 
 
-def batch_log_likelihood(model, padded, segment_ids, bos_id):
+def batch_log_likelihood(model, padded, segment_ids, bos):
     """Compute log P(given tokens | template) of one batch: padded, segment_ids (B, L) -> (B,)."""
 
     def network(theta, t):
         return model(theta, t, segment_ids)
 
     ids, t = padded.clamp(min=0), torch.zeros(padded.shape, device=padded.device)
-    scored = (padded >= 0) & (segment_ids > 0) & (padded != bos_id)
+    scored = (padded >= 0) & (segment_ids > 0) & (padded != bos)
     known = (padded >= 0) & ~scored  # bos and padding
     n_scored = scored.sum(1, keepdim=True)
     order = scored.cumsum(1) - 1  # 0, 1, 2, ... at the scored positions
@@ -225,7 +233,7 @@ def fit_lengths(model, tokenizer, prompt):
     interpolated over the length.
     """
     n = len(prompt.templates)
-    has_given = any(k >= 0 and k != tokenizer.bos_id() for k in prompt.templates[0])
+    has_given = any(k >= 0 and k != tokenizer.bos for k in prompt.templates[0])
     if n < 2 or not has_given:
         return prompt
     read = np.linspace(0, n - 1, min(n, MAX_CANDIDATES)).round().astype(int)

@@ -13,13 +13,13 @@ from text.tokenizer import JOIN, SPACE
 def find_ids(text, tokenizer):
     """Find the tokens that a text is, with or without a space before it -> ids, or ValueError."""
     text = text.strip(" ")
-    pieces = text, SPACE + text, SPACE + JOIN + text
-    ids = {tokenizer.piece_to_id(piece) for piece in pieces} - {tokenizer.unk_id()}
+    named = text, SPACE + text, SPACE + JOIN + text
+    ids = [k for k, piece in enumerate(tokenizer.pieces) if piece in named and k != tokenizer.unk]
     if not ids:
         message = f"{text!r} is not one token of this tokenizer, but"
-        pieces = " ".join(tokenizer.encode(text, out_type=str))
+        pieces = " ".join(tokenizer.split(text))
         raise ValueError(f"{message} {pieces}: name single tokens")
-    return sorted(ids)
+    return ids
 
 
 def parse(text, tokenizer):

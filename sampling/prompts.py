@@ -18,7 +18,7 @@ import torch
 
 from common import parallel
 from text.reading import ONE_LINE, lines_of
-from text.tokenizer import BREAK, JOIN, SPACE, add_marks, adds_prefix, label_ids, starts_word
+from text.tokenizer import BREAK, JOIN, SPACE
 
 FREE = -1  # any text, or its end
 GAP = -2  # any text
@@ -36,19 +36,15 @@ MAX_NAMED = 5  # unknown words of a prompt that a warning names
 @lru_cache(maxsize=4)
 def allowed_tokens(tokenizer):
     """List the tokens that may be drawn at each kind of position -> (6, K) bool, row -kind."""
-    K = len(tokenizer)
-    pieces = [tokenizer.id_to_piece(k) for k in range(K)]
-    special = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused
-    text = torch.tensor([not any(is_special(k) for is_special in special) for k in range(K)])
-    spaced = torch.tensor([starts_word(piece) for piece in pieces])
-    blank = SPACE, "\n", SPACE + BREAK
-    whole = torch.tensor([not tokenizer.is_byte(k) and pieces[k] not in blank for k in range(K)])
+    text, spaced = map(torch.from_numpy, (tokenizer.is_text, tokenizer.starts_word))
+    blank = torch.tensor([piece in (SPACE, "\n", SPACE + BREAK) for piece in tokenizer.pieces])
+    whole = torch.from_numpy(~tokenizer.is_byte) & ~blank
     is_label = torch.zeros_like(text)
-    is_label[list(label_ids(tokenizer).values())] = True
+    is_label[list(tokenizer.labels.values())] = True
     start, rest = text & spaced & whole, text & ~spaced & whole
     allowed = torch.stack([torch.ones_like(text), text, text, start, rest, is_label])
-    if tokenizer.eos_id() >= 0:
-        allowed[-FREE, tokenizer.eos_id()] = True
+    if tokenizer.eos >= 0:
+        allowed[-FREE, tokenizer.eos] = True
     allowed[~allowed.any(1)] = text & whole  # a vocabulary of characters has no WORD_START
     return allowed
 
@@ -63,18 +59,6 @@ def allowed_at(padded, tokenizer, banned):
     if not allowed.any(1).all():
         raise ValueError("--ban leaves no token to draw: ban fewer tokens")
     return allowed.to(padded.device)[(-padded).clamp(min=0)]
-
-
-@lru_cache(maxsize=4)
-def space_style(tokenizer):
-    """Tell whether some token is a space and more, and whether some token continues a word.
-
-    (True, True) for subwords, (False, True) for characters, (True, False) for whole words.
-    """
-    special = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_byte
-    text = [k for k in range(len(tokenizer)) if not any(is_special(k) for is_special in special)]
-    pieces = [tokenizer.id_to_piece(k) for k in text]
-    return any(len(p) > 1 and p[0] == SPACE for p in pieces), any(p[0] != SPACE for p in pieces)
 
 
 # ---------------------------------------------------------------- templates
@@ -127,7 +111,7 @@ def split_label(text, tokenizer):
 
     Without labels in the vocabulary: [], text. Raises ValueError for an unknown label.
     """
-    labels = label_ids(tokenizer)
+    labels = tokenizer.labels
     label, tab, rest = text.partition("\t")
     if not labels:
         return [], text
@@ -144,7 +128,7 @@ def encode_text(text, tokenizer, limit, name="the text"):
     label, text = split_label(text, tokenizer)
     if label == [ANY_LABEL]:
         raise ValueError(f"{name} has no label: write label<TAB>text")
-    ids = add_marks(label + tokenizer.encode(text), tokenizer)
+    ids = tokenizer.add_marks(label + tokenizer.encode(text))
     if len(ids) > limit:
         message = f"{name} takes {len(ids)} tokens, the model was trained on at most {limit}"
         raise ValueError(f"{message}: shorten it")
@@ -156,8 +140,7 @@ def unknown_pieces(prompt, tokenizer):
     found = []
     _, body = split_label(prompt, tokenizer)
     for text in split_gaps(body)[0]:
-        pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
-        found += [piece.replace(SPACE + JOIN, "") for k, piece in pieces if k == tokenizer.unk_id()]
+        found += [p.replace(SPACE + JOIN, "") for p in tokenizer.unknown_pieces(text)]
     return found
 
 
@@ -165,7 +148,7 @@ def unknown_pieces(prompt, tokenizer):
 def known_words(tokenizer):
     """Map each word of the vocabulary in lower case to how it is written."""
     ids = allowed_tokens(tokenizer)[-GAP].nonzero().flatten().tolist()
-    pieces = [tokenizer.id_to_piece(k) for k in reversed(ids)]  # the first of "The", "THE" stays
+    pieces = [tokenizer.pieces[k] for k in reversed(ids)]  # the first of "The", "THE" stays
     words = [piece.removeprefix(SPACE).removeprefix(JOIN) for piece in pieces]
     return {word.lower(): word for word in words if word}
 
@@ -181,10 +164,10 @@ def nearest_words(word, tokenizer):
 @parallel.first_only
 def warn_unknown(prompts, tokenizer):
     """Name the words or characters that the tokenizer does not know, one line per prompt."""
-    _, continues_words = space_style(tokenizer)
     for prompt in dict.fromkeys(prompts):
         words = "".join(unknown_pieces(prompt, tokenizer)).split(SPACE)  # neighbours are one piece
-        words = list(dict.fromkeys("".join(words) if continues_words else filter(None, words)))
+        words = "".join(words) if tokenizer.continues_words else filter(None, words)
+        words = list(dict.fromkeys(words))
         named, question = [], "did you mean {}?"
         for word in words[:MAX_NAMED]:
             close = " or ".join(map(repr, nearest_words(word, tokenizer)))
@@ -200,11 +183,10 @@ def encode_part(text, tokenizer, follows_gap):
 
     A space at its end belongs to the next token, or is a token where no token joins a space.
     """
-    joins_space, _ = space_style(tokenizer)
     body = text.removesuffix(" ")  # the tokenizer may strip it
     ids = encode_after_gap(body, tokenizer) if follows_gap else tokenizer.encode(body)
-    if body != text and not joins_space:
-        ids.append(tokenizer.piece_to_id(SPACE))
+    if body != text and not tokenizer.joins_space:
+        ids.append(tokenizer.processor.piece_to_id(SPACE))
     return ids
 
 
@@ -213,14 +195,15 @@ def encode_after_gap(text, tokenizer):
 
     Raises ValueError if the tokenizer cannot leave that space out.
     """
-    if not adds_prefix(tokenizer):
+    if not tokenizer.adds_prefix:
         return tokenizer.encode(text)
     ids = tokenizer.encode(text.removeprefix(" "))
     if not ids or text.startswith(" "):
         return ids
-    if tokenizer.id_to_piece(ids[0]).startswith((SPACE + JOIN, SPACE + BREAK)):
+    first = tokenizer.pieces[ids[0]]
+    if first.startswith((SPACE + JOIN, SPACE + BREAK)):
         return ids
-    if tokenizer.id_to_piece(ids[0]) != SPACE:
+    if first != SPACE:
         raise ValueError(f"this tokenizer cannot join {text!r} to a gap: put a space between them")
     return ids[1:]
 
@@ -234,12 +217,11 @@ def gap_sizes(low, high, follows_space, tokenizer, word_lengths):
         low = min(int(low), 1_000_000)  # a larger gap would fill the memory
         high = low if high is None else min(int(high), low + MAX_CANDIDATES)
         return [([GAP] * n, 1.0) for n in range(low, high + 1)]
-    joins_space, continues_words = space_style(tokenizer)
     begin = WORD_START if follows_space else WORD_REST
-    if not continues_words:
+    if not tokenizer.continues_words:
         return [([begin], 1.0)]
     sizes = [(n, weight) for n, weight in enumerate(word_lengths) if weight]
-    if not joins_space:  # n counts the space, which is a token before the gap
+    if not tokenizer.joins_space:  # n counts the space, which is a token before the gap
         return [([WORD_REST] * max(1, n - 1), weight) for n, weight in sizes]
     return [([begin] + [WORD_REST] * (n - 1), weight) for n, weight in sizes if n]
 
@@ -268,15 +250,14 @@ def parse_prompt(prompt, tokenizer, word_lengths):
     check_unicode(prompt)
     label, text = split_label(prompt, tokenizer)
     texts, gaps = split_gaps(text)
-    _, continues_words = space_style(tokenizer)
     templates = [(label + encode_part(texts[0], tokenizer, follows_gap=False), 1.0)]
     for i, (low, high) in enumerate(gaps):
         if high is not None and int(high) < int(low):
             usage = f"a gap ___{{N-M}} has at least N and at most M tokens, here {low}-{high}"
             raise ValueError(f"{shorten(prompt)}: {usage}")
-        at_start = i == 0 and not texts[0] and adds_prefix(tokenizer)
+        at_start = i == 0 and not texts[0] and tokenizer.adds_prefix
         # Whole words have a space after a line break, which is not written.
-        ends_line = texts[i].endswith("\n") and not continues_words
+        ends_line = texts[i].endswith("\n") and not tokenizer.continues_words
         follows_space = texts[i].endswith(" ") or ends_line or at_start
         sizes = gap_sizes(low, high, follows_space, tokenizer, word_lengths)
         after = encode_part(texts[i + 1], tokenizer, follows_gap=True)
@@ -303,10 +284,10 @@ class Prompt:
         """
         bodies, has_gap = parse_prompt(text, tokenizer, run["word_lengths"])
         if has_gap:
-            bodies = [(add_marks(body, tokenizer), weight) for body, weight in bodies]
+            bodies = [(tokenizer.add_marks(body), weight) for body, weight in bodies]
             pairs = fitting(text, bodies, run)
         else:
-            given = add_marks(bodies[0][0], tokenizer, end=False)
+            given = tokenizer.add_marks(bodies[0][0], end=False)
             pairs = continued(text, given, run, length)
         return cls(*map(list, zip(*pairs, strict=True)), unknown_pieces(text, tokenizer))
 

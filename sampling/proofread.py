@@ -17,7 +17,7 @@ from tqdm import tqdm
 import bfn
 from model import rows_at_once
 from sampling import prompts
-from text.tokenizer import decode, one_line
+from text.tokenizer import one_line
 
 N_SHOWN = 3  # surprising tokens of a text, and suggestions for each
 ODD, CLEAR = 4.0, 8.0  # bits of surprise: a terminal shows such tokens in yellow, in red
@@ -57,7 +57,7 @@ def surprises(sampler, text):
     """Read a text -> a Surprise per token, but for bos and eos. Raises ValueError if too long."""
     ids = sampler.encode(text, "the text")
     tokenizer = sampler.tokenizer
-    words = [d for d, k in enumerate(ids) if not tokenizer.is_control(k)]  # no bos, eos or label
+    words = [d for d, k in enumerate(ids) if not tokenizer.is_control[k]]  # no bos, eos or label
     if not words:
         raise ValueError("the text to check is empty")
     log_p = leave_one_out_log_p(sampler.model, ids)
@@ -69,10 +69,10 @@ def surprises(sampler, text):
     for i, d in enumerate(words):
         p, best = log_p[d].exp().masked_fill(~may_stand, 0).topk(n_shown)
         likeliest = zip(best.tolist(), p.tolist(), strict=True)
-        suggestions = [(decode(tokenizer, [j]), share) for j, share in likeliest]
+        suggestions = [(tokenizer.decode([j]), share) for j, share in likeliest]
         # What a token reads as depends on those before it.
         so_far = [ids[j] for j in words[: i + 1]]
-        text_so_far = one_line(decode(tokenizer, so_far, unknown))
+        text_so_far = one_line(tokenizer.decode(so_far, unknown))
         bits = -log_p[d, ids[d]].item() / math.log(2)
         found.append(Surprise(text_so_far[len(before) :], bits, suggestions))
         before = text_so_far

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 
 from sampling.prompts import read_breaks, warn_unknown
-from text.tokenizer import decode, one_line
+from text.tokenizer import one_line
 
 
 class Trace:
@@ -30,7 +30,7 @@ class Trace:
 
     def decode(self, ids):
         """Turn ids into text on one line, with a space for each line break."""
-        return one_line(decode(self.tokenizer, ids, self.unknown))
+        return one_line(self.tokenizer.decode(ids, self.unknown))
 
     def __call__(self, t, p, given):
         """Show the likeliest tokens of the first row: p (B, L, K), given (B, L)."""

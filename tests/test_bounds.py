@@ -3,6 +3,7 @@
 import io
 import math
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,16 +47,15 @@ def tokens_of(ids):
     per token.
     """
     B, L = ids.shape
-    return cache.Tokens(
-        ids.numpy().ravel(), np.arange(B + 1) * L, ids.numel(), ids.numel(), 0, "test"
-    )
+    offsets, n, unmarked = np.arange(B + 1) * L, ids.numel(), SimpleNamespace(bos=-1)
+    return cache.Tokens(ids.numpy().ravel(), offsets, n, n, 0, "test", unmarked)
 
 
 def score_text(
     model,
     tokens,
     window,
-    bos_id,
+    bos,
     device,
     batch_size=None,
     seconds=math.inf,
@@ -65,7 +65,8 @@ def score_text(
     **draws,
 ):
     """The scores of a text, or of about max_tokens of it."""
-    text = bounds.Text(tokens, window, bos_id, given)
+    tokens = replace(tokens, tokenizer=SimpleNamespace(bos=bos))
+    text = bounds.Text(tokens, window, given)
     text = text.first_tokens(max_tokens) if max_tokens else text
     return bounds.score(model, text, bounds.Work(device, batch_size, seconds, interrupts), **draws)
 
@@ -251,7 +252,7 @@ def test_the_speed_is_that_of_the_second_batch_per_row(monkeypatch):
     """The first one is a warm-up: it takes 100 seconds per row here, the second one 2."""
     model = clocked(exact_model(4), monkeypatch, lambda n_calls: 100.0 if n_calls <= 2 else 2.0)
     tokens = tokens_of(draw(SEQUENCES, P, 3))
-    text = bounds.Text(tokens, 3, -1)
+    text = bounds.Text(tokens, 3)
     assert bounds.seconds_per_row(model, text, CPU, None) == 2.0
 
 
@@ -304,7 +305,9 @@ def test_after_an_interrupt_the_complete_draws_are_kept_or_the_complete_rows_of_
 @pytest.mark.parametrize("n_unknown_bytes", [0, 5])
 def test_the_progress_bar_shows_the_bound(n_unknown_bytes, monkeypatch):
     ids = draw(SEQUENCES, P, 20)
-    tokens = cache.Tokens(ids.numpy().ravel(), np.arange(21) * 3, 60, 60, n_unknown_bytes, "test")
+    tokens = cache.Tokens(
+        ids.numpy().ravel(), np.arange(21) * 3, 60, 60, n_unknown_bytes, "test", None
+    )
     bars = []
 
     class Bar(bounds.BoundBar):
@@ -337,7 +340,7 @@ def test_every_token_is_scored_once_for_any_window():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 40, 30)
     tokens = cache.Tokens(
-        rng.integers(1, 4, lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "test"
+        rng.integers(1, 4, lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "test", None
     )
     for window in (5, 16, 50):
         scores = score_text(uniform_model(4), tokens, window, 3, CPU)

@@ -19,7 +19,7 @@ import sentencepiece
 import data
 from text import cache
 from text.reading import read_part, read_pieces
-from text.tokenizer import load_tokenizer, train_tokenizer
+from text.tokenizer import Tokenizer, train_tokenizer
 
 
 def write(path, text):
@@ -38,27 +38,24 @@ def corpus(tmp_path):
 
 
 @pytest.fixture
-def tokenizer_path(corpus, tmp_path):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(train_tokenizer(corpus, "bpe", 400))
-    return path
+def tokenizer(corpus):
+    return Tokenizer(train_tokenizer(corpus, "bpe", 400))
 
 
 @pytest.fixture
-def tokens(corpus, tokenizer_path, tmp_path):
-    return cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+def tokens(corpus, tokenizer, tmp_path):
+    return cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
 
 
 def test_documents_are_the_examples(tmp_path):
     """And the same file read otherwise is another corpus, with another cache."""
     path = write(tmp_path / "text", "one\ntwo\n\nthree\n\n\n")
-    (tmp_path / "model").write_bytes(train_tokenizer(path, "bpe", 300, "paragraph"))
-    tokenizer, keys = load_tokenizer(tmp_path / "model"), set()
+    tokenizer, keys = Tokenizer(train_tokenizer(path, "bpe", 300, "paragraph")), set()
     expected = dict(
         line=["one", "two", "three"], paragraph=["one\ntwo", "three"], file=["one\ntwo\n\nthree"]
     )
     for example, texts in expected.items():
-        tokens = cache.load_corpus(path, tmp_path / "model", tmp_path / "cache", example=example)
+        tokens = cache.load_corpus(path, tokenizer, tmp_path / "cache", example=example)
         documents = np.split(tokens.ids, tokens.offsets[1:-1])
         assert [tokenizer.decode(ids[1:-1].tolist()) for ids in documents] == texts
         assert tokens.n_chars == sum(map(len, texts))
@@ -79,18 +76,18 @@ def test_documents_have_equal_hashes_only_if_they_are_equal(tokens, monkeypatch,
 
 def test_a_reordered_or_repeated_document_has_another_hash():
     ids = np.array([1, 2, 3, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3], np.uint16)
-    tokens = cache.Tokens(ids, np.array([0, 3, 6, 8, 10, 13]), 0, 0, 0, "")
+    tokens = cache.Tokens(ids, np.array([0, 3, 6, 8, 10, 13]), 0, 0, 0, "", None)
     hashes = cache.hash_documents(tokens, np.arange(5)).tolist()
     assert cache.hash_documents(tokens, np.array([2, 0])).tolist() == [hashes[2], hashes[0]]
     assert hashes[0] == hashes[4] and len(set(hashes)) == 4
 
 
-def test_the_share_of_documents_that_the_training_text_has_too(tmp_path, corpus, tokenizer_path):
+def test_the_share_of_documents_that_the_training_text_has_too(tmp_path, corpus, tokenizer):
     """Half of these lines are in the corpus; one of them is there twice."""
     lines = corpus.read_text().splitlines()
     val = write(tmp_path / "val", "\n".join([lines[3], lines[3], lines[8] + " wa", "wb wb wb"]))
     training, val = (
-        cache.load_corpus(path, tokenizer_path, tmp_path / "cache") for path in (corpus, val)
+        cache.load_corpus(path, tokenizer, tmp_path / "cache") for path in (corpus, val)
     )
     assert (
         cache.share_in_training(val, training) == 0.5
@@ -109,7 +106,7 @@ def test_of_large_texts_the_share_in_training_is_estimated_from_a_sample(monkeyp
 
     def share():
         tokens = (
-            cache.Tokens(ids.ravel(), np.arange(len(ids) + 1) * 4, 1, 1, 0, "")
+            cache.Tokens(ids.ravel(), np.arange(len(ids) + 1) * 4, 1, 1, 0, "", None)
             for ids in (val, training)
         )
         return cache.share_in_training(*tokens)
@@ -119,15 +116,14 @@ def test_of_large_texts_the_share_in_training_is_estimated_from_a_sample(monkeyp
     assert share() == pytest.approx(0.3, abs=0.05)
 
 
-def test_a_document_is_bos_tokens_eos_and_decodes_to_its_line(tokens, corpus, tokenizer_path):
-    tokenizer = load_tokenizer(tokenizer_path)
+def test_a_document_is_bos_tokens_eos_and_decodes_to_its_line(tokens, corpus, tokenizer):
     lines = corpus.read_text().splitlines()
     assert len(tokens.lengths) == len(lines) and tokens.n_chars == tokens.n_bytes == sum(
         map(len, lines)
     )
     for line, begin, end in zip(lines, tokens.offsets, tokens.offsets[1:], strict=False):
         bos, *ids, eos = tokens.ids[begin:end].tolist()
-        assert (bos, eos) == (tokenizer.bos_id(), tokenizer.eos_id())
+        assert (bos, eos) == (tokenizer.bos, tokenizer.eos)
         assert tokenizer.decode(ids) == line and not {bos, eos} & set(ids)
 
 
@@ -144,11 +140,10 @@ def test_a_very_long_line_tokenised_in_pieces_is_the_same_text(
         remove_extra_whitespaces=False, max_sentence_length=100_000,
         bos_id=-1, eos_id=-1, pad_id=0, unk_id=1,
     )  # fmt: skip
-    (tmp_path / "model").write_bytes(model.getvalue())
-    tokenizer = load_tokenizer(tmp_path / "model")
+    tokenizer = Tokenizer(model.getvalue())
     monkeypatch.setattr("text.reading.PIECE_BYTES", 5000)
     assert len(list(read_pieces(text))) > 4
-    tokens = cache.load_corpus(text, tmp_path / "model", tmp_path / "cache")
+    tokens = cache.load_corpus(text, tokenizer, tmp_path / "cache")
     assert len(tokens.lengths) == 1
     whole = tokenizer.encode(text.read_text())
     if add_prefix:  # no token is longer than a word, and words are not cut
@@ -157,62 +152,61 @@ def test_a_very_long_line_tokenised_in_pieces_is_the_same_text(
 
 
 def test_the_cache_is_reused_until_the_corpus_or_the_tokenizer_changes(
-    tokens, corpus, tokenizer_path, tmp_path, monkeypatch
+    tokens, corpus, tokenizer, tmp_path, monkeypatch
 ):
     written = []
     real = cache._write_cache
     monkeypatch.setattr(cache, "_write_cache", lambda *args: (written.append(args), real(*args)))
     assert (
-        cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key == tokens.key
-        and not written
+        cache.load_corpus(corpus, tokenizer, tmp_path / "cache").key == tokens.key and not written
     )
     corpus.write_text(corpus.read_text() + "one more\n")
-    longer = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    longer = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     assert len(longer.lengths) == len(tokens.lengths) + 1 and len(written) == 1
-    tokenizer_path.write_bytes(train_tokenizer(corpus, "unigram", 400))
+    tokenizer = Tokenizer(train_tokenizer(corpus, "unigram", 400))
     assert (
-        cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key != longer.key
+        cache.load_corpus(corpus, tokenizer, tmp_path / "cache").key != longer.key
         and len(written) == 2
     )
 
 
 def test_a_cache_of_which_a_number_in_the_description_changed_is_rebuilt(
-    corpus, tokenizer_path, tmp_path
+    corpus, tokenizer, tmp_path
 ):
-    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    tokens = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     path = tmp_path / "cache" / tokens.key / "meta.json"
     path.write_text(
         path.read_text().replace(
             f'"n_bytes": {tokens.n_bytes}', f'"n_bytes": {tokens.n_bytes + 100}'
         )
     )
-    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").n_bytes == tokens.n_bytes
+    assert cache.load_corpus(corpus, tokenizer, tmp_path / "cache").n_bytes == tokens.n_bytes
 
 
 @pytest.mark.parametrize(
     "name, size", [("ids.bin", 100), ("ids.bin", 0), ("offsets.bin", 16), ("meta.json", 5)]
 )
-def test_a_damaged_cache_is_rebuilt(corpus, tokenizer_path, tmp_path, name, size):
-    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+def test_a_damaged_cache_is_rebuilt(corpus, tokenizer, tmp_path, name, size):
+    tokens = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     ids, offsets = (
         tokens.ids.tolist(),
         tokens.offsets.tolist(),
     )  # copies: the arrays are views of the files
     os.truncate(tmp_path / "cache" / tokens.key / name, size)
-    rebuilt = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    rebuilt = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     assert rebuilt.ids.tolist() == ids and rebuilt.offsets.tolist() == offsets
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / tokens.key]
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.bin"])
-def test_a_cache_of_which_one_byte_changed_is_rebuilt(corpus, tokenizer_path, tmp_path, name):
-    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+def test_a_cache_of_which_one_byte_changed_is_rebuilt(corpus, tokenizer, tmp_path, name):
+    tokens = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     ids, offsets = tokens.ids.tolist(), tokens.offsets.tolist()
     path = tmp_path / "cache" / tokens.key / name
     content = bytearray(path.read_bytes())
     content[40] ^= 1
     path.write_bytes(content)
-    rebuilt = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    rebuilt = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     assert rebuilt.ids.tolist() == ids and rebuilt.offsets.tolist() == offsets
 
 
@@ -310,7 +304,7 @@ def test_the_identity_of_a_text_is_its_content(tmp_path):
 
 
 def test_what_a_killed_run_has_begun_is_removed_when_nobody_went_on_with_it(
-    corpus, tokenizer_path, tmp_path
+    corpus, tokenizer, tmp_path
 ):
     (tmp_path / "cache").mkdir()
     old = 2 * cache.STALE_SECONDS
@@ -321,7 +315,7 @@ def test_what_a_killed_run_has_begun_is_removed_when_nobody_went_on_with_it(
         (folder / "ids.bin").write_bytes(b"begun")
         for path in (folder / "ids.bin", folder, lock):
             os.utime(path, (time.time() - age,) * 2)
-    key = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key
+    key = cache.load_corpus(corpus, tokenizer, tmp_path / "cache").key
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {
         key,
         "1" * 32 + ".tmp",
@@ -382,10 +376,10 @@ def fill_disk():
 @pytest.mark.parametrize("stop", [kill, press_ctrl_c, fill_disk])
 @pytest.mark.parametrize("part", ["all", "train"])
 def test_tokenising_goes_on_after_an_interruption_and_ends_with_the_same_bytes(
-    corpus, tokenizer_path, tmp_path, monkeypatch, small_parts, capsys, stop, part
+    corpus, tokenizer, tmp_path, monkeypatch, small_parts, capsys, stop, part
 ):
-    inputs = corpus, tokenizer_path, tmp_path / "cache", part
-    whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "whole", part)
+    inputs = corpus, tokenizer, tmp_path / "cache", part
+    whole = cache.load_corpus(corpus, tokenizer, tmp_path / "whole", part)
     for after in (15, 10):
         interrupt(monkeypatch, inputs, stop, after)
     monkeypatch.setattr(
@@ -407,10 +401,10 @@ def test_tokenising_goes_on_after_an_interruption_and_ends_with_the_same_bytes(
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "done.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_tokenising_begins_anew_after_an_incomplete_or_damaged_part(
-    corpus, tokenizer_path, tmp_path, monkeypatch, small_parts, name, damage
+    corpus, tokenizer, tmp_path, monkeypatch, small_parts, name, damage
 ):
-    inputs = corpus, tokenizer_path, tmp_path / "cache"
-    whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "whole")
+    inputs = corpus, tokenizer, tmp_path / "cache"
+    whole = cache.load_corpus(corpus, tokenizer, tmp_path / "whole")
     interrupt(monkeypatch, inputs, press_ctrl_c, 20)
     path = tmp_path / "cache" / f"{whole.key}.tmp" / name
     content = bytearray(path.read_bytes())
@@ -421,20 +415,18 @@ def test_tokenising_begins_anew_after_an_incomplete_or_damaged_part(
     )
 
 
-def test_parts_of_another_text_are_not_used(
-    corpus, tokenizer_path, tmp_path, monkeypatch, small_parts
-):
-    inputs = corpus, tokenizer_path, tmp_path / "cache"
+def test_parts_of_another_text_are_not_used(corpus, tokenizer, tmp_path, monkeypatch, small_parts):
+    inputs = corpus, tokenizer, tmp_path / "cache"
     interrupt(monkeypatch, inputs, press_ctrl_c, 20)
     corpus.write_text(corpus.read_text()[::-1].strip())
-    whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "whole")
+    whole = cache.load_corpus(corpus, tokenizer, tmp_path / "whole")
     assert files_of(tmp_path / "cache" / cache.load_corpus(*inputs).key) == files_of(
         tmp_path / "whole" / whole.key
     )
 
 
 def test_processes_that_need_the_same_text_tokenise_it_once(
-    corpus, tokenizer_path, tmp_path, monkeypatch, capsys
+    corpus, tokenizer, tmp_path, monkeypatch, capsys
 ):
     """Locks hold between threads as between processes, because each opens the file."""
     written, real = [], cache._write_cache
@@ -443,9 +435,7 @@ def test_processes_that_need_the_same_text_tokenise_it_once(
     )
     with ThreadPoolExecutor(3) as pool:
         caches = list(
-            pool.map(
-                lambda _: cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache"), range(3)
-            )
+            pool.map(lambda _: cache.load_corpus(corpus, tokenizer, tmp_path / "cache"), range(3))
         )
     assert len(written) == 1 and len({tokens.ids.tobytes() for tokens in caches}) == 1
     assert "another process tokenises the same text" in capsys.readouterr().err
@@ -453,32 +443,32 @@ def test_processes_that_need_the_same_text_tokenise_it_once(
 
 
 def test_without_locks_processes_tokenise_the_same_text_side_by_side(
-    corpus, tokenizer_path, tmp_path, monkeypatch
+    corpus, tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(cache.cli, "hold", lambda file, wait=False: False)
     together, real = threading.Barrier(3), cache._tokenize
     monkeypatch.setattr(cache, "_tokenize", lambda *args: (together.wait(9), real(*args))[1])
     with ThreadPoolExecutor(3) as pool:
-        inputs = corpus, tokenizer_path, tmp_path / "cache"
+        inputs = corpus, tokenizer, tmp_path / "cache"
         caches = list(pool.map(lambda _: cache.load_corpus(*inputs), range(3)))
     assert len({tokens.ids.tobytes() for tokens in caches}) == 1
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / caches[0].key]
 
 
 def test_a_cache_folder_that_cannot_be_written_is_answered_with_the_flag_for_another(
-    corpus, tokenizer_path, tmp_path
+    corpus, tokenizer, tmp_path
 ):
     for folder in (corpus / "cache", "/proc/cache"):  # below a file; nobody can write there
         with pytest.raises(ValueError, match="cannot be written .* give --cache_dir=FOLDER"):
-            cache.load_corpus(corpus, tokenizer_path, folder)
+            cache.load_corpus(corpus, tokenizer, folder)
 
 
-def test_a_temporary_cache_folder_is_named(corpus, tokenizer_path, tmp_path, monkeypatch, capsys):
+def test_a_temporary_cache_folder_is_named(corpus, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache.cli, "user_cache_dir", lambda: (str(tmp_path), False))
-    cache.load_corpus(corpus, tokenizer_path, cache.default_cache_dir())
+    cache.load_corpus(corpus, tokenizer, cache.cli.default_cache_dir())
     error = capsys.readouterr().err
-    assert f"go to {cache.default_cache_dir()}; --cache_dir=FOLDER names another" in error
-    cache.load_corpus(corpus, tokenizer_path, tmp_path / "mine")
+    assert f"go to {cache.cli.default_cache_dir()}; --cache_dir=FOLDER names another" in error
+    cache.load_corpus(corpus, tokenizer, tmp_path / "mine")
     assert not capsys.readouterr().err
 
 
@@ -505,15 +495,15 @@ def test_reading_can_go_on_at_the_end_of_every_example(tmp_path, monkeypatch, ex
 
 
 def test_the_start_of_a_cached_corpus_does_not_look_at_its_documents(
-    corpus, tokenizer_path, tmp_path, monkeypatch
+    corpus, tokenizer, tmp_path, monkeypatch
 ):
     """So that it takes no longer for a corpus of more documents."""
     monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 64)
-    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    tokens = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     rows, lengths = data.Loader(tokens, 64, 8, seed=0).rows_of_shard, tokens.lengths
     for name in ("read_shard", "shard_documents", "lengths"):
         monkeypatch.setattr(cache.Tokens, name, None)
-    opened = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    opened = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     assert (
         data.Loader(opened, 64, 8, seed=0).rows_of_shard.tolist() == rows.tolist()
         and len(rows) == 7
@@ -522,14 +512,14 @@ def test_the_start_of_a_cached_corpus_does_not_look_at_its_documents(
     assert cache.share_in_training(opened, opened) == 1
 
 
-def test_a_cache_without_counts_is_made_again(corpus, tokenizer_path, tmp_path):
+def test_a_cache_without_counts_is_made_again(corpus, tokenizer, tmp_path):
     """As they were written before."""
-    whole = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+    whole = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     files, folder = files_of(tmp_path / "cache" / whole.key), tmp_path / "cache" / whole.key
     for name in ("shard_lengths.bin", "hash_counts.bin"):
         (folder / name).unlink()
     assert (
-        cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").key == whole.key
+        cache.load_corpus(corpus, tokenizer, tmp_path / "cache").key == whole.key
         and files_of(folder) == files
     )
 
@@ -546,37 +536,33 @@ def test_a_cache_without_counts_is_made_again(corpus, tokenizer_path, tmp_path):
         "null",
     ],
 )
-def test_a_cache_with_a_garbled_description_is_rebuilt(corpus, tokenizer_path, tmp_path, meta):
-    tokens = cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+def test_a_cache_with_a_garbled_description_is_rebuilt(corpus, tokenizer, tmp_path, meta):
+    tokens = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     ids = tokens.ids.tolist()
     (tmp_path / "cache" / tokens.key / "meta.json").write_text(meta)
-    assert cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache").ids.tolist() == ids
+    assert cache.load_corpus(corpus, tokenizer, tmp_path / "cache").ids.tolist() == ids
 
 
-def test_tokenising_that_fails_leaves_no_cache(corpus, tokenizer_path, tmp_path):
+def test_tokenising_that_fails_leaves_no_cache(corpus, tokenizer, tmp_path):
     corpus.write_bytes(corpus.read_bytes() + b"\xff\n")
     for _ in range(2):
         with pytest.raises(ValueError, match="not UTF-8"):
-            cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+            cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_line_without_tokens_is_not_a_document(tmp_path, monkeypatch):
     corpus = write(tmp_path / "text", "x\nabc\nx\nabc\n")
-    (tmp_path / "model").write_bytes(train_tokenizer(corpus, "char", 0))
-    tokenizer = load_tokenizer(tmp_path / "model")
-    x, encode = tokenizer.piece_to_id("x"), type(tokenizer).encode_as_numpy
+    tokenizer = Tokenizer(train_tokenizer(corpus, "char", 0))
+    x, encode = tokenizer.pieces.index("x"), tokenizer.encode_all
     monkeypatch.setattr(
-        type(tokenizer), "encode_as_numpy", lambda *args: [ids[ids != x] for ids in encode(*args)]
+        tokenizer, "encode_all", lambda texts: [ids[ids != x] for ids in encode(texts)]
     )
-    assert cache.load_corpus(corpus, tmp_path / "model", tmp_path / "cache").lengths.tolist() == [
-        3,
-        3,
-    ]
+    assert cache.load_corpus(corpus, tokenizer, tmp_path / "cache").lengths.tolist() == [3, 3]
 
 
-def test_a_missing_or_empty_corpus_gives_a_clear_error(tokenizer_path, tmp_path):
+def test_a_missing_or_empty_corpus_gives_a_clear_error(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no text file at"):
-        cache.load_corpus(tmp_path / "missing", tokenizer_path, tmp_path)
+        cache.load_corpus(tmp_path / "missing", tokenizer, tmp_path)
     with pytest.raises(ValueError, match="has no text"):
-        cache.load_corpus(write(tmp_path / "blank", "\n \n\n"), tokenizer_path, tmp_path)
+        cache.load_corpus(write(tmp_path / "blank", "\n \n\n"), tokenizer, tmp_path)

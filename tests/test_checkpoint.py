@@ -314,7 +314,7 @@ def test_an_exported_model_gives_the_same_logits(trained, tmp_path, monkeypatch,
     assert (
         torch.equal(logits_of(exported), logits_of(network)) and exported.config == network.config
     )
-    assert its_tokenizer.serialized_model_proto() == tokenizer.serialized_model_proto()
+    assert its_tokenizer.hash == tokenizer.hash
     for name in run.keys() - {"args"}:
         assert equal(its_run[name], run[name]), name
     assert its_run["args"] == run["args"] | dict(

@@ -136,7 +136,7 @@ def test_a_user_without_a_folder_for_caches_gets_a_temporary_one(monkeypatch, tm
     monkeypatch.setattr(os, "access", lambda path, mode: home == "~")  # else, root may write
     folder, is_usual = cli.user_cache_dir()
     assert not is_usual and Path(folder).parent == Path(tempfile.gettempdir())
-    assert train.flags().parse_args([]).cache_dir == f"{folder}/bayesian-flow-lm"
+    assert cli.default_cache_dir() == f"{folder}/bayesian-flow-lm"
 
 
 def test_a_folder_for_caches_that_can_be_made_is_used(monkeypatch, tmp_path):

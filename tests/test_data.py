@@ -11,7 +11,7 @@ import data
 import model as model_file
 from common import parallel
 from text import cache
-from text.tokenizer import train_tokenizer
+from text.tokenizer import Tokenizer, train_tokenizer
 
 
 def write(path, text):
@@ -30,15 +30,13 @@ def corpus(tmp_path):
 
 
 @pytest.fixture
-def tokenizer_path(corpus, tmp_path):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(train_tokenizer(corpus, "bpe", 400))
-    return path
+def tokenizer(corpus):
+    return Tokenizer(train_tokenizer(corpus, "bpe", 400))
 
 
 @pytest.fixture
-def tokens(corpus, tokenizer_path, tmp_path):
-    return cache.load_corpus(corpus, tokenizer_path, tmp_path / "cache")
+def tokens(corpus, tokenizer, tmp_path):
+    return cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
 
 
 # ---------------------------------------------------------------- packing
@@ -47,7 +45,7 @@ def tokens(corpus, tokenizer_path, tmp_path):
 def fake_tokens(lengths):
     """Make a corpus of documents of these lengths."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return cache.Tokens(np.arange(offsets[-1]) % 60_000, offsets, 1, 1, 0, "fake")
+    return cache.Tokens(np.arange(offsets[-1]) % 60_000, offsets, 1, 1, 0, "fake", None)
 
 
 def coverage(plan, n_tokens):
@@ -132,7 +130,9 @@ def shards(monkeypatch):
     """A corpus of 40 shards by its documents, and a loader of it."""
     monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 100)
     lengths = np.random.default_rng(4).integers(1, 90, 4000)
-    tokens = cache.Tokens(np.arange(lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "fake")
+    tokens = cache.Tokens(
+        np.arange(lengths.sum()), np.append(0, lengths.cumsum()), 1, 1, 0, "fake", None
+    )
     return tokens, data.Loader(tokens, 64, 7, seed=0)
 
 

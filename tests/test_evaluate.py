@@ -51,9 +51,8 @@ def tokens_of(ids):
     per token.
     """
     B, L = ids.shape
-    return cache.Tokens(
-        ids.numpy().ravel(), np.arange(B + 1) * L, ids.numel(), ids.numel(), 0, "test"
-    )
+    offsets, n, unmarked = np.arange(B + 1) * L, ids.numel(), SimpleNamespace(bos=-1)
+    return cache.Tokens(ids.numpy().ravel(), offsets, n, n, 0, "test", unmarked)
 
 
 # ---------------------------------------------------------------- validation
@@ -67,14 +66,14 @@ def test_a_validation_plans_its_text_once(monkeypatch):
         return plan_validation(*inputs)
 
     monkeypatch.setattr(bounds.data, "plan_validation", counted)
-    evaluate.validate(exact_model(4), tokens_of(draw(SEQUENCES, P, 50)), -1, 3, CPU, max_tokens=90)
+    evaluate.validate(exact_model(4), tokens_of(draw(SEQUENCES, P, 50)), 3, CPU, max_tokens=90)
     assert len(calls) == 1
 
 
 def test_two_validations_use_the_same_tokens_and_noise_and_agree_exactly():
     tokens = tokens_of(draw(SEQUENCES, P, 1000))
     first, second = (
-        evaluate.validate(exact_model(4), tokens, -1, 3, CPU, max_tokens=600) for _ in range(2)
+        evaluate.validate(exact_model(4), tokens, 3, CPU, max_tokens=600) for _ in range(2)
     )
     assert first == second
     figures, loss_by_time = first
@@ -94,10 +93,8 @@ def test_bits_per_character_count_eos_but_not_bos_and_all_characters_of_the_raw_
     monkeypatch.setattr(
         bfn, "reconstruction_loss", lambda network, ids, *rest: torch.zeros(ids.shape)
     )
-    tokens = cache.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
-    figures, _ = evaluate.validate(
-        uniform_model(len(tokenizer)), tokens, tokenizer.bos_id(), 32, CPU
-    )
+    tokens = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
+    figures, _ = evaluate.validate(uniform_model(len(tokenizer)), tokens, 32, CPU)
     lines = corpus.read_text().splitlines()
     assert figures["bound_nats_per_token"] == pytest.approx(1)
     expected = sum(len(line.split()) + 1 for line in lines) / sum(map(len, lines)) / math.log(2)
@@ -144,7 +141,7 @@ def test_the_excess_over_the_grammar_is_what_the_model_costs_more_on_the_same_se
     corpus.write_text(toy.corpus(300))
     (tmp_path / "model").write_bytes(train_tokenizer(corpus, "word", 500))
     tokenizer = load_tokenizer(tmp_path / "model")
-    val = cache.load_corpus(corpus, tmp_path / "model", tmp_path / "cache")
+    val = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     model = uniform_model(len(tokenizer))
     model.parameters = lambda: iter([torch.zeros(1)])
     sentences = [line.split() for line in corpus.read_text().splitlines()[:50]]
@@ -152,7 +149,7 @@ def test_the_excess_over_the_grammar_is_what_the_model_costs_more_on_the_same_se
         math.log(toy.probability(words) / toy.lengths()[len(words)]) for words in sentences
     )
     n_tokens = sum(len(words) + 1 for words in sentences)
-    excess = evaluate.excess_nats_per_token(model, tokenizer, val, n=50)
+    excess = evaluate.excess_nats_per_token(model, val, n=50)
     assert excess == pytest.approx(math.log(len(tokenizer)) - truth / n_tokens, rel=1e-5)
 
 
@@ -356,15 +353,15 @@ def test_a_training_text_that_was_replaced_is_named_before_samples_are_compared_
     tmp_path, capsys
 ):
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(300))
-    run = load(run_dir)[2]
+    _, tokenizer, run = load(run_dir)
     args = SimpleNamespace(
         corpus=str(run_dir / "text.txt"), model_dir=run_dir, cache_dir=tmp_path / "cache"
     )
     part = "all" if run["args"]["val_path"] else "train"
-    tokens = cache.load_corpus(args.corpus, run_dir / "tokenizer.model", args.cache_dir, part)
+    tokens = cache.load_corpus(args.corpus, tokenizer, args.cache_dir, part)
     run["identity"] = dict(run.get("identity", {}), corpus=tokens.key)
-    evaluate.find_corpus(args, run)
+    evaluate.find_corpus(args, tokenizer, run)
     assert not capsys.readouterr().err
     (run_dir / "text.txt").write_text(toy.corpus(300, seed=1))
-    evaluate.find_corpus(args, run)
+    evaluate.find_corpus(args, tokenizer, run)
     assert "text.txt is not the text that the model was trained on" in capsys.readouterr().err

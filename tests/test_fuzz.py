@@ -25,7 +25,7 @@ import train
 from common import cli
 from text import cache, toy
 from text.reading import read_part
-from text.tokenizer import load_tokenizer, train_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training import log
 from training.checkpoint import load
 
@@ -147,7 +147,7 @@ def test_any_corpus_is_tokenised_without_loss_or_refused_in_one_line(
         model.write_bytes(train_tokenizer(path, kind, vocab_size, of))
         tokenizer = load_tokenizer(model)
         whole, *parts = (
-            cache.load_corpus(path, model, folder / "cache", part, of)
+            cache.load_corpus(path, tokenizer, folder / "cache", part, of)
             for part in ("all", "train", "val")
         )
         assert whole.offsets[-1] == len(whole.ids) and (whole.lengths > 0).all()
@@ -327,8 +327,8 @@ def damage(data, path):
 def test_a_damaged_cache_is_made_again(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cache")
     (folder / "corpus.txt").write_text(toy.corpus(20))
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(folder / "corpus.txt", "word", 300))
-    inputs = folder / "corpus.txt", folder / "tokenizer.model", folder / "cache"
+    tokenizer = Tokenizer(train_tokenizer(folder / "corpus.txt", "word", 300))
+    inputs = folder / "corpus.txt", tokenizer, folder / "cache"
     before = cache.load_corpus(*inputs)
     ids = np.array(before.ids)
     for name in data.draw(st.sets(st.sampled_from([*cache.ARRAYS, "meta.json"]), min_size=1)):

@@ -23,7 +23,6 @@ from sampling.prompts import (
     make_template,
 )
 from sampling.terminal import Trace
-from text.tokenizer import decode
 
 QUICK = Options(Controls(steps=3))
 
@@ -140,16 +139,16 @@ def test_given_tokens_come_out_unchanged(loaded, prompt):
 def test_each_gap_is_filled_with_one_word(loaded, seed):
     _, tokenizer, _ = loaded
     _, ids = sample_prompt(loaded, "the ___ sleeps near ___ boat", seed)
-    text = decode(tokenizer, ids)
+    text = tokenizer.decode(ids)
     assert re.fullmatch(r"the \S+ sleeps near \S+ boat", text), text
 
 
 def test_special_tokens_are_never_drawn(loaded):
     model, tokenizer, run = loaded
     templates = [make_template("", tokenizer, run, i, 30) for i in range(20)]
-    special = {tokenizer.unk_id(), tokenizer.bos_id()}
+    special = {tokenizer.unk, tokenizer.bos}
     for ids, _ in generate(model, tokenizer, templates, 0, QUICK):
-        assert not special & set(ids[1:] if tokenizer.bos_id() >= 0 else ids)
+        assert not special & set(ids[1:] if tokenizer.bos >= 0 else ids)
 
 
 @pytest.mark.parametrize("sampler", ["commit", "sde2"])
@@ -161,7 +160,7 @@ def test_a_strong_hint_decides_its_position(loaded, sampler):
         hint = torch.full((len(tokenizer),), -30.0).index_fill(0, torch.tensor(wanted), 0.0)
         options = Options(Controls(sampler, steps=3), hints=((2, hint),))
         ((ids, _),) = generate(model, tokenizer, [template], 0, options)
-        assert ids[2 + (tokenizer.bos_id() >= 0)] == wanted
+        assert ids[2 + (tokenizer.bos >= 0)] == wanted
 
 
 def test_a_banned_token_is_never_drawn_but_may_be_given(loaded):
@@ -200,7 +199,7 @@ def test_the_network_is_told_the_time_of_the_draft_but_not_of_a_strength_without
 def test_each_block_of_a_long_text_begins_with_the_end_of_the_text_so_far(loaded, monkeypatch):
     model, tokenizer, run = loaded
     template = make_template("the king", tokenizer, run, 0, 60)
-    monkeypatch.setattr(tokenizer, "eos_id", lambda: -1)
+    monkeypatch.setattr(tokenizer, "eos", -1)
     blocks, real = [], generation.sample_batch
 
     def record(model, tokenizer, templates, *rest):
@@ -284,17 +283,19 @@ class ExactNetwork(torch.nn.Module):
 class Letters:
     """A tokenizer of the letters a to d, without bos and eos."""
 
-    def bos_id(self):
-        return -1
+    def __init__(self):
+        self.bos = self.eos = -1
+        self.labels = {}
+        self.adds_prefix, self.joins_space, self.continues_words = False, False, True
 
-    def eos_id(self):
-        return -1
+    def encode(self, text):
+        return ["abcd".index(c) for c in text]
 
-    def encode(self, text, out_type=int):
-        return list(text) if out_type is str else ["abcd".index(c) for c in text]
+    def unknown_pieces(self, text):
+        return []
 
-    def unk_id(self):
-        return -1
+    def add_marks(self, ids, **which):
+        return ids
 
 
 def templates_of(given):
@@ -367,9 +368,6 @@ def test_the_same_prompt_has_the_same_likelihood_next_to_longer_templates():
 
 def test_a_gap_with_a_range_has_a_template_for_each_size_and_the_lightest_are_left_out(monkeypatch):
     run = dict(args=dict(sequence_length=9), lengths=[0, 0, 0, 5, 0, 2, 1], word_lengths=[0, 1])
-    monkeypatch.setattr(prompts, "space_style", lambda tokenizer: (False, True))
-    monkeypatch.setattr(prompts, "adds_prefix", lambda tokenizer: False)
-    monkeypatch.setattr(prompts, "label_ids", lambda tokenizer: {})
     prompt = prompts.Prompt.read("a___{1-4}b", Letters(), run)
     # No text has 4 tokens.
     assert prompt.templates == [[0, GAP, 1], [0, GAP, GAP, GAP, 1], [0, *[GAP] * 4, 1]]

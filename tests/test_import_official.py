@@ -21,7 +21,7 @@ from common import cli
 from evaluation import bounds
 from experiments import import_official
 from text import cache, toy
-from text.tokenizer import decode, load_tokenizer
+from text.tokenizer import load_tokenizer
 from training import checkpoint
 
 L, D, HEADS = 8, 16, 2
@@ -201,10 +201,10 @@ def test_the_tokenizer_has_the_published_ids(tmp_path):
     text = " abcdefghijklmnopqrstuvwxyz  a "
     assert (
         tokenizer.encode(text) == [*range(27), 0, 0, 1, 0]
-        and decode(tokenizer, tokenizer.encode(text)) == text
+        and tokenizer.decode(tokenizer.encode(text)) == text
     )
-    assert len(tokenizer) == 28 and tokenizer.encode("A") == [tokenizer.unk_id()] == [27]
-    assert tokenizer.bos_id() == tokenizer.eos_id() == -1
+    assert len(tokenizer) == 28 and tokenizer.encode("A") == [tokenizer.unk] == [27]
+    assert tokenizer.bos == tokenizer.eos == -1
 
 
 def test_the_commands_evaluate_and_sample_use_the_published_network(
@@ -223,9 +223,9 @@ def test_the_commands_evaluate_and_sample_use_the_published_network(
         f"--cache_dir={tmp_path}",
     )
     figures = json.loads(run_command("evaluate", *flags))
-    tokens = cache.load_corpus(text, run_dir / "tokenizer.model", tmp_path)
+    tokens = cache.load_corpus(text, load_tokenizer(run_dir / "tokenizer.model"), tmp_path)
     work = bounds.Work(torch.device("cpu"))
-    scores = bounds.score(network, bounds.Text(tokens, L, -1), work, n_draws=2, seed=3)
+    scores = bounds.score(network, bounds.Text(tokens, L), work, n_draws=2, seed=3)
     found = figures["L_inf_nats_per_token"], figures["L_rec_nats_per_token"]
     assert (
         found == pytest.approx(scores.nats_per_token, rel=1e-6) and figures["n_tokens_scored"] == 23

@@ -15,7 +15,7 @@ import train
 from sampling.prompts import ANY_LABEL, allowed_tokens, split_label
 from text import cache, toy
 from text.reading import Corpus, read_part, read_pieces, reading_notes
-from text.tokenizer import decode, label_ids, load_tokenizer, train_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training import log
 
 KINDS = ["bpe", "unigram", "word", "char"]
@@ -34,10 +34,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def tokenizer(request, corpus, tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tokenizer.model"
-    path.write_bytes(train_tokenizer(corpus, request.param, 300, "labelled"))
-    return path, load_tokenizer(path)
+def model(request, corpus):
+    """A tokenizer."""
+    return Tokenizer(train_tokenizer(corpus, request.param, 300, "labelled"))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def test_a_header_is_neither_an_example_nor_a_label_in_any_file(tmp_path, mark):
     lines = [("good", "one"), ("bad", "two"), ("good", "three")]
     assert read(tmp_path) == 2 * lines
     (tmp_path / "m").write_bytes(train_tokenizer(tmp_path, "word", example="labelled"))
-    assert set(label_ids(load_tokenizer(tmp_path / "m"))) == {"good", "bad"}
+    assert set(load_tokenizer(tmp_path / "m").labels) == {"good", "bad"}
     (note,) = reading_notes(Corpus.of(tmp_path), "labelled")
     assert r"'label\ttext'" in note and "a.txt, and those of 1 more file" in note
     first = next(read_pieces(tmp_path / "a.txt", "labelled"))
@@ -110,10 +109,10 @@ def test_a_first_line_that_may_be_an_example_is_one(tmp_path, text):
 def test_labels_are_listed_with_their_counts_the_most_frequent_first(tmp_path, kind):
     path = tmp_path / "c.tsv"
     path.write_text("".join(f"l{i}\tthe king {j}\n" for i in range(13) for j in range(40 - i)))
-    (tmp_path / "m").write_bytes(train_tokenizer(path, kind, example="labelled"))
-    read_part = partial(cache.load_corpus, path, tmp_path / "m", tmp_path, example="labelled")
+    tokenizer = Tokenizer(train_tokenizer(path, kind, example="labelled"))
+    read_part = partial(cache.load_corpus, path, tokenizer, tmp_path, example="labelled")
     parts = [read_part(part=part) for part in ("train", "val")]
-    (line,) = log.label_lines(load_tokenizer(tmp_path / "m"), *parts)
+    (line,) = log.label_lines(*parts)
     assert line.startswith("13 labels: l0 40, l1 39, ") and line.endswith(", l9 31, and 3 more")
 
 
@@ -123,44 +122,38 @@ def test_more_labels_than_a_vocabulary_should_have_are_refused(tmp_path):
         train_tokenizer(tmp_path / "c.tsv", "bpe", 300, "labelled")
 
 
-def test_each_label_is_one_token_that_no_text_becomes(tokenizer, corpus):
-    _, model = tokenizer
+def test_each_label_is_one_token_that_no_text_becomes(model, corpus):
     labels = {line.split("\t")[0] for line in corpus.read_text().splitlines()}
-    assert set(label_ids(model)) == labels
-    for label, k in label_ids(model).items():
+    assert set(model.labels) == labels
+    for label, k in model.labels.items():
         assert k not in model.encode(f"label:{label} {label}")
 
 
-def test_documents_begin_with_bos_and_label_and_decode_to_their_line(tokenizer, corpus, tmp_path):
-    path, model = tokenizer
-    tokens = cache.load_corpus(corpus, path, tmp_path, example="labelled")
+def test_documents_begin_with_bos_and_label_and_decode_to_their_line(model, corpus, tmp_path):
+    tokens = cache.load_corpus(corpus, model, tmp_path, example="labelled")
     lines = corpus.read_text().splitlines()
     for i in (0, 1, len(lines) - 1):
         ids = tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist()
-        assert ids[: 1 + (model.bos_id() >= 0)][-1] == label_ids(model)[lines[i].split("\t")[0]]
-        assert decode(model, ids) == lines[i]
+        assert ids[: 1 + (model.bos >= 0)][-1] == model.labels[lines[i].split("\t")[0]]
+        assert model.decode(ids) == lines[i]
 
 
 def test_a_tokenizer_without_the_label_is_refused(corpus, tmp_path):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(train_tokenizer(corpus, "bpe", 300))
+    tokenizer = Tokenizer(train_tokenizer(corpus, "bpe", 300))
     with pytest.raises(
         ValueError, match="no token for the label .*: a tokenizer knows the labels of"
     ):
-        cache.load_corpus(corpus, path, tmp_path / "cache", example="labelled")
+        cache.load_corpus(corpus, tokenizer, tmp_path / "cache", example="labelled")
 
 
 # ---------------------------------------------------------------- training
 
 
-def test_half_of_the_labels_are_given_besides_those_that_are_given_anyway(
-    tokenizer, corpus, tmp_path
-):
-    path, model = tokenizer
-    tokens = cache.load_corpus(corpus, path, tmp_path, example="labelled")
-    labels = list(label_ids(model).values())
-    loader = data.Loader(tokens, 64, 64, 0, model.bos_id(), labels)
-    plain = data.Loader(tokens, 64, 64, 0, model.bos_id())
+def test_half_of_the_labels_are_given_besides_those_that_are_given_anyway(model, corpus, tmp_path):
+    tokens = cache.load_corpus(corpus, model, tmp_path, example="labelled")
+    labels = list(model.labels.values())
+    loader = data.Loader(tokens, 64, 64, 0, model.bos, labels)
+    plain = data.Loader(tokens, 64, 64, 0, model.bos)
     shares = []
     for n in range(6):
         (ids, segment_ids, seen), (same_ids, _, seen_before) = loader.batch(n), plain.batch(n)
@@ -171,16 +164,14 @@ def test_half_of_the_labels_are_given_besides_those_that_are_given_anyway(
     assert sum(shares) / 6 == pytest.approx(0.5, abs=0.1)
 
 
-def test_only_the_label_of_a_text_is_drawn_as_a_label(tokenizer):
-    _, model = tokenizer
-    allowed, labels = allowed_tokens(model), sorted(label_ids(model).values())
+def test_only_the_label_of_a_text_is_drawn_as_a_label(model):
+    allowed, labels = allowed_tokens(model), sorted(model.labels.values())
     assert allowed[-ANY_LABEL].nonzero().flatten().tolist() == labels
     assert not allowed[1:5][:, labels].any()
 
 
-def test_the_label_of_a_prompt_may_be_named_or_not(tokenizer):
-    _, model = tokenizer
-    assert split_label("the\tking", model) == ([label_ids(model)["the"]], "king")
+def test_the_label_of_a_prompt_may_be_named_or_not(model):
+    assert split_label("the\tking", model) == ([model.labels["the"]], "king")
     assert split_label("king", model) == ([ANY_LABEL], "king")
     with pytest.raises(ValueError, match="the model knows no label 'x', only "):
         split_label("x\tking", model)
@@ -197,7 +188,7 @@ def test_a_run_resumes_and_samples_with_and_without_a_label(run_dir, monkeypatch
     assert code == 0 and all(line.startswith("anna\tanna ") for line in lines)
     lines, _, code = run_command(sample.main, monkeypatch, capsys, *flags, "--guidance=1")
     model = sample.Sampler.load(run_dir)
-    assert code == 0 and all(line.split("\t")[0] in label_ids(model.tokenizer) for line in lines)
+    assert code == 0 and all(line.split("\t")[0] in model.tokenizer.labels for line in lines)
     assert model("anna\t", n=2, steps=3) == [
         text for text, *_ in model.stream([""] * 2, label="anna", steps=3)
     ]

@@ -35,9 +35,8 @@ network.config = SimpleNamespace(K=4, d_model=1, s1=6.0)
 
 
 def score(ids, functions, given=bounds.nothing_given, **options):
-    return likelihood.score(
-        network, list(ids.numpy()), -1, given, functions, bounds.Work(CPU, **options)
-    )
+    work = bounds.Work(CPU, **options)
+    return likelihood.score(network, list(ids.numpy()), -1, functions, work, given=given)
 
 
 def test_the_chain_rule_of_the_exact_network_is_the_joint_in_every_order():

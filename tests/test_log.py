@@ -65,13 +65,14 @@ def test_curves_are_drawn_from_a_runs_metrics(tmp_path):
 
 def test_text_that_the_tokenizer_or_the_training_knows_too_little_or_too_much_gets_a_line():
     offsets = np.array([0, 2, 4])
-    training = cache.Tokens(np.array([1, 2, 3, 4]), offsets, 50, 100, 20, "")
-    half_new = cache.Tokens(np.array([3, 4, 4, 4]), offsets, 50, 100, 0, "")
+    training = cache.Tokens(np.array([1, 2, 3, 4]), offsets, 50, 100, 20, "", None)
+    half_new = cache.Tokens(np.array([3, 4, 4, 4]), offsets, 50, 100, 0, "", None)
     unknown, known = log.text_warnings(training, half_new)
     assert "20.0% of the text" in unknown and known.startswith("50% of the validation examples")
-    fine = cache.Tokens(np.array([1, 2, 3, 4]), offsets, 50, 100, 0, "")
+    fine = cache.Tokens(np.array([1, 2, 3, 4]), offsets, 50, 100, 0, "", None)
     assert (
-        log.text_warnings(fine, cache.Tokens(np.array([3, 5, 4, 4]), offsets, 50, 100, 0, "")) == []
+        log.text_warnings(fine, cache.Tokens(np.array([3, 5, 4, 4]), offsets, 50, 100, 0, "", None))
+        == []
     )
 
 

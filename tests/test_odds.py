@@ -11,7 +11,7 @@ from sampling.prompts import (
 
 def test_a_hint_is_the_odds_of_its_tokens(loaded):
     _, tokenizer, _ = loaded
-    token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
+    token = tokenizer.pieces[tokenizer.encode("the")[0]].removeprefix("\u2581")
     ids = odds.find_ids(token, tokenizer)
     position, hint = odds.parse(f"3:{token}=0.75", tokenizer)
     shares = hint.exp()
@@ -37,7 +37,7 @@ def test_a_word_of_several_tokens_is_refused_with_its_tokens(loaded):
 def test_spaces_around_the_tokens_of_hints_and_bans_are_ignored(loaded):
     _, tokenizer, _ = loaded
     a, b = (
-        tokenizer.id_to_piece(tokenizer.encode(text)[0]).removeprefix("\u2581")
+        tokenizer.pieces[tokenizer.encode(text)[0]].removeprefix("\u2581")
         for text in ("the", "king")
     )
     position, hint = odds.parse(f" 3 : {a} = 0.7, {b}=0.3 ", tokenizer)
@@ -52,6 +52,6 @@ def test_a_hint_outside_the_text_or_for_a_given_token_is_refused(loaded):
     _, tokenizer, run = loaded
     template = make_template("the", tokenizer, run, 0, 12)
     with pytest.raises(ValueError, match="a hint is for token 40"):
-        odds.check([(40, None)], [template], tokenizer.bos_id() >= 0)
+        odds.check([(40, None)], [template], tokenizer.bos >= 0)
     with pytest.raises(ValueError, match="which is given"):
-        odds.check([(3, None), (0, None)], [template], tokenizer.bos_id() >= 0)
+        odds.check([(3, None), (0, None)], [template], tokenizer.bos >= 0)

@@ -287,7 +287,7 @@ def test_packing_draws_the_segments_of_both_plans_with_their_fill(draw, drawn, r
     )
     draw("packing", *words)
     alone, packed = drawn[0].axes
-    tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
+    tokens = cache.load_corpus(run_dir / "text.txt", load(run_dir)[1], tmp_path)
     n_tokens = int(tokens.lengths.sum())
     assert f"{n_tokens / (32 * len(tokens.lengths)):.1%} filled" in alone.get_title()
     assert f"{data.plan_epoch(tokens, 32, 0, 0).fill(32):.1%} filled" in packed.get_title()
@@ -335,8 +335,8 @@ def test_sampling_draws_the_certainty_of_each_position_at_each_call(draw, drawn,
     ((ids, _),) = sample_batch(model, tokenizer, [template], [plot.mix_seed(5, 0)], options)
     assert np.asarray(shares[:, 2:]) == pytest.approx(torch.stack(seen)[:, 2:].numpy())
     assert [
-        tokenizer.piece_to_id(label.replace(" ", SPACE)) for label in labels if label != "(end)"
-    ] == [k for k in ids[1:] if k != tokenizer.eos_id()]
+        tokenizer.pieces.index(label.replace(" ", SPACE)) for label in labels if label != "(end)"
+    ] == [k for k in ids[1:] if k != tokenizer.eos]
 
 
 def test_an_animation_has_a_frame_per_call_and_holds_the_last(draw, run_dir, tmp_path):

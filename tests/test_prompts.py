@@ -25,7 +25,7 @@ from sampling.prompts import (
     warn_unknown,
 )
 from text import cache
-from text.tokenizer import add_marks, count_word_lengths, decode
+from text.tokenizer import Tokenizer
 from training.checkpoint import load
 
 
@@ -36,7 +36,7 @@ def train_plain_tokenizer(kind, lines):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, **options
     )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return Tokenizer(model.getvalue())
 
 
 def test_a_gap_with_a_count_takes_that_many_tokens(loaded):
@@ -96,7 +96,7 @@ def test_a_gap_next_to_punctuation_works_with_every_tokenizer(tmp_path, kind, pr
 
 def test_a_word_gap_after_a_space_is_filled_with_a_word_and_no_punctuation(tmp_path):
     tokenizer = load(punctuated(tmp_path, "word"))[1]
-    comma, king = tokenizer.piece_to_id("\u2581\u2040,"), tokenizer.piece_to_id("\u2581king")
+    comma, king = tokenizer.pieces.index("\u2581\u2040,"), tokenizer.pieces.index("\u2581king")
     allowed = allowed_tokens(tokenizer)
     assert not allowed[-WORD_START, comma] and allowed[-WORD_START, king]
     assert odds.find_ids(",", tokenizer) == [comma]
@@ -110,8 +110,8 @@ def test_text_that_cannot_be_joined_to_a_gap_is_refused():
 
 def test_a_text_can_end_at_a_free_position_but_not_in_a_gap(loaded):
     _, tokenizer, _ = loaded
-    if tokenizer.eos_id() >= 0:
-        may_end = allowed_tokens(tokenizer)[:, tokenizer.eos_id()]
+    if tokenizer.eos >= 0:
+        may_end = allowed_tokens(tokenizer)[:, tokenizer.eos]
         assert may_end[-FREE] and not any(may_end[-kind] for kind in (GAP, WORD_START, WORD_REST))
 
 
@@ -123,14 +123,12 @@ def test_lengths_are_drawn_from_the_training_texts(loaded):
 
 
 def test_words_are_counted_by_their_tokens_and_within_documents():
-    class Pieces(list):
-        id_to_piece = list.__getitem__
-
-    tokenizer = Pieces(["\u2581the", "s", "\u2581king"])
+    starts_word = np.array([True, False, True])
+    tokenizer = SimpleNamespace(pieces=["\u2581the", "s", "\u2581king"], starts_word=starts_word)
     ids = np.array([0, 1, 1, 2, 0, 0, 1, 2])  # "thess king the", "thes king"
-    tokens = SimpleNamespace(ids=ids, offsets=np.array([0, 5, 8]))
-    assert count_word_lengths(tokenizer, tokens) == [0, 1, 1, 1]
-    assert count_word_lengths(tokenizer, tokens, longest=2) == [0, 1, 1]
+    tokens = cache.Tokens(ids, np.array([0, 5, 8]), 0, 0, 0, "", tokenizer)
+    assert tokens.count_word_lengths() == [0, 1, 1, 1]
+    assert tokens.count_word_lengths(longest=2) == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +227,7 @@ def test_a_backslash_is_a_line_break_only_for_examples_of_several_lines():
 
 def test_a_word_gap_has_no_line_break_and_its_length_counts_no_line_break(poems):
     _, tokenizer, _ = load(poems)
-    tokens = cache.load_corpus(
-        poems / "text.txt", poems / "tokenizer.model", poems, example="paragraph"
-    )
+    tokens = cache.load_corpus(poems / "text.txt", tokenizer, poems, example="paragraph")
     line_break = [k for k in range(len(tokenizer)) if "\n" in tokenizer.decode([k])]
     allowed = allowed_tokens(tokenizer)
     assert (
@@ -241,7 +237,7 @@ def test_a_word_gap_has_no_line_break_and_its_length_counts_no_line_break(poems)
     if (
         poems.name == "char"
     ):  # "the", at the end of a line or not, takes 4 tokens with the space before it
-        assert [n for n, count in enumerate(count_word_lengths(tokenizer, tokens)) if count] == [
+        assert [n for n, count in enumerate(tokens.count_word_lengths()) if count] == [
             4,
             5,
         ]
@@ -255,17 +251,17 @@ def test_unknown_tokens_read_as_the_prompt_or_as_nothing(loaded, plain, prompt):
     if plain:
         tokenizer = train_plain_tokenizer("bpe", ["the king sleeps", "a queen sleeps"] * 20)
     ids = tokenizer.encode(prompt)
-    assert decode(tokenizer, ids, unknown_pieces(prompt, tokenizer)) == prompt
-    without = decode(tokenizer, ids)
+    assert tokenizer.decode(ids, unknown_pieces(prompt, tokenizer)) == prompt
+    without = tokenizer.decode(ids)
     assert "\u2047" not in without and "the" in without.split()
 
 
 def test_a_text_ends_at_eos(loaded):
     _, tokenizer, _ = loaded
     the = tokenizer.encode("the")
-    assert decode(tokenizer, add_marks(the, tokenizer)) == "the"
-    if tokenizer.eos_id() >= 0:
-        assert decode(tokenizer, add_marks(the, tokenizer) + the) == "the"
+    assert tokenizer.decode(tokenizer.add_marks(the)) == "the"
+    if tokenizer.eos >= 0:
+        assert tokenizer.decode(tokenizer.add_marks(the) + the) == "the"
 
 
 def test_a_ban_does_not_touch_given_tokens(loaded):

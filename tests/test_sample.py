@@ -20,7 +20,6 @@ from sampling.prompts import (
     make_template,
 )
 from text import cache
-from text.tokenizer import add_marks
 
 
 def run_command(monkeypatch, capsys, *argv):
@@ -86,7 +85,7 @@ def test_a_draft_of_several_lines_is_read_with_its_line_breaks(poems, monkeypatc
 def test_a_stronger_draft_keeps_more_of_its_text(run_dir, loaded, monkeypatch, capsys, tmp_path):
     _, tokenizer, _ = loaded
     text, n_kept = "the old king sleeps", []
-    draft = add_marks(tokenizer.encode(text), tokenizer)
+    draft = tokenizer.add_marks(tokenizer.encode(text))
     flags = [
         f"-mdir={run_dir}",
         f"--draft={text}",
@@ -98,7 +97,7 @@ def test_a_stronger_draft_keeps_more_of_its_text(run_dir, loaded, monkeypatch, c
         run_command(monkeypatch, capsys, *flags, f"--strength={strength}")
         texts = [json.loads(line)["ids"] for line in open(tmp_path / "out")]
         assert len(texts) == 20 and all(len(ids) == len(draft) for ids in texts)
-        assert tokenizer.bos_id() < 0 or all(ids[0] == tokenizer.bos_id() for ids in texts)
+        assert tokenizer.bos < 0 or all(ids[0] == tokenizer.bos for ids in texts)
         n_kept.append(sum(a == b for ids in texts for a, b in zip(ids, draft, strict=True)))
     assert n_kept[0] < n_kept[1] < n_kept[2]
 
@@ -127,17 +126,17 @@ def test_the_trace_ends_with_the_text_that_is_printed(run_dir, monkeypatch, caps
 
 def test_the_examples_of_training_are_free_or_continue_validation_texts(run_dir, loaded, tmp_path):
     model, tokenizer, run = loaded
-    tokens = cache.load_corpus(run_dir / "text.txt", run_dir / "tokenizer.model", tmp_path)
+    tokens = cache.load_corpus(run_dir / "text.txt", tokenizer, tmp_path)
     lines = Sampler(model, tokenizer, run).examples(tokens, n=5, seed=3)
     free = [make_template("", tokenizer, run, mix_seed(3, i)) for i in range(2)]
     assert lines[:2] == [
-        sample.decode(tokenizer, ids) for ids, _ in generate(model, tokenizer, free, 3)
+        tokenizer.decode(ids) for ids, _ in generate(model, tokenizer, free, 3)
     ]
     plan = data.plan_validation(tokens, 32)
     for i, line in list(enumerate(lines))[2:]:
         start, length = plan.starts[i], plan.lengths[i]
         assert line.startswith(
-            f"[{sample.decode(tokenizer, tokens.ids[start : start + length // 3].tolist())}] "
+            f"[{tokenizer.decode(tokens.ids[start : start + length // 3].tolist())}] "
         )
     assert len(lines) == 5
 
@@ -221,9 +220,9 @@ def test_output_is_replaced_only_when_all_samples_are_written(
     """Until then they are in a file of their own, and stay there after an error."""
     output = tmp_path / "out.jsonl"
     output.write_text("old")
-    real = sample.decode
+    real = sample.lay_out
     monkeypatch.setattr(
-        sample, "decode", lambda *inputs: real(*inputs) if capsys.readouterr().out == "" else 1 / 0
+        sample, "lay_out", lambda *inputs: real(*inputs) if capsys.readouterr().out == "" else 1 / 0
     )
     flags = f"-mdir={run_dir}", f"--output={output}", "--num_samples=2", "--length=6"
     with pytest.raises(ZeroDivisionError):
@@ -232,7 +231,7 @@ def test_output_is_replaced_only_when_all_samples_are_written(
         output.read_text() == "old"
         and len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 1
     )
-    monkeypatch.setattr(sample, "decode", real)
+    monkeypatch.setattr(sample, "lay_out", real)
     run_command(monkeypatch, capsys, *flags)
     assert len(output.read_text().splitlines()) == 2 and not (tmp_path / "out.jsonl.part").exists()
 
@@ -277,7 +276,7 @@ def test_all_controls_go_together_on_the_command_line(
     run_dir, loaded, monkeypatch, capsys, tmp_path, sampler
 ):
     _, tokenizer, _ = loaded
-    token = tokenizer.id_to_piece(tokenizer.encode("the")[0]).removeprefix("\u2581")
+    token = tokenizer.pieces[tokenizer.encode("the")[0]].removeprefix("\u2581")
     flags = [
         f"-mdir={run_dir}",
         "--num_samples=2",
@@ -352,7 +351,7 @@ def test_log_likelihoods_are_those_of_the_function_for_each_text_alone(mixing):
     log_p = model.log_likelihood(texts, calls=2)
     for text, value in zip(texts, log_p, strict=True):
         ids = torch.tensor([model.encode(text, "it")])
-        given = ids == model.tokenizer.bos_id()
+        given = ids == model.tokenizer.bos
         config = model.model.config
         assert value == pytest.approx(
             bfn.log_likelihood(model.model, ids, given, config.s1, config.K, 2).sum().item(),
@@ -371,7 +370,7 @@ def test_filling_keeps_given_tokens_and_draws_no_mark_before_the_end(mixing):
     )
     given = torch.rand(4, 12, generator=torch.Generator().manual_seed(1)) < 0.4
     filled = model.fill(ids.tolist(), given.tolist(), seed=2, steps=4)
-    marks = torch.tensor([model.tokenizer.bos_id(), model.tokenizer.eos_id()])
+    marks = torch.tensor([model.tokenizer.bos, model.tokenizer.eos])
     assert (filled[given] == ids[given]).all()
     assert not torch.isin(filled[:, :-1][~given[:, :-1]], marks).any()
     assert (model.fill(ids, given, seed=2, steps=4) == filled).all() and (

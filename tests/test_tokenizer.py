@@ -9,9 +9,8 @@ import sentencepiece
 from text import cache
 from text.reading import HEAD
 from text.tokenizer import (
-    add_marks,
+    Tokenizer,
     default_vocab_size,
-    keeps_breaks,
     load_tokenizer,
     train_tokenizer,
 )
@@ -44,7 +43,7 @@ def test_a_character_tokenizer_has_only_the_characters_and_unk(tmp_path):
     path = write(tmp_path / "text", "the quick brown fox jumps over a lazy dog " * 30)
     (tmp_path / "model").write_bytes(train_tokenizer(path, "char", 0))
     tokenizer = load_tokenizer(tmp_path / "model")
-    assert len(tokenizer) == 28 and tokenizer.bos_id() == tokenizer.eos_id() == -1
+    assert len(tokenizer) == 28 and tokenizer.bos == tokenizer.eos == -1
     assert tokenizer.decode(tokenizer.encode(" a  lazy fox ")) == " a  lazy fox "
 
 
@@ -61,12 +60,12 @@ def test_examples_of_several_lines_decode_to_exactly_the_text_and_a_line_break_i
     path = write(tmp_path / "text", "\n\n".join(LINES * 20))
     (tmp_path / "model").write_bytes(train_tokenizer(path, kind, 400, "file"))
     tokenizer = load_tokenizer(tmp_path / "model")
-    line_break = tokenizer.piece_to_id("\n")
+    line_break = tokenizer.pieces.index("\n")
     for text in LINES:
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids).encode() == text.encode() and tokenizer.unk_id() not in ids
+        assert tokenizer.decode(ids).encode() == text.encode() and tokenizer.unk not in ids
         assert ids.count(line_break) == text.count("\n")
-    assert keeps_breaks(tokenizer)
+    assert tokenizer.keeps_breaks()
 
 
 SENTENCES = [
@@ -98,7 +97,7 @@ def test_a_word_tokenizer_has_a_token_for_line_breaks(tmp_path):
     path = write(tmp_path / "text", "KING:\nWho is there?\nNo one.\n\nSecond KING.\n" * 20)
     (tmp_path / "model").write_bytes(train_tokenizer(path, "word", 400, "paragraph"))
     tokenizer = load_tokenizer(tmp_path / "model")
-    assert keeps_breaks(tokenizer) and tokenizer.unk_id() not in tokenizer.encode(
+    assert tokenizer.keeps_breaks() and tokenizer.unk not in tokenizer.encode(
         "KING:\nNo one.\nWho is there?"
     )
     for text in ("KING:\nWho is there?\nNo one.", "\nNo one\n\n", "KING\nSecond"):
@@ -109,21 +108,22 @@ def test_a_word_tokenizer_of_text_without_punctuation_has_words_only(tmp_path):
     path = write(tmp_path / "text", "the king's old-boat sleeps\n" * 20)
     (tmp_path / "model").write_bytes(train_tokenizer(path, "word", 400))
     tokenizer = load_tokenizer(tmp_path / "model")
-    pieces = {tokenizer.id_to_piece(k) for k in range(3, len(tokenizer))}
-    assert pieces == {
-        "\u2581" + word for word in ("the", "king's", "old-boat", "sleeps")
-    } and not keeps_breaks(tokenizer)
+    pieces = {tokenizer.pieces[k] for k in range(3, len(tokenizer))}
+    assert (
+        pieces == {"\u2581" + word for word in ("the", "king's", "old-boat", "sleeps")}
+        and not tokenizer.keeps_breaks()
+    )
 
 
 @pytest.mark.parametrize("bos, eos", [(1, 2), (1, -1), (-1, 2), (-1, -1)])
 def test_bos_and_eos_are_added_only_if_the_tokenizer_has_them_and_they_are_asked_for(bos, eos):
-    tokenizer = SimpleNamespace(bos_id=lambda: bos, eos_id=lambda: eos)
+    tokenizer = SimpleNamespace(bos=bos, eos=eos)
     before, after = [bos] * (bos >= 0), [eos] * (eos >= 0)
     ids = [5, 6]
-    assert add_marks(ids, tokenizer) == before + [5, 6] + after
-    assert add_marks(ids, tokenizer, begin=False) == [5, 6] + after
-    assert add_marks(ids, tokenizer, end=False) == before + [5, 6]
-    assert add_marks([], tokenizer) == before + after and ids == [5, 6]
+    assert Tokenizer.add_marks(tokenizer, ids) == before + [5, 6] + after
+    assert Tokenizer.add_marks(tokenizer, ids, begin=False) == [5, 6] + after
+    assert Tokenizer.add_marks(tokenizer, ids, end=False) == before + [5, 6]
+    assert Tokenizer.add_marks(tokenizer, []) == before + after and ids == [5, 6]
 
 
 @pytest.mark.parametrize("text", ["a", "\u00e9", "\U0001f600"])
@@ -131,7 +131,7 @@ def test_a_corpus_of_one_character_is_too_short_for_two_parts_and_not_called_bro
     path = write(tmp_path / "text", text)
     (tmp_path / "model").write_bytes(train_tokenizer(path, "char", 300))
     with pytest.raises(ValueError, match="no text for the part 'train': it is too short"):
-        cache.load_corpus(path, tmp_path / "model", tmp_path, "train")
+        cache.load_corpus(path, load_tokenizer(tmp_path / "model"), tmp_path, "train")
 
 
 def test_a_tokenizer_that_leaves_a_letter_out_can_be_used(tmp_path):
@@ -148,8 +148,8 @@ def test_a_tokenizer_that_leaves_a_letter_out_can_be_used(tmp_path):
     sentencepiece.SentencePieceTrainer.train(input=path, model_writer=model, **options)
     (tmp_path / "model").write_bytes(model.getvalue())
     tokenizer = load_tokenizer(tmp_path / "model")
-    assert tokenizer.decode(tokenizer.encode("anna")) == "nn" and not keeps_breaks(tokenizer)
-    assert len(cache.load_corpus(path, tmp_path / "model", tmp_path).lengths) == 120
+    assert tokenizer.decode(tokenizer.encode("anna")) == "nn" and not tokenizer.keeps_breaks()
+    assert len(cache.load_corpus(path, load_tokenizer(tmp_path / "model"), tmp_path).lengths) == 120
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def sizes(path, kind, example="line"):
     model = train_tokenizer(path, kind, example=example)
     with pytest.raises(ValueError, match=rf"no {kind} tokenizer with --vocab_size=2 from") as error:
         train_tokenizer(path, kind, 2, example)
-    n = len(sentencepiece.SentencePieceProcessor(model_proto=model))
+    n = len(Tokenizer(model))
     return n, int(str(error.value).removesuffix(" or more").split()[-1])
 
 
@@ -191,9 +191,7 @@ def test_the_least_vocabulary_that_is_named_works_and_one_less_does_not(tmp_path
     lines = [f"label {n % 30}\tthe \u738b sleeps {n}" for n in range(90)]
     path = write(tmp_path / "text", "\n".join(lines))
     _, least = sizes(path, kind, "labelled")
-    tokenizer = sentencepiece.SentencePieceProcessor(
-        model_proto=train_tokenizer(path, kind, least, "labelled")
-    )
+    tokenizer = Tokenizer(train_tokenizer(path, kind, least, "labelled"))
     assert len(tokenizer) == least
     with pytest.raises(ValueError, match=f"{least} or more"):
         train_tokenizer(path, kind, least - 1, "labelled")
@@ -203,7 +201,7 @@ def test_the_least_vocabulary_that_is_named_works_and_one_less_does_not(tmp_path
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "word"])
 def test_a_text_of_hardly_any_characters_gets_a_vocabulary_that_it_can_fill(tmp_path, text, kind):
     path = write(tmp_path / "text", text)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(path, kind))
+    tokenizer = Tokenizer(train_tokenizer(path, kind))
     assert len(tokenizer) < 300
 
 

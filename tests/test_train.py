@@ -894,7 +894,7 @@ def test_the_preset_follows_the_device_and_a_resumed_run_keeps_its_sizes():
 )
 def test_rows_fit_nine_of_ten_examples_and_batches_have_equal_tokens(lengths, flags, expected):
     args = train.complete(train.flags().parse_args(["-d=none", *flags]), preset="laptop")
-    train.fit_rows(args, Tokens(None, np.append(0, np.cumsum(lengths)), 1, 1, 0, ""))
+    train.fit_rows(args, Tokens(None, np.append(0, np.cumsum(lengths)), 1, 1, 0, "", None))
     assert (args.sequence_length, args.batch_size) == expected
 
 

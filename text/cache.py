@@ -33,7 +33,7 @@ from common import cli
 from common.files import file_hash, replacing, writing
 from common.parallel import prefetch
 from text.reading import BYTES_BAR, Corpus, is_json, look_at, read_part
-from text.tokenizer import add_marks, adds_prefix, label_ids, load_tokenizer, unknown_bytes
+from text.tokenizer import JOIN, SPACE, Tokenizer
 
 CACHE_FORMAT = 2
 DAMAGED = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError  # of a file
@@ -51,11 +51,6 @@ SHARD_TOKENS = 1 << 28  # the most in a shard, except for a longer document
 N_HASHES = 1 << 18  # different documents that are remembered, to find them in another text
 
 
-def default_cache_dir():
-    """Return the folder of tokenised corpora: bayesian-flow-lm in `cli.user_cache_dir`."""
-    return os.path.join(cli.user_cache_dir()[0], "bayesian-flow-lm")
-
-
 @dataclass(frozen=True)
 class Tokens:
     """A tokenised corpus: document d is ids[offsets[d] : offsets[d + 1]]."""
@@ -66,6 +61,7 @@ class Tokens:
     n_bytes: int
     n_unknown_bytes: int  # of text that the tokenizer does not know
     key: str  # identifies the content
+    tokenizer: Tokenizer
 
     @property
     def lengths(self):
@@ -133,6 +129,18 @@ class Tokens:
         _, lengths, n = self.shard_lengths.T
         return np.bincount(np.minimum(lengths, longest), n, minlength=longest + 1).astype(np.int64)
 
+    def count_word_lengths(self, longest=16):
+        """Count the words of 0, 1, ..., `longest` tokens among the first million tokens -> list."""
+        ids = self.ids[:1_000_000]
+        starts = self.tokenizer.starts_word[ids]
+        breaks = np.array([piece == "\n" for piece in self.tokenizer.pieces])[ids]
+        begins = np.flatnonzero(starts | breaks)
+        document = np.searchsorted(self.offsets, begins, side="right")
+        is_word = starts[begins[:-1]] & (document[1:] == document[:-1])
+        lengths = np.diff(begins)[is_word]
+        counts = np.bincount(lengths[lengths <= longest], minlength=2)
+        return counts.tolist() if counts.any() else [0, 1]
+
 
 def hash_documents(tokens, which, chunk=1 << 20):
     """Hash the tokens of each of the documents `which` (n,) -> (n,) uint64."""
@@ -162,26 +170,24 @@ def share_in_training(tokens, training):
     return float(n[looked_for & np.isin(hashes, known)].sum() / max(1, n[looked_for].sum()))
 
 
-def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
+def load_corpus(corpus, tokenizer, cache_dir, part="all", example="line"):
     """Tokenise a part of a corpus, or open the cache of an earlier call -> Tokens.
 
     corpus: a Corpus, or the path of one. Raises ValueError for a missing file, an empty part, text
     that is not UTF-8, and a cache_dir that cannot be written.
     """
     corpus = Corpus.of(corpus)
-    if str(cache_dir) == default_cache_dir() and not cli.user_cache_dir()[1]:
+    if str(cache_dir) == cli.default_cache_dir() and not cli.user_cache_dir()[1]:
         where = f"this user has no folder for caches: tokenised texts go to {cache_dir}"
         cli.warn_once(f"{where}; --cache_dir=FOLDER names another")
-    key = text_key(corpus, tokenizer_path, cache_dir, part, example)
-    folder = Path(cache_dir) / key
-    if (tokens := _read_cache(folder, key)) is None:
+    folder = Path(cache_dir) / text_key(corpus, tokenizer, cache_dir, part, example)
+    if (tokens := _read_cache(folder, tokenizer)) is None:
         with _hold(folder) as temporary:
-            tokens = _read_cache(folder, key)  # another process may have written it
+            tokens = _read_cache(folder, tokenizer)  # another process may have written it
             if tokens is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                tokenizer = load_tokenizer(tokenizer_path)
                 _write_cache(corpus, part, example, tokenizer, folder, temporary)
-                tokens = _read_cache(folder, key)
+                tokens = _read_cache(folder, tokenizer)
     if tokens is None:
         raise ValueError(f"{folder} is damaged and cannot be replaced: delete it")
     return tokens
@@ -190,9 +196,9 @@ def load_corpus(corpus, tokenizer_path, cache_dir, part="all", example="line"):
 # ---------------------------------------------------------------- the content of a corpus
 
 
-def text_key(corpus, tokenizer_path, cache_dir, part="all", example="line"):
+def text_key(corpus, tokenizer, cache_dir, part="all", example="line"):
     """Compute what identifies the Tokens of a part of a Corpus -> str."""
-    key = f"{content_hash(corpus, cache_dir)} {file_hash(tokenizer_path)} {part} {CACHE_FORMAT}"
+    key = f"{content_hash(corpus, cache_dir)} {tokenizer.hash} {part} {CACHE_FORMAT}"
     key += f" {example}" if example != "line" else ""
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
@@ -244,11 +250,11 @@ def _file_hashes(files, memory):
 # ---------------------------------------------------------------- the files of a cache
 
 
-def _read_cache(folder, key):
+def _read_cache(folder, tokenizer):
     """Open a cache -> Tokens, or None if it is missing or damaged."""
     try:
         meta = _read_json(folder / "meta.json")
-        tokens = _open_arrays(folder, meta, key)
+        tokens = _open_arrays(folder, meta, tokenizer)
         whole = len(tokens.ids) == meta["n_tokens"] and tokens.n_documents == meta["n_documents"]
         whole = whole and all(check(folder / name, meta["checksums"][name]) for name in ARRAYS)
         for name, dtype, width in (("shard_lengths", np.int64, 3), ("hash_counts", np.uint64, 2)):
@@ -258,11 +264,12 @@ def _read_cache(folder, key):
     return tokens if whole else None
 
 
-def _open_arrays(folder, meta, key):
+def _open_arrays(folder, meta, tokenizer):
     """Map ids.bin and offsets.bin into memory -> Tokens."""
     ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
     offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
-    return Tokens(ids, offsets, meta["n_chars"], meta["n_bytes"], meta["n_unknown_bytes"], key)
+    sizes = (meta[name] for name in COUNTS[:3])
+    return Tokens(ids, offsets, *sizes, folder.name, tokenizer)
 
 
 def _write_json(path, content):
@@ -369,7 +376,7 @@ def _write_cache(corpus, part, example, tokenizer, folder, temporary):
     try:
         with writing(folder):
             meta = _tokenize(corpus, part, example, tokenizer, temporary)
-            tokens = _open_arrays(temporary, meta, "")
+            tokens = _open_arrays(temporary, meta, tokenizer)
             tokens.shard_lengths.tofile(temporary / "shard_lengths.bin")
             tokens.hash_counts.tofile(temporary / "hash_counts.bin")
             for name in ARRAYS:
@@ -458,25 +465,26 @@ def _count(done, pieces, ids, ends, tokenizer):
     done["document_end"] = int(ends.max(initial=done["document_end"]))
     done["n_chars"] += sum(len(piece.text) for piece in pieces)
     done["n_bytes"] += sum(piece.n_bytes for piece in pieces)
-    if tokenizer.unk_id() in ids:
-        done["n_unknown_bytes"] += sum(unknown_bytes(piece.text, tokenizer) for piece in pieces)
+    if tokenizer.unk in ids:
+        unknown = "".join("".join(tokenizer.unknown_pieces(piece.text)) for piece in pieces)
+        done["n_unknown_bytes"] += len(unknown.replace(SPACE, "").replace(JOIN, "").encode())
     done["position"], done["n_examples"] = pieces[-1].end, pieces[-1].number + 1
 
 
 def _encode(pieces, tokenizer):
     """Tokenise pieces -> pieces, tokens with marks (n,), numbers of tokens up to examples' ends."""
     # a later piece begins with a space, and the tokenizer may add a second one
-    strip = adds_prefix(tokenizer) and tokenizer.encode(" a") != tokenizer.encode("a")
+    strip = tokenizer.adds_prefix and tokenizer.encode(" a") != tokenizer.encode("a")
     texts = [p.text.removeprefix(" ") if strip and not p.first else p.text for p in pieces]
-    encoded = tokenizer.encode_as_numpy(texts)  # without Python's lock: threads run on all cores
-    labels = {None: [], **{label: [k] for label, k in label_ids(tokenizer).items()}}
+    encoded = tokenizer.encode_all(texts)
+    labels = {None: [], **{label: [k] for label, k in tokenizer.labels.items()}}
     parts, example_ends, n_tokens = [], [], 0
     for piece, ids in zip(pieces, encoded, strict=True):
         if piece.label not in labels:
             known = "a tokenizer knows the labels of the text that it was trained on"
             raise ValueError(f"no token for the label {piece.label!r}: {known}")
-        begin = add_marks(labels[piece.label], tokenizer, piece.first, end=False)
-        end = add_marks([], tokenizer, begin=False, end=piece.last)
+        begin = tokenizer.add_marks(labels[piece.label], piece.first, end=False)
+        end = tokenizer.add_marks([], begin=False, end=piece.last)
         parts += [np.array(begin, np.int32), ids, np.array(end, np.int32)]
         n_tokens += len(begin) + len(ids) + len(end)
         if piece.last:

@@ -1,12 +1,13 @@
 """SentencePiece tokenizers: train, load and use them."""
 
+import hashlib
 import io
 import os
 import re
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from unicodedata import category
@@ -180,87 +181,104 @@ def write_rules(texts, folder):
 
 
 def load_tokenizer(path):
-    """Read a SentencePiece model. Raises ValueError for a file that is missing or is not one."""
+    """Read a SentencePiece model -> Tokenizer. Raises ValueError if it is missing or is not one."""
     if not os.path.isfile(path):
         raise ValueError(f"no tokenizer at {path}")
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return Tokenizer(Path(path).read_bytes())
     except (RuntimeError, OSError):
         raise ValueError(f"{path} is not a SentencePiece model") from None
 
 
-def adds_prefix(tokenizer):
-    """Tell whether the tokenizer puts a space before every text, also before the rest of a line."""
-    return "".join(tokenizer.encode("a", out_type=str)).startswith(SPACE)
+class Tokenizer:
+    """A SentencePiece model of K tokens.
 
+        pieces        list of K     as SentencePiece writes them, with SPACE for a space
+        is_control    (K,)  bool    marks and labels
+        is_text       (K,)  bool    neither these nor the unknown token
+        is_byte       (K,)  bool    a byte of a character
+        starts_word   (K,)  bool    begins with a space
 
-def keeps_breaks(tokenizer):
-    """Tell whether a line break is still there after encoding and decoding."""
-    is_known = tokenizer.unk_id() not in tokenizer.encode("\n")
-    return is_known and tokenizer.decode(tokenizer.encode("a\na")).count("\n") == 1
-
-
-def unknown_bytes(text, tokenizer):
-    """Count the bytes of a text that the tokenizer turns into unknown tokens."""
-    pieces = zip(tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True)
-    unknown = "".join(piece for k, piece in pieces if k == tokenizer.unk_id())
-    return len(unknown.replace(SPACE, "").replace(JOIN, "").encode())
-
-
-def add_marks(ids, tokenizer, begin=True, end=True):
-    """Put bos before and eos after a list of tokens, each only if the tokenizer has one -> list."""
-    bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
-    return ([bos] if begin and bos >= 0 else []) + ids + ([eos] if end and eos >= 0 else [])
-
-
-@lru_cache(maxsize=4)
-def label_ids(tokenizer):
-    """List the labels that have a token -> {label: id}, empty if it was trained without labels."""
-    pieces = {k: tokenizer.id_to_piece(k) for k in range(len(tokenizer)) if tokenizer.is_control(k)}
-    return {piece.removeprefix(LABEL): k for k, piece in pieces.items() if piece.startswith(LABEL)}
-
-
-def piece_text(k, tokenizer):
-    """Write one token as it reads within a text: with its space, a label with its tab -> str."""
-    piece = tokenizer.id_to_piece(k)
-    piece = piece.removeprefix(LABEL) + "\t" if k in label_ids(tokenizer).values() else piece
-    return piece.replace(SPACE + JOIN, "").replace(SPACE + BREAK, "\n").replace(SPACE, " ")
-
-
-def decode(tokenizer, ids, unknown=()):
-    """Turn ids into text, up to the first eos, as label<TAB>text if it has a label.
-
-    Unknown tokens read as `unknown`, in order, or as nothing.
+    bos, eos, unk   ids of the marks and of the unknown token, -1 where it has none
+    labels          {label: id}, empty if it was trained without labels
+    hash            sha256 of the file
+    adds_prefix     it puts a space before every text, also before the rest of a line
+    joins_space     some token is a space and more: so are subwords and words, not characters
+    continues_words some token continues a word: so do subwords and characters, not words
     """
-    if tokenizer.eos_id() in ids:
-        ids = ids[: ids.index(tokenizer.eos_id())]
-    rest, bos, unk = iter(unknown), tokenizer.bos_id(), tokenizer.unk_id()
-    pieces = [next(rest, "") if k == unk else tokenizer.id_to_piece(k) for k in ids if k != bos]
-    labels = {k: label for label, k in label_ids(tokenizer).items()}
-    label = "".join(f"{labels[k]}\t" for k in ids if k in labels)
-    text = tokenizer.decode(pieces).removeprefix(SPACE)
-    return label + text.replace(SPACE, " ")  # of `unknown`
+
+    def __init__(self, model):
+        """Read the bytes of a SentencePiece model. Raises RuntimeError if they are none."""
+        self.processor = processor = sentencepiece.SentencePieceProcessor()
+        processor.load_from_serialized_proto(model)
+        self.hash = hashlib.sha256(model).hexdigest()
+        self.bos, self.eos, self.unk = processor.bos_id(), processor.eos_id(), processor.unk_id()
+        ids = list(range(len(processor)))
+        self.pieces = pieces = processor.id_to_piece(ids)
+        self.is_control = np.array(processor.is_control(ids))
+        self.is_text = ~(self.is_control | processor.is_unknown(ids) | processor.is_unused(ids))
+        self.is_byte = np.array(processor.is_byte(ids))
+        spaced = [p.startswith(SPACE) and not p.startswith(SPACE + JOIN) for p in pieces]
+        self.starts_word = np.array(spaced)
+        labels = [k for k in ids if self.is_control[k] and pieces[k].startswith(LABEL)]
+        self.labels = {pieces[k].removeprefix(LABEL): k for k in labels}
+        self.adds_prefix = "".join(self.split("a")).startswith(SPACE)
+        whole = [pieces[k] for k in np.flatnonzero(self.is_text & ~self.is_byte)]
+        self.joins_space = any(len(p) > 1 and p[0] == SPACE for p in whole)
+        self.continues_words = any(p[0] != SPACE for p in whole)
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def encode(self, text):
+        """Turn a text into ids, without marks -> list."""
+        return self.processor.encode(text)
+
+    def encode_all(self, texts):
+        """Turn texts into ids -> list of arrays. Without Python's lock: threads use all cores."""
+        return self.processor.encode_as_numpy(texts)
+
+    def split(self, text):
+        """Cut a text into the pieces of its tokens; unknown ones are what they stand for."""
+        return self.processor.encode(text, out_type=str)
+
+    def unknown_pieces(self, text):
+        """List the pieces of a text that it does not know."""
+        pairs = zip(self.encode(text), self.split(text), strict=True)
+        return [piece for k, piece in pairs if k == self.unk]
+
+    def add_marks(self, ids, begin=True, end=True):
+        """Put bos before and eos after a list of tokens, what there is of them -> list."""
+        bos = [self.bos] if begin and self.bos >= 0 else []
+        eos = [self.eos] if end and self.eos >= 0 else []
+        return bos + ids + eos
+
+    def decode(self, ids, unknown=()):
+        """Turn ids into text, up to the first eos, as label<TAB>text if it has a label.
+
+        Unknown tokens read as `unknown`, in order, or as nothing.
+        """
+        if self.eos in ids:
+            ids = ids[: ids.index(self.eos)]
+        rest = iter(unknown)
+        pieces = [next(rest, "") if k == self.unk else self.pieces[k] for k in ids if k != self.bos]
+        names = {k: label for label, k in self.labels.items()}
+        label = "".join(f"{names[k]}\t" for k in ids if k in names)
+        text = self.processor.decode(pieces).removeprefix(SPACE)
+        return label + text.replace(SPACE, " ")  # of `unknown`
+
+    def piece_text(self, k):
+        """Write one token as it reads within a text: with its space, a label with its tab."""
+        piece = self.pieces[k]
+        piece = piece.removeprefix(LABEL) + "\t" if k in self.labels.values() else piece
+        return piece.replace(SPACE + JOIN, "").replace(SPACE + BREAK, "\n").replace(SPACE, " ")
+
+    def keeps_breaks(self):
+        """Tell whether a line break is still there after encoding and decoding."""
+        is_known = self.unk not in self.encode("\n")
+        return is_known and self.decode(self.encode("a\na")).count("\n") == 1
 
 
 def one_line(text):
     """Put a text on one line, with a space for each line break."""
     return " ".join(text.splitlines())
-
-
-def starts_word(piece):
-    """Tell whether a token begins with a space."""
-    return piece.startswith(SPACE) and not piece.startswith(SPACE + JOIN)
-
-
-def count_word_lengths(tokenizer, tokens, longest=16):
-    """Count the words of 0, 1, ..., `longest` tokens among the first million tokens -> list."""
-    pieces = [tokenizer.id_to_piece(k) for k in range(len(tokenizer))]
-    ids = tokens.ids[:1_000_000]
-    starts = np.array([starts_word(piece) for piece in pieces])[ids]
-    breaks = np.array([piece == "\n" for piece in pieces])[ids]
-    begins = np.flatnonzero(starts | breaks)
-    document = np.searchsorted(tokens.offsets, begins, side="right")
-    is_word = starts[begins[:-1]] & (document[1:] == document[:-1])
-    lengths = np.diff(begins)[is_word]
-    counts = np.bincount(lengths[lengths <= longest], minlength=2)
-    return counts.tolist() if counts.any() else [0, 1]

@@ -29,7 +29,6 @@ from sample import Sampler
 from sampling.guidance import Classifier, load_classifier, save_classifier
 from sampling.prompts import check_unicode
 from text.reading import lines_of
-from text.tokenizer import label_ids
 from training.times import draw_times
 
 BATCH = 32  # texts
@@ -91,7 +90,7 @@ def read_noisy(classifier, examples, sampler, seen, t=None):
     seen = seen(segment_ids)
     drawn, _ = draw_times(segment_ids, seen)
     t = drawn if t is None else torch.full_like(drawn, t)
-    is_bos = ids == sampler.tokenizer.bos_id()
+    is_bos = ids == sampler.tokenizer.bos
     cond_mask = (segment_ids == 0) | is_bos | (seen == data.GIVEN)
     config = sampler.model.config
     theta = bfn.flow(ids, t, config.s1, config.K).softmax(-1)
@@ -141,14 +140,12 @@ def accuracy(classifier, examples, sampler, t, seed):
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("-mdir", "--model_dir", type=cli.path, default="runs/demo", help="run folder (runs/demo)")
+    p.add_flags("-mdir --seed --device")
     add("-d", "--data_path", type=cli.path, required=True,
         help="text file, each line label<TAB>text")
     add("--output", type=cli.path, required=True,
         help="file for the classifier; a classifier that is there is replaced")
     add("--steps", type=cli.count, default=500, help=f"training steps of {BATCH} texts (500)")
-    add("--seed", type=cli.natural, default=0, help="of the noise and the held-out tenth (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     return p
 
 
@@ -157,7 +154,7 @@ def main(argv=None):
     sampler = Sampler.load(args.model_dir, device=args.device)
     if Path(args.output).exists():
         load_classifier(args.output, sampler)  # anything else is not overwritten
-    if label_ids(sampler.tokenizer):
+    if sampler.tokenizer.labels:
         advice = "sample.py --label steers it without a classifier"
         raise ValueError(f"{args.model_dir} was trained with --labelled: {advice}")
     examples = read_labelled(args.data_path, sampler)

@@ -103,7 +103,7 @@ def flags():
     add = p.add_argument
     add("text", type=cli.path, help="text file, folder, 'pattern*.txt', or several with commas")
     add("out", type=cli.path, help="new file")
-    add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
+    p.add_flags("--text_field")
     add("--lower", action="store_true", help="lower case")
     add("--digits", action="store_true", help="numbers in words (needs the package num2words)")
     add("--language", default="en", help="of the numbers in words (en)")

@@ -176,7 +176,7 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("text", type=cli.path, help="text file, folder, 'pattern*.txt', or several with commas")
-    add("--text_field", default="text", help="field of .jsonl files that holds the text (text)")
+    p.add_flags("--text_field")
     add("--example", default="line", help=reading.EXAMPLE_HELP)
     return p
 

@@ -22,7 +22,6 @@ from common import drawing, parallel
 from common.files import replacing, writing
 from text.cache import share_in_training
 from text.reading import Corpus, list_labels, reading_notes
-from text.tokenizer import label_ids
 from training.checkpoint import count_checkpoints, read_metrics, way_back
 from training.speed import model_flops, peak, peak_memory
 
@@ -244,7 +243,7 @@ class Progress(tqdm):
             self.warned = True
 
 
-def opening_lines(state, loader, val, seconds_per_step, args, device, tokenizer):
+def opening_lines(state, loader, val, seconds_per_step, args, device):
     """Size of the model, memory, tokens, when the run will end, and what its figures mean -> lines.
 
     val: Tokens of the validation text.
@@ -262,7 +261,7 @@ def opening_lines(state, loader, val, seconds_per_step, args, device, tokenizer)
     )
     for path in filter(None, (args.data_path, args.val_path)):
         lines += reading_notes(Corpus(path, args.text_field), args.example)
-    lines += label_lines(tokenizer, tokens, val) + text_warnings(tokens, val)
+    lines += label_lines(tokens, val) + text_warnings(tokens, val)
     if args.max_steps < FEW_STEPS:
         lines.append(few_steps(args, seconds_per_step))
     meaning = "the loss is the squared error plus the cross-entropy at random times"
@@ -282,10 +281,11 @@ def text_lines(args, training, val):
     return lines
 
 
-def label_lines(tokenizer, *texts):
+def label_lines(*texts):
     """List the labels of Tokens, the most frequent first -> a line, or none without labels."""
-    names = {k: label for label, k in label_ids(tokenizer).items()}
-    counts, after_bos = Counter(), int(tokenizer.bos_id() >= 0)
+    tokenizer, counts = texts[0].tokenizer, Counter()
+    names = {k: label for label, k in tokenizer.labels.items()}
+    after_bos = int(tokenizer.bos >= 0)
     for tokens in texts if names else ():
         for shard in range(tokens.n_shards):
             starts, _ = tokens.read_shard(shard)

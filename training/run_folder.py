@@ -7,7 +7,6 @@ import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,7 @@ from common import cli, parallel
 from common.files import file_hash, replacing, writing
 from text import cache, toy
 from text.reading import ONE_LINE, Corpus, check_separator, read_pieces
-from text.tokenizer import (
-    count_word_lengths,
-    keeps_breaks,
-    label_ids,
-    load_tokenizer,
-    train_tokenizer,
-)
+from text.tokenizer import load_tokenizer, train_tokenizer
 from training import checkpoint
 
 # What a run is: these must not change when it is resumed, everything else may.
@@ -92,7 +85,7 @@ def write_once(path, content):
 
 
 def prepare_text(args, run_dir, saved):
-    """Write tokenizer and built-in corpus, and tokenise -> tokenizer, training and val Tokens.
+    """Write tokenizer and built-in corpus, and tokenise -> training and val Tokens.
 
     Raises ValueError for a missing or empty text, and for a tokenizer that is not the run's.
     """
@@ -108,12 +101,9 @@ def prepare_text(args, run_dir, saved):
         write_once(path, make_tokenizer(args, corpus))
     elif args.spm_model and not args.init_from and file_hash(args.spm_model) != file_hash(path):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
-    tokenizer = load_tokenizer(path)
-    options = dict(tokenizer_path=path, cache_dir=args.cache_dir, example=args.example)
-    read = partial(cache.load_corpus, **options)
-    if val:
-        return tokenizer, read(corpus, part="all"), read(val, part="all")
-    return tokenizer, read(corpus, part="train"), read(corpus, part="val")
+    options = load_tokenizer(path), args.cache_dir
+    parts = [(corpus, "all"), (val, "all")] if val else [(corpus, "train"), (corpus, "val")]
+    return [cache.load_corpus(text, *options, part, args.example) for text, part in parts]
 
 
 def check_text(text, run_dir, example):
@@ -135,10 +125,10 @@ def make_tokenizer(args, corpus):
     if args.spm_model:
         tokenizer = load_tokenizer(args.spm_model)
         name = args.spm_model
-        if label_ids(tokenizer) and args.example != "labelled":
+        if tokenizer.labels and args.example != "labelled":
             way = "give --labelled, or another tokenizer"
             raise ValueError(f"{name} has tokens for labels: {way}")
-        if args.example not in ONE_LINE and not keeps_breaks(tokenizer):
+        if args.example not in ONE_LINE and not tokenizer.keeps_breaks():
             way = "leave -spm or --init_from out, or use --example=line"
             raise ValueError(f"{name} does not keep line breaks: {way}")
         return Path(args.spm_model).read_bytes()
@@ -146,18 +136,18 @@ def make_tokenizer(args, corpus):
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 
 
-def describe_run(args, config, tokenizer, tokens, val, run_dir):
+def describe_run(args, config, tokens, val):
     """Describe the run -> dict, a part of its checkpoints."""
-    tokenizer_hash = file_hash(run_dir / "tokenizer.model")
-    facts = dict(vars(args), corpus=tokens.key, validation=val.key, tokenizer_hash=tokenizer_hash)
+    facts = dict(vars(args), corpus=tokens.key, validation=val.key)
+    facts["tokenizer_hash"] = tokens.tokenizer.hash
     return dict(
         args=vars(args),
         identity={name: facts[name] for name in IDENTITY},
         config=asdict(config),
-        tokenizer_hash=tokenizer_hash,
+        tokenizer_hash=tokens.tokenizer.hash,
         sizes=dict(training=text_size(tokens), validation=text_size(val)),
         lengths=np.trim_zeros(tokens.count_lengths(args.sequence_length), "b").tolist(),
-        word_lengths=count_word_lengths(tokenizer, tokens),
+        word_lengths=tokens.count_word_lengths(),
     )
 
 
