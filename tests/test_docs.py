@@ -8,11 +8,11 @@ import shlex
 import sys
 from pathlib import Path
 
+import notebook as notebook_file
 import pytest
 import torch
 
 from text import toy
-from tools import notebook as notebook_file
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -196,7 +196,7 @@ def test_the_notebook_is_the_page():
     """So its cells run from top to bottom: they are the page's blocks, after SETUP."""
     page, path = notebook_file.PAGE, notebook_file.PAGE.with_suffix(".ipynb")
     assert path.read_text() == notebook_file.notebook(page.read_text()), (
-        "run: python -m tools.notebook"
+        "run: python tests/notebook.py"
     )
     cells = [
         "".join(cell["source"])

@@ -1,4 +1,4 @@
-"""Make flow.ipynb from flow.md: python -m tools.notebook.
+"""Make flow.ipynb from flow.md: python tests/notebook.py.
 
 Prose becomes markdown cells. A ```python fence becomes a code cell, and a ```text fence right after
 it its output. All other fences stay in the prose.
