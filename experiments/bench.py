@@ -28,7 +28,7 @@ from common import cli
 from common.noise import draw_keys
 from model import BFNTransformer, Config
 from text import cache, toy
-from text.tokenizer import train_tokenizer
+from text.tokenizer import load_tokenizer, train_tokenizer
 from training import forms, fused, speed
 
 # ---------------------------------------------------------------- measuring
@@ -143,9 +143,10 @@ def step(device, repetitions, variant, K, n_tokens, width, n_layers=8, row_lengt
 def text(device, repetitions, variant, n_sentences=50_000):
     """Measure tokenising a corpus, or loading batches."""
     with tempfile.TemporaryDirectory() as folder:
-        corpus, tokenizer = Path(folder) / "corpus.txt", Path(folder) / "tokenizer.model"
+        corpus, path = Path(folder) / "corpus.txt", Path(folder) / "tokenizer.model"
         corpus.write_text(toy.corpus(n_sentences) * 4)
-        tokenizer.write_bytes(train_tokenizer(corpus, "bpe", 1000))
+        path.write_bytes(train_tokenizer(corpus, "bpe", 1000))
+        tokenizer = load_tokenizer(path)
         tokens = cache.load_corpus(corpus, tokenizer, Path(folder) / "cache")
         loader = data.Loader(tokens, 64, 128, seed=0)
         numbers = count()
