@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import segment_positions
 
 EASY_SHARE = 0.8  # of tokens, see `easy_share`
-UNEVEN_SHARE = 0.5  # of texts, see `draw_seen`
+HIDDEN_SHARE, OWN_SHARE = 0.5, 0.5  # of texts, see `draw_seen`
 SHARED, GIVEN, HIDDEN, OWN = range(4)  # what the network sees of a token
 
 
@@ -236,25 +236,25 @@ def draw_seen(segment_ids, rng, progress=1.0):
         HIDDEN    nothing
         OWN       evidence of a time of its own
 
-    In a share UNEVEN_SHARE of the segments, some tokens are far clearer than others. Of these, a
-    share `progress` is HIDDEN but for random positions that are GIVEN. In half of the others, which
-    are OWN or SHARED, nothing is given, else a random span or random positions; of the rest,
-    `easy_share` is given too. The share of a segment that is given is uniform on (0, 1).
+    In a share of the segments that rises from 0 to HIDDEN_SHARE, random positions are GIVEN and all
+    others HIDDEN. Of the other segments, a share OWN_SHARE is OWN, and the rest SHARED. In half of
+    these, nothing is GIVEN, else a random span or random positions; of the rest, `easy_share` is
+    GIVEN too. The share of a segment that is GIVEN is uniform on (0, 1).
     """
     B, L = segment_ids.shape
     position, until_end = (x.numpy() for x in segment_positions(torch.from_numpy(segment_ids)))
     size = position + until_end + 1
     of_segment = np.arange(B)[:, None], segment_ids  # picks from a (B, L + 1) array of segments
-    kind, share, u, v = (draw[of_segment] for draw in rng.random((4, B, L + 1)))
+    kind, share, u, v, w = (draw[of_segment] for draw in rng.random((5, B, L + 1)))
     n = (share * size).astype(np.int64)
     begin = (u * (size - n + 1)).astype(np.int64)
     span = (begin <= position) & (position < begin + n)
     scattered = rng.random((B, L)) < share
     given = np.where(kind < 0.5, False, np.where(kind < 0.75, span, scattered))
     given |= rng.random((B, L)) < easy_share(progress)
-    is_hidden = v < UNEVEN_SHARE * progress
+    is_hidden = v < HIDDEN_SHARE * progress
     given = np.where(is_hidden, scattered, given)
-    others = np.where(is_hidden, HIDDEN, np.where(v < UNEVEN_SHARE, OWN, SHARED))
+    others = np.where(is_hidden, HIDDEN, np.where(w < OWN_SHARE, OWN, SHARED))
     return np.where(segment_ids > 0, np.where(given, GIVEN, others), SHARED).astype(np.int8)
 
 

@@ -41,7 +41,7 @@ PRESETS = {
 }  # fmt: skip
 DEFAULT_PRESET = {"cpu": "laptop", "cuda": "base"}
 SHORTEST_ROW = 64
-TOY_STEPS = 1_500
+TOY_STEPS = 2_000
 
 
 # ---------------------------------------------------------------- flags

@@ -113,8 +113,13 @@ def no_easy_start(args):
 
 
 def even(args):
-    """All that is not given of a text shares its time."""
-    data.UNEVEN_SHARE = 0.0
+    """All that is not given of a text shares its time, and is never hidden."""
+    data.HIDDEN_SHARE = data.OWN_SHARE = 0.0
+
+
+def no_hidden_texts(args):
+    """What is not given of a text is never hidden."""
+    data.HIDDEN_SHARE = 0.0
 
 
 def first_formulation(args):
@@ -209,7 +214,7 @@ VARIANTS = {
     f.__name__: f
     for f in (
         base, no_skip, no_convolution, adamw, no_cross_entropy, no_easy_start, even,
-        first_formulation, autoregressive, masked,
+        no_hidden_texts, first_formulation, autoregressive, masked,
     )
 }  # fmt: skip
 

@@ -329,7 +329,7 @@ def test_bos_is_always_given_and_padding_never(tokens):
 def test_half_of_the_segments_have_nothing_given_a_quarter_a_span_and_a_quarter_scattered_tokens(
     monkeypatch,
 ):
-    monkeypatch.setattr(data, "UNEVEN_SHARE", 0.0)
+    monkeypatch.setattr(data, "HIDDEN_SHARE", 0.0)
     segment_ids = np.repeat([[1, 2]], 20, axis=1).repeat(4000, axis=0)
     segment_ids[:, 20:] = 2
     mask = data.draw_seen(segment_ids, np.random.default_rng(0)).reshape(-1, 20) == data.GIVEN
@@ -347,7 +347,7 @@ def test_half_of_the_segments_have_nothing_given_a_quarter_a_span_and_a_quarter_
 
 def test_at_first_most_of_every_text_is_given_and_then_no_more_than_usual(monkeypatch, tokens):
     """80 % of the open positions; it falls in a straight line to nothing half way."""
-    monkeypatch.setattr(data, "UNEVEN_SHARE", 0.0)
+    monkeypatch.setattr(data, "HIDDEN_SHARE", 0.0)
     shares = [data.easy_share(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
     assert shares == pytest.approx([0.8, 0.4, 0.0, 0.0])
     loader = data.Loader(tokens, 64, 256, seed=0)
@@ -366,11 +366,12 @@ def test_the_share_of_hidden_texts_rises_and_any_share_of_such_a_text_is_hidden(
         seen = data.draw_seen(segment_ids, np.random.default_rng(0), progress).reshape(-1, 20)
         hidden = seen == data.HIDDEN
         chosen = hidden.any(1)
-        assert chosen.mean() == pytest.approx(data.UNEVEN_SHARE * progress * 20 / 21, abs=0.01)
+        assert chosen.mean() == pytest.approx(data.HIDDEN_SHARE * progress * 20 / 21, abs=0.01)
         assert set(np.unique(seen[chosen])) <= {data.GIVEN, data.HIDDEN}
         own = (seen == data.OWN).any(1)
-        assert (own | chosen).mean() <= data.UNEVEN_SHARE + 0.01
-        assert own.any() == (progress < 1) and not (own & chosen).any()
+        n_given = (seen == data.GIVEN).sum(1)
+        assert own[~chosen & (n_given < 20)].mean() == pytest.approx(data.OWN_SHARE, abs=0.02)
+        assert not (own & chosen).any()
         if progress:
             counts = np.bincount(hidden[chosen].sum(1), minlength=21)[1:] / chosen.sum()
             assert counts == pytest.approx(np.full(20, 1 / 20), abs=0.02)

@@ -23,7 +23,7 @@ PATCHED = [
     (model_file.Convolution, "forward"),
     (train, "BFNTransformer"),
     (bfn, "CROSS_ENTROPY clamp_given predict predict_noisy squared_error_loss reconstruction_loss"),
-    (data, "draw_seen EASY_SHARE UNEVEN_SHARE"),
+    (data, "draw_seen EASY_SHARE HIDDEN_SHARE OWN_SHARE"),
     (optim, "make_optimizers"),
 ]
 
