@@ -161,18 +161,31 @@ def test_a_damaged_last_checkpoint_is_answered_with_the_command_that_goes_on(
     if expected is None:
         assert message.endswith("there is no other that can be read, give another run folder")
         return
-    command = shlex.split(message.split("type: ")[1])
-    assert command == ["cp", str(run_dir / expected), str(run_dir / "last.pt")]
+    command, last = shlex.split(message.split("type: ")[1]), str(run_dir / "last.pt")
+    assert command == ["rm", "-f", last, "&&", "cp", str(run_dir / expected), last]
     subprocess.run(message.split("type: ")[1], shell=True, check=True)
     assert equal(run_folder.open_run_folder(run_dir), read_checkpoint(run_dir / expected))
     assert f"from step {read_checkpoint(run_dir / 'last.pt')['step']}," in message
+
+
+def test_going_back_leaves_the_best_checkpoint_alone(tmp_path):
+    """Also if last.pt is a link to it."""
+    write_checkpoints(tmp_path, last=6, best=6, older_4=4)
+    assert (tmp_path / "best.pt").samefile(tmp_path / "last.pt")
+    best = (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "best.pt").rename(tmp_path / "away.pt")
+    way = checkpoint.way_back(tmp_path)
+    (tmp_path / "away.pt").rename(tmp_path / "best.pt")
+    subprocess.run(way.split("type: ")[1], shell=True, check=True)
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 4
+    assert (tmp_path / "best.pt").read_bytes() == best
 
 
 def test_a_folder_with_only_older_checkpoints_is_not_taken_for_a_new_run(tmp_path):
     write_checkpoints(tmp_path, older_4=4, older_6=6)
     with pytest.raises(
         ValueError,
-        match=r"no last\.pt: to go on from step 6, type: cp \S+older/step-0000000006\.pt ",
+        match=r"no last\.pt: to go on from step 6, type: rm .* cp \S+older/step-0000000006\.pt ",
     ):
         run_folder.open_run_folder(tmp_path)
 

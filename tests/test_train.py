@@ -385,7 +385,7 @@ def test_a_run_folder_with_only_best_pt_is_not_overwritten(run, tmp_path):
     run(tmp_path / "run", "--max_steps=4")
     (tmp_path / "run" / "last.pt").unlink()
     with pytest.raises(
-        ValueError, match=r"no last.pt: to go on from step 4, type: cp \S+best.pt \S+last.pt"
+        ValueError, match=r"no last.pt: to go on from step 4, type: rm -f \S+last.pt && cp \S+best.pt \S+last.pt"
     ):
         run(tmp_path / "run")
     shutil.copyfile(tmp_path / "run" / "best.pt", tmp_path / "run" / "last.pt")
@@ -522,7 +522,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         bfn, "training_loss", lambda log_p, ids, t, s1: log_p.sum(-1) * float("nan")
     )
     with pytest.raises(
-        ValueError, match="not finite at step 4.*lower -lr.* go on from step 3, type: cp"
+        ValueError, match="not finite at step 4.*lower -lr.* go on from step 3, type: rm .* cp"
     ):
         run(tmp_path / "run", "-lgi=100")
     saved = read_checkpoint(tmp_path / "run" / "last.pt")

@@ -112,8 +112,9 @@ def way_back(run_dir):
     if not found:
         return None
     step, path = max(found)
-    command = shlex.join(["cp", str(path), str(run_dir / "last.pt")])
-    return f"to go on from step {step}, type: {command}"
+    source, last = (shlex.quote(str(x)) for x in (path, run_dir / "last.pt"))
+    # last.pt may be a link to best.pt, which cp alone would overwrite.
+    return f"to go on from step {step}, type: rm -f {last} && cp {source} {last}"
 
 
 def read_run(run_dir, which="best"):
