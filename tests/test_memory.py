@@ -12,7 +12,6 @@ from common import cli
 from model import BFNTransformer, Config, Form
 from text import toy
 from training import memory, run_folder, speed
-from training.times import Times
 
 CPU = torch.device("cpu")
 
@@ -49,7 +48,7 @@ def kept_bytes(n_layers, bf16, recompute):
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
     ):
         patch.setattr(torch.Tensor, "backward", lambda loss: None)
-        train.accumulate_gradients(model, [batch], [0], CPU, Times("uniform", 0.5, CPU))
+        train.accumulate_gradients(model, [batch], [0], CPU)
     return sum(sizes.values()) / 128
 
 
