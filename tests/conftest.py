@@ -24,6 +24,10 @@ from text import toy
 from training.checkpoint import load
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes many seconds; README's command leaves it out")
+
+
 @pytest.fixture(scope="session", params=["bpe", "word", "char"])
 def run_dir(request, tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / request.param, request.param, toy.corpus(300))

@@ -264,8 +264,8 @@ def opening_lines(state, loader, val, seconds_per_step, args, device):
     lines += label_lines(tokens, val) + text_warnings(tokens, val)
     if args.max_steps < FEW_STEPS:
         lines.append(few_steps(args, seconds_per_step))
-    meaning = "the loss is the squared error plus the cross-entropy at random times"
-    return [*lines, f"{meaning}; the bound comes with each validation"]
+    meaning = "the loss falls, then rises, as more and more of the texts is hidden"
+    return [*lines, f"{meaning}; the bound, of each validation, says what is learned"]
 
 
 def text_lines(args, training, val):
