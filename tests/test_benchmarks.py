@@ -37,6 +37,7 @@ def args(tmp_path, monkeypatch, measure_in_process):
     )
 
 
+@pytest.mark.slow
 def test_the_quick_proof_writes_every_part_of_the_report(tmp_path):
     words = ["-m", "experiments.prove", "--quick", f"--output={tmp_path / 'proof'}"]
     command = [sys.executable, *words]

@@ -404,6 +404,7 @@ def test_the_error_of_an_ode_sampler_falls_with_the_number_of_steps_to_the_power
     assert all(order - 0.25 < slope < order + 0.35 for slope in slopes), slopes
 
 
+@pytest.mark.slow
 def test_given_tokens_come_back_and_the_rest_follows_the_conditional_distribution():
     for sampler, n_steps in (("ancestral", 50), ("ode2", 50), ("pace", 2), ("commit", 2)):
         assert total_variation(n_steps, sampler, given=2) < 0.03

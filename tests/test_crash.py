@@ -12,6 +12,8 @@ import torch
 
 from training.checkpoint import save_checkpoint
 
+pytestmark = pytest.mark.slow  # each starts several processes
+
 
 def test_interrupted_trainings_resume_to_the_same_result_bit_for_bit():
     """Each round is another phase and signal; `python tests/crash.py` does as many as you like."""

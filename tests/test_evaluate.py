@@ -121,6 +121,7 @@ def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences
     monkeypatch.setattr(
         evaluate, "excess_nats_per_token", lambda *inputs: -0.02 * 1.792 * math.log(2)
     )
+    monkeypatch.setattr(evaluate, "hidden_word_nats", lambda *inputs: (1.1, 1.0))
     lines = evaluate.check_toy(
         SimpleNamespace(model=None, tokenizer=tokenizer, run=run), None, bound, 0, corpus
     )
@@ -128,6 +129,7 @@ def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences
     assert lines == [
         f"bound {bound / math.log(2):.3f} bits per token, {above}",
         "exact likelihood under commit 1.756 bits per token, 2.0% below",
+        "a hidden word 1.587 bits, 10.0% above the grammar",
         "75.0% of 256 samples are grammatical, 67% of these are not in the corpus",
     ]
 

@@ -95,6 +95,7 @@ def test_every_variant_but_base_changes_something(unpatched):
             setattr(owner, n, value)
 
 
+@pytest.mark.slow
 def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text(toy.corpus(300))
     sizes = f"-mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"

@@ -195,9 +195,7 @@ def hidden_nats(words, begin, size):
 def test_a_gap_costs_what_the_grammar_says(grammar):
     sentences, windows, network = grammar
     functions = likelihood.figures_of(gaps=[1, 3])
-    scores = likelihood.score(
-        network, windows, -1, bounds.nothing_given, functions, bounds.Work(CPU)
-    )
+    scores = likelihood.score(network, windows, -1, functions, bounds.Work(CPU))
     for size in (1, 3):
         found = scores.nats[f"gap of {size}"] * size / scores.n_scored
         for nats, words in zip(found, sentences, strict=True):

@@ -39,6 +39,8 @@ from datetime import timedelta
 import train
 from common import cli, parallel
 from training import checkpoint
+
+pytestmark = pytest.mark.slow  # each starts several processes
 real, parallel.STEP_TIMEOUT = checkpoint.save_checkpoint, timedelta(seconds=4)
 
 def save_checkpoint(*inputs):

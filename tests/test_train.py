@@ -120,6 +120,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in the first save", "in a later step", "in a later save"])
 def test_a_run_that_is_killed_resumes_to_the_same_result(run, corpus, tmp_path, moment):
     """The process sends itself SIGKILL at three moments.
@@ -384,9 +385,7 @@ def test_a_file_that_training_did_not_write_is_never_overwritten(run, corpus, tm
 def test_a_run_folder_with_only_best_pt_is_not_overwritten(run, tmp_path):
     run(tmp_path / "run", "--max_steps=4")
     (tmp_path / "run" / "last.pt").unlink()
-    with pytest.raises(
-        ValueError, match=r"no last.pt: to go on from step 4, type: rm -f \S+last.pt && cp \S+best.pt \S+last.pt"
-    ):
+    with pytest.raises(ValueError, match=r"no last.pt: to go on from step 4, .* cp \S+best.pt"):
         run(tmp_path / "run")
     shutil.copyfile(tmp_path / "run" / "best.pt", tmp_path / "run" / "last.pt")
     run(tmp_path / "run")
@@ -544,6 +543,7 @@ def test_each_step_moves_the_average_by_its_rate():
     torch.testing.assert_close(average, 0.1 * weight)
 
 
+@pytest.mark.slow
 def test_a_small_joint_distribution_is_learned():
     """The bound comes close to the entropy, and samples follow the distribution."""
     sequences, P = random_joint(K=4, L=3)
