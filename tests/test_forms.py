@@ -1,5 +1,6 @@
 """The check of how a step is computed: what is fast must be right, or it is not used."""
 
+import os
 from functools import partial
 
 import pytest
@@ -161,3 +162,17 @@ def test_a_form_that_is_wrong_in_another_process_is_wrong_here(monkeypatch):
     assert check.fault(Form(recompute=True)) is None
     monkeypatch.setattr(forms.parallel, "total", lambda count: count + 1)
     assert "another process" in check.fault(Form(recompute=True))
+
+
+def test_programs_for_other_cpus_are_not_loaded(monkeypatch):
+    """A cache that the user names stays."""
+    folders = []
+    for kind in ("AVX2", "NO AVX"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
+        forms.keep_caches_apart()
+        folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folders[0].endswith("_AVX2") and folders[1].endswith("_NO_AVX")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    forms.keep_caches_apart()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"

@@ -4,6 +4,7 @@ A form is used only after a check that it gives the loss and the gradients of th
 `accumulate` is train.accumulate_gradients(model, batches, seeds, device) throughout.
 """
 
+import os
 import re
 import sys
 import time
@@ -12,6 +13,7 @@ from functools import cached_property
 from itertools import combinations
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from common import parallel
 from model import Form
@@ -53,6 +55,17 @@ def without(form, names):
     return form._replace(flex=form.flex and form.compiled, written=form.written and form.bf16)
 
 
+def keep_caches_apart():
+    """Give the compiled programs of each kind of CPU their own cache, unless the user names one.
+
+    torch.compile (2.13) does not: it loads programs for instructions that this CPU lacks, which
+    give wrong numbers or crash.
+    """
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        kind = torch.backends.cpu.get_cpu_capability()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{kind.replace(' ', '_')}"
+
+
 def choose_form(state, batch, args, device, accumulate):
     """Make the network and the optimizers of a State compute in a form that is fast and right here.
 
@@ -60,6 +73,7 @@ def choose_form(state, batch, args, device, accumulate):
     possible is left out, and a line says why. Raises ValueError if fused.py is wrong with
     --fused=on.
     """
+    keep_caches_apart()
     model = state.model
     form = wanted_form(args, model.config, device)
     if form.fused:

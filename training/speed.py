@@ -38,10 +38,7 @@ def peak(device, bf16):
 
 
 def allow_tf32(device):
-    """Multiply float32 matrices in TF32 on a GPU.
-
-    For a CPU, torch.compile (2.13) would then make programs that are wrong with AVX2 instructions.
-    """
+    """Multiply float32 matrices in TF32 on a GPU."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
