@@ -61,9 +61,10 @@ def keep_caches_apart():
     torch.compile (2.13) does not: it loads programs for instructions that this CPU lacks, which
     give wrong numbers or crash.
     """
-    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        kind = torch.backends.cpu.get_cpu_capability()
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{kind.replace(' ', '_')}"
+    usual = default_cache_dir()  # which torch may have put into the environment
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", usual) == usual:
+        kind = torch.backends.cpu.get_cpu_capability().replace(" ", "_")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{usual}_{kind}"
 
 
 def choose_form(state, batch, args, device, accumulate):
