@@ -18,6 +18,8 @@ from common import parallel
 from text import toy
 from training.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow  # each starts several processes
+
 TRAIN = """
 import os, sys
 import train
@@ -40,7 +42,6 @@ import train
 from common import cli, parallel
 from training import checkpoint
 
-pytestmark = pytest.mark.slow  # each starts several processes
 real, parallel.STEP_TIMEOUT = checkpoint.save_checkpoint, timedelta(seconds=4)
 
 def save_checkpoint(*inputs):
