@@ -231,10 +231,10 @@ def easy_share(progress):
 def draw_seen(segment_ids, rng, progress=1.0):
     """Choose what the network sees of each token: segment_ids (B, L) -> (B, L) int8, both numpy.
 
-        SHARED    evidence of the time that the positions of a segment share, as in the bound
+        SHARED    evidence of one time for all positions of a segment, as in the bound
         GIVEN     the token itself
         HIDDEN    nothing
-        OWN       evidence of a time of its own
+        OWN       evidence of its own time
 
     In a share of the segments that rises from 0 to HIDDEN_SHARE, random positions are GIVEN and all
     others HIDDEN. Of the other segments, a share OWN_SHARE is OWN, and the rest SHARED. In half of
