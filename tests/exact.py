@@ -1,8 +1,11 @@
 """Exact networks, which are what perfect training would give: of a small joint, of a grammar."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import torch
 
-from text import toy
+from text import cache, toy
 
 
 def random_joint(K=4, L=3, seed=0, spread=2.0):
@@ -71,3 +74,33 @@ class ExactGrammar:
         whole = self.spans("S", theta, {})[:, 0, -1]
         (slope,) = torch.autograd.grad(whole.log().sum(), theta)
         return (theta * slope).detach().clamp(min=1e-300).log()
+
+
+def exact_model(s1):
+    """The exact network of `random_joint` as a model that `score` takes."""
+    network = ExactNetwork(*random_joint())
+
+    def model(theta, t, segment_ids):
+        return network(theta, t)
+
+    model.config = SimpleNamespace(K=4, d_model=1, s1=s1)
+    return model
+
+
+def uniform_model(K, s1=2.0):
+    """A model that predicts every token with probability 1 / K."""
+
+    def model(theta, t, segment_ids):
+        return torch.zeros_like(theta)
+
+    model.config = SimpleNamespace(K=K, d_model=1, s1=s1)
+    return model
+
+
+def tokens_of(ids):
+    """A text in which each row is a document, without bos and eos, of one character and one byte
+    per token.
+    """
+    B, L = ids.shape
+    offsets, n, unmarked = np.arange(B + 1) * L, ids.numel(), SimpleNamespace(bos=-1)
+    return cache.Tokens(ids.numpy().ravel(), offsets, n, n, 0, "test", unmarked)

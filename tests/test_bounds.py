@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from exact import ExactNetwork, draw, random_joint
+from exact import ExactNetwork, draw, exact_model, random_joint, tokens_of, uniform_model
 
 import bfn
 import evaluate
@@ -19,36 +19,6 @@ from text import cache
 SEQUENCES, P = random_joint()
 
 CPU = torch.device("cpu")
-
-
-def exact_model(s1):
-    """The exact network of P as a model that `score` takes."""
-    network = ExactNetwork(SEQUENCES, P)
-
-    def model(theta, t, segment_ids):
-        return network(theta, t)
-
-    model.config = SimpleNamespace(K=4, d_model=1, s1=s1)
-    return model
-
-
-def uniform_model(K, s1=2.0):
-    """A model that predicts every token with probability 1 / K."""
-
-    def model(theta, t, segment_ids):
-        return torch.zeros_like(theta)
-
-    model.config = SimpleNamespace(K=K, d_model=1, s1=s1)
-    return model
-
-
-def tokens_of(ids):
-    """A text in which each row is a document, without bos and eos, of one character and one byte
-    per token.
-    """
-    B, L = ids.shape
-    offsets, n, unmarked = np.arange(B + 1) * L, ids.numel(), SimpleNamespace(bos=-1)
-    return cache.Tokens(ids.numpy().ravel(), offsets, n, n, 0, "test", unmarked)
 
 
 def score_text(

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from untrained import UNICODE
 
 from text import cache
 from text.reading import (
@@ -393,16 +394,6 @@ def test_a_folder_without_a_text_says_what_it_holds(folder):
 
 
 # ---------------------------------------------------------------- examples
-
-UNICODE = [
-    "plain words",
-    "  two  spaces  at both ends  ",
-    "naïve café, Ελληνικά, 日本語のテキスト, العربية",
-    "🙂👩‍👩‍👧 emoji\tand tabs",
-    "a\u2028b line and paragraph separators \u2029 stay inside a line",
-    "digits 1234567890 and <s> </s> <unk>",
-]
-
 
 @pytest.mark.parametrize("max_bytes", [9, 64, 1 << 16])
 @pytest.mark.parametrize("ending", ["", "\n"])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import sentencepiece
+from untrained import UNICODE
 
 from text import cache
 from text.reading import HEAD
@@ -14,15 +15,6 @@ from text.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-
-UNICODE = [
-    "plain words",
-    "  two  spaces  at both ends  ",
-    "naïve café, Ελληνικά, 日本語のテキスト, العربية",
-    "🙂👩‍👩‍👧 emoji\tand tabs",
-    "a\u2028b line and paragraph separators \u2029 stay inside a line",
-    "digits 1234567890 and <s> </s> <unk>",
-]
 
 
 def write(path, text):

@@ -10,6 +10,15 @@ from model import BFNTransformer, Config
 from text.tokenizer import load_tokenizer, train_tokenizer
 from training.checkpoint import save_checkpoint
 
+UNICODE = [
+    "plain words",
+    "  two  spaces  at both ends  ",
+    "naïve café, Ελληνικά, 日本語のテキスト, العربية",
+    "🙂👩‍👩‍👧 emoji\tand tabs",
+    "a\u2028b line and paragraph separators \u2029 stay inside a line",
+    "digits 1234567890 and <s> </s> <unk>",
+]
+
 WORDS = {
     "word_lengths": [0, 3, 1],
     "lengths": [0, 0, 0, 0, 0, 1, 5, 9],

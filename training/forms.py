@@ -173,7 +173,7 @@ class Check:
             torch.set_float32_matmul_precision(precision)
 
     def own_random_numbers(self):
-        """Leave the random numbers of the run alone in a block."""
+        """Keep the random numbers of the run as they are: a context."""
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def network(self, form):
