@@ -1,336 +1,302 @@
-"""Prove a machine: tests, speed, processes, text, sampling and a short training, in one report.
+"""Prove a machine in ten minutes: is it right, how fast, and where do time and memory go?
 
-    python -m experiments.prove --minutes=20
-    python -m experiments.prove --quick
+    python -m experiments.prove -d=TEXT.txt --minutes=9
+    python -m experiments.prove --quick                    tiny sizes: does all of it work?
 
-Uses the GPUs that it finds, or else the CPU; CUDA_VISIBLE_DEVICES chooses. Writes report.md and
-pictures into --output, line by line, so that an interruption keeps what is done. A part that fails
-is reported with the reason, and the next one follows; the exit code is then 1. The minutes are
-shared out over the parts, and training, the last, gets what the others leave.
-
-The cases of experiments/bench.py are measured each in its own process. Ratios are to the first
-variant of a case with the same sizes. The last column compares floating-point operations per second
-with those of a large matrix product on the same machine.
+One process on the first GPU, or else on the CPU, so that everything is compiled once. What is worth
+most comes first. Each line is in report.md in --output as soon as it is known. A part that fails is
+reported with the reason, and the next one follows; the exit code is then 1.
 """
 
-import json
+import contextlib
+import gc
+import io
 import math
 import os
 import platform
 import shlex
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+import bfn
+import data
 import train
 from common import cli, drawing, parallel
-from experiments import bench
-from experiments.tables import row, table
+from common.noise import draw_keys
+from experiments.tables import table
+from model import BFNTransformer, Config, Form
 from text import toy
-from training import log
-from training.speed import allow_tf32, fast_bf16, peak
+from training import forms, fused, log, memory, optim, speed
 
 ROOT = Path(train.__file__).parent
 TITLE = "# Proof of a machine"
-TRAINING_SHARE = 0.5  # of a run's time; the rest is for starting and compiling
-LEAST_SECONDS = 60  # that a command gets when the time is used up
-GRACE_SECONDS = 60  # that a command gets to stop
-ONE_GPU = "Not measured: two processes need two GPUs, and there is one."
-SPEEDS = "case|sizes|variant|seconds|tokens/s|speed, ratio|memory, MB|ratio|share of matmul peak"
-RUNS = "learning rate|steps|minutes|tokens/s|share of matmul peak|memory (GB)"
-RUNS += "|bound (nats per token)|bits per character"
-FULL = dict(
-    forms=("plain", "fused, compiled", "plain, compiled"), vocabularies=(32_000, 8192, 27),
-    n_sentences=50_000, rates=(1 / 3, 1, 3),  # times the preset's learning rate
-)  # fmt: skip
-GPU = dict(
-    tests="test_cuda.py", repetitions=5, train="--preset=base",
-    step=dict(n_tokens=65_536, width=1024, n_layers=8),
-    sampling=dict(K=32_000, rows=64, width=1024, n_layers=8),
-)  # fmt: skip
-CPU = dict(
-    tests="test_noise.py test_times.py test_optim.py test_model.py", repetitions=2,
-    train="--preset=toy -lgi=5", step=dict(n_tokens=1024, width=256, n_layers=4),
-    sampling=dict(K=8192, rows=16, width=256, n_layers=4),
-)  # fmt: skip
-QUICK = dict(
-    forms=("plain", "fused"), vocabularies=(1000, 27), n_sentences=500, rates=(1, 3),
-    tests="test_times.py", repetitions=2,
-    train="--preset=toy -mdim=32 -nl=1 -nh=2 -bsz=4 -slen=64 -lgi=1 -vli=4 -nex=0 --max_steps=4",
-    step=dict(n_tokens=128, width=32, n_layers=1),
-    sampling=dict(K=100, rows=2, width=32, n_layers=1),
-)  # fmt: skip
-SIZES = {"cuda": FULL | GPU, "cpu": FULL | CPU, "quick": QUICK}
+LEAST_SECONDS = 10  # that a part needs
+TRAINING_SHARE = 0.5  # of the seconds of a run; the rest is for compiling and validating
+KEPT = 0.15  # of the time that is left for training, for several processes
+PROFILED = 25  # operations
+SIZES = {  # vocabularies: (K, tokens) of a chunk, K once odd; rates: times the preset's
+    "cuda": dict(preset="base", K=32_000, row=256, rows=64, product=8192, copied=1 << 31,
+        chunks=[(32_000, 2048), (8192, 8192), (50_257, 1280)], texts=32, rates=(1 / 3, 1, 3)),
+    "cpu": dict(preset="laptop", K=8192, row=64, rows=16, product=1024, copied=1 << 27,
+        chunks=[(8192, 128), (10_007, 128)], texts=8, rates=(1 / 3, 1, 3)),
+    "quick": dict(preset="toy", K=1000, row=64, rows=4, product=64, copied=1 << 16,
+        chunks=[(1000, 32), (1001, 32)], texts=2, rates=(1, 3)),
+}  # fmt: skip
+SMALL = "-mdim=32 -nl=1 -nh=2 -bsz=4 -slen=64 -lgi=1 -vli=4 -nex=0 --max_steps=4"  # of --quick
 
 
-# ---------------------------------------------------------------- commands
+def seconds_of(work, device, n=5):
+    """Repeat work -> mean seconds of a call, the least of three such means."""
+    work()
+    means = []
+    for _ in range(3):
+        speed.synchronise(device)
+        begin = time.perf_counter()
+        for _ in range(n):
+            work()
+        speed.synchronise(device)
+        means.append((time.perf_counter() - begin) / n)
+    return min(means)
 
 
-def rest(args):
-    """Seconds that a command may take at most."""
-    return max(LEAST_SECONDS, args.deadline - time.monotonic())
-
-
-def shown(command, **environment):
-    """Write a command as one types it in the repository, as Markdown."""
-    names = [f"{name}={value}" for name, value in environment.items()]
-    words = shlex.join([*names, "python", *command[1:]])
-    return f"    {words.replace(f'{ROOT}/', '')}"
-
-
-def call(command, seconds, **environment):
-    """Run a command for at most so many seconds -> what it printed.
-
-    Raises ValueError if it fails; the last line says why.
-    """
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    words = shlex.join(command)
-    with subprocess.Popen(command, env=os.environ | environment, **streams) as process:
-        try:
-            output, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"{words}\nno result within {seconds:.0f} seconds") from None
-        finally:
-            if process.poll() is None:  # too late, or interrupted
-                process.terminate()  # torchrun then stops its processes; a kill would leave them
-                with suppress(subprocess.TimeoutExpired):
-                    process.communicate(timeout=GRACE_SECONDS)
-                process.kill()
-    if process.returncode:
-        last = output.splitlines()[-15:] + errors.splitlines()[-30:]
-        raise ValueError("\n".join([f"exit code {process.returncode}: {words}", *last]))
-    return output
-
-
-def train_once(args, seconds, *flags, n_processes=1):
-    """Train for about so many seconds -> command, what it printed, lines of metrics.jsonl.
-
-    The first run trains the tokenizer of all.
-    """
-    run_dir, tokenizer = args.scratch / "run", args.scratch / "tokenizer.model"
-    words = [f"-d={args.data_path}"] if args.data_path else []
-    words += [f"-spm={tokenizer}"] if args.data_path and tokenizer.exists() else []
-    words += [f"-mdir={run_dir}", f"--cache_dir={args.scratch / 'cache'}"]
-    words += [f"--minutes={TRAINING_SHARE * seconds / 60:.3g}", *flags]
-    command = [sys.executable, str(ROOT / "train.py"), *args.sizes["train"].split(), *words]
-    if n_processes > 1:
-        torchrun = "-m torch.distributed.run --standalone".split()
-        command[1:1] = [*torchrun, f"--nproc_per_node={n_processes}"]
-    threads = dict(OMP_NUM_THREADS=str(max(1, torch.get_num_threads() // n_processes)))
-    shutil.rmtree(run_dir, ignore_errors=True)  # of the run before: it may take gigabytes
-    output = call(command, rest(args), **threads)
-    shutil.copy(run_dir / "tokenizer.model", tokenizer)
-    return shown(command, **threads), output, log.read_metrics(run_dir)
-
-
-def typical(metrics, name):
-    """Take the median of a figure over the log lines of a run, without the first: it warms up."""
-    values = [line[name] for line in metrics if name in line]
-    return statistics.median(values[1:] or values)
-
-
-# ---------------------------------------------------------------- measurements
-
-
-def peak_of(device):
-    """Measure the floating-point operations per second of products in the run's dtype."""
-    return peak(device, fast_bf16(device))
-
-
-def bench_command(job, args):
-    """List the words of the command that measures a job of bench.py."""
-    words = [json.dumps(job), str(args.sizes["repetitions"]), str(args.device)]
-    return [sys.executable, "-m", "experiments.bench", *words]
-
-
-def measure_in_process(job, args):
-    """Measure a job of bench.py in a new process -> its figures, or {"failed": the reason}."""
-    try:
-        return json.loads(call(bench_command(job, args), rest(args)).splitlines()[-1])
-    except ValueError as error:
-        return dict(failed=str(error).splitlines()[-1])
-
-
-def measure(job, args, until):
-    """Measure a job of bench.py -> its case, variant, sizes and figures.
-
-    Where the memory is too small, half as many tokens are tried.
-    """
-    case, variant, sizes = job
-    figures = dict(failed="no time left: give more --minutes")
-    while time.monotonic() < until:
-        if args.quick:  # starting a process would take longer than measuring
-            n = args.sizes["repetitions"]
-            figures = bench.CASES[case](args.device, n, variant, **sizes)
-        else:
-            figures = measure_in_process((case, variant, sizes), args)
-        if "out of memory" not in figures.get("failed", "") or sizes.get("n_tokens", 0) < 2048:
-            break
-        sizes = sizes | dict(n_tokens=sizes["n_tokens"] // 2)
-    return dict(case=case, variant=variant, sizes=sizes, **figures)
-
-
-def measure_all(jobs, args, seconds):
-    """Measure jobs; none begins after so many seconds -> results, lines with their table."""
-    until = time.monotonic() + seconds
-    results = [measure(job, args, until) for job in tqdm(jobs, leave=False, disable=None)]
-    first = shown(bench_command(jobs[0], args))
-    lines = summarise(results, peak_of(args.device))
-    return results, ["One command a line; the first:", "", first, "", *lines, ""]
-
-
-def summarise(results, most):
-    """Lay out results, with ratios to the first variant of a case and sizes -> Markdown lines.
-
-    most: floating-point operations per second of a matrix product.
-    """
-    rows, first = [], {}
-    for r in results:
-        sizes = ", ".join(f"{name} {value:,}" for name, value in r["sizes"].items())
-        reference = first.setdefault((r["case"], sizes), r)
-        cells = [r["failed"], *[""] * 5] if "failed" in r else figure_cells(r, reference, most)
-        rows.append([r["case"], sizes, r["variant"], *cells])
-    return table(SPEEDS.split("|"), rows)
-
-
-def figure_cells(r, reference, most):
-    """Write the figures of a result, and their ratios to those of another -> six cells."""
-    faster = f"{reference['seconds'] / r['seconds']:.2f}" if "seconds" in reference else ""
-    memory = reference.get("memory_mb")
-    smaller = f"{r['memory_mb'] / memory:.2f}" if memory else ""
-    share = f"{r['flops_per_s'] / most:.0%}" if r["flops_per_s"] else ""
-    times = [f"{r['seconds']:.3g}", f"{r['tokens_per_s']:,.0f}", faster]
-    return [*times, f"{r['memory_mb']:,.0f}", smaller, share]
-
-
-def check(results):
-    """Raise ValueError if a measurement has failed."""
-    reasons = Counter(r["failed"] for r in results if "failed" in r)
-    if reasons:
-        of_all = f"of {len(results)} measurements"
-        raise ValueError("\n".join(f"{n} {of_all}: {why}" for why, n in reasons.items()))
+def left(args):
+    """Seconds until the end of the --minutes."""
+    return args.deadline - time.monotonic()
 
 
 # ---------------------------------------------------------------- parts: each yields its lines
 
 
-def machine(args, _seconds):
-    """Name device, versions and commit, and measure large matrix products."""
+def machine(args):
+    """Name device, versions and commit; measure the speed of large products and of a copy."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    yield f"- CPU: {cpu}, {threads}; {platform.platform()}"
+    yield f"- CPU: {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     for i in range(torch.cuda.device_count() if args.device.type == "cuda" else 0):
-        memory = torch.cuda.get_device_properties(i).total_memory
-        yield f"- GPU {i}: {torch.cuda.get_device_name(i)}, {memory / 1e9:.1f} GB"
+        memory_bytes = torch.cuda.get_device_properties(i).total_memory
+        yield f"- GPU {i}: {torch.cuda.get_device_name(i)}, {memory_bytes / 1e9:.1f} GB"
     requirements = (ROOT / "requirements.txt").read_text().split("\n")
     names = [line.split("==")[0] for line in requirements if "==" in line]
     libraries = ", ".join(f"{name} {version(name)}" for name in names)
     cuda = torch.version.cuda or torch.version.hip or "none"
-    yield f"- Python {platform.python_version()}, CUDA {cuda}, {libraries}"
-    commit = ""
-    if shutil.which("git") and (ROOT / ".git").exists():
-        words = ["git", "-C", str(ROOT), *"describe --always --dirty --exclude=*".split()]
-        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-    yield f"- commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d %H:%M')}"
-    yield f"- matrix multiplication: {peak_of(args.device) / 1e9:,.0f} GFLOP/s on {args.device}"
+    yield f"- {platform.platform()}, Python {platform.python_version()}, CUDA {cuda}, {libraries}"
+    describe = ["git", "-C", str(ROOT), *"describe --always --dirty --exclude=*".split()]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(describe, capture_output=True, text=True, check=False)
+        yield f"- commit {done.stdout.strip() or 'unknown'}, {time.strftime('%Y-%m-%d %H:%M')}"
+    n = args.sizes["product"]
+    a = torch.randn(n, n, device=args.device)
+    kinds = [("float32", a, "highest"), ("bfloat16", a.bfloat16(), "highest")]
+    kinds += [("TF32", a, "high")] if args.device.type == "cuda" else []
+    for name, x, precision in kinds:
+        torch.set_float32_matmul_precision(precision)
+        flops = 2 * n**3 / seconds_of(partial(torch.mm, x, x), args.device)
+        yield f"- product of {n} x {n} in {name}: {flops / 1e12:,.3f} TFLOP/s"
+    speed.allow_tf32(args.device)
+    x = torch.empty(args.sizes["copied"], dtype=torch.uint8, device=args.device)
+    seconds = seconds_of(partial(torch.empty_like(x).copy_, x), args.device)
+    yield f"- copy: {2 * len(x) / seconds / 1e9:,.0f} GB/s read and written"
 
 
-def tests(args, _seconds):
-    """Run the tests for this device."""
-    environment = dict(BFN_TEST_CUDA="1") if args.device.type == "cuda" else {}
-    files = [str(ROOT / "tests" / name) for name in args.sizes["tests"].split()]
-    command = [sys.executable, *"-m pytest -q -p no:cacheprovider".split(), *files]
-    yield from (shown(command, **environment), "")
-    summary = call(command, rest(args), **environment).splitlines()[-1]
-    yield summary
-    if "passed" not in summary:
-        raise ValueError("no test has passed")
+def make_batch(K, rows, row_length, seed=0, progress=0.5):
+    """Make a micro-batch of random tokens in texts of about 48, seen as in the middle of a run."""
+    rng = np.random.default_rng(seed)
+    segment_ids = 1 + (rng.random((rows, row_length)) < 1 / 48).cumsum(1)
+    seen = data.draw_seen(segment_ids, rng, progress)
+    ids = rng.integers(K, size=segment_ids.shape)
+    return torch.from_numpy(ids), torch.from_numpy(segment_ids), torch.from_numpy(seen)
 
 
-def speed(args, seconds):
-    """Measure a step, and its input and loss only, for each vocabulary."""
-    sizes, measured = args.sizes, []
-    share = seconds / len(sizes["vocabularies"])
-    for K in sizes["vocabularies"]:
-        step = sizes["step"] | dict(K=K)
-        operations = {name: size for name, size in step.items() if name != "n_layers"}
-        jobs = [("step", form, step) for form in sizes["forms"]]
-        jobs += [("operations", form, operations) for form in sizes["forms"]]
-        results, lines = measure_all(jobs, args, share)
-        yield from (f"### K = {K:,}", "", *lines)
-        plain, best = results[:2]
-        if not measured and "failed" not in plain | best:
-            faster = best["tokens_per_s"] / plain["tokens_per_s"]
-            share_of_peak = best["flops_per_s"] / peak_of(args.device)
-            yield f"A step, {best['variant']}: {faster:.2f} times the tokens/s of plain,"
-            yield f"{share_of_peak:.0%} of the matrix-multiplication peak.\n"
-        measured += results
-    check(measured)
+@contextlib.contextmanager
+def same_noise(keys):
+    """Let a training step draw its noise from these keys, on any device."""
+    before = train.draw_keys
+    train.draw_keys = lambda *shape, device: keys.to(device)
+    try:
+        yield
+    finally:
+        train.draw_keys = before
 
 
-def processes(args, seconds):
-    """Compare one process with many that share the micro-batches of a step."""
-    n_gpus = torch.cuda.device_count() if args.device.type == "cuda" else 2
-    if n_gpus < 2:
-        yield ONE_GPU
-        return
-    counts, speeds = sorted({1, 2, n_gpus}), {}
-    for n in counts:
-        flags = f"-acc={math.lcm(*counts)}", "-nex=0"
-        words, _, metrics = train_once(args, seconds / len(counts), *flags, n_processes=n)
-        speeds[n] = typical(metrics, "tokens_per_s")
-        yield words
-    rows = [[f"{n}", f"{value:,.0f}", f"{value / speeds[1]:.2f}"] for n, value in speeds.items()]
-    yield from ("", *table(["processes", "tokens/s", "ratio"], rows))
+def equality(args):
+    """Compare loss and gradients of each form on this device with the plain form on the CPU."""
+    K, device, cpu = 3001, args.device, torch.device("cpu")
+    batch = make_batch(K, rows=8, row_length=256)
+    config = Config(K, 0.01, 128, 2, 4)
+    keys = draw_keys(8, 256, generator=torch.Generator().manual_seed(0))
+    found = {Form(fused=fused) for fused in (False, True)}
+    wanted = train.complete(train.flags().parse_args(["-slen=256", f"--preset={args.preset}"]))
+    form = forms.wanted_form(wanted, config, device)
+    compiled = form._replace(fused=True, compiled=True, flex=device.type == "cuda")
+    found |= {Form(bf16=form.bf16), Form(fused=True, bf16=form.bf16), compiled}
+    wrong = []
+    with same_noise(keys):
+        plain = forms.Check(BFNTransformer, config, Form(), batch, cpu, train.accumulate_gradients)
+        here = forms.Check(BFNTransformer, config, None, batch, device, train.accumulate_gradients)
+        for form in sorted(found):
+            got = {name: x.cpu() for name, x in here.step(here.network(form)).items()}
+            errors = {}
+            for name, x in plain.expected.items():
+                errors[name] = ((got[name] - x).norm() / x.norm().clamp(min=1e-30)).item()
+            name = max(errors, key=errors.get)
+            yield f"- {form}: loss off by {errors['the loss']:.1e}, {name} by {errors[name]:.1e}"
+            kind = "bf16" if form.bf16 else "tf32" if device.type == "cuda" else "float32"
+            wrong += [str(form)] if not errors[name] <= forms.TOLERANCE[kind] else []
+    if wrong:
+        raise ValueError(f"wrong numbers: {', '.join(wrong)}")
 
 
-def text_and_samples(args, seconds):
-    """Measure tokenising and loading the built-in language, and sampling without training."""
-    n, sizes = args.sizes["n_sentences"], args.sizes["sampling"]
-    jobs = [("text", variant, dict(n_sentences=n)) for variant in ("tokenise", "load")]
-    jobs += [("sampling", sampler, sizes) for sampler in ("pace 10", "pace 32")]
-    results, lines = measure_all(jobs, args, seconds)
-    yield from lines
-    check(results)
-    lines_per_s = 4 * n / results[0]["seconds"]  # bench.text repeats the sentences four times
-    mb_per_s = lines_per_s * len(toy.corpus(1000)) / 1e9
-    yield f"- tokenised per second: {lines_per_s:,.0f} lines, {mb_per_s:.1f} MB"
-    for r in results[2:]:
-        yield f"- {r['variant']} calls: {sizes['rows'] / r['seconds']:,.1f} samples per second"
+def step(args):
+    """Train the preset on packed rows, as a run does: time, share of the peak, memory, profile."""
+    s, device = args.sizes, args.device
+    words = f"--preset={args.preset} -slen={s['row']} -bsz={s['rows']} --max_steps=1000"
+    wanted = train.complete(train.flags().parse_args([*words.split(), "-d=none"]))
+    config = train.make_config(wanted, s["K"])
+    batches = [make_batch(s["K"], s["rows"], s["row"], i) for i in range(4)]
+    state = train.build(config, wanted, device)
+    begin = time.perf_counter()
+    accumulate = train.accumulate_gradients
+    forms.choose_form(state, batches[0], wanted, device, accumulate)
+    n_parameters = sum(p.numel() for p in state.model.parameters())
+    yield f"- {n_parameters / 1e6:.0f} M parameters, K = {s['K']:,}: {state.model.form}"
+
+    def whole():
+        accumulate(state.model, [batches[state.step % 4]], [state.step], device)
+        train.update_weights(state, wanted)
+        state.step += 1
+
+    whole()
+    yield f"- checked, compiled and one step done after {time.perf_counter() - begin:.0f} s"
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = seconds_of(whole, device)
+    n_tokens = batches[0][0].numel()
+    speed_now = f"{1e3 * seconds:.1f} ms, {n_tokens / seconds:,.0f} tokens/s"
+    flops = speed.model_flops(config, s["row"]) * n_tokens / seconds
+    share = flops / speed.peak(device, state.model.form.bf16)
+    yield f"- a step of {n_tokens:,} tokens: {speed_now}"
+    yield f"- {flops / 1e12:.3g} TFLOP/s of the model, {share:.0%} of the measured peak"
+    estimate = memory.step_bytes(config, wanted, device) / 1e9
+    yield f"- memory {speed.peak_memory(device):.1f} GB at most, estimated {estimate:.1f} GB"
+    adamw, muon = state.optimizers
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    accumulate(state.model, [batches[0]], [0], device)
+    gradients = partial(accumulate, state.model, [batches[0]], [0], device)
+    parts = {
+        "forward and backward": gradients,
+        "AdamW": adamw.step,
+        "Muon": muon.step,
+        "clipping": partial(torch.nn.utils.clip_grad_norm_, parameters, 1.0),
+        "average": partial(optim.average_weights, state.emas[0], state.model, 0.999, 9),
+    }
+    figures = [f"{name} {1e3 * seconds_of(work, device):.1f}" for name, work in parts.items()]
+    yield f"- ms of the parts: {', '.join(figures)}"
+    with profile() as profiler:  # of all devices that there are
+        whole()
+        speed.synchronise(device)
+    on_gpu = device.type == "cuda" and ProfilerActivity.CUDA in profiler.activities
+    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    averages = profiler.key_averages()
+    yield from ("```", averages.table(sort_by=by, row_limit=PROFILED), "```")
 
 
-def training(args, seconds):
-    """Train at several learning rates, as many steps each."""
-    preset = args.sizes["train"].split()[0].removeprefix("--preset=")
-    share = seconds / len(args.sizes["rates"])
-    n_steps, series, best = [], {}, (math.inf, "")
+def muon(args):
+    """Orthogonalise the matrices of the preset's layers: directly and by their products."""
+    width, n_layers = train.PRESETS[args.preset][:2]
+    for height, wide in ((width, width), (width, 3 * width), (width, 4 * width)):
+        X = torch.randn(n_layers, height, wide, device=args.device)
+        low, direct = X.bfloat16(), optim.orthogonalise_directly
+        work = {"directly": partial(direct, X), "by X X^T": partial(optim.orthogonalise_by_gram, X)}
+        work["directly in bfloat16"] = partial(direct, low)
+        times = [f"{name} {1e3 * seconds_of(f, args.device):.2f}" for name, f in work.items()]
+        off = (direct(low).float() - direct(X)).norm().item() / math.sqrt(n_layers * height)
+        yield f"- {n_layers} x {height} x {wide}, ms: {', '.join(times)} (off by {off:.3f})"
+
+
+def chunks(args):
+    """Compute chunks of the fused form for several vocabularies, one of an odd size."""
+    device, width = args.device, train.PRESETS[args.preset][0]
+    dtype = torch.bfloat16 if speed.fast_bf16(device) else torch.float32
+    for K, n in args.sizes["chunks"]:
+        keys, ids = draw_keys(n, device=device), torch.randint(K, (n,), device=device)
+        t, scale = torch.rand(n, device=device), torch.full((n,), 1 / n, device=device)
+        x, W = (torch.randn(k, width, device=device, dtype=dtype) for k in (n, K))
+        linear, bias = x @ W.T, torch.zeros(K, device=device)
+        tokens = ids, t, keys
+        theta = partial(fused.compiled_theta_times_sum, *tokens, 5.9, K, dtype)
+        loss = partial(fused.compiled_loss_and_gradient, linear, bias, *tokens, scale, 5.9)
+        total = torch.zeros(K, width, device=device)
+        add = partial(fused.add_product, total, linear.T, x)
+        work = {"theta": theta, "loss": loss, "x W^T": partial(torch.mm, x, W.T), "dW": add}
+        times = [f"{name} {1e3 * seconds_of(f, device):.3f}" for name, f in work.items()]
+        yield f"- K = {K:,}, {n:,} tokens, ms: {', '.join(times)}"
+
+
+def sampling(args):
+    """Sample in float32 and bfloat16: time of a call, and how far the likeliest tokens agree."""
+    width, n_layers, n_heads, *_ = train.PRESETS[args.preset]
+    K, device = args.sizes["K"], args.device
+    torch.manual_seed(0)
+    model = BFNTransformer(Config(K, bfn.auto_beta1(K), width, n_layers, n_heads))
+    model = model.to(device).eval()
+    ids = torch.randint(K, (args.sizes["texts"], 64), device=device)
+    network = partial(model, segment_ids=torch.ones_like(ids))
+    nothing, t = torch.zeros_like(ids, dtype=torch.bool), torch.full(ids.shape, 0.3, device=device)
+    eps = torch.randn(*ids.shape, K, device=device)
+    theta = bfn.flow(ids, t, model.config.s1, K, eps).softmax(-1)
+    best = None
+    for name, precision, bf16 in (("float32", "highest", False), ("bfloat16", "high", True)):
+        torch.set_float32_matmul_precision(precision)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            call = partial(bfn.predict, network, theta, t, ids, nothing)
+            seconds, tokens = seconds_of(call, device, n=2), call().argmax(-1)
+        best = tokens if best is None else best
+        agree = (tokens == best).float().mean().item()
+        yield f"- {name}: {1e3 * seconds:.1f} ms a call, {agree:.1%} of likeliest tokens agree"
+    speed.allow_tf32(device)
+
+
+def train_once(args, seconds, *flags):
+    """Train in this process for about so many seconds -> what it printed, its metrics.jsonl."""
+    run_dir = args.scratch / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)  # of the run before: it may take gigabytes
+    words = [f"-d={args.data_path}"] if args.data_path else []
+    words += [f"--preset={args.preset}", f"-mdir={run_dir}", f"--cache_dir={args.scratch}"]
+    words += SMALL.split() if args.quick else [f"--minutes={TRAINING_SHARE * seconds / 60:.3g}"]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        train.main([*words, *flags])
+    return output.getvalue(), log.read_metrics(run_dir)
+
+
+def training(args):
+    """Train at several learning rates, for the same time."""
+    several = torch.cuda.device_count() > 1
+    seconds = left(args) * (1 - KEPT * several) / len(args.sizes["rates"])
+    series, rows, best = {}, [], (math.inf, "")
     for factor in args.sizes["rates"]:
-        rate = f"{train.PRESETS[preset][3] * factor:.3g}"
-        words, output, metrics = train_once(args, share, f"-lr={rate}", *n_steps)
-        if not series:
-            yield from (words, "", *table(RUNS.split("|"), []))
+        rate = f"{train.PRESETS[args.preset][3] * factor:.3g}"
+        output, metrics = train_once(args, seconds, f"-lr={rate}")
         logged = [m for m in metrics if "loss" in m]
-        validated = [m for m in metrics if "val_bits_per_char" in m]
-        last, lowest = logged[-1], min(validated, key=lambda m: m["val_bound_nats_per_token"])
-        bound, bits = lowest["val_bound_nats_per_token"], lowest["val_bits_per_char"]
-        speed, share_of_peak = (typical(logged, name) for name in ("tokens_per_s", "utilisation"))
-        cells = [rate, f"{last['step']:,}", f"{last['minutes']:.2f}", f"{speed:,.0f}"]
-        cells += [f"{share_of_peak:.0%}", f"{last['peak_memory_gb']:.1f}"]
-        yield row([*cells, f"{bound:.3f}", f"{bits:.3f}"])
+        names = "val_bound_nats_per_token", "val_bits_per_char"
+        bound, bits = min([m[name] for name in names] for m in metrics if names[0] in m)
+        m = logged[len(logged) // 2]
+        speeds = f"{m['tokens_per_s']:,.0f}", f"{m['utilisation']:.0%}"
+        rows.append([rate, f"{logged[-1]['step']:,}", *speeds, f"{bound:.3f}", f"{bits:.3f}"])
         best = min(best, (bound, output))
-        n_steps = [f"--max_steps={last['step']}"]
         series[rate] = [m["step"] for m in logged], [m["loss"] for m in logged]
+    columns = "learning rate|steps|tokens/s|share of peak|bound (nats/token)|bits per character"
+    yield from table(columns.split("|"), rows)
     axes = "step", "loss, nats per token", "learning rates"
     if drawing.lines(args.folder / "loss.png", series, *axes):
         yield "\n![loss](loss.png)"
@@ -338,8 +304,32 @@ def training(args, seconds):
     yield from (f"    {line}" for line in best[1].splitlines())
 
 
-# and their share of the time
-PARTS = {machine: 0.1, tests: 2, speed: 12, processes: 2, text_and_samples: 2, training: 4}
+def processes(args):
+    """Compare one process with as many as there are GPUs, on the same step."""
+    n_gpus = 2 if args.quick else torch.cuda.device_count()
+    if n_gpus < 2:
+        yield "Not measured: this needs two GPUs."
+        return
+    speeds = {}
+    for n in (1, n_gpus):
+        run_dir = args.scratch / f"processes-{n}"
+        start = f"torch.distributed.run --standalone --nproc_per_node={n}".split()
+        words = [f"--preset={args.preset}", f"-mdir={run_dir}", f"-acc={n_gpus}", "-nex=0"]
+        words += [f"-d={args.data_path}"] if args.data_path else []
+        minutes = left(args) / 60 / (4 if n == 1 else 2)
+        words += SMALL.split() if args.quick else [f"--minutes={minutes:.2g}"]
+        command = [sys.executable, "-m", *start, str(ROOT / "train.py"), *words]
+        limit = max(60, left(args))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        if done.returncode:
+            raise ValueError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
+        logged = [m["tokens_per_s"] for m in log.read_metrics(run_dir) if "tokens_per_s" in m]
+        speeds[n] = logged[len(logged) // 2]
+    rows = [[f"{n}", f"{value:,.0f}", f"{value / speeds[1]:.2f}"] for n, value in speeds.items()]
+    yield from table(["processes", "tokens/s", "ratio"], rows)
+
+
+PARTS = machine, equality, step, muon, chunks, sampling, training, processes
 
 
 # ---------------------------------------------------------------- the command
@@ -348,10 +338,10 @@ PARTS = {machine: 0.1, tests: 2, speed: 12, processes: 2, text_and_samples: 2, t
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("--minutes", type=cli.positive, default=20, help="minutes for everything (20)")
+    add("--minutes", type=cli.positive, default=9, help="minutes for everything (9)")
     add("-d", "--data_path", type=cli.path, help="text file to train on (the built-in language)")
     add("--output", type=cli.path, default="runs/prove",
-        help="folder for the report and its pictures (runs/prove)")
+        help="folder for the report and its picture (runs/prove)")
     add("--quick", action="store_true", help="tiny sizes, in about a minute: does all of it work?")
     return p
 
@@ -368,15 +358,14 @@ def open_report(folder):
 
 def prove(args, write):
     """Do all parts and write their lines -> names of those that failed."""
-    failed, todo = [], dict(PARTS)
-    for part, share in tqdm(PARTS.items(), unit="part", leave=False, disable=None):
+    failed = []
+    for part in tqdm(PARTS, unit="part", leave=False, disable=None):
         started = time.monotonic()
-        seconds = (args.deadline - started) * share / sum(todo.values())
-        write(f"\n## {part.__name__.capitalize().replace('_', ' ')}\n\n{part.__doc__}\n")
+        write(f"\n## {part.__name__.capitalize()}\n\n{part.__doc__}\n")
         try:
-            if seconds <= 0:
+            if left(args) < LEAST_SECONDS:
                 raise ValueError("no time left: give more --minutes")
-            for line in part(args, seconds):
+            for line in part(args):
                 write(line)
         except KeyboardInterrupt:
             write("\n**Interrupted.**")
@@ -387,7 +376,7 @@ def prove(args, write):
             reason = [f"    {line}" for line in f"{kind}{error}".splitlines()]
             write("\n".join(["", "**Failed:**", "", *reason]))
         write(f"\n({time.monotonic() - started:.0f} seconds)")
-        del todo[part]
+        gc.collect()  # the networks of this part
     return failed
 
 
@@ -398,12 +387,11 @@ def main(argv=None):
         raise ValueError(f"no text file at {args.data_path}")
     begin = time.monotonic()
     args.device, args.folder = parallel.find_device("auto"), Path(args.output)
-    allow_tf32(args.device)
     args.sizes = SIZES["quick" if args.quick else args.device.type]
-    args.deadline = begin + 60 * args.minutes
-    report = open_report(args.folder)
-    scratch = tempfile.TemporaryDirectory(dir=args.folder, prefix="runs-")
-    with report, scratch as folder:
+    args.preset, args.deadline = args.sizes["preset"], begin + 60 * args.minutes
+    speed.allow_tf32(args.device)
+    scratch = tempfile.TemporaryDirectory(prefix="proof-")
+    with open_report(args.folder) as report, scratch as folder:
         args.scratch = Path(folder)
         if args.quick and not args.data_path:  # judging the built-in language takes more time
             args.data_path = args.scratch / "corpus.txt"
@@ -422,5 +410,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops other processes too
     cli.run(main)

@@ -1,4 +1,4 @@
-"""Experiments and the benchmark: variants change what they say, and commands write results."""
+"""Experiments: variants change what they say, and commands write results."""
 
 import json
 from functools import partial
@@ -13,7 +13,7 @@ import bfn
 import data
 import model as model_file
 import train
-from experiments import bench, compare, prove, samplers
+from experiments import compare, samplers
 from text import toy
 from training import checkpoint, optim
 
@@ -153,42 +153,6 @@ def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys)
         ValueError, match="--length=33, but the model was trained on texts of at most"
     ):
         samplers.main([*command.split(), "--length=33"])
-
-
-@pytest.mark.parametrize(
-    "case, variant, sizes",
-    [
-        ("operations", "plain", dict(K=30, n_tokens=32, width=8)),
-        ("operations", "fused", dict(K=30, n_tokens=32, width=8)),
-        ("step", "plain", dict(K=30, n_tokens=64, width=32, n_layers=1, row_length=16)),
-        ("step", "fused", dict(K=30, n_tokens=64, width=32, n_layers=1, row_length=16)),
-        ("text", "load", dict(n_sentences=300)),
-        ("sampling", "commit 3", dict(K=30, rows=2, length=8, width=32, n_layers=1)),
-        ("sampling", "sde2 3", dict(K=30, rows=2, length=8, width=32, n_layers=1)),
-    ],
-)
-def test_every_case_of_the_benchmark_is_measured_and_becomes_a_line_of_the_table(
-    case, variant, sizes
-):
-    figures = bench.CASES[case](torch.device("cpu"), 2, variant, **sizes)
-    assert figures["seconds"] > 0 and figures["tokens_per_s"] > 0 and figures["memory_mb"] >= 0
-    lines = prove.summarise([dict(case=case, variant=variant, sizes=sizes, **figures)], most=1e9)
-    assert (
-        len(lines) == 3
-        and lines[2].count("|") == lines[0].count("|") == 10
-        and " 1.00 " in lines[2]
-    )
-
-
-def test_a_measurement_that_fails_becomes_a_line_of_the_table_too():
-    results = [
-        dict(case="step", variant=v, sizes={"K": 9}, failed="out of memory")
-        for v in ("plain", "fused")
-    ]
-    assert all(
-        "out of memory" in line and line.count("|") == 10
-        for line in prove.summarise(results, 1e9)[2:]
-    )
 
 
 def test_the_perplexity_at_equal_entropy_is_interpolated_between_temperatures():
