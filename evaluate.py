@@ -12,7 +12,6 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -20,17 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import bfn
-import data
-import model as model_file
 from common import parallel
 from common.noise import mix_seed
-from evaluation import bounds, likelihood, quality
+from evaluation import bounds, grammar, likelihood, quality
 from evaluation.bounds import Text, Work, n_scorable, nothing_given
 from evaluation.tables import describe, exact_figures, likelihood_figures, notes, table, to_json
-from model import rows_at_once
 from sample import Sampler
-from sampling.generate import DEFAULT, FLAGS, Options, generate
+from sampling.generate import FLAGS, generate, options_of
 from sampling.prompts import make_template
 from text import cache, toy
 from text.reading import Corpus, left_out, read_pieces
@@ -40,7 +35,6 @@ from training.run_folder import VAL_TOKENS
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token
 SECONDS = 40  # how long the draws take if no flag says how much to score
 VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes many calls
-COMMIT = {"exact": partial(likelihood.exact, calls=DEFAULT.steps)}
 INTERRUPT = ["SIGINT"]
 PROMISE = "finishing this batch, then the figures so far"
 
@@ -76,14 +70,13 @@ def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS):
 def validation_seconds(model, tokens, row_length, device):
     """Estimate from a few rows how many seconds `validate` and the samples after it take."""
     text = Text(tokens, row_length).first_tokens(VAL_TOKENS)
-    few = text.first_rows(min(16, rows_at_once(row_length, model.config, device)))
-    seconds = text.plan.n_rows * bounds.seconds_per_row(model, few, device, None)
+    seconds = text.plan.n_rows * bounds.seconds_per_row(model, text, device, None, most=16)
     return 1.4 * 2 * seconds  # two draws, exact likelihood and samples
 
 
 def exact_likelihood(model, text, device):
     """Measure the exact likelihood of a Text under commit -> figures."""
-    figures = measure_exact(model, text, COMMIT, Work(device))
+    figures = measure_exact(model, text, likelihood.COMMIT, Work(device))
     bits_per_token = figures["exact_nats_per_token"] / math.log(2)
     tokens_per_char = n_scorable(text.tokens) / text.tokens.n_chars
     return figures | dict(exact_bits_per_char=bits_per_token * tokens_per_char)
@@ -103,9 +96,9 @@ def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
     n_tokens = toy.mean_length() + 1  # eos is scored too
     entropy = toy.entropy_given_length() / n_tokens / math.log(2)
     bound = bound_nats_per_token / math.log(2)
-    exact = entropy + excess_nats_per_token(sampler.model, val) / math.log(2)
+    exact = entropy + grammar.excess_nats_per_token(sampler.model, val) / math.log(2)
 
-    hidden, by_grammar = hidden_word_nats(sampler.model, val)
+    hidden, by_grammar = grammar.hidden_word_nats(sampler.model, val)
 
     def above(bits, entropy=entropy):
         return f"{abs(bits / entropy - 1):.1%} {'above' if bits >= entropy else 'below'}"
@@ -125,39 +118,6 @@ def check_toy(sampler, val, bound_nats_per_token, seed, corpus):
         f"a hidden word {hidden / math.log(2):.3f} bits, {above(hidden, by_grammar)} the grammar",
         f"{good} samples are grammatical, {new} of these are not in the corpus",
     ]
-
-
-def hidden_word_nats(model, val, n=100):
-    """Compute what a word costs, given all others, in n sentences -> nats: model, grammar."""
-    rows, hidden, truth = [], [], 0.0
-    for begin, end in pairwise(val.offsets[: n + 1]):
-        ids = val.ids[begin:end].tolist()
-        words = val.tokenizer.decode(ids).split()
-        for d in range(len(words)):
-            rows.append(ids)
-            hidden.append([d + 1])  # after bos
-            others = [*words[:d], None, *words[d + 1 :]]
-            truth += math.log(toy.probability(others) / toy.probability(words))
-    ids, segment_ids = data.pad(rows, next(model.parameters()).device)
-    hidden = torch.tensor(hidden, device=ids.device)
-    given = torch.ones_like(ids, dtype=torch.bool).scatter(1, hidden, False)
-    network, config = partial(model, segment_ids=segment_ids), model.config
-    log_p = bfn.log_likelihood(network, ids, given, config.s1, config.K, calls=1)
-    return -log_p.sum().item() / len(rows), truth / len(rows)
-
-
-def excess_nats_per_token(model, val, n=400):
-    """Compute what n sentences cost under commit more than the grammar -> nats per token.
-
-    Both are exact likelihoods given the length, so the choice of sentences hardly matters.
-    """
-    sentences = [val.ids[begin:end] for begin, end in pairwise(val.offsets[: n + 1])]
-    device = next(model.parameters()).device
-    tokenizer = val.tokenizer
-    scores = likelihood.score(model, sentences, tokenizer.bos, COMMIT, Work(device))
-    words = [tokenizer.decode(ids.tolist()).split() for ids in sentences]
-    truth = sum(math.log(toy.lengths()[len(w)] / toy.probability(w)) for w in words)
-    return (scores.nats["exact"].sum() - truth) / scores.n_scored.sum()
 
 
 # ---------------------------------------------------------------- samples
@@ -180,34 +140,17 @@ def find_corpus(args, tokenizer, run):
     return corpus, part
 
 
-def choose_texts(tokens, window, n, seed):
-    """Choose random windows of a text -> up to n texts, their lengths in tokens.
-
-    Raises ValueError if all are too short.
-    """
-    plan = data.plan_validation(tokens, window, n)
-    long_enough = np.flatnonzero(plan.lengths > 1)
-    if not len(long_enough):
-        message = "every window of this text is a single token, too short to compare with samples"
-        raise ValueError(f"{message}: give another text")
-    chosen = np.random.default_rng(seed).permutation(long_enough)[:n]
-    starts, lengths = plan.starts[chosen].tolist(), plan.lengths[chosen].tolist()
-    pairs = zip(starts, lengths, strict=True)
-    return [tokens.tokenizer.decode(tokens.ids[i : i + n].tolist()) for i, n in pairs], lengths
-
-
 def sample_quality(sampler, tokens, reference, args):
     """Compare generated texts with windows of the text, equally many and long.
 
     -> {name: {figure: (value, low, high)}}.
     """
     tokenizer, run = sampler.tokenizer, sampler.run
-    real, lengths = choose_texts(tokens, sampler.limit, args.samples, args.seed)
+    real, lengths = quality.choose_texts(tokens, sampler.limit, args.samples, args.seed)
     seeds = [mix_seed(args.seed, i) for i in range(len(lengths))]
     pairs = zip(seeds, lengths, strict=True)
     templates = [make_template("", tokenizer, run, *pair) for pair in pairs]
-    options = Options(bfn.Controls(args.sampler, args.steps, args.corrections))
-    samples = generate(sampler.model, tokenizer, templates, args.seed, options)
+    samples = generate(sampler.model, tokenizer, templates, args.seed, options_of(args))
     bar = dict(total=len(templates), unit="sample", desc="sampling", disable=None)
     samples = list(tqdm(samples, **bar))
     generated = [tokenizer.decode(ids) for ids, _ in samples]
@@ -222,25 +165,11 @@ def sample_quality(sampler, tokens, reference, args):
 
 
 def parse_given(text):
-    """Read "prefix:0.5" or "around:0.2" -> function: segment_ids (B, L) -> what is given (B, L).
-
-    prefix:S gives the first share S of each window, around:S all but a gap of S in its middle.
-    """
+    """Read "prefix:0.5" or "around:0.2" -> function: segment_ids (B, L) -> what is given (B, L)."""
     kind, _, share = text.partition(":")
-    if kind not in ("prefix", "around"):
+    if kind not in bounds.GIVEN_PARTS:
         raise argparse.ArgumentTypeError(f"{text!r}: write prefix:SHARE or around:SHARE")
-    share = cli.share(share)
-
-    def given(segment_ids):
-        before, after = model_file.segment_positions(segment_ids)
-        size = (before + after + 1).double()
-        if kind == "prefix":
-            return before < (share * size).round()
-        gap = (share * size).round().clamp(min=1)
-        start = (size - gap) // 2
-        return (before < start) | (before >= start + gap)
-
-    return given
+    return partial(bounds.GIVEN_PARTS[kind], cli.share(share))
 
 
 def parse_orders(text):

@@ -25,7 +25,6 @@ from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 from tqdm import tqdm
 
-import bfn
 import data
 from common import drawing, parallel
 from common.drawing import MARK, check_output, save
@@ -37,7 +36,6 @@ from sampling import generate
 from sampling.generate import DEFAULT, Options, sample_batch
 from sampling.prompts import read_breaks
 from text import cache
-from text.reading import EXAMPLE_HELP
 from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training.checkpoint import load, read_checkpoint, read_figures, read_metrics, without_folders
 
@@ -153,19 +151,23 @@ def draw_packing(args):
     else:
         tokenizer = Tokenizer(train_tokenizer(path, "bpe", example=args.example))
     tokens = cache.load_corpus(path, tokenizer, args.cache_dir, example=args.example)
-    plans = packing_plans(tokens, row_length)
     examples = f"{tokens.n_documents:,} examples in rows of {row_length} tokens"
     title = f"{Path(path).name}: {examples}"
-    return partial(pictures.packing, tokens, plans, row_length, PACKED_ROWS, title)
+    return partial(pictures.packing, packed_rows(tokens, row_length), title)
 
 
-def packing_plans(tokens, row_length):
-    """Plan rows of one window each, and those of the first epoch -> {name: data.Plan}."""
+def packed_rows(tokens, row_length):
+    """Lay out rows of one window each, and those of the first epoch -> {title: segment_ids}."""
     plan = data.plan_validation(tokens, row_length, PACKED_ROWS)
     order = np.argsort(plan.starts)  # as in the text
     alone = data.Plan(plan.starts[order], plan.lengths[order], np.arange(len(order) + 1))
     packed = data.plan_epoch(tokens, row_length, seed=0, epoch=0)
-    return {"one example a row": alone, "packed": packed}
+    rows = {}
+    for name, plan in (("one example a row", alone), ("packed", packed)):
+        title = f"{name}: {plan.fill(row_length):.1%} filled, {plan.n_rows:,} rows"
+        numbers = np.arange(min(PACKED_ROWS, plan.n_rows))
+        rows[title] = data.gather_rows(tokens, plan, numbers, row_length)[1]
+    return rows
 
 
 # ---------------------------------------------------------------- sampling
@@ -210,7 +212,7 @@ def draw_sampling(args):
     sampler = Sampler.load(args.run_dir, args.checkpoint, args.device)
     n = args.num_samples or (6 if args.gif else 1)
     prompts = [read_breaks(text, sampler.run) for text in args.prompt or [""] for _ in range(n)]
-    controls = bfn.Controls(args.sampler, args.steps, args.corrections)
+    controls = generate.options_of(args).controls
     texts = record(sampler, prompts, Recorder(), controls, args.seed, args.length)
     title = f"{args.sampler}, {args.run_dir}, step {sampler.run['step']:,}"
     if args.gif:
@@ -391,7 +393,6 @@ FLAGS = {
     "-d --data_path": dict(type=cli.path, help="text file"),
     "-spm --spm_model": dict(type=cli.path,
         help="SentencePiece model (a bpe is trained on the text)"),
-    "--example": dict(default="line", help=EXAMPLE_HELP),
     "-slen --sequence_length": dict(type=cli.several, default=128, help="tokens of a row (128)"),
     "--prompt": dict(action="append", default=[], help="as in sample.py; repeatable"),
     "--num_samples": dict(type=cli.count, help="texts per prompt (1, with --gif 6)"),

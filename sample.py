@@ -23,12 +23,11 @@ import torch
 from tqdm import tqdm
 
 import bfn
-import data
 from common import parallel
 from common.files import writing
 from common.noise import mix_seed
 from evaluation import likelihood
-from evaluation.bounds import Work
+from evaluation.bounds import Text, Work
 from sampling import guidance, odds, prompts, proofread, terminal
 from sampling.generate import DEFAULT, FLAGS, Options, fit_lengths, generate
 from sampling.prompts import FREE, GAP, Prompt
@@ -186,11 +185,11 @@ class Sampler:
         n_free = n // 2
         free = Prompt.read("", self.tokenizer, self.run)
         templates = [free.draw(mix_seed(seed, i)) for i in range(n_free)]
-        plan = data.plan_validation(tokens, self.limit, n)
+        windows = Text(tokens, self.limit, n_rows=n).windows()
         for i in range(n_free, n):
-            start, length = (int(x[i % len(plan.starts)]) for x in (plan.starts, plan.lengths))
-            given = tokens.ids[start : start + length // 3].tolist()
-            templates.append(given + [FREE] * (length - len(given)))
+            window = windows[i % len(windows)].tolist()
+            n_given = len(window) // 3
+            templates.append(window[:n_given] + [FREE] * (len(window) - n_given))
         samples = generate(self.model, self.tokenizer, templates, seed, numbers=range(n))
         texts = []
         for i, (template, (ids, _)) in enumerate(zip(templates, samples, strict=True)):

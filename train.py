@@ -26,7 +26,6 @@ from common.files import file_hash
 from common.noise import draw_keys, mix_seed, noise
 from model import BFNTransformer, Config
 from sample import Sampler
-from text.reading import EXAMPLE_HELP
 from training import forms, fused, log, memory, optim, run_folder, speed
 from training.checkpoint import State, load, restore, save
 from training.times import draw_times
@@ -52,11 +51,11 @@ def flags():
     add, on_off = p.add_argument, ["auto", "on", "off"]
     add("-d", "--data_path", type=cli.path,
         help="text file, folder, 'pattern*.txt', or several with commas (the built-in language)")
-    add("--example", help=EXAMPLE_HELP)
     add("--labelled", dest="example", action="store_const", const="labelled",
         help="lines are label<TAB>text")
     add("-spm", "--spm_model", type=cli.path, help="SentencePiece model (trained on the corpus)")
-    p.add_flags("-mdir --text_field --seed --device --cache_dir")
+    p.add_flags("-mdir --text_field --example --seed --device --cache_dir")
+    p.set_defaults(example=None)  # that of the run, or a line
     add("--val_path", type=cli.path,
         help="text for validation, as for -d (a held-out part of the corpus)")
     add("--preset", choices=PRESETS, help="defaults of flags with * (GPU: base, CPU: laptop)")

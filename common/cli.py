@@ -145,6 +145,9 @@ FLAGS = {  # of several commands
     "--checkpoint": dict(choices=["best", "last"], default="best",
         help="the best by validation, or the last (best)"),
     "--text_field": dict(default="text", help="field of .jsonl files that holds the text (text)"),
+    "--example": dict(default="line",
+        help="what one example is: line, labelled, paragraph, file, or else the separator that "
+        "stands between examples, such as '<|endoftext|>', as a line by itself (line)"),
     "--seed": dict(type=natural, default=0, help="seed of all random numbers (0)"),
     "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (cuda if there is one)"),
     "--cache_dir": dict(type=path, default=default_cache_dir(),

@@ -22,7 +22,7 @@ import bfn
 import data
 from common import parallel
 from common.noise import GOLDEN, Draws, mix_seed
-from model import rows_at_once
+from model import rows_at_once, segment_positions
 from text import cache
 
 MAX_DRAWS = 64
@@ -36,6 +36,24 @@ UNKNOWN_BITS = 9  # per byte that the tokenizer does not know: 8, and 1 for whet
 def nothing_given(segment_ids):
     """Give nothing: segment_ids (B, L) -> (B, L) bool, all False."""
     return torch.zeros_like(segment_ids, dtype=torch.bool)
+
+
+def prefix(share, segment_ids):
+    """Give the first share of each window: segment_ids (B, L) -> (B, L) bool."""
+    before, after = segment_positions(segment_ids)
+    return before < (share * (before + after + 1).double()).round()
+
+
+def around(share, segment_ids):
+    """Give all of each window but a gap of this share in its middle, of at least a token."""
+    before, after = segment_positions(segment_ids)
+    size = (before + after + 1).double()
+    gap = (share * size).round().clamp(min=1)
+    start = (size - gap) // 2
+    return (before < start) | (before >= start + gap)
+
+
+GIVEN_PARTS = {"prefix": prefix, "around": around}  # by the flag --given
 
 
 @dataclass(frozen=True)
@@ -327,8 +345,9 @@ def draws_needed(scores, error):
     return math.ceil(min(MAX_DRAWS, max(n_draws + 1, n_draws * ratio**2)))
 
 
-def seconds_per_row(model, text, device, n_steps):
-    """Read a text as one batch twice -> time of the second reading, seconds per row."""
+def seconds_per_row(model, text, device, n_steps, most):
+    """Read a batch of at most so many rows twice -> time of the second reading, seconds per row."""
+    text = text.first_rows(min(most, rows_at_once(text.row_length, model.config, device)))
     work = Work(device, text.plan.n_rows)
     for _ in range(2):  # the first time as a warm-up
         start = time.perf_counter()
@@ -338,7 +357,7 @@ def seconds_per_row(model, text, device, n_steps):
 
 def rows_in_time(model, text, work, n_steps):
     """Choose how many rows all processes score twice in work.seconds, by the speed of a batch."""
-    speed = seconds_per_row(model, text.first_rows(work.batch_size), work.device, n_steps)
+    speed = seconds_per_row(model, text, work.device, n_steps, work.batch_size)
     n_rows = max(1, work.seconds / 2 // speed * parallel.size())
     return parallel.from_first(int(min(text.n_rows, n_rows)))
 

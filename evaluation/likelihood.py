@@ -109,6 +109,7 @@ def share_unknown(network, ids, cond_mask, u, config, share):
     return exact(network, ids, ~hidden, u, config, calls=bfn.Controls.steps) * n_open / m
 
 
+COMMIT = {"exact": partial(exact, calls=bfn.Controls.steps)}  # as the default sampler fills
 ORDERS = {  # by the flag --order: the name of the figure, and how it is computed
     "sampler": ("exact, a call per token", exact),
     "left": ("left to right", partial(exact, choose=leftmost)),

@@ -18,6 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from data import plan_validation
 from text.reading import read_part
 
 REFERENCE_CHARS = 20_000_000  # how much of the training text the n-gram model is fitted to
@@ -161,6 +162,22 @@ def figures(texts, reference, seed=0):
         margin = 1.96 * np.std([resample[name] for resample in resamples])
         result[name] = (float(value), float(value - margin), float(value + margin))
     return result
+
+
+def choose_texts(tokens, window, n, seed):
+    """Choose random windows of a text -> up to n texts, their lengths in tokens.
+
+    Raises ValueError if all are too short.
+    """
+    plan = plan_validation(tokens, window, n)
+    long_enough = np.flatnonzero(plan.lengths > 1)
+    if not len(long_enough):
+        message = "every window of this text is a single token, too short to compare with samples"
+        raise ValueError(f"{message}: give another text")
+    chosen = np.random.default_rng(seed).permutation(long_enough)[:n]
+    starts, lengths = plan.starts[chosen].tolist(), plan.lengths[chosen].tolist()
+    pairs = zip(starts, lengths, strict=True)
+    return [tokens.tokenizer.decode(tokens.ids[i : i + n].tolist()) for i, n in pairs], lengths
 
 
 def table(samples):

@@ -1,4 +1,4 @@
-"""Compare samplers at equal numbers of network calls, in a table and a picture.
+"""Compare samplers at equal numbers of network calls, in a table that plot.py quality draws.
 
     python -m experiments.samplers -mdir=runs/demo
     python -m experiments.samplers -mdir=RUN_DIR -d=VALID.txt --num_samples=64 --length=128
@@ -15,8 +15,8 @@ diversity for quality.
 
 import json
 import math
+import shlex
 import time
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 import bfn
 import evaluate
-from common import cli, drawing, parallel
+from common import cli, parallel
 from evaluation import quality
 from experiments.tables import table
-from plotting import pictures
 from sampling.generate import DEFAULT, Options, generate
 from sampling.prompts import make_template
 from text import cache, toy
@@ -135,7 +134,7 @@ def flags():
     add("--length", type=cli.several,
         help="longest text, in tokens (the sequence length of the training)")
     add("--output", type=cli.path, default="runs/samplers",
-        help="folder for results.json, results.md and pictures (runs/samplers)")
+        help="folder for results.json and results.md (runs/samplers)")
     return p
 
 
@@ -148,7 +147,7 @@ def held_out_texts(args, run, tokenizer, corpus):
         raise ValueError(f"{message} {trained} tokens")
     path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
     tokens = cache.load_corpus(path, tokenizer, args.cache_dir, part, run["args"]["example"])
-    return evaluate.choose_texts(tokens, window, args.num_samples, args.seed)
+    return quality.choose_texts(tokens, window, args.num_samples, args.seed)
 
 
 def main(argv=None):
@@ -173,9 +172,9 @@ def main(argv=None):
     if args.temperatures:
         lines += equal_entropy_table(results)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    picture = partial(pictures.quality_figure, {}, results, str(args.model_dir))
-    drawing.try_to_save(folder / "results.png", picture)
     print("\n".join(lines))
+    picture = ["python", "plot.py", "quality", str(folder / "results.json")]
+    print(f"as a picture: {shlex.join(picture)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 import bfn
-import data
 from common import cli
 from common.drawing import N_COLOURS, WIDTH, fonts_for, ink, mark_level, new_figure, plain
 from common.noise import Draws
@@ -255,22 +254,19 @@ def name_lines(figure, axes, place="outside upper center"):
 # ---------------------------------------------------------------- packing: examples in rows
 
 
-def packing(tokens, plans, row_length, n_rows, title):
-    """Draw the first rows of plans {title: Plan} as bars of segments, with how full they are."""
+def packing(rows, title):
+    """Draw {title: segment_ids (rows, L)} as bars of segments."""
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap([ink(0.07), "C0", "C1", "C2"])
     figure = new_figure(4.2)
     figure.suptitle(plain(title), fontsize=10)
-    for axes, (name, plan) in zip(figure.subplots(1, len(plans)), plans.items(), strict=True):
-        rows = np.arange(min(n_rows, plan.n_rows))
-        _, segment_ids = data.gather_rows(tokens, plan, rows, row_length)
+    for axes, (name, segment_ids) in zip(figure.subplots(1, len(rows)), rows.items(), strict=True):
         colour = np.where(segment_ids > 0, 1 + (segment_ids - 1) % 3, 0)  # neighbours differ
         axes.imshow(colour, cmap=colours, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
-        for row in rows[1:]:
+        for row in range(1, len(segment_ids)):
             axes.axhline(row - 0.5, color=ink(0), linewidth=1.2)
-        axes.set(title=f"{name}: {plan.fill(row_length):.1%} filled, {plan.n_rows:,} rows")
-        axes.set(xlabel="position", ylabel="row")
+        axes.set(title=name, xlabel="position", ylabel="row")
     return figure
 
 

@@ -71,6 +71,11 @@ class Options:
             raise ValueError("; ".join(messages))
 
 
+def options_of(args):
+    """Make the Options that the flags FLAGS say."""
+    return Options(bfn.Controls(args.sampler, args.steps, args.corrections))
+
+
 def generate(
     model, tokenizer, templates, seed, options=Options(), limit=math.inf, numbers=None
 ):

@@ -16,7 +16,7 @@ from untrained import make_run
 import bfn
 import evaluate
 from common import cli
-from evaluation import bounds
+from evaluation import bounds, grammar
 from text import cache, toy
 from text.tokenizer import load_tokenizer, train_tokenizer
 from training.checkpoint import load
@@ -89,7 +89,7 @@ def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences
     run = dict(lengths=[0, 0, 0, 0, 1], word_lengths=[0, 1], args=dict(sequence_length=32))
     bound = 1.1 * toy.entropy_given_length() / (toy.mean_length() + 1)
     monkeypatch.setattr(
-        evaluate, "excess_nats_per_token", lambda *inputs: -0.02 * 1.792 * math.log(2)
+        grammar, "excess_nats_per_token", lambda *inputs: -0.02 * 1.792 * math.log(2)
     )
     monkeypatch.setattr(evaluate, "hidden_word_nats", lambda *inputs: (1.1, 1.0))
     lines = evaluate.check_toy(
@@ -121,7 +121,7 @@ def test_the_excess_over_the_grammar_is_what_the_model_costs_more_on_the_same_se
         math.log(toy.probability(words) / toy.lengths()[len(words)]) for words in sentences
     )
     n_tokens = sum(len(words) + 1 for words in sentences)
-    excess = evaluate.excess_nats_per_token(model, val, n=50)
+    excess = grammar.excess_nats_per_token(model, val, n=50)
     assert excess == pytest.approx(math.log(len(tokenizer)) - truth / n_tokens, rel=1e-5)
 
 

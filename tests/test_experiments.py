@@ -147,7 +147,6 @@ def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys)
     pairs = zip(entropies[::2], entropies[1::2], strict=True)
     assert all(sharp < plain for plain, sharp in pairs)
     assert held_out["figures"]["grammatical"][0] == 1
-    assert (tmp_path / "results.png").stat().st_size > 5000
     assert capsys.readouterr().out.count("| ode2 |") == 4 + 2  # samples, at equal entropy
     with pytest.raises(
         ValueError, match="--length=33, but the model was trained on texts of at most"

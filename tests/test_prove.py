@@ -66,7 +66,7 @@ def test_a_form_with_other_numbers_fails_the_proof_of_equality(args, monkeypatch
     lines = list(prove.equality(args))
     assert len(lines) == 2 and all("loss off by" in line for line in lines)
     right = prove.fused.loss_and_gradient
-    wrong = lambda *inputs: tuple(1.2 * x for x in right(*inputs))  # noqa: E731
+    wrong = lambda *inputs: tuple(1.2 * x for x in right(*inputs))
     monkeypatch.setattr(prove.fused, "loss_and_gradient", wrong)
     with pytest.raises(ValueError, match="^wrong numbers: fused$"):
         list(prove.equality(args))

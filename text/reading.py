@@ -77,10 +77,6 @@ FOREIGN = [  # what is not read: its first bytes, what it is, see `advice`
 
 PIECE_BYTES = 1 << 16  # longer examples are tokenised in pieces of this size, cut at spaces
 EXAMPLES = "line", "labelled", "paragraph", "file"  # else a line that separates examples
-EXAMPLE_HELP = (
-    "what one example is: line, labelled, paragraph, file, or else the separator that stands "
-    "between examples, such as '<|endoftext|>', as a line by itself (line)"
-)
 ONE_LINE = "line", "labelled"  # kinds of examples that have no line break
 SEPARATOR = re.compile(r"<[|/]?\w+\|?>|\[[A-Z]+\]|([-=*#~_+\u2013\u2014])( ?\1){2,}|%")
 MARK = re.compile(r"<\|\w+\|>")  # no text has it by chance

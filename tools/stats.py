@@ -176,8 +176,7 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("text", type=cli.path, help="text file, folder, 'pattern*.txt', or several with commas")
-    p.add_flags("--text_field")
-    add("--example", default="line", help=reading.EXAMPLE_HELP)
+    p.add_flags("--text_field --example")
     return p
 
 
