@@ -156,6 +156,22 @@ def equality(args):
         raise ValueError(f"wrong numbers: {', '.join(wrong)}")
 
 
+def times_of_parts(state, args, batch, device):
+    """Measure the parts of a step, each by itself -> a line."""
+    adamw, muon = state.optimizers
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    gradients = partial(train.accumulate_gradients, state.model, [batch], [0], device)
+    parts = {
+        "forward and backward": gradients,  # first: the others need gradients
+        "AdamW": adamw.step,
+        "Muon": muon.step,
+        "clipping": partial(torch.nn.utils.clip_grad_norm_, parameters, args.gradient_clipping),
+        "average": partial(optim.average_weights, state.emas[0], state.model, 0.999, 9),
+    }
+    figures = [f"{name} {1e3 * seconds_of(work, device):.1f}" for name, work in parts.items()]
+    return f"- ms of the parts: {', '.join(figures)}"
+
+
 def step(args):
     """Train the preset on packed rows, as a run does: time, share of the peak, memory, profile."""
     s, device = args.sizes, args.device
@@ -188,19 +204,7 @@ def step(args):
     yield f"- {flops / 1e12:.3g} TFLOP/s of the model, {share:.0%} of the measured peak"
     estimate = memory.step_bytes(config, wanted, device) / 1e9
     yield f"- memory {speed.peak_memory(device):.1f} GB at most, estimated {estimate:.1f} GB"
-    adamw, muon = state.optimizers
-    parameters = [p for p in state.model.parameters() if p.requires_grad]
-    accumulate(state.model, [batches[0]], [0], device)
-    gradients = partial(accumulate, state.model, [batches[0]], [0], device)
-    parts = {
-        "forward and backward": gradients,
-        "AdamW": adamw.step,
-        "Muon": muon.step,
-        "clipping": partial(torch.nn.utils.clip_grad_norm_, parameters, 1.0),
-        "average": partial(optim.average_weights, state.emas[0], state.model, 0.999, 9),
-    }
-    figures = [f"{name} {1e3 * seconds_of(work, device):.1f}" for name, work in parts.items()]
-    yield f"- ms of the parts: {', '.join(figures)}"
+    yield times_of_parts(state, wanted, batches[0], device)
     with profile() as profiler:  # of all devices that there are
         whole()
         speed.synchronise(device)
