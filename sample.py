@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import bfn
-from common import parallel
+from common import files, parallel
 from common.files import writing
 from common.noise import mix_seed
 from evaluation import likelihood
@@ -268,13 +268,27 @@ def check(args):
 
 
 def check_output(args):
-    """Raise ValueError if --output would overwrite the prompts or a file of the run."""
-    output = Path(args.output or os.devnull).resolve()
-    if args.prompt_file and output == Path(args.prompt_file).resolve():
+    """Raise ValueError if --output would overwrite anything but texts of an earlier --output."""
+    output = Path(args.output or os.devnull)
+    if is_special(output):
+        return
+    files.check_output(output, is_output, "of an earlier --output")
+    if args.prompt_file and output.exists() and output.samefile(args.prompt_file):
         raise ValueError(f"--output={args.output} is the file of prompts: give another name")
     is_of_run = output.name in RUN_FILES + EXPORTED_FILES
-    if is_of_run and output.parent == Path(args.model_dir).resolve():
+    if is_of_run and output.resolve().parent == Path(args.model_dir).resolve():
         raise ValueError(f"--output={args.output} is a file of the run: give another name")
+
+
+def is_special(path):
+    """Tell whether a path is a pipe or a device."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+
+
+def is_output(path):
+    """Tell whether a file has the lines of --output."""
+    with open(path, encoding="utf-8") as file:
+        return json.loads(file.readline()).keys() == {"prompt", "text", "ids", "calls"}
 
 
 def main(argv=None):
@@ -327,13 +341,18 @@ def print_samples(model, args, separator, steering):
 
 @contextmanager
 def open_output(path):
-    """Open a file that replaces `path` once it is whole; until then it is PATH.part."""
+    """Open a file that replaces `path` once it is whole. Until then it has a name of its own."""
     path = (parallel.rank() == 0 and path) or os.devnull
-    is_special = os.path.exists(path) and not os.path.isfile(path)  # a pipe, for example
-    unfinished = path if is_special else f"{path}.part"
-    with writing(path), open(unfinished, "w", encoding="utf-8") as output:
-        yield output
-    if not is_special:
+    with writing(path):
+        unfinished = path if is_special(path) else files.new_temporary(path)
+    try:
+        with writing(path), open(unfinished, "w", encoding="utf-8") as output:
+            yield output
+    except BaseException:
+        if unfinished is not path:
+            print(f"the texts so far are in {unfinished}", file=sys.stderr)
+        raise
+    if unfinished is not path:
         os.replace(unfinished, path)
 
 

@@ -416,9 +416,9 @@ def finish(state, sampler, val, args):
     run_dir = Path(args.model_dir)
     examples = partial(sampler.examples, val, args.num_examples, args.seed)
     log.write_samples(run_dir, state.step, examples)
-    if args.data_path is None:
-        bound, _ = log.bounds(run_dir)[-1]
-        corpus = run_dir / "corpus.txt"
+    validated = log.bounds(run_dir)
+    if args.data_path is None and validated:
+        (bound, _), corpus = validated[-1], run_dir / "corpus.txt"
         print(*evaluate.check_toy(sampler, val, bound, args.seed, corpus), sep="\n")
     print(log.closing_lines(args))
 

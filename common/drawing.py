@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import cli
+from common import cli, files
 from common.files import replacing
 
 WIDTH = 8.4  # inches; with DPI a little wider than a README's column
@@ -175,6 +175,4 @@ def check_output(path, endings):
     """Raise ValueError for another ending, and for a file that is no picture: it would be lost."""
     if path.suffix not in endings:
         raise ValueError(f"--output={path} must end in {' or '.join(endings)}")
-    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        found = f"{path} exists already and is not a picture of plot.py"
-        raise ValueError(f"{found}: give another --output")
+    files.check_output(path, lambda p: MARK.encode() in p.read_bytes(), "a picture of plot.py")

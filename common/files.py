@@ -1,10 +1,11 @@
-"""Files that are written as a whole, and what identifies their content."""
+"""Files that are written as a whole, never over a file that is not ours, and their hashes."""
 
 import errno
 import hashlib
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # no space left, quota exceeded, file too large
 
@@ -20,11 +21,25 @@ def writing(path):
         raise
 
 
+def new_temporary(path):
+    """Create an empty file next to `path`, of a name that nobody has -> its path."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:50]}.{uuid4().hex}.tmp")
+    open(temporary, "x").close()
+    return temporary
+
+
+def remove_leftovers(folder):
+    """Delete temporary files that killed processes have left. No other process may write there."""
+    for path in Path(folder).glob(f".*.{'[0-9a-f]' * 32}.tmp"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path):
     """Yield a temporary path, which replaces `path` at the end. After an error, `path` stays."""
-    temporary = Path(f"{path}.tmp")
-    temporary.unlink(missing_ok=True)
+    with writing(path):
+        temporary = new_temporary(path)
     try:
         with writing(path):
             yield temporary
@@ -33,6 +48,23 @@ def replacing(path):
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(path, is_ours, kind):
+    """Refuse to write over a file that is not an earlier output of this kind, or where one cannot.
+
+    is_ours: function of the path. kind: words for the message. Raises ValueError.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        if path.is_file():
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+                if is_ours(path):
+                    return
+        raise ValueError(f"{path} exists already and is not {kind}: give another name")
+    folder = next(above for above in path.absolute().parents if above.exists())
+    if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is read-only, give another name")
 
 
 def file_hash(path, progress=None):

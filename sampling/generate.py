@@ -30,7 +30,7 @@ FLAGS = {  # of the commands that sample, see `cli.Parser.add_flags`
     "--corrections": dict(type=cli.natural, default=DEFAULT.corrections,
         help="further calls of pace that redraw tokens (%(default)s)"),
 }
-SORTED_BATCHES = 16  # texts are sorted by length within so many batches, then printed in order
+SORTED_BATCHES = 16  # texts are sorted by length within so many batches at most, then printed in order
 
 
 @dataclass(frozen=True, eq=False)  # it may hold tensors
@@ -94,14 +94,16 @@ def generate(
     seeds = [mix_seed(seed, number) for number in numbers]
     longest = max(map(len, templates), default=1)
     batch_size = rows_at_once(min(longest, limit), model.config, next(model.parameters()).device)
-    group_size = 1 if longest > limit else SORTED_BATCHES * batch_size
-    for start in range(0, len(templates), group_size):
-        group = range(start, min(start + group_size, len(templates)))
+    n_batches, end = 1, 0  # of a group: few at first, so that the first texts come soon
+    while end < len(templates):
+        size = 1 if longest > limit else n_batches * batch_size
+        group = range(end, min(end + size, len(templates)))
+        n_batches, end = min(2 * n_batches, SORTED_BATCHES), group.stop
         samples = {}
         for batch in cut_into_batches(group, templates, batch_size, options):
             inputs = model, tokenizer, [templates[i] for i in batch], [seeds[i] for i in batch]
             shown = options if numbers[batch[0]] == 0 else replace(options, trace=None)
-            sample = write_blocks if len(templates[start]) > limit else sample_batch
+            sample = write_blocks if len(templates[group[0]]) > limit else sample_batch
             samples.update(zip(batch, sample(*inputs, shown, limit), strict=True))
         yield from (samples[i] for i in group)
 

@@ -174,7 +174,7 @@ def test_sizes_that_cannot_fit_are_refused_before_anything_is_written_or_read(
         and "there are 16.0 GB on cpu" in error
         and "--recompute" in error
     )
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["training.lock"]
 
 
 def test_a_vocabulary_that_cannot_fit_is_refused_before_a_batch_is_read(

@@ -195,7 +195,7 @@ def test_the_command_writes_the_page_of_an_exported_folder_and_spares_files_of_t
         and "loss by time over t" in text
     )
     assert len(text) < 100_000
-    with pytest.raises(ValueError, match="is a file of the run"):
+    with pytest.raises(ValueError, match="exists already and is not of an earlier"):
         sample.check_output(sample.flags().parse_args([f"-mdir={exported}", f"--output={output}"]))
 
 

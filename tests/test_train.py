@@ -748,7 +748,7 @@ def test_wrong_sizes_and_missing_texts_are_refused_before_any_file_is_written(
         ["train.py", f"-d={corpus}", f"-mdir={tmp_path / 'run'}", wrong], monkeypatch, capsys
     )
     assert "33" in error or "nowhere" in error or "no text" in error
-    assert [path.name for path in (tmp_path / "run").glob("*")] == ["lock"]
+    assert [path.name for path in (tmp_path / "run").glob("*")] == ["training.lock"]
 
 
 @pytest.mark.parametrize("broken", ["no matplotlib", "a folder has the picture's name"])
@@ -1070,4 +1070,4 @@ def test_a_tokenizer_that_does_not_keep_line_breaks_is_refused_before_anything_i
         ValueError, match="does not keep line breaks: leave -spm or --init_from out"
     ):
         run(tmp_path / "other", f"--init_from={tmp_path / 'words'}", *flags)
-    assert [path.name for path in (tmp_path / "other").iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["training.lock"]

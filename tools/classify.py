@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import bfn
 import data
-from common import cli
+from common import cli, files
 from data import pad
 from sample import Sampler
 from sampling.guidance import Classifier, load_classifier, save_classifier
@@ -152,8 +152,8 @@ def flags():
 def main(argv=None):
     args = flags().parse_args(argv)
     sampler = Sampler.load(args.model_dir, device=args.device)
-    if Path(args.output).exists():
-        load_classifier(args.output, sampler)  # anything else is not overwritten
+    known = "a classifier of this model"
+    files.check_output(args.output, lambda path: load_classifier(path, sampler), known)
     if sampler.tokenizer.labels:
         advice = "sample.py --label steers it without a classifier"
         raise ValueError(f"{args.model_dir} was trained with --labelled: {advice}")

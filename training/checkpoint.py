@@ -32,7 +32,7 @@ from text.tokenizer import load_tokenizer
 FORMAT = 5  # of the checkpoint file and the network in it
 RUN_FILES = (
     "tokenizer.model corpus.txt last.pt best.pt metrics.jsonl samples.txt curves.png times.png "
-    "report.html lock"
+    "report.html training.lock"
 ).split()
 EXPORTED_FILES = "model.safetensors config.json tokenizer.model README.md".split()
 TOY_SENTENCES = 60_000
@@ -95,7 +95,7 @@ def read_checkpoint(path):
 
 def older_checkpoints(run_dir):
     """List the checkpoints that last.pt was before, the newest first -> paths."""
-    return sorted((Path(run_dir) / "older").glob("step-*.pt"), reverse=True)
+    return sorted((Path(run_dir) / "older").glob(f"step-{'[0-9]' * 10}.pt"), reverse=True)
 
 
 def older_path(run_dir, step):
@@ -295,6 +295,7 @@ def link(source, target):
     """Make the file `target` the same as `source`: a link, or a copy where there are none."""
     with replacing(target) as temporary:
         try:
+            temporary.unlink()
             os.link(source, temporary)  # checkpoints are only ever replaced, never changed
         except OSError:
             shutil.copyfile(source, temporary)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import drawing, parallel
+from common import cli, drawing, parallel
 from common.files import replacing, writing
 from text.cache import share_in_training
 from text.reading import Corpus, list_labels, reading_notes
@@ -155,10 +155,19 @@ class Meter:
         return figures
 
 
+def read_so_far(run_dir):
+    """Read metrics.jsonl while a run goes on: another's edit of it must not end the run -> list."""
+    try:
+        return read_metrics(run_dir)
+    except (ValueError, OSError) as error:
+        cli.warn_once(f"{error} (this run goes on)")
+        return []
+
+
 @parallel.first_only
 def draw_curves(run_dir):
     """Draw the training loss and the validation bound over steps, as curves.png."""
-    metrics = read_metrics(run_dir)
+    metrics = read_so_far(run_dir)
     series = {}
     for name, key in (("training loss", "loss"), ("validation bound", BOUND)):
         if points := [(m["step"], m[key]) for m in metrics if key in m]:
@@ -168,7 +177,7 @@ def draw_curves(run_dir):
 
 def bounds(run_dir):
     """List the bounds of the validations so far, and their steps -> [(nats per token, step)]."""
-    return [(m[BOUND], m["step"]) for m in read_metrics(run_dir) if BOUND in m]
+    return [(m[BOUND], m["step"]) for m in read_so_far(run_dir) if BOUND in m]
 
 
 @parallel.first_only

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import cli, parallel
-from common.files import file_hash, replacing, writing
+from common.files import file_hash, remove_leftovers, replacing, writing
 from text import cache, toy
 from text.reading import ONE_LINE, Corpus, check_separator, read_pieces
 from text.tokenizer import load_tokenizer, train_tokenizer
@@ -33,32 +33,43 @@ LEAST_VAL_TOKENS = 2048
 def lock(run_dir):
     """Create the run folder if it is missing, and hold it -> a context that lets go at its end.
 
-    Raises ValueError if it is not a folder, or if another process trains there. Without locks
-    (`cli.hold`) nothing is held.
+    Raises ValueError if it is not a folder, if another process trains there, and for files with the
+    names that a run writes but nothing else of a run. Without locks (`cli.hold`) nothing is held.
     """
     if parallel.rank() > 0:  # the first process holds it
         return nullcontext()
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file: give another -mdir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir / "lock", "a+")
+    if not (run_dir / "tokenizer.model").exists():  # which a run writes first
+        for name in ("metrics.jsonl", "samples.txt", "curves.png", "report.html", "older"):
+            if (run_dir / name).is_file():
+                raise ValueError(f"{run_dir} has a {name} that is of no run: give another -mdir")
+    path = run_dir / "training.lock"
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link: give another -mdir")
+    file = open(path, "a+", errors="replace")
+    file.seek(0)
+    holder = file.read(200).strip()
+    if holder and not holder.startswith("pid "):
+        raise ValueError(f"{path} is of no run: give another -mdir")
     try:
         cli.hold(file)
     except BlockingIOError:
-        file.seek(0)
-        found = f"another process trains in {run_dir} ({file.read().strip()})"
+        found = f"another process trains in {run_dir} ({holder})"
         raise ValueError(f"{found}: wait, or give another -mdir") from None
-    with writing(run_dir / "lock"):
+    with writing(path):
         file.truncate(0)
         print(f"pid {os.getpid()} on {platform.node()}", file=file, flush=True)
+    for folder in (run_dir, run_dir / "older"):
+        remove_leftovers(folder)
     return file
 
 
 def open_run_folder(run_dir):
     """Read the last checkpoint of a run folder -> dict, or None for a new run.
 
-    Raises ValueError if last.pt is damaged, or missing where there are other checkpoints, and for
-    files with the names that a run writes but nothing else of a run.
+    Raises ValueError if last.pt is damaged, or missing where there are other checkpoints.
     """
     if (run_dir / "last.pt").exists():
         return checkpoint.read_checkpoint(run_dir / "last.pt")
@@ -68,10 +79,6 @@ def open_run_folder(run_dir):
     if (run_dir / "best.pt").exists() or checkpoint.older_checkpoints(run_dir):
         way = checkpoint.way_back(run_dir)
         raise ValueError(f"{run_dir} has checkpoints but no last.pt: {way}")
-    if not (run_dir / "tokenizer.model").exists():  # which a run writes first
-        for name in ("metrics.jsonl", "samples.txt", "curves.png", "report.html", "older"):
-            if (run_dir / name).is_file():
-                raise ValueError(f"{run_dir} has a {name} that is of no run: give another -mdir")
     return None
 
 
