@@ -277,7 +277,9 @@ def main(argv=None):
 
     Ctrl-C ends it after the figures so far, as KeyboardInterrupt. Raises ValueError for bad flags.
     """
-    args = flags().parse_args(argv)
+    parser = flags()
+    args = parser.parse_args(argv)
+    parser.refuse_idle(args, dict.fromkeys("corpus sampler steps corrections".split(), "samples"))
     args.quick = not (args.all or args.max_tokens or args.se or args.draws)  # a minute has to do
     args.error = None if args.draws else args.se or ERROR
     device = parallel.join(args.device)

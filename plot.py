@@ -210,6 +210,8 @@ def record(sampler, prompts, recorder, controls, seed=0, length=None):
 def draw_sampling(args):
     """Draw how certain each position is at each network call, or the texts as they emerge."""
     sampler = Sampler.load(args.run_dir, args.checkpoint, args.device)
+    if (args.length or 0) > sampler.limit:
+        raise ValueError(f"--length={args.length}: the model draws up to {sampler.limit} tokens")
     n = args.num_samples or (6 if args.gif else 1)
     prompts = [read_breaks(text, sampler.run) for text in args.prompt or [""] for _ in range(n)]
     controls = generate.options_of(args).controls
@@ -393,7 +395,7 @@ FLAGS = {
     "-d --data_path": dict(type=cli.path, help="text file"),
     "-spm --spm_model": dict(type=cli.path,
         help="SentencePiece model (a bpe is trained on the text)"),
-    "-slen --sequence_length": dict(type=cli.several, default=128, help="tokens of a row (128)"),
+    "-slen --sequence_length": dict(type=cli.row_length, default=128, help="tokens of a row (128)"),
     "--prompt": dict(action="append", default=[], help="as in sample.py; repeatable"),
     "--num_samples": dict(type=cli.count, help="texts per prompt (1, with --gif 6)"),
     "--length": dict(type=cli.several,

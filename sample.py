@@ -67,6 +67,8 @@ class Sampler:
 
     def __call__(self, prompt: str = "", n: int = 1, seed: int = 0, **options) -> list[str]:
         """Sample n texts that continue a prompt or fill its gaps -> list of str."""
+        if n < 0:
+            raise ValueError(f"n={n}: give a number of texts")
         return [text for text, *_ in self.stream([prompt] * n, seed, **options)]
 
     def stream(self, prompts, seed=0, length=None, trace=False, label=None, **options):
@@ -113,6 +115,9 @@ class Sampler:
 
     def options(self, *, ban=(), hint=(), draft=None, strength=0.4, **more):
         """Turn what a user says into Options."""
+        for name, texts in (("ban", ban), ("hint", hint), ("draft", [draft or ""])):
+            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name}={texts!r}: give texts, ban and hint as lists")
         controls = {name: more.pop(name) for name in CONTROLS if name in more}
         return Options(
             controls=replace(DEFAULT, **controls),
@@ -168,8 +173,9 @@ class Sampler:
         """
         ids = torch.as_tensor(ids)
         given = torch.as_tensor(given, dtype=torch.bool)
-        if ids.dim() != 2 or ids.shape != given.shape or ids.is_floating_point():
+        if ids.dim() != 2 or ids.shape != given.shape or ids.is_floating_point() or not ids.numel():
             raise ValueError("ids and given must have the same shape (B, L), and ids whole numbers")
+        ids = ids.long()
         if ((ids < 0) | (ids >= self.model.config.K))[given].any():
             raise ValueError(f"given ids must lie between 0 and {self.model.config.K - 1}")
         kinds = torch.full_like(ids, GAP).index_fill(1, torch.tensor([ids.shape[1] - 1]), FREE)
@@ -250,8 +256,16 @@ def flags():
     return p
 
 
-def check(args):
+NEEDS = {"scale": "classifier", "strength": "draft", "json": "check check_file"}
+PROOFREADING = {"model_dir", "checkpoint", "device", "check", "check_file", "json"}
+
+
+def check(args, parser):
     """Raise ValueError for flags that do not go together."""
+    ignored = sorted(parser.given - PROOFREADING)
+    if ignored and (args.check or args.check_file is not None):
+        raise ValueError(f"--check reads texts and samples none: leave --{ignored[0]} out")
+    parser.refuse_idle(args, NEEDS)
     is_given = [args.prompt, args.prompt_file, args.length, args.label and not args.classifier]
     if args.draft is not None and any(is_given):
         others = "--prompt, --prompt_file, --length and --label"
@@ -292,13 +306,14 @@ def is_output(path):
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
+    parser = flags()
+    args = parser.parse_args(argv)
+    check(args, parser)
     model = Sampler.load(args.model_dir, args.checkpoint, parallel.join(args.device))
     args.prompt = [prompts.read_breaks(text, model.run) for text in args.prompt]
     args.draft = args.draft and prompts.read_breaks(args.draft, model.run)
     for text in [*args.ban, *args.hint, args.draft or ""]:
         prompts.check_unicode(text)
-    check(args)
     separator = [] if model.run["args"]["example"] in ONE_LINE else [SEPARATOR]
     steering = dict(guide=None, label=args.label)
     if args.classifier:

@@ -68,9 +68,9 @@ def flags():
     add("--minutes", type=cli.positive, help="minutes, instead of --epochs; measured first")
     add("--max_steps", type=cli.count, help="steps, instead of --epochs or --minutes")
     add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch (by preset and -slen)")
-    add("-acc", "--accumulation_steps", type=cli.count,
+    add("-acc", "--accumulation_steps", type=cli.micro_batches,
         help="micro-batches per step, shared by all processes (one each)")
-    add("-slen", "--sequence_length", type=cli.several,
+    add("-slen", "--sequence_length", type=cli.row_length,
         help="tokens of a row (64 or more: nine of ten examples fit)")
     add("-mdim", "--model_dim", type=cli.count, help="width *")
     add("-nl", "--num_layers", type=cli.layers, help="layers *")
@@ -155,7 +155,7 @@ def choose_source(args, saved):
     """
     before = saved["args"] if saved else vars(args)
     theirs = before["init_from"]
-    if args.init_from and (not theirs or Path(args.init_from) != Path(theirs)):
+    if args.init_from and (not theirs or Path(args.init_from).resolve() != Path(theirs).resolve()):
         started = f"{args.model_dir} did not start from {args.init_from}"
         raise ValueError(f"{started}: give another -mdir")
     args.init_from = theirs
@@ -397,6 +397,7 @@ def train(args, device, until_end):
                 bound = figures["bound_nats_per_token"]
                 is_best, state.best = bound < state.best, min(state.best, bound)
             if step % args.save_interval == 0 or is_best or is_last:
+                meter.check(step)  # no save after what is not finite
                 save(state, run, run_dir, is_best)
             if step % args.sample_interval == 0 or is_last:
                 news += log.write_samples(run_dir, state.step, examples) or []

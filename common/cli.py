@@ -57,6 +57,8 @@ class Parser(argparse.ArgumentParser):
                 for close in difflib.get_close_matches(flag, known, n=1):
                     hint = f"did you mean {close}?"
                 self.error(f"unknown flag {flag} ({hint})")
+        flags = (word.split("=", 1)[0] for word in words)
+        self.given = {known[flag].dest for flag in flags if flag in known}
         joined = [word.split("=", 1) for word in words if "=" in word]
         for flag, value in [*joined, *pairwise(words)]:
             if value == "" and flag in known and flag not in MAY_BE_EMPTY:  # an unset variable
@@ -64,6 +66,13 @@ class Parser(argparse.ArgumentParser):
             if value == "--" and flag in known:  # argparse would make it an empty list
                 self.error(f"{flag} cannot be --: give another value")
         return super().parse_args(words, namespace)
+
+    def refuse_idle(self, args, needs):
+        """Raise ValueError for flags that were given but do nothing: {flag: those it needs}."""
+        for name, needed in needs.items():
+            if name in self.given and not any(getattr(args, other) for other in needed.split()):
+                others = " or ".join(f"--{other}" for other in needed.split())
+                self.error(f"--{name} does nothing without {others}: leave it out")
 
     def error(self, message):
         raise ValueError(message)
@@ -96,6 +105,8 @@ steps = _number(int, 1, most=10**6)  # beyond, random numbers and float32 run ou
 samples = _number(int, 1, most=10**6)  # beyond, memory runs out
 layers = _number(int, 1, most=1000)  # beyond, a network takes hours to build
 positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
+row_length = _number(int, 2, most=1 << 17)  # beyond, memory runs out
+micro_batches = _number(int, 1, most=10**5)  # of a step; more take hours
 share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
 above_zero_to_one = _number(float, 0, exclusive=True, most=1)
 
@@ -223,6 +234,11 @@ def catch_signals(
             signal.signal(number, handler)
 
 
+def visible(text):
+    """Write control characters, which a terminal would obey, with a backslash."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def fail(message):
     """Print one line to standard error and leave with exit code 2.
 
@@ -230,18 +246,18 @@ def fail(message):
     """
     if os.environ.get("RANK", "0") != "0" or isinstance(message, ConnectionError):
         time.sleep(2)
-    line = " ".join(str(message).split())
+    line = visible(" ".join(str(message).split()))
     print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 def open_closed_streams():
-    """Send what goes to a closed stream (`>&-`) nowhere, and not into the next file."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    """Send what goes to a closed stream (`>&-`) nowhere, and not into the next file. `<&-` ends."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_WRONLY)
+            null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, number)
-            setattr(sys, name, open(number, "w", closefd=False))
+            setattr(sys, name, open(number, mode, closefd=False))
 
 
 def run(main):
@@ -271,6 +287,9 @@ def run(main):
             raise
         if out_of_memory and not str(error).startswith("out of memory: "):  # training says more
             error = "out of memory: a shorter text or a smaller model takes less"
+        if getattr(error, "filename", None) == "standard output":
+            with suppress(OSError):  # else Python tries again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(error)
 
 

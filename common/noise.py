@@ -6,6 +6,7 @@
 """
 
 import hashlib
+from operator import index
 
 import torch
 
@@ -19,7 +20,14 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def mix_seed(*parts):
-    """Hash several numbers or strings, such as (seed, step, micro-batch) -> int in [0, 2^63)."""
+    """Hash several numbers or strings, such as (seed, step, micro-batch) -> int in [0, 2^63).
+
+    5, numpy's 5 and a tensor of 5 are the same number. Raises ValueError for 5.0.
+    """
+    try:
+        parts = tuple(x if isinstance(x, str) else int(index(x)) for x in parts)
+    except TypeError:
+        raise ValueError(f"a seed is a whole number, not one of {parts!r}") from None
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 

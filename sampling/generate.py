@@ -61,6 +61,7 @@ class Options:
             temperature=c.temperature > 0,
             top_p=0 < c.top_p <= 1,
             until=c.until >= 0,
+            argmax=isinstance(c.argmax, bool),
             strength=0 <= self.strength < 1,
             guidance=self.guidance >= 0,
             scale=self.scale >= 0,

@@ -147,6 +147,8 @@ def load_classifier(path, sampler):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         same = saved["classifier"] == CLASSIFIER_FORMAT
         config, labels, head = saved["config"], saved["labels"], saved["head"]
+        if not all(isinstance(label, str) for label in labels) or not isinstance(head, dict):
+            raise TypeError("labels are no texts")
     except PermissionError:
         raise
     except FileNotFoundError:
@@ -158,5 +160,8 @@ def load_classifier(path, sampler):
     if not same or config != vars(sampler.model.config):
         raise ValueError(f"{path} is of another model: train one for this run with tools.classify")
     classifier = Classifier(sampler.model, labels).to(sampler.device)
-    classifier.load_state_dict(head)
+    try:
+        classifier.load_state_dict(head)
+    except (RuntimeError, AttributeError):
+        raise ValueError(f"{path} is damaged: train it again with tools.classify") from None
     return classifier.eval()

@@ -3,13 +3,14 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from untrained import equal, random_network
+from untrained import equal, random_network, record
 
 import evaluate
 import sample
@@ -26,6 +27,7 @@ from training.checkpoint import load, read_checkpoint, save_checkpoint
 CONFIG = Config(K=11, beta1=1.0, d_model=32, n_layers=2, n_heads=2)
 ROOT = Path(train.__file__).parent
 TOY = ROOT / "examples" / "toy"
+OF_RUN = dict(model={}, optimizers=[], best=1.0, identity=dict.fromkeys(run_folder.IDENTITY))
 
 
 @pytest.fixture
@@ -39,10 +41,10 @@ def run_dir(tmp_path, model):
     text = tmp_path / "text.txt"
     text.write_text("abcdefghij\n" * 3)
     (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(text, "char", 0))
-    saved = dict(
+    saved = record(
+        [model.state_dict()],
         config=vars(CONFIG),
         tokenizer_hash=file_hash(tmp_path / "tokenizer.model"),
-        emas=[model.state_dict()],
         model={},
         optimizers=[],
         step=3,
@@ -79,7 +81,7 @@ def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
             assert "damaged" in str(error) or "format" in str(error)
     incomplete = {name: value for name, value in intact.items() if name != "emas"}
     save_checkpoint(path, incomplete)
-    with pytest.raises(ValueError, match=r"damaged or not a checkpoint \(KeyError\)"):
+    with pytest.raises(ValueError, match=r"damaged or not a checkpoint \(ValueError: emas is missing"):
         read_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
@@ -107,13 +109,7 @@ def write_checkpoints(run_dir, **steps):
         )
         save_checkpoint(
             path,
-            dict(
-                step=step,
-                args={},
-                config={},
-                tokenizer_hash="",
-                emas=[{"weight": torch.full((5000,), float(step))}],
-            ),
+            record([{"weight": torch.full((5000,), float(step))}], step=step, **OF_RUN),
         )
         if name == "best" and step == steps["last"]:
             path.unlink()
@@ -444,7 +440,7 @@ def test_a_damaged_foreign_or_missing_file_is_an_error_of_one_line(
         ("config.json", b"", "JSONDecodeError"),
         ("config.json", intact["config.json"][:-20], "JSONDecodeError"),
         ("config.json", b"\xff\xfe", "UnicodeDecodeError"),
-        ("config.json", b"[]", "format is missing"),
+        ("config.json", b"[]", "is missing"),
         ("config.json", json.dumps(foreign).encode(), "format is missing"),
         ("tokenizer.model", None, "missing or not the tokenizer"),
         ("tokenizer.model", train_tokenizer(other, "char", 0), "missing or not the tokenizer"),
@@ -496,12 +492,12 @@ def test_a_hostile_config_is_an_error_of_one_line_and_takes_no_memory(out):
         assert torch.empty(0).device.type == "meta"
         return BFNTransformer(config)
 
-    for name in checkpoint.EXPORTED:
+    for name in (checkpoint.EXPORTED | checkpoint.RUN).keys() - {"emas"}:
         refused(
             f"{name} is missing",
             **{name: {"a": 1}} if name not in ("args", "config") else {name: [1]},
         )
-    for name in checkpoint.EXPORTED_ARGS:
+    for name in checkpoint.ARGS:
         refused(f"{name} is missing", args={**intact["args"], name: [{}]})
     refused("word_lengths is missing", word_lengths=["__import__('os')"])
     refused("K is missing", config={})
@@ -563,7 +559,7 @@ def test_nothing_is_written_into_an_exported_folder(out, monkeypatch, capsys):
         code, _, errors = run_command(
             monkeypatch, capsys, sample, f"-mdir={out}", f"--output={out / name}"
         )
-        assert code == 2 and "is a file of the run" in errors
+        assert code == 2 and "exists already and is not of an earlier" in errors
 
 
 def test_only_exported_models_need_safetensors(trained, out, monkeypatch):
@@ -609,3 +605,71 @@ def test_the_command_runs_as_a_program(trained, tmp_path):
     words = sys.executable, "-m", "tools.export", trained, tmp_path / "out"
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr and "MB of weights" in done.stdout
+
+
+# ---------------------------------------------------------------- records of another type, and NaN
+
+
+@pytest.mark.parametrize("name", [*checkpoint.RESUMED, "args", "config", "emas", "step", "lengths"])
+@pytest.mark.parametrize("value", [None, "7", [], ...])
+def test_a_run_resumes_only_from_a_whole_record(trained, tmp_path, name, value):
+    shutil.copytree(trained, tmp_path / "run")
+    saved = read_checkpoint(trained / "last.pt") | {name: value}
+    if value is ...:
+        del saved[name]
+    (tmp_path / "run" / "last.pt").unlink()  # a link
+    torch.save(saved, tmp_path / "run" / "last.pt")
+    if value == [] and name in ("optimizers",):
+        return  # a list of none: refused when it is put back
+    with pytest.raises(ValueError, match="to go on from step"):
+        run_folder.open_run_folder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("beta", [float("nan"), float("inf"), 1e308, 0.0, -1.0])
+def test_a_network_with_an_impossible_beta_is_refused(run_dir, beta):
+    saved = read_checkpoint(run_dir / "best.pt")
+    saved["config"]["beta1"] = beta
+    save_checkpoint(run_dir / "best.pt", saved)
+    with pytest.raises(ValueError, match="not that of a network|answers with what is no number"):
+        load(run_dir)
+
+
+def test_a_network_that_answers_with_nan_is_refused(run_dir):
+    saved = read_checkpoint(run_dir / "best.pt")
+    next(iter(saved["emas"][0].values())).fill_(float("nan"))
+    save_checkpoint(run_dir / "best.pt", saved)
+    with pytest.raises(ValueError, match="answers with what is no number"):
+        load(run_dir)
+
+
+def test_a_tokenizer_of_another_size_than_the_network_is_refused(run_dir):
+    saved = read_checkpoint(run_dir / "best.pt")
+    text = run_dir / "other.txt"
+    text.write_text("abc\n")
+    (run_dir / "tokenizer.model").write_bytes(train_tokenizer(text, "char", 0))
+    saved["tokenizer_hash"] = file_hash(run_dir / "tokenizer.model")
+    save_checkpoint(run_dir / "best.pt", saved)
+    with pytest.raises(ValueError, match="tokens, the network"):
+        load(run_dir)
+
+
+@pytest.mark.parametrize("line", ["[" * 9999, '{"step": "3"}', '{"step": 3, "loss": "x"}', "[1]", "7"])
+def test_figures_that_are_none_are_refused_in_one_line(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl is not of a run"):
+        checkpoint.read_metrics(tmp_path)
+
+
+def test_no_step_is_saved_after_a_norm_that_is_not_finite(tmp_path, monkeypatch):
+    (tmp_path / "corpus.txt").write_text(toy.corpus(300))
+    real = train.update_weights
+
+    def spoilt(state, args):
+        return real(state, args) * (float("nan") if state.step >= 5 else 1.0)
+
+    monkeypatch.setattr(train, "update_weights", spoilt)
+    flags = f"-d={tmp_path / 'corpus.txt'}", "--tokenizer=word", "-svi=1", "-lgi=40"
+    with pytest.raises(ValueError, match="not finite at step 6"):
+        train_for(tmp_path, "run", *flags, steps=30)
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+    assert len(checkpoint.older_checkpoints(tmp_path / "run")) == 2

@@ -9,6 +9,7 @@ import sys
 import crash
 import pytest
 import torch
+from untrained import record
 
 from training.checkpoint import save_checkpoint
 
@@ -37,9 +38,7 @@ def folders(tmp_path):
         for path in (run_dir / "last.pt", run_dir / "best.pt"):
             save_checkpoint(
                 path,
-                dict(
-                    step=3, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.ones(2)}]
-                ),
+                record([{"weight": torch.ones(2)}], step=3),
             )
         (run_dir / "metrics.jsonl").write_text(
             json.dumps(dict(step=3, loss=1.5, minutes=torch.rand(()).item())) + "\n"
@@ -52,7 +51,7 @@ def folders(tmp_path):
 def change_weight(run_dir):
     save_checkpoint(
         run_dir / "last.pt",
-        dict(step=3, args={}, config={}, tokenizer_hash="", emas=[{"weight": torch.zeros(2)}]),
+        record([{"weight": torch.zeros(2)}], step=3),
     )
 
 

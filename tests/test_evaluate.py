@@ -91,7 +91,7 @@ def test_the_check_of_the_built_in_language_counts_grammatical_and_new_sentences
     monkeypatch.setattr(
         grammar, "excess_nats_per_token", lambda *inputs: -0.02 * 1.792 * math.log(2)
     )
-    monkeypatch.setattr(evaluate, "hidden_word_nats", lambda *inputs: (1.1, 1.0))
+    monkeypatch.setattr(grammar, "hidden_word_nats", lambda *inputs: (1.1, 1.0))
     lines = evaluate.check_toy(
         SimpleNamespace(model=None, tokenizer=tokenizer, run=run), None, bound, 0, corpus
     )

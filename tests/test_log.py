@@ -23,7 +23,7 @@ def test_logs_keep_every_line_that_is_whole_and_not_undone(tmp_path):
     path.write_text(
         f'5\n[]\n{nested}\n{{"step": 1, "minutes": []}}\n{{"step": 1}}\n{{"step": 2, "loss": 2.5}}'
     )
-    log.drop_undone(path, log.step_of_figures, 2)
+    log.drop_undone(path, lambda line: log.parse_figures(line)["step"], 2)
     assert path.read_text() == '{"step": 1}\n'
 
 

@@ -214,28 +214,6 @@ def test_a_prompt_that_is_not_unicode_gets_one_line(run_dir, monkeypatch, capsys
     )
 
 
-def test_output_is_replaced_only_when_all_samples_are_written(
-    run_dir, monkeypatch, capsys, tmp_path
-):
-    """Until then they are in a file of their own, and stay there after an error."""
-    output = tmp_path / "out.jsonl"
-    output.write_text("old")
-    real = sample.lay_out
-    monkeypatch.setattr(
-        sample, "lay_out", lambda *inputs: real(*inputs) if capsys.readouterr().out == "" else 1 / 0
-    )
-    flags = f"-mdir={run_dir}", f"--output={output}", "--num_samples=2", "--length=6"
-    with pytest.raises(ZeroDivisionError):
-        run_command(monkeypatch, capsys, *flags)
-    assert (
-        output.read_text() == "old"
-        and len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 1
-    )
-    monkeypatch.setattr(sample, "lay_out", real)
-    run_command(monkeypatch, capsys, *flags)
-    assert len(output.read_text().splitlines()) == 2 and not (tmp_path / "out.jsonl.part").exists()
-
-
 def test_output_never_overwrites_the_prompts_or_the_run(run_dir, monkeypatch, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("anna\n")
     (run_dir / "metrics.jsonl").write_text("{}\n")

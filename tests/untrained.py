@@ -22,8 +22,18 @@ UNICODE = [
 WORDS = {
     "word_lengths": [0, 3, 1],
     "lengths": [0, 0, 0, 0, 0, 1, 5, 9],
-    "args": {"sequence_length": 32, "data_path": None, "val_path": "val.txt"},
+    "args": {
+        "sequence_length": 32, "data_path": None, "val_path": "val.txt", "text_field": "text",
+        "ema_rate": [0.9], "beta": 0.3, "model_dim": 32, "num_layers": 1, "num_heads": 2,
+        "batch_size": 4,
+    },
 }
+
+
+def record(emas, **more):
+    """What a checkpoint of a small run holds."""
+    config = vars(Config(K=9, beta1=0.3, d_model=32, n_layers=1, n_heads=2))
+    return dict(WORDS, config=config, tokenizer_hash="", step=1, loss_by_time=None, emas=emas) | more
 
 
 def random_network(config, std=0.2):
@@ -50,13 +60,11 @@ def make_run(folder, kind, text, example="line"):
     torch.nn.init.normal_(model.linear_out.weight)
     save_checkpoint(
         folder / "best.pt",
-        dict(
-            {**WORDS, "args": {**WORDS["args"], "example": example}},
+        record(
+            [model.state_dict()],
+            args={**WORDS["args"], "example": example},
             config=vars(config),
             tokenizer_hash=file_hash(folder / "tokenizer.model"),
-            emas=[model.state_dict()],
-            step=1,
-            loss_by_time=None,
         ),
     )
     return folder

@@ -180,13 +180,14 @@ def load_corpus(corpus, tokenizer, cache_dir, part="all", example="line"):
     if str(cache_dir) == cli.default_cache_dir() and not cli.user_cache_dir()[1]:
         where = f"this user has no folder for caches: tokenised texts go to {cache_dir}"
         cli.warn_once(f"{where}; --cache_dir=FOLDER names another")
+    stamps = file_stamps(corpus.files)
     folder = Path(cache_dir) / text_key(corpus, tokenizer, cache_dir, part, example)
     if (tokens := _read_cache(folder, tokenizer)) is None:
         with _hold(folder) as temporary:
             tokens = _read_cache(folder, tokenizer)  # another process may have written it
             if tokens is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                _write_cache(corpus, part, example, tokenizer, folder, temporary)
+                _write_cache(corpus, stamps, part, example, tokenizer, folder, temporary)
                 tokens = _read_cache(folder, tokenizer)
     if tokens is None:
         raise ValueError(f"{folder} is damaged and cannot be replaced: delete it")
@@ -218,32 +219,36 @@ def content_hash(corpus, cache_dir):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def file_stamps(files):
+    """Read the size of each file and when it was changed, in ns -> list of [int, int]."""
+    return [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]
+
+
 def _file_hashes(files, memory):
     """Compute the sha256 of each file -> list of str. Those of a large corpus are in `memory`."""
-    stats = [os.stat(path) for path in files]
-    n_bytes = sum(stat.st_size for stat in stats)
+    stamps = file_stamps(files)
+    n_bytes = sum(size for size, _ in stamps)
     if n_bytes < LARGE_BYTES:
         return list(map(file_hash, files))
     known = {}
+    check_owner(memory)
     with suppress(*DAMAGED):
-        read = json.loads(memory.read_text())
+        read = _read_json(memory)
         known = {path: [size, changed, value] for path, (size, changed, value) in read.items()}
     hashes, is_new = [], False
     with tqdm(desc="reading", total=n_bytes, delay=1, **BYTES_BAR) as bar:
-        for path, stat in zip(map(os.path.realpath, files), stats, strict=True):
-            stamp = [stat.st_size, stat.st_mtime_ns]
+        for path, stamp in zip(map(os.path.realpath, files), stamps, strict=True):
             if known.get(path, [])[:2] != stamp:
                 known[path], is_new = [*stamp, file_hash(path, bar.update)], True
             else:
-                bar.update(stat.st_size)
+                bar.update(stamp[0])
             hashes.append(known[path][2])
-            if time.time() - stat.st_mtime < FRESH_SECONDS:
+            if time.time() - stamp[1] / 1e9 < FRESH_SECONDS:
                 del known[path]
     if is_new:
         with suppress(OSError):  # another process may write it now
             memory.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(memory) as temporary:
-                temporary.write_text(json.dumps(known))
+            _write_json(memory, known)
     return hashes
 
 
@@ -251,7 +256,8 @@ def _file_hashes(files, memory):
 
 
 def _read_cache(folder, tokenizer):
-    """Open a cache -> Tokens, or None if it is missing or damaged."""
+    """Open a cache -> Tokens, or None if it is missing or damaged. Raises as `check_owner`."""
+    check_owner(folder)
     try:
         meta = _read_json(folder / "meta.json")
         tokens = _open_arrays(folder, meta, tokenizer)
@@ -262,6 +268,13 @@ def _read_cache(folder, tokenizer):
     except DAMAGED:
         return None
     return tokens if whole else None
+
+
+def check_owner(path):
+    """Raise ValueError for what another user has written: it may be any text."""
+    known = {os.getuid(), 0} if hasattr(os, "getuid") else set()  # Windows has no owners
+    if known and os.path.exists(path) and os.stat(path).st_uid not in known:
+        raise ValueError(f"{path} belongs to another user: give another --cache_dir=FOLDER")
 
 
 def _open_arrays(folder, meta, tokenizer):
@@ -366,12 +379,13 @@ def _remove_stale(cache_dir):
                 old.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _write_cache(corpus, part, example, tokenizer, folder, temporary):
+def _write_cache(corpus, stamps, part, example, tokenizer, folder, temporary):
     """Tokenise into a temporary folder, which becomes `folder` at the end.
 
-    What is complete in it stays there after an interruption, and is continued.
+    stamps: of the files when they were hashed. What is complete in it stays there after an interruption, and is continued.
     """
     temporary.mkdir(exist_ok=True)
+    check_owner(temporary)
     _remove_stale(folder.parent)
     try:
         with writing(folder):
@@ -383,6 +397,8 @@ def _write_cache(corpus, part, example, tokenizer, folder, temporary):
                 with open(temporary / name, "r+b") as file:
                     os.fsync(file.fileno())
             sums = {name: checksums(temporary / name, BLOCK_BYTES) for name in ARRAYS}
+            if file_stamps(corpus.files) != stamps:
+                raise ValueError(f"{corpus} has changed while it was read: run again")
             _write_json(temporary / "meta.json", {**meta, "checksums": sums})
         try:
             os.rename(temporary, folder)

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from common import cli
 from common.noise import GOLDEN
 
 BYTES_BAR = dict(unit="B", unit_scale=True, disable=None)  # options of tqdm
@@ -159,7 +160,7 @@ def find_files(path):
             more = "; ".join(searched + left_out(part))
             raise ValueError(f"no text file at {part}" + (f" ({more})" if more else ""))
         files += found
-    return list(dict.fromkeys(files))
+    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
 
 
 def _parts(path):
@@ -578,7 +579,7 @@ def list_labels(counts):
     """List labels with their numbers of examples, the most frequent first -> a line, or none."""
     if not counts:
         return []
-    listed = [f"{label} {n:,}" for label, n in counts.most_common(MOST_LABELS)]
+    listed = [f"{cli.visible(label)} {n:,}" for label, n in counts.most_common(MOST_LABELS)]
     rest = f", and {len(counts) - len(listed)} more" if len(counts) > len(listed) else ""
     return [f"{len(counts)} labels: {', '.join(listed)}{rest}"]
 

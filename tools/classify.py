@@ -27,7 +27,7 @@ from common import cli, files
 from data import pad
 from sample import Sampler
 from sampling.guidance import Classifier, load_classifier, save_classifier
-from sampling.prompts import check_unicode
+from sampling.prompts import is_unicode
 from text.reading import lines_of
 from training.times import draw_times
 
@@ -46,7 +46,8 @@ def read_labelled(path, sampler):
     examples = []
     for number, line in lines_of(path):
         label, tab, text = line.partition("\t")
-        check_unicode(line)
+        if not is_unicode(line):
+            raise ValueError(f"{path}, line {number} is not UTF-8: convert it, for example with iconv")
         if not line.strip():
             continue
         if not tab or not label.strip() or not text.strip():

@@ -21,9 +21,11 @@ import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 
 import torch
 
+import bfn
 from common import parallel
 from common.files import file_hash, replacing
 from model import BFNTransformer, Config
@@ -36,11 +38,15 @@ RUN_FILES = (
 ).split()
 EXPORTED_FILES = "model.safetensors config.json tokenizer.model README.md".split()
 TOY_SENTENCES = 60_000
-EXPORTED = dict(format=int, step=int, args=dict, config=dict, weights_hash=str, tokenizer_hash=str)
-EXPORTED |= dict(lengths=list, word_lengths=list, loss_by_time=list | None)  # in config.json
-SIZES = dict.fromkeys("model_dim num_layers num_heads batch_size sequence_length".split(), int)
-EXPORTED_ARGS = dict(SIZES, ema_rate=list, beta=float | str, example=str)
-EXPORTED_ARGS |= dict(data_path=str | None, val_path=str | None)  # in its "args"
+# What a record must have, see `fault`: of a run that is read, one that resumes, and an exported one.
+SIZES = "model_dim num_layers num_heads batch_size sequence_length".split()
+ARGS = dict.fromkeys(SIZES, int) | dict(ema_rate=[float], beta=(float, str), example=str)
+ARGS |= dict(text_field=str, data_path=(str, NoneType), val_path=(str, NoneType))
+RUN = dict(step=int, args=ARGS, config={field.name: field.type for field in fields(Config)})
+RUN |= dict(tokenizer_hash=str, lengths=[int], word_lengths=[int], emas=[dict])
+RUN |= dict(loss_by_time=([float], NoneType))
+RESUMED = dict(model=dict, optimizers=[dict], best=float, identity=dict)
+EXPORTED = dict(format=int, weights_hash=str)
 PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split()
 
 
@@ -73,8 +79,8 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile(part)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = int(checkpoint["format"])
-        if not checkpoint.keys() >= {"step", "emas", "config", "tokenizer_hash"}:
-            raise KeyError
+        if version == FORMAT:
+            check_run(checkpoint)
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
@@ -82,15 +88,50 @@ def read_checkpoint(path):
         if Path(path).name == "last.pt":
             nothing = "there is no other that can be read, give another run folder"
             hint = way_back(Path(path).parent) or nothing
-        damaged = f"{path} is damaged or not a checkpoint ({type(error).__name__})"
+        damaged = f"{path} is damaged or not a checkpoint ({type(error).__name__}: {error})"
         raise ValueError(f"{damaged}: {hint}") from None
     if version != FORMAT:
         differs = f"{path} has format {version}, this code reads {FORMAT}"
         raise ValueError(f"{differs}: use the code that wrote it, or another run folder")
-    for part in ("args", "identity"):
-        checkpoint.get(part, {}).setdefault("example", "line")  # runs of before --example
-    checkpoint.get("args", {}).setdefault("text_field", "text")
     return checkpoint
+
+
+def check_run(run):
+    """Raise ValueError if a record is not that of a run: see RUN. Adds flags of newer versions."""
+    for part in ("args", "identity"):
+        if isinstance(run.get(part), dict):
+            run[part].setdefault("example", "line")  # runs of before --example
+            run[part].setdefault("text_field", "text")
+    if wrong := fault(run, RUN):
+        raise ValueError(f"{wrong} is missing or of another type")
+    config, args = Config(**run["config"]), run["args"]
+    sizes = [config.K, config.d_model, config.n_heads, config.n_layers, *map(args.get, SIZES)]
+    enough = min(sizes) > 0 and args["sequence_length"] > 1 and args["ema_rate"]
+    if not (enough and 0 < config.beta1 < math.inf and config.n_layers <= len(run["emas"][0])):
+        raise ValueError("a size is not that of a network")
+    if min(run["lengths"] + run["word_lengths"], default=0) < 0 or not sum(run["lengths"]):
+        raise ValueError("lengths are not those of a text")
+
+
+def fault(value, kind, name="it"):
+    """Find what is missing or of another type -> its name, or None.
+
+    kind: a type; (kind, ...), one of several; [kind], a list of it; {name: kind}. A number of type
+    float may be whole; True is no number.
+    """
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return name
+        wrong = (fault(value[key], k, key) if key in value else key for key, k in kind.items())
+        return next(filter(None, wrong), None)
+    if isinstance(kind, tuple):
+        is_right = not all(fault(value, k, name) for k in kind)
+    elif isinstance(kind, list):
+        is_right = isinstance(value, list) and not any(fault(x, kind[0], name) for x in value)
+    else:
+        kinds = (int, float) if kind is float else kind
+        is_right = isinstance(value, kinds) and not isinstance(value, bool)
+    return None if is_right else name
 
 
 def older_checkpoints(run_dir):
@@ -144,16 +185,32 @@ def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     if not -len(averages) <= ema < len(averages):
         known = f"{run_dir} has {len(averages)} weight averages, counted from 0"
         raise ValueError(f"{known}: there is no {ema}")
-    weights = {
-        name: weight.to(torch.float32, copy=True) if weight.is_floating_point() else weight
-        for name, weight in averages[ema].items()
-    }
-    with refuse_other_network(), torch.device("meta"):  # no memory, whatever a foreign file says
-        model = network(Config(**run["config"]))
-        model.load_state_dict(weights, assign=True)
+    with refuse_other_network():
+        weights = {
+            name: weight.to(torch.float32, copy=True) if weight.is_floating_point() else weight
+            for name, weight in averages[ema].items()
+        }
+        with torch.device("meta"):  # no memory, whatever a foreign file says
+            model = network(Config(**run["config"]))
+            model.load_state_dict(weights, assign=True)
     for name in ("model", "emas", "optimizers"):
         run.pop(name, None)
-    return model.to(device).eval(), load_tokenizer(path), run
+    model, tokenizer = model.to(device).eval(), load_tokenizer(path)
+    if len(tokenizer) != model.config.K:
+        raise ValueError(f"{path} has {len(tokenizer)} tokens, the network {model.config.K}")
+    check_answer(model, run_dir)
+    return model, tokenizer, run
+
+
+@torch.no_grad()
+def check_answer(model, run_dir):
+    """Raise ValueError for a network that answers with what is no number."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    t, config = torch.full(ids.shape, 0.5, device=ids.device), model.config
+    eps = torch.zeros(*ids.shape, config.K, device=ids.device)
+    theta = bfn.flow(ids, t, config.s1, config.K, eps).softmax(-1)
+    if not model(theta, t, torch.ones_like(ids)).isfinite().all():
+        raise ValueError(f"the network of {run_dir} answers with what is no number: train it again")
 
 
 @contextmanager
@@ -161,7 +218,7 @@ def refuse_other_network():
     """Raise ValueError where weights are put into a network that they do not fit."""
     try:
         yield
-    except RuntimeError:
+    except (RuntimeError, AttributeError, TypeError, KeyError):
         message = "the weights do not fit the network in model.py: it was edited after training"
         raise ValueError(f"{message}; undo the edit, or give another -mdir") from None
 
@@ -187,35 +244,20 @@ def read_exported(folder):
     library = import_safetensors()
     try:
         run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        check_kinds(run, EXPORTED)
-        run["args"].setdefault("text_field", "text")  # exports of before --text_field
-        check_kinds(run["args"], EXPORTED_ARGS)
-        check_kinds(run["config"], {field.name: field.type for field in fields(Config)})
+        if wrong := fault(run, EXPORTED):
+            raise ValueError(f"{wrong} is missing or of another type")
         if run["format"] != FORMAT:
             raise ValueError(f"format {run['format']}, this code reads {FORMAT}")
         if file_hash(folder / "model.safetensors") != run["weights_hash"]:
             raise ValueError("config.json was written for another model.safetensors")
-        weights = library.load_file(folder / "model.safetensors")
-        config = Config(**run["config"])
-        sizes = [config.K, config.d_model, config.n_heads, config.beta1]
-        sizes += [run["args"][name] for name in SIZES]
-        if min(sizes) <= 0 or not 0 < config.n_layers <= len(weights):
-            raise ValueError("a size is not that of a network")
+        run["emas"] = [library.load_file(folder / "model.safetensors")]
+        check_run(run)
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file raises anything
         reason = f"{folder} is damaged or not an exported model ({type(error).__name__}: {error})"
         raise ValueError(f"{reason}: copy or export it again") from None
-    return {**run, "emas": [weights]}
-
-
-def check_kinds(values, kinds):
-    """Compare a dictionary with {key: type}; lists must be of numbers. Raises ValueError."""
-    for name, kind in kinds.items():
-        value = values[name] if isinstance(values, dict) and name in values else ...
-        numbers = value if isinstance(value, list) else []
-        if not isinstance(value, kind) or not all(isinstance(n, int | float) for n in numbers):
-            raise ValueError(f"{name} is missing or of another type")
+    return run
 
 
 def without_folders(args):
@@ -246,11 +288,11 @@ def restore(state, saved):
     """Put a checkpoint back into a new state."""
     with refuse_other_network():
         state.model.load_state_dict(saved["model"])
-    for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
-        groups = optimizer.state_dict()["param_groups"]  # today's: weight decay may change
-        optimizer.load_state_dict({**moments, "param_groups": groups})
-    for ema, weights in zip(state.emas, saved["emas"], strict=True):
-        ema.load_state_dict(weights)
+        for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]  # today's: weight decay may change
+            optimizer.load_state_dict({**moments, "param_groups": groups})
+        for ema, weights in zip(state.emas, saved["emas"], strict=True):
+            ema.load_state_dict(weights)
     state.step, state.best, state.loss_by_time = saved["step"], saved["best"], saved["loss_by_time"]
     state.saved_step = state.step
 
@@ -327,12 +369,17 @@ def read_metrics(run_dir):
     if not path.is_file():
         raise ValueError(f"no {path}: give the folder of a run that has begun to train")
     try:
-        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        if not all("step" in line for line in map(dict, lines)):
-            raise ValueError
-    except (ValueError, TypeError):
+        return [parse_figures(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not of a run: give a run folder") from None
-    return lines
+
+
+def parse_figures(line):
+    """Read a line of metrics.jsonl -> {name: number}, with a step. Raises ValueError."""
+    figures = json.loads(line.decode())
+    if fault(figures, {"step": int}) or fault(figures, dict.fromkeys(figures, float)):
+        raise ValueError(f"{line[:60]!r} has no figures")
+    return figures
 
 
 def read_figures(run_dir, step):

@@ -22,7 +22,7 @@ from common import cli, drawing, parallel
 from common.files import replacing, writing
 from text.cache import share_in_training
 from text.reading import Corpus, list_labels, reading_notes
-from training.checkpoint import count_checkpoints, read_metrics, way_back
+from training.checkpoint import count_checkpoints, parse_figures, read_metrics, way_back
 from training.speed import model_flops, peak, peak_memory
 
 BOUND = "val_bound_nats_per_token"
@@ -55,21 +55,12 @@ def drop_undone(path, step_of, step):
         temporary.write_bytes(b"".join(kept))
 
 
-def step_of_figures(line):
-    """Read the step of a line of metrics.jsonl -> int. Raises as `drop_undone` expects."""
-    figures = json.loads(line.decode())
-    step = figures["step"]
-    if not all(isinstance(value, int | float) for value in figures.values()):
-        raise ValueError("a figure is no number")
-    return step
-
-
 def open_metrics(run_dir, step):
     """Open metrics.jsonl, and TensorBoard if there is one -> write(step, **figures), minutes."""
     if parallel.rank() > 0:
         parallel.wait()
         return lambda step, **figures: parallel.wait(), 0.0
-    drop_undone(run_dir / "metrics.jsonl", step_of_figures, step)
+    drop_undone(run_dir / "metrics.jsonl", lambda line: parse_figures(line)["step"], step)
     drop_undone(run_dir / "samples.txt", lambda line: int(line.split(b"\t")[0]), step)
     file = open(run_dir / "metrics.jsonl", "a", buffering=1)
     board = None
@@ -113,8 +104,13 @@ class Meter:
         self.steps.append(torch.stack([loss, norm]))
         self.n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in batches)
         if self.is_first:
-            self.mean(step)
+            self.check(step)
             self.is_first = False
+
+    def check(self, step):
+        """Raise ValueError if a loss or norm since the last log line is not finite."""
+        if self.steps:
+            self.mean(step)
 
     def mean(self, step):
         """Average since the last log line -> loss, gradient norm. Raises ValueError if infinite."""

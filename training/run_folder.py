@@ -72,7 +72,12 @@ def open_run_folder(run_dir):
     Raises ValueError if last.pt is damaged, or missing where there are other checkpoints.
     """
     if (run_dir / "last.pt").exists():
-        return checkpoint.read_checkpoint(run_dir / "last.pt")
+        saved = checkpoint.read_checkpoint(run_dir / "last.pt")
+        kinds = checkpoint.RESUMED | dict(identity=dict.fromkeys(IDENTITY, object))
+        if wrong := checkpoint.fault(saved, kinds):
+            message = f"{wrong} is missing or of another type in {run_dir / 'last.pt'}"
+            raise ValueError(f"{message}: {checkpoint.way_back(run_dir) or 'start another run'}")
+        return saved
     if (run_dir / "model.safetensors").exists():
         way = f"give another -mdir and {shlex.quote(f'--init_from={run_dir}')}"
         raise ValueError(f"{run_dir} was exported and cannot be resumed: {way}")
