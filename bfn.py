@@ -420,7 +420,7 @@ class Commit(Pace):
     can_correct = False
 
 
-SAMPLERS = {
+SAMPLERS = {  # function of a Task that obeys its controls -> ids (B, L), network calls (B,), ...
     "pace": partial(fill, pace=Pace),
     "commit": partial(fill, pace=Commit),
     "ancestral": partial(solve, step=ancestral),

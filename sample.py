@@ -10,12 +10,9 @@ The same from Python:
 """
 
 import json
-import os
 import sys
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
@@ -23,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 import bfn
-from common import files, parallel
+from common import parallel
 from common.files import writing
 from common.noise import mix_seed
 from evaluation import likelihood
 from evaluation.bounds import Text, Work
-from sampling import guidance, odds, prompts, proofread, terminal
+from sampling import guidance, odds, output, prompts, proofread, terminal
 from sampling.generate import DEFAULT, FLAGS, Options, fit_lengths, generate
 from sampling.prompts import FREE, GAP, Prompt
 from sampling.terminal import Trace
@@ -281,30 +278,6 @@ def check(args, parser):
             raise ValueError(f"{message}: leave {', '.join(given)} out")
 
 
-def check_output(args):
-    """Raise ValueError if --output would overwrite anything but texts of an earlier --output."""
-    output = Path(args.output or os.devnull)
-    if is_special(output):
-        return
-    files.check_output(output, is_output, "of an earlier --output")
-    if args.prompt_file and output.exists() and output.samefile(args.prompt_file):
-        raise ValueError(f"--output={args.output} is the file of prompts: give another name")
-    is_of_run = output.name in RUN_FILES + EXPORTED_FILES
-    if is_of_run and output.resolve().parent == Path(args.model_dir).resolve():
-        raise ValueError(f"--output={args.output} is a file of the run: give another name")
-
-
-def is_special(path):
-    """Tell whether a path is a pipe or a device."""
-    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
-
-
-def is_output(path):
-    """Tell whether a file has the lines of --output."""
-    with open(path, encoding="utf-8") as file:
-        return json.loads(file.readline()).keys() == {"prompt", "text", "ids", "calls"}
-
-
 def main(argv=None):
     parser = flags()
     args = parser.parse_args(argv)
@@ -335,7 +308,7 @@ def print_samples(model, args, separator, steering):
     chosen = args.prompt
     if args.prompt_file is not None:
         chosen += prompts.read_prompts(args.prompt_file, model.tokenizer, model.run, args.length)
-    check_output(args)
+    output.check(args, RUN_FILES + EXPORTED_FILES)
     chosen = [prompt for prompt in chosen or [""] for _ in range(args.num_samples)]
     options = {name: getattr(args, name) for name in OPTIONS} | steering
     samples = model.stream(chosen, args.seed, args.length, args.trace, **options)
@@ -343,32 +316,15 @@ def print_samples(model, args, separator, steering):
     hide_bar = True if args.trace or len(chosen) == 1 else None  # None: only without a terminal
     bar = tqdm(samples, total=len(chosen), unit="sample", disable=hide_bar)
     total_calls = 0
-    with open_output(args.output) as output:
+    with output.opened(args.output) as file:
         for prompt, (text, ids, calls) in zip(chosen, bar, strict=True):
             total_calls += calls
             with writing("standard output"):
                 print(text, *separator, sep="\n", flush=True)
             record = dict(prompt=prompt, text=text, ids=ids, calls=calls)
-            print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
+            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
     if args.until and parallel.rank() == 0:
         print(f"{total_calls / len(chosen):.1f} network calls per text", file=sys.stderr)
-
-
-@contextmanager
-def open_output(path):
-    """Open a file that replaces `path` once it is whole. Until then it has a name of its own."""
-    path = (parallel.rank() == 0 and path) or os.devnull
-    with writing(path):
-        unfinished = path if is_special(path) else files.new_temporary(path)
-    try:
-        with writing(path), open(unfinished, "w", encoding="utf-8") as output:
-            yield output
-    except BaseException:
-        if unfinished is not path:
-            print(f"the texts so far are in {unfinished}", file=sys.stderr)
-        raise
-    if unfinished is not path:
-        os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

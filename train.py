@@ -232,7 +232,7 @@ def accumulate_gradients(model, batches, seeds, device, total=int, times=draw_ti
             else:
                 network = partial(model, segment_ids=segment_ids)
                 log_p = bfn.predict_noisy(network, ids, t, cond_mask, s1, K, noise(keys, K))
-                loss = (scale * bfn.training_loss(log_p, ids, t, s1)).sum()
+                loss = (scale * bfn.training_loss(log_p, ids, t, s1).view_as(scale)).sum()
         loss.backward()
         sum_of_losses += loss.detach()
     return sum_of_losses

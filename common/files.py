@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -12,11 +13,17 @@ DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # no space left, quota exce
 
 @contextmanager
 def writing(path):
-    """Name the path in the error of a full disk. Put it around the `with` that closes the file."""
+    """Name the path in the error of a full disk. Put it around the `with` that closes the file.
+
+    numpy and torch say in their own words that the disk is full.
+    """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno in DISK_FULL:
+    except (OSError, RuntimeError) as error:
+        is_full = isinstance(error, OSError) and error.errno in DISK_FULL
+        if re.search("requested and [0-9]+ written|unexpected pos|inline_container", str(error)):
+            raise OSError(errno.ENOSPC, "no space left: make room", str(path)) from error
+        if is_full and error.filename is None:
             error.filename = str(path)
         raise
 

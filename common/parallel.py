@@ -13,6 +13,7 @@ waits for a GPU. Gradients go by NCCL between GPUs.
 import atexit
 import io
 import os
+import socket
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,10 @@ def join(name):
             raise ValueError(f"{found}: lower --nproc_per_node")
         device = find_device(f"cuda:{local}") if device.index is None else device
         torch.cuda.set_device(device)
+    try:
+        socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
+    except OSError as error:
+        raise ValueError(f"MASTER_ADDR names no machine: {error.strerror}") from None
     with _report_lost_process():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=START_TIMEOUT)

@@ -7,12 +7,13 @@ import math
 from functools import partial
 from pathlib import Path
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import cli, drawing
+from common import drawing
 from examples import continuous as c
 from model import MLP, FiLM, TimeEmbedding
 

@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ import data
 import evaluate
 import model as model_file
 import train
-from common import cli, drawing, parallel
+from common import drawing, parallel
 from common.noise import mix_seed
 from evaluation import bounds, likelihood, tables
 from experiments.tables import table
@@ -417,7 +418,7 @@ def run_flags(args, name="base", seed=0):
 
 
 def add_flags(add):
-    """Add the flags of a run, which official.py has too."""
+    """Add the flags of a run."""
     add("-d", "--data_path", type=cli.path, help="text file to train on (the built-in language)")
     add("--val_path", type=cli.path,
         help="text file for validation (a held-out part of the corpus)")

@@ -24,6 +24,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import bfn
 import data
 import train
-from common import cli, drawing, parallel
+from common import drawing, parallel
 from common.noise import draw_keys
 from experiments.tables import table
 from model import BFNTransformer, Config, Form
@@ -158,13 +159,11 @@ def equality(args):
 
 def times_of_parts(state, args, batch, device):
     """Measure the parts of a step, each by itself -> a line."""
-    adamw, muon = state.optimizers
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     gradients = partial(train.accumulate_gradients, state.model, [batch], [0], device)
     parts = {
         "forward and backward": gradients,  # first: the others need gradients
-        "AdamW": adamw.step,
-        "Muon": muon.step,
+        **{type(optimizer).__name__: optimizer.step for optimizer in state.optimizers},
         "clipping": partial(torch.nn.utils.clip_grad_norm_, parameters, args.gradient_clipping),
         "average": partial(optim.average_weights, state.emas[0], state.model, 0.999, 9),
     }

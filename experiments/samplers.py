@@ -20,12 +20,13 @@ import time
 from itertools import product
 from pathlib import Path
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 from tqdm import tqdm
 
 import bfn
 import evaluate
-from common import cli, parallel
+from common import parallel
 from evaluation import quality
 from experiments.tables import table
 from sampling.generate import DEFAULT, Options, generate
@@ -44,7 +45,7 @@ def make_options(sampler, calls, temperature):
     """Make the Options of a sampler with a number of network calls."""
     corrections = min(DEFAULT.corrections, calls // 3) if sampler == "pace" else 0
     steps = calls - corrections
-    if sampler not in ("pace", "commit"):
+    if getattr(bfn.SAMPLERS[sampler], "func", None) is bfn.solve:
         steps -= 1  # solvers make one call more
     return Options(bfn.Controls(sampler, steps, corrections, temperature))
 

@@ -30,7 +30,7 @@ FLAGS = {  # of the commands that sample, see `cli.Parser.add_flags`
     "--corrections": dict(type=cli.natural, default=DEFAULT.corrections,
         help="further calls of pace that redraw tokens (%(default)s)"),
 }
-SORTED_BATCHES = 16  # texts are sorted by length within so many batches at most, then printed in order
+SORTED_BATCHES = 16  # the most within which texts are sorted by length, then printed in order
 
 
 @dataclass(frozen=True, eq=False)  # it may hold tensors

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ import sentencepiece
 
 import data
 from text import cache
-from text.reading import read_part, read_pieces
-from text.tokenizer import Tokenizer, train_tokenizer
+from text.reading import Corpus, read_part, read_pieces
+from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 
 def write(path, text):
@@ -566,3 +567,57 @@ def test_a_missing_or_empty_corpus_gives_a_clear_error(tokenizer, tmp_path):
         cache.load_corpus(tmp_path / "missing", tokenizer, tmp_path)
     with pytest.raises(ValueError, match="has no text"):
         cache.load_corpus(write(tmp_path / "blank", "\n \n\n"), tokenizer, tmp_path)
+
+
+# ---------------------------------------------------------------- what another has written
+
+
+def test_a_corpus_that_changes_between_its_hash_and_its_reading_leaves_no_cache(
+    tmp_path, monkeypatch
+):
+    corpus, model = tmp_path / "c.txt", tmp_path / "model"
+    corpus.write_text("a b c\n" * 50)
+    model.write_bytes(train_tokenizer(corpus, "char"))
+    tokenizer = load_tokenizer(model)
+    real = cache.text_key
+
+    def changed(*inputs):
+        key = real(*inputs)
+        corpus.write_text("c b a\n" * 51)
+        return key
+
+    monkeypatch.setattr(cache, "text_key", changed)
+    with pytest.raises(ValueError, match="has changed while it was read: run again"):
+        cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_the_cache_of_another_user_is_refused(tmp_path, monkeypatch):
+    corpus, model = tmp_path / "c.txt", tmp_path / "model"
+    corpus.write_text("a b c\n" * 50)
+    model.write_bytes(train_tokenizer(corpus, "char"))
+    tokenizer = load_tokenizer(model)
+    cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(corpus).st_uid + 1)
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    if os.stat(folder).st_uid:
+        with pytest.raises(ValueError, match="belongs to another user: give another --cache_dir"):
+            cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
+    real = os.stat
+    other = SimpleNamespace(st_uid=4321)
+    monkeypatch.setattr(os, "stat", lambda *a, **b: other if a[0] == folder else real(*a, **b))
+    with pytest.raises(ValueError, match="belongs to another user: give another --cache_dir"):
+        cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
+
+
+def test_one_wrong_digit_in_the_remembered_hashes_is_found(tmp_path, monkeypatch):
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("a b c\n" * 50)
+    os.utime(corpus, (1e9, 1e9))  # else it may change once more
+    monkeypatch.setattr(cache, "LARGE_BYTES", 0)
+    right = cache.content_hash(Corpus(str(corpus)), tmp_path)
+    memory = tmp_path / "hashes.json"
+    wrong = memory.read_text().replace(right, right[:-1] + ("0" if right[-1] != "0" else "1"))
+    assert wrong != memory.read_text()
+    memory.write_text(wrong)
+    assert cache.content_hash(Corpus(str(corpus)), tmp_path) == right

@@ -81,7 +81,7 @@ def test_a_damaged_missing_or_newer_checkpoint_is_refused(run_dir, monkeypatch):
             assert "damaged" in str(error) or "format" in str(error)
     incomplete = {name: value for name, value in intact.items() if name != "emas"}
     save_checkpoint(path, incomplete)
-    with pytest.raises(ValueError, match=r"damaged or not a checkpoint \(ValueError: emas is missing"):
+    with pytest.raises(ValueError, match=r"not a checkpoint \(ValueError: emas is missing"):
         read_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
@@ -653,7 +653,9 @@ def test_a_tokenizer_of_another_size_than_the_network_is_refused(run_dir):
         load(run_dir)
 
 
-@pytest.mark.parametrize("line", ["[" * 9999, '{"step": "3"}', '{"step": 3, "loss": "x"}', "[1]", "7"])
+@pytest.mark.parametrize(
+    "line", ["[" * 9999, '{"step": "3"}', '{"step": 3, "loss": "x"}', "[1]", "7"]
+)
 def test_figures_that_are_none_are_refused_in_one_line(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match="metrics.jsonl is not of a run"):

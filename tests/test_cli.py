@@ -6,6 +6,7 @@ import io
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -186,3 +187,43 @@ def test_a_stop_by_a_signal_is_its_exit_code():
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: (_ for _ in ()).throw(KeyboardInterrupt(signal.SIGTERM)))
     assert stop.value.code == 128 + signal.SIGTERM
+
+
+def test_a_flag_that_does_nothing_is_refused():
+    p = cli.Parser("")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("--check", action="append", default=[])
+    p.refuse_idle(p.parse_args(["--check=a", "--json"]), {"json": "check"})
+    p.refuse_idle(p.parse_args(["--check=a"]), {"json": "check"})
+    with pytest.raises(ValueError, match="--json does nothing without --check: leave it out"):
+        p.refuse_idle(p.parse_args(["--json"]), {"json": "check"})
+
+
+def test_messages_show_control_characters_with_a_backslash(capsys):
+    with pytest.raises(SystemExit):
+        cli.fail("a label \x1b[31m\u202e here")
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "a label \\x1b[31m\\u202e here" in err
+
+
+@pytest.mark.parametrize("words", ["requested and 0 written", "unexpected pos 64 vs 0"])
+def test_numpy_and_torch_on_a_full_disk_name_the_file(words):
+    with pytest.raises(OSError, match="no space left: make room: '/x/ids.bin'"):  # noqa: SIM117
+        with files.writing("/x/ids.bin"):
+            raise RuntimeError(f"782 {words}" if "requested" in words else words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "tools.stats README.md",
+        "sample -mdir=examples/toy --num_samples=1 --steps=2",
+        "sample -mdir=examples/toy --interactive --steps=x",
+    ],
+)
+def test_a_command_ends_with_one_line_under_dev_full_and_without_standard_input(words):
+    command = f"{sys.executable} -m {words} >/dev/full <&-"
+    options = dict(shell=True, cwd=cli.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, **options)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

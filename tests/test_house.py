@@ -1,6 +1,7 @@
 """The house: seven files at the top, a wing behind each command, and imports that go one way."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,11 @@ def test_no_list_is_multiplied_by_a_truth_value(path):
 def test_no_line_is_longer_than_100_columns(path):
     lines = path.read_text().splitlines()
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
+
+
+@each_file
+def test_commands_import_cli_first_which_ends_them_at_ctrl_c(path):
+    if "cli.run(main)" in path.read_text():
+        modules = [name.split(".")[0] for name in imports(CODE[path])]
+        others = [name for name in modules if name not in sys.stdlib_module_names]
+        assert others[0] == "common"

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from common import noise
+from common.noise import mix_seed
 
 
 def test_noise_is_standard_normal():
@@ -114,3 +116,15 @@ def test_seeds_mixed_from_different_numbers_differ():
     seeds = {noise.mix_seed(a, b, c) for a in range(5) for b in range(5) for c in ("x", 1)}
     assert len(seeds) == 50 and all(0 <= seed < 2**63 for seed in seeds)
     assert noise.mix_seed(1, 2) != noise.mix_seed(12)
+
+
+@pytest.mark.parametrize("seed", [np.int64(5), np.uint8(5), torch.tensor(5)])
+def test_a_number_is_the_same_seed_in_any_type(seed):
+    assert mix_seed(seed, 1) == mix_seed(5, 1)
+    assert mix_seed(True) == mix_seed(1)
+
+
+@pytest.mark.parametrize("seed", [5.0, None, [5], torch.tensor(5.0)])
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(ValueError, match="a seed is a whole number"):
+        mix_seed(seed, 1)

@@ -11,13 +11,14 @@ import sqlite3
 import subprocess
 import tarfile
 import zipfile
+from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
 from untrained import UNICODE
 
-from text import cache
+from text import cache, reading
 from text.reading import (
     Corpus,
     check_separator,
@@ -531,3 +532,21 @@ def test_a_corpus_of_repeating_lines_has_each_of_them_held_out_sometimes(tmp_pat
     assert len(held_out) == pytest.approx(400, abs=3)
     for period in (2, 3, 10, 50):
         assert np.bincount(held_out % period, minlength=period).min() > 0
+
+
+def test_a_file_is_read_once_however_it_is_reached(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.txt").write_text("a\n")
+    (folder / "sub" / "b.txt").write_text("b\n")
+    (folder / "sub" / "parent").symlink_to(folder)
+    found = find_files(f"{folder}/**/*.txt")
+    assert [os.path.basename(path) for path in found] == ["a.txt", "b.txt"]
+    path = folder / "sub" / "a.txt"
+    assert find_files(f"{path},{folder}/./sub/a.txt,{folder}/sub/../sub/b.txt")[0] == str(path)
+    assert len(find_files(f"{path},{folder}/./sub/a.txt,{folder}/sub/../sub/b.txt")) == 2
+
+
+def test_control_characters_of_labels_are_written_with_a_backslash():
+    (line,) = reading.list_labels(Counter({"a\x1b[31mred": 3}))
+    assert "\x1b" not in line and "a\\x1b[31mred 3" in line

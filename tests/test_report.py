@@ -196,7 +196,7 @@ def test_the_command_writes_the_page_of_an_exported_folder_and_spares_files_of_t
     )
     assert len(text) < 100_000
     with pytest.raises(ValueError, match="exists already and is not of an earlier"):
-        sample.check_output(sample.flags().parse_args([f"-mdir={exported}", f"--output={output}"]))
+        sample.main([f"-mdir={exported}", f"--output={output}"])
 
 
 def test_training_ends_with_a_command_that_exists():

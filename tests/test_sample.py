@@ -440,3 +440,47 @@ def test_a_guide_chooses_lengths_that_its_label_has(mixing):
     assert {
         len(ids) for _, ids, _ in model.stream([""] * 40, steps=1, corrections=0, guide=guide)
     } == {lengths[0]}
+
+
+# ---------------------------------------------------------------- inputs that are none
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(n=-1),
+        dict(ban="the"),
+        dict(ban=[5]),
+        dict(hint=[5]),
+        dict(hint="3:the=0.5"),
+        dict(draft=5),
+        dict(argmax="no"),
+        dict(seed=5.0),
+    ],
+    ids=str,
+)
+def test_a_wrong_input_from_python_is_a_value_error(loaded, options):
+    sampler = sample.Sampler(*loaded)
+    with pytest.raises(ValueError, match="n=-1|give texts|out of range|a seed is a whole number"):
+        sampler("", **options)
+
+
+def test_fill_takes_the_types_of_the_token_cache_and_refuses_no_tokens(loaded):
+    sampler = sample.Sampler(*loaded)
+    ids, given = np.zeros((2, 4), np.uint16), np.zeros((2, 4), bool)
+    filled = sampler.fill(ids, given, seed=np.int64(1), steps=2)
+    assert filled.shape == (2, 4) and torch.equal(filled, sampler.fill(ids, given, 1, steps=2))
+    with pytest.raises(ValueError, match="same shape"):
+        sampler.fill(np.zeros((2, 0), int), np.zeros((2, 0), bool))
+
+
+@pytest.mark.parametrize("flag", ["--prompt=a", "--num_samples=2", "--output=x.jsonl", "--seed=1"])
+def test_proofreading_refuses_flags_of_sampling(run_dir, monkeypatch, capsys, flag):
+    error = run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", "--check=a", flag)
+    assert f"leave {flag.split('=')[0]} out" in error
+
+
+@pytest.mark.parametrize("flag, needed", [("--json", "--check"), ("--scale=2", "--classifier")])
+def test_flags_that_would_do_nothing_are_refused(run_dir, monkeypatch, capsys, flag, needed):
+    error = run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", flag)
+    assert f"{flag.split('=')[0]} does nothing without {needed}" in error

@@ -33,7 +33,8 @@ WORDS = {
 def record(emas, **more):
     """What a checkpoint of a small run holds."""
     config = vars(Config(K=9, beta1=0.3, d_model=32, n_layers=1, n_heads=2))
-    return dict(WORDS, config=config, tokenizer_hash="", step=1, loss_by_time=None, emas=emas) | more
+    of_run = dict(config=config, tokenizer_hash="", step=1, loss_by_time=None, emas=emas)
+    return WORDS | of_run | more
 
 
 def random_network(config, std=0.2):

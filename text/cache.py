@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common import cli
 from common.files import file_hash, replacing, writing
 from common.parallel import prefetch
-from text.reading import BYTES_BAR, Corpus, is_json, look_at, read_part
+from text.reading import BYTES_BAR, Corpus, kind_of, look_at, read_part
 from text.tokenizer import JOIN, SPACE, Tokenizer
 
 CACHE_FORMAT = 2
@@ -212,7 +212,7 @@ def content_hash(corpus, cache_dir):
     hashes = _file_hashes(corpus.files, Path(cache_dir) / "hashes.json")
     lines = []
     for path, value in zip(corpus.files, hashes, strict=True):
-        kind = f"jsonl {corpus.text_field}" if is_json(path) else "text"
+        kind = kind_of(path, corpus.text_field)
         lines.append(" ".join([kind, *filter(None, look_at(path)), value]))
     if lines == [f"text {hashes[0]}"]:
         return hashes[0]
@@ -382,7 +382,8 @@ def _remove_stale(cache_dir):
 def _write_cache(corpus, stamps, part, example, tokenizer, folder, temporary):
     """Tokenise into a temporary folder, which becomes `folder` at the end.
 
-    stamps: of the files when they were hashed. What is complete in it stays there after an interruption, and is continued.
+    stamps: of the files when they were hashed. What is complete in it stays there after an
+    interruption, and is continued.
     """
     temporary.mkdir(exist_ok=True)
     check_owner(temporary)

@@ -208,6 +208,11 @@ def is_json(path):
     return bool(JSON_NAME.search(path))
 
 
+def kind_of(path, text_field):
+    """Name what `Corpus.documents` takes from a file, by its name: it is a part of cache keys."""
+    return f"jsonl {text_field}" if is_json(path) else "text"
+
+
 def look_at(path):
     """Tell by its first bytes how a text is packed and encoded -> two names, "" for plain UTF-8.
 

@@ -16,6 +16,7 @@ import shlex
 from itertools import count, islice
 from pathlib import Path
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import bfn
 import data
-from common import cli, files
+from common import files
 from data import pad
 from sample import Sampler
 from sampling.guidance import Classifier, load_classifier, save_classifier
@@ -47,7 +48,8 @@ def read_labelled(path, sampler):
     for number, line in lines_of(path):
         label, tab, text = line.partition("\t")
         if not is_unicode(line):
-            raise ValueError(f"{path}, line {number} is not UTF-8: convert it, for example with iconv")
+            way = "convert it, for example with iconv"
+            raise ValueError(f"{path}, line {number} is not UTF-8: {way}")
         if not line.strip():
             continue
         if not tab or not label.strip() or not text.strip():

@@ -9,10 +9,11 @@ import shlex
 import shutil
 from pathlib import Path
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 import torch
 
 import sample
-from common import cli, parallel
+from common import parallel
 from common.files import file_hash
 from text.reading import ONE_LINE
 from training import checkpoint

@@ -8,9 +8,9 @@ import unicodedata
 from functools import lru_cache, partial
 from pathlib import Path
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 from tqdm import tqdm
 
-from common import cli
 from common.files import replacing
 from text.reading import BYTES_BAR, PACKED, Corpus, is_json, read_pieces
 

@@ -13,10 +13,10 @@ from hashlib import blake2b
 from itertools import islice
 from operator import itemgetter
 
+from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 from tqdm import tqdm
 
-from common import cli
 from text import reading
 from text.reading import BYTES_BAR, Corpus, read_head, read_pieces
 from text.tokenizer import VOCAB_SIZES, is_punctuation, read_sample

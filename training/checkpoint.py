@@ -38,7 +38,7 @@ RUN_FILES = (
 ).split()
 EXPORTED_FILES = "model.safetensors config.json tokenizer.model README.md".split()
 TOY_SENTENCES = 60_000
-# What a record must have, see `fault`: of a run that is read, one that resumes, and an exported one.
+# What a record must have, see `fault`: of any run, of one that resumes, of an exported one.
 SIZES = "model_dim num_layers num_heads batch_size sequence_length".split()
 ARGS = dict.fromkeys(SIZES, int) | dict(ema_rate=[float], beta=(float, str), example=str)
 ARGS |= dict(text_field=str, data_path=(str, NoneType), val_path=(str, NoneType))
@@ -58,9 +58,9 @@ def save_checkpoint(path, checkpoint):
     try:
         with replacing(path) as temporary:
             torch.save({"format": FORMAT, **checkpoint}, temporary)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+    except OSError as error:
         way = "Earlier checkpoints are intact: make room, run again"
-        raise OSError(f"cannot write {path}: {error}. {way}") from error
+        raise OSError(f"cannot write {path} ({error.strerror or error}). {way}") from error
 
 
 def read_checkpoint(path):
@@ -218,7 +218,7 @@ def refuse_other_network():
     """Raise ValueError where weights are put into a network that they do not fit."""
     try:
         yield
-    except (RuntimeError, AttributeError, TypeError, KeyError):
+    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError):
         message = "the weights do not fit the network in model.py: it was edited after training"
         raise ValueError(f"{message}; undo the edit, or give another -mdir") from None
 

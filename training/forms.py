@@ -6,6 +6,7 @@ A form is used only after a check that it gives the loss and the gradients of th
 
 import os
 import re
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -219,7 +220,7 @@ class Check:
     def seconds(self, form):
         """Measure a step in this form, as the first process does -> seconds."""
         network = self.network(form)
-        seconds = mean_seconds(lambda: self.step(network)["the loss"].item())
+        seconds = median_seconds(lambda: self.step(network)["the loss"].item())
         return parallel.from_first(seconds)
 
 
@@ -262,26 +263,43 @@ def warm_up(state, batch, args, device, accumulate):
         model.zero_grad(set_to_none=True)
         accumulate(model, [batch], [0], device).item()
 
+    gradients = [p for p in model.parameters() if p.requires_grad]
+    new = [optimizer for optimizer in state.optimizers if not optimizer.state]
+
     def update():
+        parallel.add_up([p.grad for p in gradients])
         for optimizer in state.optimizers:
             optimizer.found_inf = torch.ones((), device=device)  # computed, but left out
             optimizer.step()
         next(model.parameters()).sum().item()  # waits for the device
 
+    check_optimizers(state.optimizers)
     for _ in range(2):
         micro_batch()
-    seconds = args.accumulation_steps // parallel.size() * mean_seconds(micro_batch)
+    seconds = args.accumulation_steps // parallel.size() * median_seconds(micro_batch)
     parallel.wait()  # they may have compiled for different times
-    seconds += mean_seconds(update, 5, 5)  # as often in all processes, which exchange their updates
+    update()  # the first takes longer
+    seconds += median_seconds(update, 5, 5)  # as often in all processes, which exchange updates
+    for optimizer in new:  # torch's fused SGD leaves garbage where its first step is left out
+        optimizer.state.clear()
     parallel.limit_steps(seconds)
     model.zero_grad(set_to_none=True)
     return seconds
 
 
-def mean_seconds(work, least=2, most=10, seconds=2.0):
-    """Repeat work for about 2 seconds, 2 to 10 times -> mean time."""
-    begin, n = time.perf_counter(), 0
-    while n < least or (n < most and time.perf_counter() - begin < seconds):
+def check_optimizers(optimizers):
+    """Raise ValueError for an optimizer that would step where a gradient is not finite."""
+    for optimizer in optimizers:
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's own name for it
+            way = "give it fused=True, or let it read found_inf as Muon in training/optim.py does"
+            raise ValueError(f"{type(optimizer).__name__} does not skip bad steps: {way}")
+
+
+def median_seconds(work, least=2, most=10, seconds=2.0):
+    """Repeat work for about 2 seconds, 2 to 10 times -> median time."""
+    times = []
+    while len(times) < least or (len(times) < most and sum(times) < seconds):
+        begin = time.perf_counter()
         work()
-        n += 1
-    return (time.perf_counter() - begin) / n
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

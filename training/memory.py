@@ -79,7 +79,7 @@ def total_bytes(device):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with suppress(OSError):  # not Linux
         limits += cgroup_limits(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
-    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(limits) / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def cgroup_limits(groups, root):

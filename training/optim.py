@@ -58,6 +58,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.found_inf, self.by_gram = None, True
+        self._step_supports_amp_scaling = True  # torch's name for an optimizer that reads found_inf
 
     @torch.no_grad()
     def step(self):
