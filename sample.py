@@ -33,7 +33,7 @@ from text.reading import ONE_LINE
 from text.tokenizer import one_line
 from training.checkpoint import EXPORTED_FILES, RUN_FILES, load
 
-STEERING = "ban hint draft strength guidance scale"
+STEERING = "ban hint draft strength scale"
 OPTIONS = f"sampler steps corrections temperature top_p argmax until {STEERING}".split()
 CONTROLS = [field.name for field in fields(bfn.Controls)]
 SEPARATOR = "-" * 20  # printed after each text of several lines
@@ -230,8 +230,6 @@ def flags():
     add("--ban", action="append", default=[], help="a token that is never drawn; repeatable")
     add("--hint", action="append", default=[],
         help="odds of tokens at a position, such as 3:cat=0.7,dog=0.3; repeatable")
-    add("--guidance", type=cli.non_negative, default=0.0,
-        help="follow the prompt more closely: 1 or 2, at twice the calls (0)")
     add("--classifier", type=cli.path, help="file of tools.classify: steer towards --label")
     add("--label", help="label that texts should have: of --classifier, or of labelled texts")
     add("--scale", type=cli.non_negative, default=Options.scale,

@@ -1,1 +1,1 @@
-"""Behind sample.py: prompts, batches of texts, guidance, proof-reading, terminal."""
+"""Behind sample.py: prompts, batches of texts, classifiers, proof-reading, terminal."""

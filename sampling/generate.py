@@ -45,7 +45,6 @@ class Options:
     banned: tuple = ()  # ids that are never drawn
     draft: tuple = ()  # ids of a text to edit, with bos and eos
     strength: float = 0.0  # the draft counts as observed at noise level t = strength
-    guidance: float = 0.0  # how much more a text should follow its prompt, see guidance.by_prompt
     guide: object = None  # a function (z, t) -> log p of the text's label, see guidance.by_function
     scale: float = 1.0  # of the guide's slope
     guide_is_exact: bool = False  # the guide is the true log p, not a learned one
@@ -63,7 +62,6 @@ class Options:
             until=c.until >= 0,
             argmax=isinstance(c.argmax, bool),
             strength=0 <= self.strength < 1,
-            guidance=self.guidance >= 0,
             scale=self.scale >= 0,
         )
         wrong = [name for name, is_right in in_range.items() if not is_right]
@@ -141,15 +139,11 @@ def sample_batch(model, tokenizer, templates, seeds, options, limit=math.inf):
         watch=options.trace or options.controls.watch,
     )
     network = partial(model, segment_ids=segment_ids)
-    if options.guidance:
-        prompt_mask = given & (segment_ids > 0) & (padded != tokenizer.bos)
-        network = guidance.by_prompt(model, segment_ids, prompt_mask, options.guidance)
     if options.guide is not None:
         steering = options.guide, options.scale, options.guide_is_exact
         network = guidance.by_function(network, *steering)
     inputs = network, padded.clamp(min=0), given, config.s1, config.K
     ids, calls = bfn.sample(*inputs, controls, draws)
-    calls *= 2 if options.guidance else 1
     rows = [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)]
     if options.trace:
         options.trace.close(rows[0])

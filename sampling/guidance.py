@@ -19,27 +19,6 @@ SMALLEST = 1e-37  # a probability whose logarithm is finite
 LARGEST = 50.0  # nats by which a guide may lower a token
 
 
-def by_prompt(model, segment_ids, prompt_mask, weight):
-    """Steer towards the prompt, by `weight` W: ask with and without it, in one batch of 2 B rows.
-
-        p(x | prompt)^(1 + W) p(x)^-W, normalised for each position
-
-    This is classifier-free guidance [Ho and Salimans 2022, arXiv 2207.12598; for tokens Schiff et
-    al. 2024, arXiv 2412.10193]. prompt_mask (B, L): the given positions that the second answer does
-    not see -> network(theta, t).
-    """
-    both_ids = segment_ids.repeat(2, 1)
-
-    def network(theta, t):
-        prompt = prompt_mask[..., None]
-        without = theta.masked_fill(prompt, 1 / theta.shape[-1]), t.masked_fill(prompt_mask, 0.0)
-        inputs = (torch.cat(pair) for pair in zip((theta, t), without, strict=True))
-        log_p, log_p_without = model(*inputs, both_ids).float().log_softmax(-1).chunk(2)
-        return log_p + weight * (log_p - log_p_without)
-
-    return network
-
-
 def by_function(network, guide, scale, is_exact=False):
     """Steer towards a large guide(z, t) -> log p(label | z), (B,) -> network(theta, t).
 

@@ -108,23 +108,3 @@ def test_a_guide_brings_in_no_token_that_the_network_rules_out():
         lambda theta, t: p.log(), lambda z, t: z.softmax(-1)[:, 0, 2].log(), scale=1.0
     )
     assert network(torch.full((1, 1, 3), 1 / 3), torch.zeros(1, 1)).softmax(-1)[0, 0, 2] < 1e-8
-
-
-@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
-def test_guidance_by_a_prompt_multiplies_the_two_answers(joint, weight):
-    exact = ExactNetwork(*joint)
-    ids, prompt_mask = (
-        torch.tensor([[2, 0, 0], [1, 0, 0]]),
-        torch.tensor([[True, False, False]] * 2),
-    )
-    theta, t = bfn.clamp_given(torch.full((2, L, K), 1 / K), torch.zeros(2, L), ids, prompt_mask)
-    network = guidance.by_prompt(
-        lambda theta, t, segment_ids: exact(theta, t), torch.ones(2, L), prompt_mask, weight
-    )
-    with_prompt, without = exact(theta, t).exp(), exact(torch.full((2, L, K), 1 / K), t).exp()
-    expected = with_prompt ** (1 + weight) * without**-weight
-    torch.testing.assert_close(
-        network(theta, t).softmax(-1)[:, 1:], (expected / expected.sum(-1, keepdim=True))[:, 1:]
-    )
-    if weight == 0:
-        assert torch.equal(network(theta, t), exact(theta, t).log_softmax(-1))

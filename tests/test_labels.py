@@ -186,7 +186,7 @@ def test_a_run_resumes_and_samples_with_and_without_a_label(run_dir, monkeypatch
         sample.main, monkeypatch, capsys, *flags, "--label=anna", "--prompt=anna ___"
     )
     assert code == 0 and all(line.startswith("anna\tanna ") for line in lines)
-    lines, _, code = run_command(sample.main, monkeypatch, capsys, *flags, "--guidance=1")
+    lines, _, code = run_command(sample.main, monkeypatch, capsys, *flags)
     model = sample.Sampler.load(run_dir)
     assert code == 0 and all(line.split("\t")[0] in model.tokenizer.labels for line in lines)
     assert model("anna\t", n=2, steps=3) == [

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from exact import draw, random_joint
-from untrained import equal
+from untrained import WORDS, equal, record
 
 import bfn
 import evaluate
@@ -213,7 +213,7 @@ def save_steps(state, run_dir, keep, steps):
     for state.step in steps:
         checkpoint.save(
             state,
-            dict(args=dict(keep=keep), config={}, tokenizer_hash=""),
+            record([], args=WORDS["args"] | dict(keep=keep)),
             run_dir,
             is_best=state.step % 2 == 0,
         )
