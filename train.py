@@ -70,7 +70,7 @@ def flags():
     add("-bsz", "--batch_size", type=cli.count, help="rows of a micro-batch (by preset and -slen)")
     add("-acc", "--accumulation_steps", type=cli.micro_batches,
         help="micro-batches per step, shared by all processes (one each)")
-    add("-slen", "--sequence_length", type=cli.row_length,
+    add("-slen", "--sequence_length", type=cli.several,
         help="tokens of a row (64 or more: nine of ten examples fit)")
     add("-mdim", "--model_dim", type=cli.count, help="width *")
     add("-nl", "--num_layers", type=cli.layers, help="layers *")
@@ -301,8 +301,10 @@ def plan(state, loader, val_inputs, args, device, before):
     """
     trial = loader.batch(0, 0.25), args, device, accumulate_gradients  # as in the first half
     forms.choose_form(state, *trial)
+    memory.fit(state.model, args, device)
     seconds = forms.warm_up(state, *trial)
     val_seconds = evaluate.validation_seconds(state.emas[-1], *val_inputs)
+    parallel.limit_waiting(seconds, val_seconds)
     run_folder.decide_steps(args, before, state.step, seconds, val_seconds)
     vars(args).update(parallel.from_first(vars(args)))  # speeds differ
     return seconds
@@ -328,6 +330,7 @@ def main(argv=None):
 def train(args, device, until_end):
     """Train as the flags say. until_end: holds the run folder and the handlers of signals."""
     speed.allow_tf32(device)
+    parallel.check_same(run_folder.code_and_flags(args), "code or flags")
     run_dir = Path(args.model_dir)
 
     # The text, and what has been trained on it.

@@ -24,9 +24,10 @@ from functools import wraps
 import torch
 import torch.distributed as dist
 
-START_TIMEOUT = timedelta(minutes=1)  # until all processes have started; also between GPUs
-STEP_TIMEOUT = timedelta(seconds=15)  # see `limit_steps`; torchrun ends what hangs after 30 more
-LONG_TIMEOUT = timedelta(days=1)  # for work of the first process only, such as tokenising
+# After a lost process, torchrun ends the others 30 seconds later.
+STEP_TIMEOUT = timedelta(minutes=float(os.environ.get("BFN_TIMEOUT_MINUTES", "2")))
+START_TIMEOUT = 5 * STEP_TIMEOUT  # until all processes have started; also between GPUs
+LONG_TIMEOUT = timedelta(days=1)  # for work that nothing has measured, such as tokenising
 _step_group = _patient_group = None  # groups of all processes, between CPUs, that wait for so long
 
 
@@ -57,17 +58,16 @@ def find_device(name):
 def join(name):
     """Find the device as `find_device` does, and meet the other processes of torchrun."""
     global _step_group, _patient_group
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = find_device(name)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device
-    if device.type == "cuda":
-        if device.index is None and local >= torch.cuda.device_count():
-            n = torch.cuda.device_count()
+    many, local = int(os.environ.get("WORLD_SIZE", "1")) > 1, int(os.environ.get("LOCAL_RANK", "0"))
+    if many and str(name) in ("auto", "cuda") and torch.cuda.is_available():
+        if local >= (n := torch.cuda.device_count()):
             found = f"process {local + 1} of this machine has no GPU, there are {n}"
             raise ValueError(f"{found}: lower --nproc_per_node")
-        device = find_device(f"cuda:{local}") if device.index is None else device
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local)  # first: else all processes allocate on GPU 0
+        name = f"cuda:{local}"
+    device = find_device(name)
+    if not many:
+        return device
     try:
         socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
     except OSError as error:
@@ -83,13 +83,24 @@ def join(name):
     return device
 
 
-def limit_steps(seconds):
-    """End with an error if a process is STEP_TIMEOUT late, or four steps of `seconds` if longer."""
-    global _step_group
+def limit_waiting(step_seconds, val_seconds):
+    """From now on, end with an error if a process is late, by what a step and a validation take.
+
+    That is STEP_TIMEOUT or four steps within a step, START_TIMEOUT or ten validations elsewhere.
+    """
+    global _step_group, _patient_group
     if size() > 1:
         with _report_lost_process():
-            timeout = max(STEP_TIMEOUT, 4 * timedelta(seconds=seconds))
+            timeout = max(STEP_TIMEOUT, 4 * timedelta(seconds=step_seconds))
             _step_group = dist.new_group(backend="gloo", timeout=timeout)
+            timeout = max(START_TIMEOUT, 10 * timedelta(seconds=val_seconds))
+            _patient_group = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def check_same(value, what):
+    """Raise ValueError if a text is not the same in all processes. what: words for the message."""
+    if from_first(value) != value:
+        raise ValueError(f"process {rank()} has other {what} than the first: start all alike")
 
 
 def size():
@@ -194,11 +205,12 @@ def exchange(tensors, owners):
     flats = [torch.cat([x.flatten() for x in part] or [tensors[0].new_empty(0)]) for part in parts]
     with _report_lost_process():
         group = _group_of(flats[0])
-        messages = [dist.broadcast(x, r, group=group, async_op=True) for r, x in enumerate(flats)]
+        sent = [(r, x) for r, x in enumerate(flats) if len(x)]  # there may be more processes
+        messages = [dist.broadcast(x, r, group=group, async_op=True) for r, x in sent]
         for message in messages:
             message.wait()
-    for flat, part in zip(flats, parts, strict=True):
-        _unflatten(flat, part)
+    for r, flat in sent:
+        _unflatten(flat, parts[r])
 
 
 def _group_of(x):

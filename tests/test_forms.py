@@ -1,7 +1,9 @@
 """The check of how a step is computed: what is fast must be right, or it is not used."""
 
 import os
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,3 +178,43 @@ def test_programs_for_other_cpus_are_not_loaded(monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     forms.keep_caches_apart()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+
+
+# ---------------------------------------------------------------- the speed of a step
+
+
+class Slow(torch.optim.AdamW):
+    """Its first step is slow, as where memory is allocated."""
+
+    n_steps = 0
+
+    def step(self):
+        time.sleep(0.0 if self.n_steps else 0.5)
+        self.n_steps += 1
+        return super().step()
+
+
+def warmed_up(optimizer):
+    """What `forms.warm_up` does with one matrix -> seconds, the matrix."""
+    w = torch.nn.Parameter(torch.ones(4, 4))
+    model = torch.nn.ParameterList([w])
+    state = SimpleNamespace(model=model, optimizers=[optimizer(list(model), lr=0.1, fused=True)])
+    args = SimpleNamespace(accumulation_steps=1)
+
+    def accumulate(model, *_):
+        model[0].sum().backward()
+        return torch.zeros(())
+
+    seconds = forms.warm_up(state, None, args, torch.device("cpu"), accumulate)
+    assert not state.optimizers[0].state
+    return seconds, w
+
+
+def test_a_slow_first_update_is_not_taken_for_the_usual_one():
+    seconds, w = warmed_up(Slow)
+    assert seconds < 0.1 and torch.equal(w, torch.ones(4, 4))
+
+
+def test_an_optimizer_that_does_not_skip_bad_steps_is_refused():
+    with pytest.raises(ValueError, match="AdamW does not skip bad steps: give it fused=True"):
+        forms.check_optimizers([torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])])

@@ -300,3 +300,15 @@ def test_fusing_is_refused_where_its_numbers_would_overflow():
     with pytest.raises(ValueError, match=r"sqrt\(K beta\) below 13.*14\.1.*--fused=off"):
         forms.can_fuse(model, arguments("--fused=on"), CPU, train.accumulate_gradients)
     assert not forms.can_fuse(model, arguments("--fused=auto"), CPU, train.accumulate_gradients)
+
+
+def test_all_batches_are_cut_into_chunks_of_one_size():
+    sizes = set()
+    for n in (5, 40, 64):
+        predicted = torch.arange(64)[:n]
+        noisy = fused.Noisy(
+            torch.zeros(4, 16, dtype=torch.long), torch.zeros(4, 16),
+            torch.zeros(4, 16, 2, dtype=torch.int32), predicted, 3.0, compiled=True,
+        )  # fmt: skip
+        sizes |= {len(ids) for _, ids, *_ in noisy.chunks(1000)}
+    assert len(sizes) == 1

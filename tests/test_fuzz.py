@@ -15,11 +15,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from untrained import make_run
 
 import evaluate
+import plot
 import sample
 import train
 from common import cli
@@ -378,3 +380,41 @@ def test_damaged_lines_of_a_log_are_dropped_and_whole_ones_kept(tmp_path_factory
     assert log.bounds(folder).count((3.0, 1)) >= whole  # a space before one does no harm
     log.draw_curves(folder) if FUZZ > 1 else None
     shutil.rmtree(folder)
+
+
+JUNK = [None, True, -1, 0, 2**70, float("nan"), 1e308, "x", "\x1b[31m", [], {}, [{}], ["x"], ...]
+
+
+def places(value):
+    """List the places in nested dicts of plain types -> tuples of keys."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (key,)
+        yield from ((key, *rest) for rest in places(inner) if key not in ("emas", "model"))
+
+
+@pytest.mark.parametrize("run_dir", ["word"], indirect=True)
+@examples(25)
+@given(data=st.data())
+def test_any_damage_of_a_record_ends_with_texts_or_one_line(run_dir, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damaged")
+    shutil.copy(run_dir / "tokenizer.model", folder)
+    saved = torch.load(run_dir / "best.pt", weights_only=True)
+    *outer, key = data.draw(st.sampled_from(sorted(places(saved), key=str)))
+    inner = saved
+    for name in outer:
+        inner = inner[name]
+    inner[key] = data.draw(st.sampled_from(JUNK))
+    if inner[key] is ...:
+        del inner[key]
+    torch.save(saved, folder / "best.pt")
+    ends_well(sample.main, f"-mdir={folder}", "--num_samples=1", "--steps=1")
+
+
+@examples(25)
+@given(lines=st.lists(st.sampled_from([b"[" * 5000, b'{"step": 1, "loss": "x"}', b"7", b"\xff",
+    b'{"step": 2, "loss": 1.5, "val_bound_nats_per_token": null}', b'{"step": 3, "loss": 2}']),
+    max_size=3))  # fmt: skip
+def test_any_figures_of_a_run_become_a_picture_or_one_line(tmp_path_factory, lines):
+    folder = tmp_path_factory.mktemp("figures")
+    (folder / "metrics.jsonl").write_bytes(b"\n".join([*lines, b""]))
+    ends_well(plot.main, "run", str(folder), f"--output={folder / 'x.png'}")

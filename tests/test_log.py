@@ -149,3 +149,9 @@ def test_minutes_of_training_add_up_and_leave_out_pauses(monkeypatch):
         now[0] = 90.0
     figures = meter.figures(1, 0.1)
     assert (figures["minutes"], figures["tokens_per_s"], figures["fill"]) == (2.5, 0.1, 0.75)
+
+
+def test_given_tokens_cost_no_work_for_the_vocabulary():
+    config = Config(K=1000, beta1=1.0, d_model=32, n_layers=1, n_heads=2)
+    whole, half, none = (speed.model_flops(config, 64, share) for share in (1.0, 0.5, 0.0))
+    assert whole - half == half - none == 5 * 1000 * 32

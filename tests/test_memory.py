@@ -209,3 +209,13 @@ def test_running_out_of_memory_names_the_estimate_and_the_flags(
         "out of memory: a training step takes about 0.4 GB, and there are" in message
         and "-bsz" in message
     )
+
+
+def test_a_form_that_needs_more_memory_than_wanted_recomputes(monkeypatch, capsys):
+    args = train.complete(train.flags().parse_args(["-d=none", *TINY]))
+    model = BFNTransformer(train.make_config(args, 300))
+    memory.fit(model, args, CPU)
+    assert not model.form.recompute
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 1e6)
+    memory.fit(model, args, CPU)
+    assert model.form.recompute and "training as with --recompute" in capsys.readouterr().err

@@ -282,7 +282,6 @@ def warm_up(state, batch, args, device, accumulate):
     seconds += median_seconds(update, 5, 5)  # as often in all processes, which exchange updates
     for optimizer in new:  # torch's fused SGD leaves garbage where its first step is left out
         optimizer.state.clear()
-    parallel.limit_steps(seconds)
     model.zero_grad(set_to_none=True)
     return seconds
 

@@ -42,9 +42,8 @@ class Noisy:
 
         The last chunk is padded for the compiled form, which is so compiled once.
         """
-        n = len(self.predicted)
         size = max(1, CHUNK[self.ids.device.type] // K // LEAST_TOKENS) * LEAST_TOKENS
-        size = min(size, 1 << max(0, n - 1).bit_length())  # powers of two: few different sizes
+        size = min(size, 1 << (self.ids.numel() - 1).bit_length())  # the same for all batches
         flat = self.ids.flatten(), self.t.flatten(), self.keys.flatten(0, 1)
         for index in self.predicted.split(size):
             yield index, *(pad(x[index], size) if self.compiled else x[index] for x in flat)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from common import cli, drawing, parallel
 from common.files import replacing, writing
+from data import GIVEN
 from text.cache import share_in_training
 from text.reading import Corpus, list_labels, reading_notes
 from training.checkpoint import count_checkpoints, parse_figures, read_metrics, way_back
@@ -94,7 +95,8 @@ class Meter:
         self.restart()
 
     def restart(self):
-        self.steps, self.n_tokens, self.start = [], 0, time.perf_counter()
+        self.steps, self.n_tokens, self.n_predicted = [], 0, 0
+        self.start = time.perf_counter()
 
     def add(self, step, loss, norm, batches):
         """Count a step: its loss and gradient norm, on the device, and its micro-batches.
@@ -102,7 +104,10 @@ class Meter:
         Raises ValueError if those of the first step are not finite.
         """
         self.steps.append(torch.stack([loss, norm]))
-        self.n_tokens += sum(int((segment_ids > 0).sum()) for _, segment_ids, _ in batches)
+        for _, segment_ids, seen in batches:
+            is_token = segment_ids > 0
+            self.n_tokens += int(is_token.sum())
+            self.n_predicted += int((is_token & (seen != GIVEN)).sum())
         if self.is_first:
             self.check(step)
             self.is_first = False
@@ -135,7 +140,8 @@ class Meter:
         n_tokens = parallel.total(self.n_tokens)
         tokens_per_s = n_tokens / seconds
         n_rows = len(self.steps) * args.accumulation_steps * args.batch_size
-        flops_per_s = tokens_per_s * model_flops(self.model.config, args.sequence_length)
+        predicted = parallel.total(self.n_predicted) / n_tokens
+        flops = model_flops(self.model.config, args.sequence_length, predicted) * tokens_per_s
         most = peak(self.device, self.model.form.bf16) * parallel.size()
         figures = dict(
             loss=loss,
@@ -143,7 +149,9 @@ class Meter:
             learning_rate=learning_rate,
             fill=n_tokens / (n_rows * args.sequence_length),
             tokens_per_s=tokens_per_s,
-            utilisation=flops_per_s / most,
+            utilisation=flops / most,
+            model_tflops_per_s=flops / 1e12,
+            peak_tflops_per_s=most / 1e12,
             peak_memory_gb=peak_memory(self.device),
             minutes=self.minutes,
         )

@@ -7,6 +7,7 @@ it. With smaller ones, malloc keeps up to as much again.
 
 import math
 import os
+import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from training import forms, fused
 
 # Bytes that a layer keeps for the gradient, per token and unit of width, by (compiled, bf16).
 LAYER = {(False, False): 142, (False, True): 120, (True, False): 96, (True, True): 68}
+LAYER_GPU = LAYER | {(True, True): 50}  # counted on allocations of the CUDA build of torch
 RECOMPUTED = 4  # the same with --recompute: the layer's input
 OUTSIDE = 55  # the same before and after the layers
 LOGITS = 32  # bytes per token and token of the vocabulary; the fused form has only a chunk of them
@@ -27,8 +29,10 @@ PROCESS = {"cpu": 0.35e9, "cuda": 0.0}  # of Python and torch
 MARGIN = 1.3  # refused is only what takes this much more than there is: what fits must start
 
 
-def step_bytes(config, args, device):
+def step_bytes(config, args, device, form=None):
     """Estimate the most memory that a training step takes at once, in bytes.
+
+    form: of the computation, by default that of `forms.wanted_form`.
 
         weights + averages + moments + max(activations, gradients + work space of the optimizer)
 
@@ -45,16 +49,16 @@ def step_bytes(config, args, device):
     moments = 2 * (weights - in_muon) + in_muon
     optimizer = weights + MUON_COPIES * max(of_shape.values())
     accumulated = weights if args.accumulation_steps > parallel.size() else 0
-    at_once = max(optimizer, accumulated + activation_bytes(config, args, device))
+    at_once = max(optimizer, accumulated + activation_bytes(config, args, device, form))
     averages = weights * len(args.ema_rate)
     return int(PROCESS[device.type] + weights + averages + moments + at_once)
 
 
-def activation_bytes(config, args, device):
+def activation_bytes(config, args, device, form=None):
     """Estimate what a micro-batch keeps for its gradient, in bytes."""
     B, L, D = args.batch_size or 1, args.sequence_length or 1, config.d_model
-    form = forms.wanted_form(args, config, device)
-    layer = LAYER[form.compiled, form.bf16] * D
+    form = form or forms.wanted_form(args, config, device)
+    layer = (LAYER_GPU if device.type == "cuda" else LAYER)[form.compiled, form.bf16] * D
     if device.type == "cpu":  # the scores, or the mask in float32; GPUs compute them again
         layer += 2 * config.n_heads * L if form.written else 4 * L
     layers = config.n_layers * layer
@@ -117,6 +121,16 @@ def check(config, args, device):
     if needed > MARGIN * there:
         raise ValueError(advice)
     return advice
+
+
+def fit(model, args, device):
+    """Recompute activations if the form that a network has now would not fit without."""
+    form = model.form
+    needed = step_bytes(model.config, args, device, form)
+    if needed > total_bytes(device) and not form.recompute:
+        found = f"{form} takes about {needed / 1e9:,.1f} GB of {total_bytes(device) / 1e9:,.1f}"
+        print(f"{found}: training as with --recompute", file=sys.stderr)
+        model.use(form._replace(recompute=True))
 
 
 @contextmanager

@@ -148,6 +148,14 @@ def make_tokenizer(args, corpus):
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 
 
+def code_and_flags(args):
+    """Compute what all processes of a run must have alike: its sources and flags -> str."""
+    sources = sorted(cli.ROOT.glob("*.py")) + sorted(cli.ROOT.glob("*/*.py"))
+    folders = "device", "model_dir", "cache_dir"  # --dry_run has one for each process
+    flags = {name: value for name, value in vars(args).items() if name not in folders}
+    return f"{list(map(file_hash, sources))} {flags}"
+
+
 def describe_run(args, config, tokens, val):
     """Describe the run -> dict, a part of its checkpoints."""
     facts = dict(vars(args), corpus=tokens.key, validation=val.key)

@@ -54,15 +54,16 @@ def fast_bf16(device):
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def model_flops(config, row_length):
+def model_flops(config, row_length, predicted=1.0):
     """Count the floating-point operations of training per token, without recomputation.
 
     Each weight takes 2 forward and 4 backward (2 for the embedding, whose input needs no gradient);
-    attention over the whole row takes 12 L D per layer.
+    attention over the whole row takes 12 L D per layer. predicted: share of the tokens, as only
+    these need the vocabulary.
     """
     D, d_time = config.d_model, config.d_time
     layer = 12 * D**2 + 4 * d_time * D + 2 * row_length * D
-    return 6 * (config.n_layers * layer + D**2 + 2 * d_time * D) + 10 * config.K * D
+    return 6 * (config.n_layers * layer + D**2 + 2 * d_time * D) + 10 * predicted * config.K * D
 
 
 def peak_memory(device):
