@@ -284,7 +284,8 @@ def check_interrupted(outcome, action, folder):
 
 def figures_of(run_dir):
     """The lines of metrics.jsonl without what depends on the machine's speed -> dicts."""
-    measured = "tokens_per_s", "utilisation", "peak_memory_gb", "minutes"
+    measured = "tokens_per_s utilisation peak_memory_gb minutes".split()
+    measured += ["model_tflops_per_s", "peak_tflops_per_s"]
     return [
         {name: value for name, value in line.items() if name not in measured}
         for line in read_metrics(run_dir)

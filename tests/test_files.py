@@ -229,3 +229,23 @@ def test_a_link_to_the_best_checkpoint_is_replaced_and_not_written_through(tmp_p
     with files.replacing(last) as temporary:
         temporary.write_bytes(b"later")
     assert best.read_bytes() == b"best" and last.read_bytes() == b"later"
+
+
+def test_the_mended_command_trains_after_a_text_that_was_too_short(tmp_path, corpus):
+    short = tmp_path / "short.txt"
+    short.write_text("a\n")
+    words = [f"-mdir={tmp_path / 'run'}", f"--cache_dir={tmp_path}", *TINY, "--max_steps=1"]
+    with pytest.raises(ValueError, match="too short"):
+        train.main([f"-d={short}", *words])
+    train.main([f"-d={corpus}", *words])
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_tokenizer_of_the_user_in_the_run_folder_stays(tmp_path, corpus):
+    path = tmp_path / "run" / "tokenizer.model"
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    words = [f"-mdir={tmp_path / 'run'}", f"--cache_dir={tmp_path}", *TINY, "--max_steps=1"]
+    with pytest.raises(ValueError, match="does not belong to this run"):
+        train.main([f"-d={corpus}", *words])
+    assert path.read_bytes() == b"mine"

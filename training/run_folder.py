@@ -15,7 +15,7 @@ from common import cli, parallel
 from common.files import file_hash, remove_leftovers, replacing, writing
 from text import cache, toy
 from text.reading import ONE_LINE, Corpus, check_separator, read_pieces
-from text.tokenizer import load_tokenizer, train_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training import checkpoint
 
 # What a run is: these must not change when it is resumed, everything else may.
@@ -87,11 +87,16 @@ def open_run_folder(run_dir):
     return None
 
 
-def write_once(path, content):
-    """Write a file of the run folder. Raises ValueError if a file of the user's has its name."""
+def check_own(path, content):
+    """Raise ValueError if a file of the user's has the name of a file of the run."""
     if path.exists() and path.read_bytes() != content:
         there = f"{path} exists already and does not belong to this run"
         raise ValueError(f"{there}: move it away or give another -mdir")
+
+
+def write_once(path, content):
+    """Write a file of the run folder. Raises ValueError, see `check_own`."""
+    check_own(path, content)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
@@ -109,13 +114,17 @@ def prepare_text(args, run_dir, saved):
     for text in filter(None, (corpus, val)):
         check_text(text, run_dir, args.example)
     path = run_dir / "tokenizer.model"
-    if not resume:
-        write_once(path, make_tokenizer(args, corpus))
-    elif args.spm_model and not args.init_from and file_hash(args.spm_model) != file_hash(path):
+    content = path.read_bytes() if resume else make_tokenizer(args, corpus)
+    check_own(path, content)
+    given = args.spm_model if resume and not args.init_from else None
+    if given and file_hash(given) != file_hash(path):
         raise ValueError(f"{args.spm_model} is not the tokenizer of {run_dir}: give another -mdir")
-    options = load_tokenizer(path), args.cache_dir
+    options = load_tokenizer(path) if resume else Tokenizer(content), args.cache_dir
     parts = [(corpus, "all"), (val, "all")] if val else [(corpus, "train"), (corpus, "val")]
-    return [cache.load_corpus(text, *options, part, args.example) for text, part in parts]
+    tokens = [cache.load_corpus(text, *options, part, args.example) for text, part in parts]
+    if not resume:
+        write_once(path, content)  # last: a text that is too short leaves none
+    return tokens
 
 
 def check_text(text, run_dir, example):
