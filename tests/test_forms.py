@@ -141,10 +141,10 @@ def test_a_wrong_gram_form_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(optim, "orthogonalise_by_gram", lambda X: 1.01 * right(X))
     state, rest = problem()
     forms.choose_form(state, *rest)
-    assert not state.optimizers[1].by_gram
-    assert "orthogonalise_by_gram is wrong" in capsys.readouterr().err
+    assert not state.optimizers[1].fast
+    assert "fast way is wrong for matrices" in capsys.readouterr().err
     X = torch.randn(1, 16, 64)
-    assert optim.orthogonalise(X, by_gram=False).equal(optim.orthogonalise_directly(X))
+    assert optim.orthogonalise(X, fast=False).equal(optim.orthogonalise_directly(X))
 
 
 def test_the_check_leaves_random_numbers_weights_and_gradients_alone(compile_by):

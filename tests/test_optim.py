@@ -110,3 +110,12 @@ def test_averages_start_fast_and_then_follow_their_rate():
             model.weight.fill_(1.0), ema.weight.fill_(0.0)
         optim.average_weights(ema, model, 0.99, step)
         assert ema.weight.item() == pytest.approx(1 - kept, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 64, 256)])
+def test_muon_in_bfloat16_points_the_same_way(shape):
+    torch.manual_seed(0)
+    X = torch.randn(shape)
+    low, plain = optim.orthogonalise_in_bf16(X), optim.orthogonalise_directly(X)
+    assert low.dtype == torch.float32
+    assert torch.cosine_similarity(low.flatten(), plain.flatten(), 0) > 0.9996

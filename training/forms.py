@@ -89,7 +89,7 @@ def choose_form(state, batch, args, device, accumulate):
     model.use(form)
     for optimizer in state.optimizers:
         if isinstance(optimizer, optim.Muon):
-            optimizer.by_gram = can_use_gram(model, device)
+            optimizer.fast = is_fast_muon_right(model, device)
 
 
 def fastest_right_form(form, check):
@@ -127,15 +127,16 @@ def can_fuse(model, args, device, accumulate):
     return not reason
 
 
-def can_use_gram(model, device):
-    """Whether both ways to orthogonalise matrices of the layers' shapes agree here."""
+def is_fast_muon_right(model, device):
+    """Whether Muon's fast way to orthogonalise agrees with the plain one here, for all shapes."""
     generator = torch.Generator(device).manual_seed(0)
     for shape in sorted({matrix.shape for matrix in model.layer_matrices()}):
         X = torch.randn(1, *shape, generator=generator, device=device)
         found = {"matrix": optim.orthogonalise(X)}
-        expected = {"matrix": optim.orthogonalise(X, by_gram=False)}
-        if reason := difference(found, expected, TOLERANCE["float32"]):
-            wrong = f"orthogonalise_by_gram is wrong for {tuple(shape)} ({reason})"
+        expected = {"matrix": optim.orthogonalise(X, fast=False)}
+        kind = "bf16" if device.type == "cuda" else "float32"
+        if reason := difference(found, expected, TOLERANCE[kind]):
+            wrong = f"Muon's fast way is wrong for matrices of {tuple(shape)} ({reason})"
             print(f"{wrong}: not used", file=sys.stderr)
             return False
     return True

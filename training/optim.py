@@ -1,8 +1,8 @@
 """The optimizer: Muon for the matrices of the layers, AdamW for the rest; schedule and averages.
 
 Muon is momentum, orthogonalised [Jordan et al. 2024]. torch.optim.Muon orthogonalises in bfloat16,
-one matrix at a time, which is slow on CPUs without bfloat16 units. Here it is float32 (TF32 where
-allowed), for all matrices of a shape at once.
+one matrix at a time, which is slow on CPUs without bfloat16 units. Here it is float32 on CPUs, for
+all matrices of a shape at once.
 """
 
 import torch
@@ -48,16 +48,28 @@ def orthogonalise_by_gram(X):
     return product @ X
 
 
+def orthogonalise_in_bf16(X):
+    """Do the same in bfloat16, each product with its sum in one call: for GPUs.
+
+    The cosine to the float32 result is above 0.9996, and 0.999 if the singular values decay fast.
+    """
+    X = (X / (MARGIN * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for a, b, c in QUINTICS:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.float()
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, 0.2 sqrt(longer side) times: AdamW's size [Liu 2025].
 
     As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and momentum
-    unchanged. by_gram: use the cheaper of the two functions above for wide matrices.
+    unchanged. fast: orthogonalise in the fastest way for the device, see `orthogonalise`.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.found_inf, self.by_gram = None, True
+        self.found_inf, self.fast = None, True
         self._step_supports_amp_scaling = True  # torch's name for an optimizer that reads found_inf
 
     @torch.no_grad()
@@ -67,7 +79,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
             directions = (self._move_momentum(params, group) for params in by_shape.values())
-            updates = orthogonalise_in_shares(directions, self.by_gram)
+            updates = orthogonalise_in_shares(directions, self.fast)
             for params, update in zip(by_shape.values(), updates, strict=True):
                 self._move_weights(params, update, group)
 
@@ -94,19 +106,19 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * max(p.shape) ** 0.5 * u)
 
 
-def orthogonalise_in_shares(stacks, by_gram=True):
+def orthogonalise_in_shares(stacks, fast=True):
     """Orthogonalise stacks of matrices (n, height, width) -> iterator over the results.
 
     Each process does its share, and all get the same results.
     """
     if parallel.size() == 1:
-        yield from (orthogonalise(X, by_gram) for X in stacks)
+        yield from (orthogonalise(X, fast) for X in stacks)
         return
     stacks = list(stacks)
     owners = share_by_cost([X.shape for X in stacks], parallel.size())
     for X, ranks in zip(stacks, owners, strict=True):
         if mine := [i for i, rank in enumerate(ranks) if rank == parallel.rank()]:
-            X[mine] = orthogonalise(X[mine], by_gram)
+            X[mine] = orthogonalise(X[mine], fast)
     matrices = [matrix for X in stacks for matrix in X]
     parallel.exchange(matrices, [rank for ranks in owners for rank in ranks])
     yield from stacks
@@ -127,12 +139,14 @@ def share_by_cost(shapes, size):
     return owners
 
 
-def orthogonalise(X, by_gram=True):
-    """Orthogonalise matrices (n, height, width); without by_gram, directly."""
+def orthogonalise(X, fast=True):
+    """Orthogonalise matrices (n, height, width), `fast` in the way for the device."""
     height, width = X.shape[1:]
     if height > width:
-        return orthogonalise(X.mT, by_gram).mT
-    if by_gram and width >= 2 * height and not X.is_cuda:
+        return orthogonalise(X.mT, fast).mT
+    if fast and X.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        return orthogonalise_in_bf16(X)
+    if fast and width >= 2 * height and not X.is_cuda:
         return orthogonalise_by_gram(X)
     return orthogonalise_directly(X)
 
