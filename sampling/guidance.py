@@ -116,8 +116,8 @@ def save_classifier(path, classifier, tokenizer_hash):
         tokenizer_hash=tokenizer_hash,
         config=vars(model.config).copy(),
     )
-    with replacing(path) as temporary:
-        torch.save(dict(**state, head=classifier.state_dict()), temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(dict(**state, head=classifier.state_dict()), file)
 
 
 def load_classifier(path, sampler):

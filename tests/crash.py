@@ -383,7 +383,7 @@ def cause(fault, folder, whole, counts, rng):
         ):  # of a byte that means nothing, such as a date
             return check_finished(refused, whole, folder)
         found = one_line_error(refused)
-        if advice := re.search(r"type: (cp .*)", refused.err):
+        if advice := re.search(r"type: (rm .*)", refused.err):
             subprocess.run(advice[1], shell=True, check=True)
     return found + traceback_of(refused) + check_finished(Process(folder).end(), whole, folder)
 

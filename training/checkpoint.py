@@ -56,8 +56,8 @@ PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split(
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint whole or not at all. Raises OSError where it cannot."""
     try:
-        with replacing(path) as temporary:
-            torch.save({"format": FORMAT, **checkpoint}, temporary)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)  # which does not learn its name
     except OSError as error:
         way = "Earlier checkpoints are intact: make room, run again"
         raise OSError(f"cannot write {path} ({error.strerror or error}). {way}") from error
