@@ -186,7 +186,7 @@ def flags():
     p.add_flags("-mdir --checkpoint --seed --device --cache_dir")
     add("-d", "--data_path", type=cli.path, required=True,
         help="text as for train.py, with examples as in training")
-    add("--text_field", help="field of .jsonl files that holds the text (that of the training)")
+    add("--text_field", help="field or column that holds the text (that of the training)")
     add("--ema", type=int, default=-1,
         help="which of the weight averages to measure, counted from 0 (-1: the last)")
     add("--window", type=cli.count,

@@ -155,7 +155,7 @@ FLAGS = {  # of several commands
     "-mdir --model_dir": dict(type=path, default="runs/demo", help="run folder (runs/demo)"),
     "--checkpoint": dict(choices=["best", "last"], default="best",
         help="the best by validation, or the last (best)"),
-    "--text_field": dict(default="text", help="field of .jsonl files that holds the text (text)"),
+    "--text_field": dict(help="field of .jsonl, column of tables that holds the text (text)"),
     "--example": dict(default="line",
         help="what one example is: line, labelled, paragraph, file, or else the separator that "
         "stands between examples, such as '<|endoftext|>', as a line by itself (line)"),

@@ -269,10 +269,8 @@ def test_the_command_that_is_named_makes_a_text_of_what_is_none(tmp_path, name, 
     assert read(new) and not any("\0" in text or "\ufffd" in text for text in read(new))
 
 
-@pytest.mark.parametrize("pack", ["zst", "lz4"])
-def test_the_command_that_unpacks_objects_gives_them_a_name_of_objects(tmp_path, pack):
-    magic = {"zst": b"\x28\xb5\x2f\xfd\0", "lz4": b"\x04\x22\x4d\x18\0"}[pack]
-    path = write(tmp_path / f"a b.jsonl.{pack}", magic)
+def test_the_command_that_unpacks_objects_gives_them_a_name_of_objects(tmp_path):
+    path = write(tmp_path / "a b.jsonl.lz4", b"\x04\x22\x4d\x18\0")
     with pytest.raises(ValueError, match=rf"run \w+ -dc < '{path}' > '{path}.jsonl'"):
         read(path)
 
@@ -309,11 +307,10 @@ def database():
         (gzipped(tarred()), "a tar archive.*tar -xf"),
         (gzipped(b"%PDF-1.4\n"), "a PDF.*gzip -dc .* first"),
         (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z .*7z x"),
-        (b"\x28\xb5\x2f\xfd\0", "packed with zstd.*zstd -d"),
         (database(), "a database.*sqlite3 -json"),
-        (b"PAR1\x15\4\x15", "a parquet file.*read_parquet"),
-        (b"ARROW1\0\0", "an arrow file.*read_feather"),
-        (b"\xff\xff\xff\xff\x10\2\0\0", "a stream of arrow records.*open_stream"),
+        (b"PAR1\x15\4\x15", "a parquet file.*mv .*parquet"),
+        (b"ARROW1\0\0", "an arrow file.*mv .*arrow"),
+        (b"\xff\xff\xff\xff\x10\2\0\0", "an arrow file.*mv .*arrow"),
         (b"\x89PNG\r\n\x1a\n\0", "a picture.*tesseract"),
         (b"\xff\xd8\xff\xe0\0", "a picture"),
         (b"\xd0\xcf\x11\xe0\xa1", "an old Office file"),

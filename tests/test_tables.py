@@ -1,20 +1,144 @@
-"""The figures of evaluate.py as a table."""
+"""Tables as texts: a column of csv, parquet and arrow files, and of saved datasets."""
 
-import warnings
-from types import SimpleNamespace
+import gzip
+import json
 
 import numpy as np
+import pytest
 
-from evaluation import bounds, tables
+from text import cache, reading
+from text.reading import Corpus, find_files, read_pieces
+from text.tokenizer import load_tokenizer, train_tokenizer
+
+TEXTS = ["one, two", 'a "quoted" text', "", "naïve\nline", "日本語"]
+LINES = ["one, two", 'a "quoted" text', "naïve", "line", "日本語"]
+pa = pytest.importorskip("pyarrow")
 
 
-def test_a_bound_of_exactly_zero_and_an_error_that_no_draws_reach_are_no_error():
-    """A network may be certain; --se=1e-300 asks for the most draws."""
-    names = "L_inf L_rec bound monte_carlo_error text_error unknown".split()
-    figures = {f"{name}_nats_per_token": 0.0 for name in names} | dict(
-        bits_per_char=0.0, bits_per_byte=0.0, perplexity_per_token=1.0
-    )
-    assert "nan" in tables.table(figures, None)[1]
-    scores = SimpleNamespace(loss=np.zeros((2, 1)), monte_carlo_error=lambda: np.float64(0.1))
-    with warnings.catch_warnings(action="error"):
-        assert bounds.draws_needed(scores, 1e-300) == bounds.MAX_DRAWS
+def write_csv(path, separator=","):
+    import csv
+
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerows([["n", "text"], *enumerate(TEXTS)])
+
+
+def table():
+    return pa.table({"n": list(range(len(TEXTS))), "text": [text or None for text in TEXTS]})
+
+
+def write(path):
+    """Write TEXTS as the kind of file that the name says."""
+    import pyarrow.parquet
+
+    ending = "".join(path.suffixes)
+    if ending in (".csv", ".tsv"):
+        write_csv(path, "\t" if ending == ".tsv" else ",")
+    elif ending == ".csv.gz":
+        write_csv(path.with_suffix(""))
+        path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+        path.with_suffix("").unlink()
+    elif ending == ".parquet":
+        pyarrow.parquet.write_table(table(), path, row_group_size=2)
+    elif ending == ".feather":
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table().schema) as writer:
+            writer.write_table(table(), max_chunksize=2)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table().schema) as writer:
+            writer.write_table(table(), max_chunksize=2)
+    return path
+
+
+KINDS = [".csv", ".tsv", ".csv.gz", ".parquet", ".arrow", ".feather"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_column_of_a_table_is_the_text(tmp_path, kind):
+    corpus = Corpus(str(write(tmp_path / f"t{kind}")), "text")
+    assert [piece.text for piece in read_pieces(corpus)] == LINES
+    assert corpus.n_bytes == sum(len(text.encode()) for text in TEXTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_column_is_named_in_the_error(tmp_path, kind):
+    corpus = Corpus(str(write(tmp_path / f"t{kind}")), "body")
+    with pytest.raises(ValueError, match=r"no column 'body' \(its columns are n, text\): give"):
+        list(read_pieces(corpus))
+
+
+def test_a_csv_without_a_named_column_is_plain_text_and_a_line_says_so(tmp_path):
+    corpus = Corpus(str(write(tmp_path / "t.csv")))
+    assert next(iter(read_pieces(corpus))).text == "n,text"
+    (note,) = reading.reading_notes(corpus, "line")
+    assert "t.csv is read as plain text: --text_field=COLUMN reads a column" in note
+    assert reading.kind_of("t.csv", None) != reading.kind_of("t.csv", "text")
+
+
+def test_a_record_that_is_no_text_is_named_with_its_file_and_row(tmp_path):
+    write(tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="t.parquet, row 1 has no text in 'n', but 0"):
+        list(read_pieces(Corpus(str(tmp_path / "t.parquet"), "n")))
+    (tmp_path / "t.csv").write_bytes(b'text\ngood\n"bad "row\n')
+    with pytest.raises(ValueError, match="t.csv, line 3 is no row"):
+        list(read_pieces(Corpus(str(tmp_path / "t.csv"), "text")))
+    (tmp_path / "t.csv").write_bytes(b"text\ngood\nb\xe4d\n")
+    with pytest.raises(ValueError, match="t.csv, row 2 is not UTF-8"):
+        list(read_pieces(Corpus(str(tmp_path / "t.csv"), "text")))
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow", ".feather"])
+def test_a_damaged_table_is_an_error_of_one_line(tmp_path, kind):
+    path = write(tmp_path / f"t{kind}")
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"x" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged after row"):
+            list(read_pieces(Corpus(str(path), "text")))
+
+
+def test_a_saved_dataset_is_read_and_its_splits_are_named(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    write(folder / "data-00000-of-00001.arrow")
+    (folder / "dataset_info.json").write_text("{}")
+    state = dict(_data_files=[dict(filename="data-00000-of-00001.arrow")])
+    (folder / "state.json").write_text(json.dumps(state))
+    assert [piece.text for piece in read_pieces(Corpus(str(folder)))] == LINES
+    (tmp_path / "dataset_dict.json").write_text(json.dumps(dict(splits=["train", "test"])))
+    with pytest.raises(ValueError, match="has the splits train, test: give one of these folders"):
+        find_files(str(tmp_path))
+
+
+def test_zstd_is_unpacked_and_read_from_any_place(tmp_path):
+    text = "".join(f"line {i}, {np.random.default_rng(i).integers(10**9)}\n" for i in range(20_000))
+    for name in ("t.txt.zst", "t.jsonl.zst"):
+        content = text if "txt" in name else "".join(
+            json.dumps(dict(text=line)) + "\n" for line in text.split("\n")
+        )  # fmt: skip
+        with pa.CompressedOutputStream(pa.OSFile(str(tmp_path / name), "wb"), "zstd") as file:
+            file.write(content.encode())
+        pieces = [piece.text for piece in read_pieces(Corpus(str(tmp_path / name)))]
+        assert pieces == text.splitlines()
+    with reading.open_text(str(tmp_path / "t.txt.zst")) as stream:
+        assert stream.seek(0, 2) == len(text)
+        for place in (100, 5, len(text) - 7):
+            stream.seek(place)
+            assert stream.read(5) == text.encode()[place : place + 5]
+
+
+def test_a_table_is_tokenised_once_and_trains_like_its_lines(tmp_path):
+    path, plain = write(tmp_path / "t.parquet"), tmp_path / "t.txt"
+    plain.write_text("\n".join(LINES) + "\n")
+    (tmp_path / "model").write_bytes(train_tokenizer(plain, "char"))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    tokens = [cache.load_corpus(str(p), tokenizer, tmp_path / "cache") for p in (path, plain)]
+    assert np.array_equal(tokens[0].ids, tokens[1].ids)
+    assert tokens[0].key != tokens[1].key
+    assert cache.load_corpus(str(path), tokenizer, tmp_path / "cache").key == tokens[0].key
+
+
+def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
+    path = write(tmp_path / "t.parquet")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="t.parquet is read with pyarrow: pip install pyarrow"):
+        list(read_pieces(Corpus(str(path))))

@@ -1,11 +1,12 @@
 """Reading a corpus: its files, the documents in them, the examples in the documents.
 
-    file      plain text, or JSON: objects, one field of which is text, one per line or in a list
-    document  a text file, or the text of one object: a stream of UTF-8 bytes
+    file      plain text, or JSON: objects, one field of which is text, one per line or in a list,
+              or a table, one column of which is text
+    document  a text file, or the text of one object or row: a stream of UTF-8 bytes
     piece     an example, or a part of a very long one
 
 The first bytes of a file tell how it is packed and encoded, whatever its name. A name that ends in
-.json, .jsonl or .ndjson says that it holds objects.
+.json, .jsonl or .ndjson says that it holds objects; for tables see tables.py.
 """
 
 import bz2
@@ -33,42 +34,41 @@ from tqdm import tqdm
 
 from common import cli
 from common.noise import GOLDEN
+from text import tables
 
 BYTES_BAR = dict(unit="B", unit_scale=True, disable=None)  # options of tqdm
 HEAD = 1 << 16  # bytes that tell what a file is
-TEXT_ENDINGS = ".txt", ".jsonl", ".ndjson"  # are read of a folder; a .json there is often no text
+TEXT_ENDINGS = ".txt", ".jsonl", ".ndjson"  # are read of a folder; others there are often no text
 JSON_NAME = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|bz2|xz|zst|lz4))?\Z", re.IGNORECASE)
 PACKED = {  # what is unpacked: its first bytes, how it is opened, the program that unpacks it
     "gz": (rb"\x1f\x8b", gzip.open, "gzip"),
     "bz2": (rb"BZh[1-9](1AY&SY|\x17rE8P)", bz2.open, "bzip2"),
     "xz": (rb"\xfd7zXZ\0", lzma.open, "xz"),
+    "zst": (rb"\x28\xb5\x2f\xfd", tables.Zstd, "zstd"),
 }
 MARKS = {  # that begin a text; the longer ones are first
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 PANDOC = "pandoc -t plain --wrap=none {path} -o {path}.txt"
-PANDAS = (  # writes a table as one object per line
-    'python -c "import sys, pandas, pyarrow.ipc as ipc; %s(sys.argv[1])%s.to_json(sys.argv[2], '
-    "orient='records', lines=True)\" {path} {path}.jsonl (pip install pandas pyarrow openpyxl)"
+EXCEL = (  # writes a table as one object per line
+    'python -c "import sys, pandas; pandas.read_excel(sys.argv[1]).to_json(sys.argv[2], '
+    "orient='records', lines=True)\" {path} {path}.jsonl (pip install pandas openpyxl)"
 )
-ARROW_STREAM = "ipc.open_stream", ".read_pandas()"
 SQLITE = "sqlite3 -json {path} 'select * from TABLE' > {path}.json (tables: sqlite3 {path} .tables)"
 LFS = 'cd "$(dirname {path})" && git lfs pull'
 PICTURE = rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a.{4}[\x80-\xff]|RIFF....WEBPVP8|II\*\x00|MM\x00\*"
 FOREIGN = [  # what is not read: its first bytes, what it is, see `advice`
     (rb"%PDF-\d\.\d\s", "a PDF", "pdftotext {path} {path}.txt"),
     (rb"PK\x03\x04.*(word/|mimetypeapplication/)", "a document or an e-book", PANDOC),
-    (rb"PK\x03\x04.*xl/", "an Excel file", PANDAS % ("pandas.read_excel", "")),
+    (rb"PK\x03\x04.*xl/", "an Excel file", EXCEL),
     (rb"PK\x03\x04", "a zip archive", "unzip {path} -d {path}.d"),
     (rb".{257}ustar", "a tar archive", "mkdir {path}.d && tar -xf {path} -C {path}.d"),
     (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "a 7z or rar archive", "7z x {path} -o{path}.d"),
-    (rb"\x28\xb5\x2f\xfd", "packed with zstd", "zstd -dc"),
     (rb"\x04\x22\x4d\x18", "packed with lz4", "lz4 -dc"),
     (rb"SQLite format 3\x00", "a database", SQLITE),
-    (rb"PAR1[\x15-\x1c]", "a parquet file", PANDAS % ("pandas.read_parquet", "")),
-    (rb"ARROW1\x00\x00", "an arrow file", PANDAS % ("pandas.read_feather", "")),
-    (rb"\xff{4}..\x00\x00", "a stream of arrow records", PANDAS % ARROW_STREAM),
+    (rb"PAR1[\x15-\x1c]", "a parquet file", "mv {path} {path}.parquet"),
+    (rb"ARROW1\x00\x00|\xff{4}..\x00\x00", "an arrow file", "mv {path} {path}.arrow"),
     (rb"\{\\rtf1", "a rich text", PANDOC),
     (rb"\xd0\xcf\x11\xe0", "an old Office file", "soffice --headless --convert-to docx {path}"),
     (PICTURE, "a picture", "tesseract {path} {path}"),
@@ -92,7 +92,7 @@ class Corpus:
     """A text: one or more files, and the field of .jsonl files that holds their text."""
 
     path: str  # see `find_files`
-    text_field: str = "text"
+    text_field: str | None = None  # None: "text", and .csv and .tsv are plain text
 
     @classmethod
     def of(cls, corpus):
@@ -125,9 +125,14 @@ class Corpus:
     def documents(self):
         """Yield a name and a stream of each document, to be read before the next. See `look_at`."""
         for path in self.files:
+            field = self.text_field or "text"
+            if tables.is_table(path, self.text_field):
+                for name, text in tables.texts(path, open_text, field):
+                    yield name, io.BytesIO(text)
+                continue
             with open_text(path) as stream:
                 if is_json(path):
-                    yield from _read_objects(path, stream, self.text_field)
+                    yield from _read_objects(path, stream, field)
                 else:
                     yield path, stream
 
@@ -152,7 +157,8 @@ def find_files(path):
     for part in _parts(path):
         found = [part] if os.path.isfile(part) else glob.glob(part, recursive=True)
         if os.path.isdir(part):
-            found = [str(entry) for entry in _entries(part) if not _reason(entry)]
+            entries = [str(entry) for entry in _entries(part) if not _reason(entry)]
+            found = tables.dataset_files(part) or entries
         found = sorted(filter(os.path.isfile, found))
         if not found:
             kinds = ", ".join(TEXT_ENDINGS) + f", also as .{', .'.join(PACKED)}"
@@ -210,7 +216,10 @@ def is_json(path):
 
 def kind_of(path, text_field):
     """Name what `Corpus.documents` takes from a file, by its name: it is a part of cache keys."""
-    return f"jsonl {text_field}" if is_json(path) else "text"
+    field = text_field or "text"
+    if tables.is_table(path, text_field):
+        return f"table {field}"
+    return f"jsonl {field}" if is_json(path) else "text"
 
 
 def look_at(path):
@@ -219,6 +228,8 @@ def look_at(path):
     Raises ValueError for what is no text, with the command that makes one of it.
     """
     packing = _packing_of(path)
+    if tables.ARROW.search(path):
+        return packing, ""
     with _unpack(path, packing) as stream:
         head = stream.read(HEAD)
     for magic, what, command in FOREIGN:
@@ -525,6 +536,9 @@ def reading_notes(corpus, example):
     """Say what of a corpus is left out as a header, and what may be a separator -> lines."""
     if example == "labelled":
         return _header_notes(corpus)
+    plain = [path for path in corpus.files if tables.CSV.search(path) and not corpus.text_field]
+    if plain:
+        return [f"{plain[0]} is read as plain text: --text_field=COLUMN reads a column"]
     if example in ("line", "paragraph") and (found := find_separator(corpus)):
         flag = shlex.quote(f"--example={found[0]}")
         return [f"{found[0]!r} occurs {found[1]:,} times: if it separates examples, {flag}"]

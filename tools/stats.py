@@ -161,7 +161,7 @@ def command(corpus, example):
     """Write the command that trains on a text, and say why this tokenizer -> two lines."""
     kind, found = suggest_tokenizer(corpus, example)
     words = ["python", "train.py", f"-d={corpus}"]
-    if corpus.text_field != "text":
+    if corpus.text_field:
         words.append(f"--text_field={corpus.text_field}")
     if example != "line":
         words.append(f"--example={example}")

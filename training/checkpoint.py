@@ -41,7 +41,7 @@ TOY_SENTENCES = 60_000
 # What a record must have, see `fault`: of any run, of one that resumes, of an exported one.
 SIZES = "model_dim num_layers num_heads batch_size sequence_length".split()
 ARGS = dict.fromkeys(SIZES, int) | dict(ema_rate=[float], beta=(float, str), example=str)
-ARGS |= dict(text_field=str, data_path=(str, NoneType), val_path=(str, NoneType))
+ARGS |= dict(text_field=(str, NoneType), data_path=(str, NoneType), val_path=(str, NoneType))
 RUN = dict(step=int, args=ARGS, config={field.name: field.type for field in fields(Config)})
 RUN |= dict(tokenizer_hash=str, lengths=[int], word_lengths=[int], emas=[dict])
 RUN |= dict(loss_by_time=([float], NoneType))
@@ -101,7 +101,7 @@ def check_run(run):
     for part in ("args", "identity"):
         if isinstance(run.get(part), dict):
             run[part].setdefault("example", "line")  # runs of before --example
-            run[part].setdefault("text_field", "text")
+            run[part].setdefault("text_field", None)
     if wrong := fault(run, RUN):
         raise ValueError(f"{wrong} is missing or of another type")
     config, args = Config(**run["config"]), run["args"]

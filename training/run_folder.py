@@ -214,7 +214,7 @@ def new_run(args):
     words = [f"-d={args.data_path}", f"--init_from={run_dir}", f"-mdir={run_dir}-{number}"]
     if args.val_path:
         words.append(f"--val_path={args.val_path}")
-    if args.text_field != "text":
+    if args.text_field:
         words.append(f"--text_field={args.text_field}")
     length = "minutes" if args.minutes else "max_steps"
     words += [f"--preset={args.preset}", f"--{length}={getattr(args, length)}"]

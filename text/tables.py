@@ -1,0 +1,157 @@
+"""Tables as texts: a column of .csv, .tsv, .parquet and .arrow files, row by row.
+
+pyarrow is imported where it is needed: only parquet, arrow and zstd take it.
+"""
+
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+CSV = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zst))?\Z", re.IGNORECASE)
+ARROW = re.compile(r"\.(parquet|arrow|feather)\Z", re.IGNORECASE)
+ROWS = 1024  # of a parquet file that are read at once
+CELL_BYTES = 1 << 30  # the longest text in a cell of a .csv
+
+
+def import_pyarrow(path):
+    """Import the library. Raises ValueError if it is missing."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError(f"{path} is read with pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def is_table(path, column):
+    """Whether a file is read as a table, by its name: .csv and .tsv only if a column is named."""
+    return bool(ARROW.search(path) or (column and CSV.search(path)))
+
+
+def dataset_files(folder):
+    """List the files of a folder that `datasets` has saved -> paths, or None for another folder.
+
+    Raises ValueError for one with several splits.
+    """
+    folder = Path(folder)
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(json.loads((folder / "dataset_dict.json").read_text())["splits"])
+        raise ValueError(f"{folder} has the splits {splits}: give one of these folders")
+    if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
+        return None
+    state = json.loads((folder / "state.json").read_text())
+    return [str(folder / file["filename"]) for file in state["_data_files"]]
+
+
+def texts(path, open_text, column):
+    """Yield the name of each row and its text, as UTF-8. Raises ValueError that names the row.
+
+    open_text: opens a text file, see `reading.open_text`. column: its name. A row without a text
+    there is empty.
+    """
+    rows = _csv_rows(path, open_text, column) if CSV.search(path) else _arrow_rows(path, column)
+    for number, text in rows:
+        name = f"{path}, row {number}"
+        try:
+            yield name, b"" if text is None else text.encode()
+        except AttributeError:
+            raise ValueError(f"{name} has no text in {column!r}, but {text!r:.80}") from None
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} is not UTF-8: {error.reason}") from None
+
+
+def check_column(path, column, columns):
+    """Raise ValueError if a table has no such column."""
+    if column not in columns:
+        listed = ", ".join(map(str, columns))
+        found = f"{path} has no column {column!r} (its columns are {listed:.200})"
+        raise ValueError(f"{found}: give --text_field")
+
+
+def _csv_rows(path, open_text, column):
+    """Yield the number of each row of a .csv or .tsv file, counted from 1, and its text."""
+    csv.field_size_limit(min(CELL_BYTES, sys.maxsize))
+    with open_text(path) as stream:
+        file = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        separator = "\t" if CSV.search(path)[1].lower() == "tsv" else ","
+        reader = csv.DictReader(file, delimiter=separator, strict=True)
+        try:
+            check_column(path, column, reader.fieldnames or [])
+            for number, row in enumerate(reader, 1):
+                yield number, row[column]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is no row: {error}") from None
+
+
+def _arrow_rows(path, column):
+    """Yield the number of each row of a parquet or arrow file, counted from 1, and its value."""
+    pyarrow = import_pyarrow(path)
+    number = 0
+    try:
+        for batch in _batches(path, column):
+            for value in batch.column(column).to_pylist():
+                number += 1
+                yield number, value
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # of the disk
+            raise
+        found = f"is damaged after row {number} ({str(error).splitlines()[0]:.100})"
+        raise ValueError(f"{path} {found}: write it again") from None
+
+
+def _batches(path, column):
+    """Yield parts of the rows of a parquet or arrow file, which is never in memory as a whole."""
+    import pyarrow.parquet
+
+    if path.lower().endswith(".parquet"):
+        file = pyarrow.parquet.ParquetFile(path)
+        check_column(path, column, file.schema_arrow.names)
+        yield from file.iter_batches(ROWS, columns=[column])
+        return
+    source = pyarrow.memory_map(path)
+    if source.read(6) == b"ARROW1":
+        file = pyarrow.ipc.open_file(source)
+        check_column(path, column, file.schema.names)
+        yield from map(file.get_batch, range(file.num_record_batches))
+        return
+    source.seek(0)
+    stream = pyarrow.ipc.open_stream(source)
+    check_column(path, column, stream.schema.names)
+    yield from stream
+
+
+class Zstd(io.RawIOBase):
+    """The content of a file packed with zstd. Going back reads it from its beginning."""
+
+    def __init__(self, path):
+        self.path, self.pyarrow, self.position = path, import_pyarrow(path), sys.maxsize
+        self.seek(0)
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def readinto(self, buffer):
+        block = self.file.read(len(buffer))
+        buffer[: len(block)] = block
+        self.position += len(block)
+        return len(block)
+
+    def tell(self):
+        return self.position
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        place = {io.SEEK_SET: offset, io.SEEK_END: sys.maxsize}.get(whence)
+        place = self.position + offset if place is None else place
+        if place < self.position:
+            self.file = self.pyarrow.CompressedInputStream(open(self.path, "rb"), "zstd")
+            self.position = 0
+        left = place - self.position
+        while left > 0 and (block := self.file.read(min(left, 1 << 20))):
+            self.position += len(block)
+            left -= len(block)
+        return self.position
