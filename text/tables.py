@@ -82,7 +82,7 @@ def _csv_rows(path, open_text, column):
             for number, row in enumerate(reader, 1):
                 yield number, row[column]
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num} is no row: {error}") from None
+            raise ValueError(f"{path}, line {reader.line_num + 1} is no row: {error}") from None
 
 
 def _arrow_rows(path, column):
