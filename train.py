@@ -21,13 +21,13 @@ import torch
 import bfn
 import data
 import evaluate
-from common import parallel
+from common import hub, parallel
 from common.files import file_hash
 from common.noise import draw_keys, mix_seed, noise
 from model import BFNTransformer, Config
 from sample import Sampler
 from training import forms, fused, log, memory, optim, run_folder, speed
-from training.checkpoint import State, load, restore, save
+from training.checkpoint import EXPORTED_FILES, State, load, restore, save
 from training.times import draw_times
 
 PRESET_FLAGS = "model_dim num_layers num_heads learning_rate warmup_steps ema_rate".split()
@@ -186,7 +186,8 @@ def start_from(args, source):
         setattr(args, name, theirs[name])
     if args.spm_model and file_hash(args.spm_model) != source["tokenizer_hash"]:
         raise ValueError(f"{args.spm_model} is not the tokenizer of {folder}: leave -spm out")
-    args.spm_model, args.vocab_size = str(Path(folder) / "tokenizer.model"), None
+    local = hub.local_folder(folder, EXPORTED_FILES)
+    args.spm_model, args.vocab_size = str(Path(local) / "tokenizer.model"), None
     args.beta = theirs["beta"] if args.beta == "auto" else args.beta
     for name in ("batch_size", "sequence_length", "ema_rate", "example"):
         setattr(args, name, getattr(args, name) or theirs[name])

@@ -217,8 +217,8 @@ def test_numpy_and_torch_on_a_full_disk_name_the_file(words):
     "words",
     [
         "tools.stats README.md",
-        "sample -mdir=examples/toy --num_samples=1 --steps=2",
-        "sample -mdir=examples/toy --interactive --steps=x",
+        pytest.param("sample -mdir=examples/toy --num_samples=1", marks=pytest.mark.slow),
+        pytest.param("sample -mdir=examples/toy --interactive --steps=x", marks=pytest.mark.slow),
     ],
 )
 def test_a_command_ends_with_one_line_under_dev_full_and_without_standard_input(words):

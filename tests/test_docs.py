@@ -109,6 +109,7 @@ def test_every_fence_is_of_a_kind_that_is_tested(page):
     assert {kind for kind, _ in parts_of(page)} <= {"", "python", "python edit", "text", "sh"}
 
 
+@pytest.mark.slow
 @each_page
 def test_the_page_runs_from_top_to_bottom_and_prints_what_it_shows(
     page, folder, capsys, monkeypatch

@@ -130,7 +130,7 @@ def test_nothing_of_size_tokens_times_vocabulary_is_kept_for_the_gradient(monkey
     assert {shape for shape in kept if 1001 in shape} <= {(1001, 32), (1001,)}
 
 
-@pytest.mark.parametrize("K", [1000, 1001])
+@pytest.mark.parametrize("K", [pytest.param(1000, marks=pytest.mark.slow), 1001])
 def test_compiled_chunks_equal_the_others_and_are_compiled_once(K, monkeypatch):
     """Several chunks, the last one short, and vocabularies with and without equal halves."""
     monkeypatch.setitem(fused.CHUNK, "cpu", 1)

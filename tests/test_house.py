@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "examples": [*BASE, "examples"],
     "experiments": [*BASE, *WINGS, *TOP, "experiments"],
 }
-OPTIONAL = "matplotlib PIL safetensors pyarrow torch.utils num2words readline".split()
-OPTIONAL += ["fcntl", "resource"]  # not on Windows
+OPTIONAL = "matplotlib PIL safetensors pyarrow huggingface_hub torch.utils num2words".split()
+OPTIONAL += ["readline", "fcntl", "resource"]  # not on Windows
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if ".venv" not in path.parts]
 CODE = {path: ast.parse(path.read_text()) for path in FILES if "tests" not in path.parts}
 

@@ -577,6 +577,7 @@ def test_a_small_joint_distribution_is_learned():
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow  # it compiles a network of the usual size
 def test_the_main_command_trains_a_text_with_the_forms_that_this_machine_has(tmp_path, monkeypatch):
     """No flag says how: the network is compiled, and in bfloat16 where that is fast."""
     (tmp_path / "text.txt").write_text(toy.corpus(300))

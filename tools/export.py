@@ -1,6 +1,7 @@
 """Write what is needed to sample from a model into a new folder, with a model card.
 
     python -m tools.export RUN_DIR OUT_DIR --dtype=bfloat16
+    python -m tools.export RUN_DIR OUT_DIR --push=USER/MODEL     also to the Hugging Face hub
 """
 
 import json
@@ -13,7 +14,7 @@ from common import cli  # isort: skip - first, because of Ctrl-C
 import torch
 
 import sample
-from common import parallel
+from common import hub, parallel
 from common.files import file_hash
 from text.reading import ONE_LINE
 from training import checkpoint
@@ -21,6 +22,13 @@ from training import checkpoint
 N_SAMPLES = 2
 EXPORT = "python -m tools.export RUN_DIR"
 CARD = """\
+---
+library_name: bayesian-flow-lm
+pipeline_tag: text-generation
+tags: [bayesian-flow-network, non-autoregressive, text-generation]
+license: {license}
+---
+
 # {name}
 
 A Bayesian flow language model of {n_parameters:,} parameters and {K:,} tokens of vocabulary. It
@@ -51,12 +59,13 @@ them is executed.
 """
 
 
-def model_card(folder, dtype):
+def model_card(folder, dtype, license):
     """Describe the model of an exported folder -> markdown. Samples from it."""
     dtype_name = str(dtype).removeprefix("torch.")
     model, tokenizer, run = checkpoint.load(folder, device=parallel.find_device("auto"))
     quoted = shlex.quote(folder.name if folder.is_absolute() else str(folder))  # no paths from here
     return CARD.format(
+        license=license,
         name=folder.name,
         folder=quoted,
         n_parameters=sum(p.numel() for p in model.parameters()),
@@ -128,10 +137,11 @@ def training_command(args):
     return " \\\n    ".join(" ".join(words[i : i + 5]) for i in range(0, len(words), 5))
 
 
-def export(run_dir, out_dir, dtype=torch.float32):
+def export(run_dir, out_dir, dtype=torch.float32, license="other"):
     """Write what sampling, evaluating and fine-tuning need into a new folder, with a model card.
 
-    Weights become `dtype`. Raises ValueError if the run is damaged or out_dir exists.
+    Weights become `dtype`. license: an identifier of the hub, such as mit. Raises ValueError if the
+    run is damaged or out_dir exists.
     """
     if out_dir.exists():
         raise ValueError(f"{out_dir} exists already: give another folder")
@@ -152,7 +162,8 @@ def export(run_dir, out_dir, dtype=torch.float32):
         run = {name: value for name, value in run.items() if not name.startswith("times")}
         config = json.dumps(run, indent=1, allow_nan=False)
         (out_dir / "config.json").write_text(config, encoding="utf-8")
-        (out_dir / "README.md").write_text(model_card(out_dir, dtype), encoding="utf-8")
+        card = model_card(out_dir, dtype, license)
+        (out_dir / "README.md").write_text(card, encoding="utf-8")
     except BaseException:
         shutil.rmtree(out_dir)
         raise
@@ -166,15 +177,22 @@ def flags():
         help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the weights (float32)")
+    add("--push", help="USER/MODEL: upload the folder to the Hugging Face hub too")
+    add("--license", default="other", help="of the model, an identifier of the hub (other)")
     return p
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
     out_dir = Path(args.out_dir)
-    export(Path(args.run_dir), out_dir, getattr(torch, args.dtype))
+    if args.push:
+        hub.import_library()  # before the work
+    export(Path(args.run_dir), out_dir, getattr(torch, args.dtype), args.license)
     size = (out_dir / "model.safetensors").stat().st_size
     print(f"{out_dir}: {', '.join(checkpoint.EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)")
+    if args.push:
+        hub.push(out_dir, args.push, checkpoint.EXPORTED_FILES)
+        print(f"hf://{args.push}: python sample.py -mdir=hf://{args.push}")
 
 
 if __name__ == "__main__":

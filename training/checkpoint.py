@@ -26,7 +26,7 @@ from types import NoneType
 import torch
 
 import bfn
-from common import parallel
+from common import hub, parallel
 from common.files import file_hash, replacing
 from model import BFNTransformer, Config
 from text.tokenizer import load_tokenizer
@@ -170,6 +170,7 @@ def read_run(run_dir, which="best"):
 def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     """Load a model from a run folder or an exported one: `model, tokenizer, run = load("runs/a")`.
 
+    run_dir: also hf://USER/MODEL[@REVISION], an exported folder on the Hugging Face hub.
     which: "best" by validation or "last". ema: index of the weight average, by default the last.
     network: its class. run is the rest of the checkpoint: "args" of the training, "step", "lengths"
     and "word_lengths" of the text. Raises ValueError for a missing or damaged checkpoint, or
@@ -177,6 +178,7 @@ def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     """
     if which not in ("best", "last"):
         raise ValueError(f"there is no checkpoint {which!r}: best or last")
+    run_dir = hub.local_folder(run_dir, EXPORTED_FILES)
     run = read_run(run_dir, which)
     path = Path(run_dir) / "tokenizer.model"
     if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:

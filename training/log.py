@@ -140,7 +140,7 @@ class Meter:
         n_tokens = parallel.total(self.n_tokens)
         tokens_per_s = n_tokens / seconds
         n_rows = len(self.steps) * args.accumulation_steps * args.batch_size
-        predicted = parallel.total(self.n_predicted) / n_tokens
+        predicted = parallel.total(self.n_predicted) / max(1, n_tokens)
         flops = model_flops(self.model.config, args.sequence_length, predicted) * tokens_per_s
         most = peak(self.device, self.model.form.bf16) * parallel.size()
         figures = dict(

@@ -1,0 +1,45 @@
+"""Models on the Hugging Face hub: hf://USER/MODEL, or hf://USER/MODEL@REVISION.
+
+huggingface_hub is imported where it is needed.
+"""
+
+HUB = "hf://"
+
+
+def import_library():
+    """Import huggingface_hub. Raises ValueError if it is missing."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        needed = "models on the hub need huggingface_hub"
+        raise ValueError(f"{needed}: pip install huggingface_hub") from None
+    return huggingface_hub
+
+
+def local_folder(path, files):
+    """Download these files of a model on the hub -> their folder. Any other path stays as it is.
+
+    They are kept in the library's own cache, whole or not at all. Raises ValueError for a model
+    that cannot be read.
+    """
+    if not str(path).startswith(HUB):
+        return path
+    name, _, revision = str(path).removeprefix(HUB).partition("@")
+    library = import_library()
+    try:
+        return library.snapshot_download(name, revision=revision or None, allow_patterns=files)
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
+        raise ValueError(f"{path} cannot be read from the hub ({reason})") from None
+
+
+def push(folder, name, files):
+    """Upload these files of a folder as the model USER/MODEL, which is made if it is missing."""
+    library = import_library()
+    try:
+        api = library.HfApi()
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=name, allow_patterns=files)
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
+        raise ValueError(f"{name} cannot be written to the hub ({reason})") from None
