@@ -1,16 +1,20 @@
 """The check of how a step is computed: what is fast must be right, or it is not used."""
 
+import copy
 import os
 import time
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+import data
 import model as model_file
 import train
-from model import BFNTransformer, Form
+from model import BFNTransformer, Config, Form
 from training import forms, optim, speed
 
 CPU = torch.device("cpu")
@@ -218,3 +222,33 @@ def test_a_slow_first_update_is_not_taken_for_the_usual_one():
 def test_an_optimizer_that_does_not_skip_bad_steps_is_refused():
     with pytest.raises(ValueError, match="AdamW does not skip bad steps: give it fused=True"):
         forms.check_optimizers([torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])])
+
+
+# ---------------------------------------------------------------- another device
+
+
+@pytest.mark.parametrize("form", [Form(), Form(fused=True)], ids=str)
+def test_a_step_waits_for_no_number_and_stays_on_its_device(form, monkeypatch):
+    """Tensors on the device "meta" have no numbers: to read one is an error, as is to mix devices.
+
+    So neither will make a step on a GPU fail or wait.
+    """
+    meta = torch.device("meta")
+    monkeypatch.setattr(train, "to_device", lambda x, device: x.to(device))
+    monkeypatch.setattr(train.torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(forms.fused, "matmul_dtype", lambda x: x.dtype)
+    monkeypatch.setitem(forms.fused.CHUNK, "meta", 1 << 10)
+    model = BFNTransformer(Config(64, 0.1, 32, 2, 2)).to(meta)
+    model.use(form)
+    segment_ids = 1 + (np.random.default_rng(0).random((4, 16)) < 0.1).cumsum(1)
+    seen = data.draw_seen(segment_ids, np.random.default_rng(0), progress=0.6)
+    batch = torch.zeros(4, 16, dtype=torch.long), *map(torch.from_numpy, (segment_ids, seen))
+    loss = train.accumulate_gradients(model, [batch], [0], meta)
+    args = train.complete(train.flags().parse_args(["-d=none", "--max_steps=9"]))
+    args.ema_rate = [0.9]
+    muon = optim.make_optimizers(model, args)[1]  # torch's fused AdamW knows no such device
+    state = SimpleNamespace(model=model, optimizers=[muon], emas=[copy.deepcopy(model)], step=1)
+    norm = train.update_weights(state, args)
+    assert loss.device == norm.device == model.embedding.weight.device == meta
+    with pytest.raises(RuntimeError):
+        loss.item()
