@@ -417,19 +417,6 @@ def run_flags(args, name="base", seed=0):
     return train.complete(train.flags().parse_args([*words, f"--seed={seed}"]))
 
 
-def add_flags(add):
-    """Add the flags of a run."""
-    add("-d", "--data_path", type=cli.path, help="text file to train on (the built-in language)")
-    add("--val_path", type=cli.path,
-        help="text file for validation (a held-out part of the corpus)")
-    add("--minutes", type=cli.positive, default=3.0,
-        help="minutes of training for each run, without validation (%(default)g)")
-    add("--tokens", type=cli.count, help="tokens of training for each run, instead of --minutes")
-    add("--flags", default="", help="more flags of train.py, the same for all runs")
-    add("--output", type=cli.path, default="runs/compare",
-        help="folder for results and pictures (runs/compare)")
-
-
 def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
@@ -439,7 +426,15 @@ def flags():
         help="number of runs of each variant, with seeds 0, 1, ... (1)")
     add("--one", nargs=2, metavar=("VARIANT", "SEED"),
         help="train one variant in this process and print its record")
-    add_flags(add)
+    add("-d", "--data_path", type=cli.path, help="text file to train on (the built-in language)")
+    add("--val_path", type=cli.path,
+        help="text file for validation (a held-out part of the corpus)")
+    add("--minutes", type=cli.positive, default=3.0,
+        help="minutes of training for each run, without validation (%(default)g)")
+    add("--tokens", type=cli.count, help="tokens of training for each run, instead of --minutes")
+    add("--flags", default="", help="more flags of train.py, the same for all runs")
+    add("--output", type=cli.path, default="runs/compare",
+        help="folder for results and pictures (runs/compare)")
     return p
 
 
