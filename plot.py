@@ -36,6 +36,7 @@ from sampling import generate
 from sampling.generate import DEFAULT, Options, sample_batch
 from sampling.prompts import read_breaks
 from text import cache
+from text.reading import Corpus
 from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training.checkpoint import load, read_checkpoint, read_figures, read_metrics, without_folders
 
@@ -146,11 +147,12 @@ def draw_packing(args):
     if not args.data_path:
         raise ValueError("packing reads a text: give -d")
     path, row_length = args.data_path, args.sequence_length
+    corpus = Corpus(path, args.text_field)
     if args.spm_model:
         tokenizer = load_tokenizer(args.spm_model)
     else:
-        tokenizer = Tokenizer(train_tokenizer(path, "bpe", example=args.example))
-    tokens = cache.load_corpus(path, tokenizer, args.cache_dir, example=args.example)
+        tokenizer = Tokenizer(train_tokenizer(corpus, "bpe", example=args.example))
+    tokens = cache.load_corpus(corpus, tokenizer, args.cache_dir, example=args.example)
     examples = f"{tokens.n_documents:,} examples in rows of {row_length} tokens"
     title = f"{Path(path).name}: {examples}"
     return partial(pictures.packing, packed_rows(tokens, row_length), title)
@@ -220,7 +222,6 @@ def draw_sampling(args):
     if args.gif:
         with drawing.style(args.dark):
             images = pictures.emerging(to_frames(texts, sampler.tokenizer), title)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(args.output) as temporary:
             temporary.write_bytes(pictures.to_gif(images, MARK))
         return None
@@ -320,7 +321,6 @@ def exact_by_calls(content):
 def draw_report(args):
     """Write the page of a run: data, figures, curves, samples, texts at each network call."""
     content = run_page(Path(args.run_dir), parallel.find_device(args.device))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output) as temporary:  # names of files may not be UTF-8
         temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
 
@@ -411,7 +411,7 @@ PICTURES = {  # what draws it, and its flags
     "simplex": (draw_simplex, "--seed --output --dark"),
     "beta": (draw_beta, "--beta --output --dark"),
     "run": (draw_run, "run_dirs --watch --output --dark"),
-    "packing": (draw_packing, "-d -spm --example -slen --cache_dir --output --dark"),
+    "packing": (draw_packing, "-d -spm --text_field --example -slen --cache_dir --output --dark"),
     "sampling": (draw_sampling, f"{SAMPLING} --gif --seed --output --dark"),
     "quality": (draw_quality, "files --output --dark"),
     "compare": (print_comparison, "run_dirs"),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import bfn
 from common import parallel
 from common.files import writing
-from common.noise import mix_seed
+from common.noise import mix_seed, whole
 from evaluation import likelihood
 from evaluation.bounds import Text, Work
 from sampling import guidance, odds, output, prompts, proofread, terminal
@@ -64,7 +64,7 @@ class Sampler:
 
     def __call__(self, prompt: str = "", n: int = 1, seed: int = 0, **options) -> list[str]:
         """Sample n texts that continue a prompt or fill its gaps -> list of str."""
-        if n < 0:
+        if whole(n) < 0:
             raise ValueError(f"n={n}: give a number of texts")
         return [text for text, *_ in self.stream([prompt] * n, seed, **options)]
 
@@ -74,8 +74,10 @@ class Sampler:
         length: tokens of each text, with bos and eos; drawn if None. trace: show the first text at
         each call. label: of a model of labelled texts, begins all prompts.
         """
-        if isinstance(prompts, str):
-            raise ValueError("give a list of prompts")  # noqa: TRY004 - as for other inputs
+        if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError("give a list of prompts")
+        for number in (seed, 0 if length is None else length):
+            whole(number)
         if options.get("draft") is not None and (label is not None or any(prompts)):
             raise ValueError("a draft is the whole text: give neither a prompt nor a label")
         if label is not None:

@@ -154,7 +154,6 @@ def save(path, make_figure, dark=False):
     with style(dark):
         figure = make_figure()
         use_fonts(figure)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=DPI, format=kind, metadata=METADATA.get(kind))
 

@@ -31,15 +31,32 @@ def writing(path):
 def new_temporary(path):
     """Create an empty file next to `path`, of a name that nobody has -> its path."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:50]}.{uuid4().hex}.tmp")
     open(temporary, "x").close()
     return temporary
 
 
-def remove_leftovers(folder):
-    """Delete temporary files that killed processes have left. No other process may write there."""
+def remove_leftovers(folder, names):
+    """Delete temporary files, of files whose names begin so, that killed processes have left.
+
+    No other process may write there.
+    """
     for path in Path(folder).glob(f".*.{'[0-9a-f]' * 32}.tmp"):
-        path.unlink(missing_ok=True)
+        if path.name[1:].startswith(tuple(names)):
+            path.unlink(missing_ok=True)
+
+
+def check_folder(folder, name, is_ours):
+    """Refuse a folder that holds other files than earlier results, as its file `name` tells.
+
+    Raises ValueError.
+    """
+    folder = Path(folder)
+    if (folder / name).is_file():
+        check_output(folder / name, is_ours, "of an earlier command")
+    elif os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds other files: give another --output")
 
 
 @contextmanager

@@ -19,15 +19,20 @@ SINE = -0.006089475, 0.08074782, -0.5985506, 2.549998, -5.167699, 3.141593
 GOLDEN = (5**0.5 - 1) / 2
 
 
+def whole(x):
+    """Turn a whole number of any type into an int. Raises ValueError for anything else."""
+    try:
+        return int(index(x))
+    except TypeError:
+        raise ValueError(f"{x!r} is not a whole number") from None
+
+
 def mix_seed(*parts):
     """Hash several numbers or strings, such as (seed, step, micro-batch) -> int in [0, 2^63).
 
     5, numpy's 5 and a tensor of 5 are the same number. Raises ValueError for 5.0.
     """
-    try:
-        parts = tuple(x if isinstance(x, str) else int(index(x)) for x in parts)
-    except TypeError:
-        raise ValueError(f"a seed is a whole number, not one of {parts!r}") from None
+    parts = tuple(x if isinstance(x, str) else whole(x) for x in parts)
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 # After a lost process, torchrun ends the others 30 seconds later.
-STEP_TIMEOUT = timedelta(minutes=float(os.environ.get("BFN_TIMEOUT_MINUTES", "2")))
+TIMEOUT_MINUTES = os.environ.get("BFN_TIMEOUT_MINUTES", "2")
+STEP_TIMEOUT = timedelta(minutes=float(TIMEOUT_MINUTES) if TIMEOUT_MINUTES.isdecimal() else 2)
 START_TIMEOUT = 5 * STEP_TIMEOUT  # until all processes have started; also between GPUs
 LONG_TIMEOUT = timedelta(days=1)  # for work that nothing has measured, such as tokenising
 _step_group = _patient_group = None  # groups of all processes, between CPUs, that wait for so long
@@ -58,6 +59,10 @@ def find_device(name):
 def join(name):
     """Find the device as `find_device` does, and meet the other processes of torchrun."""
     global _step_group, _patient_group
+    keys = "WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_RANK RANK MASTER_PORT BFN_TIMEOUT_MINUTES"
+    for key in keys.split():
+        if not (value := os.environ.get(key, "1")).isdecimal():
+            raise ValueError(f"{key} is {value!r}, not a whole number: unset it, or use torchrun")
     many, local = int(os.environ.get("WORLD_SIZE", "1")) > 1, int(os.environ.get("LOCAL_RANK", "0"))
     if many and str(name) in ("auto", "cuda") and torch.cuda.is_available():
         if local >= (n := torch.cuda.device_count()):

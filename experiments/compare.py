@@ -34,7 +34,8 @@ import data
 import evaluate
 import model as model_file
 import train
-from common import drawing, parallel
+from common import drawing, files, parallel
+from common.files import replacing
 from common.noise import mix_seed
 from evaluation import bounds, likelihood, tables
 from experiments.tables import table
@@ -386,13 +387,21 @@ def mean_and_error(records, key):
     return f"{statistics.fmean(values):.3f}{error}"
 
 
+def is_results(path):
+    """Tell whether a file is a results.json of this command."""
+    records = json.loads(path.read_text())
+    return all({"name", "seed", "curve"} <= record.keys() for record in records)
+
+
 def add_record(new, folder):
     """Add a record to results.json, replacing an older one of this name and seed; redraw all."""
     path = folder / "results.json"
-    records = json.loads(path.read_text()) if path.exists() else []
+    records = json.loads(path.read_text())
     records = [r for r in records if (r["name"], r["seed"]) != (new["name"], new["seed"])] + [new]
-    path.write_text(json.dumps(records, indent=1))
-    (folder / "results.md").write_text("\n".join(summarise(records)) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(records, indent=1))
+    with replacing(folder / "results.md") as temporary:
+        temporary.write_text("\n".join(summarise(records)) + "\n")
     series = {}
     for r in records:
         minutes, _, bits = zip(*r["curve"], strict=True)
@@ -456,6 +465,10 @@ def main(argv=None):
         return
     for name in args.variants:
         run_flags(args, name)  # an error in a flag is found before the first run
+    files.check_folder(folder, "results.json", is_results)
+    if not (folder / "results.json").exists():
+        with replacing(folder / "results.json") as temporary:
+            temporary.write_text("[]")
     for seed in range(args.seeds):
         for name in args.variants:
             one = ["--one", name, str(seed)]

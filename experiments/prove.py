@@ -33,7 +33,7 @@ from tqdm import tqdm
 import bfn
 import data
 import train
-from common import drawing, parallel
+from common import drawing, files, parallel
 from common.noise import draw_keys
 from experiments.tables import table
 from model import BFNTransformer, Config, Form
@@ -352,10 +352,8 @@ def flags():
 def open_report(folder):
     """Begin a new report -> the file. Raises ValueError if the folder holds something else."""
     path = folder / "report.md"
+    files.check_folder(folder, path.name, lambda p: p.read_text().startswith(TITLE))
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (path.exists() and path.read_text().startswith(TITLE)):
-        message = f"{folder} holds other files than a report of this command"
-        raise ValueError(f"{message}: give another --output")
     return open(path, "w", buffering=1, encoding="utf-8")
 
 

@@ -26,12 +26,14 @@ from tqdm import tqdm
 
 import bfn
 import evaluate
-from common import parallel
+from common import files, parallel
+from common.files import replacing
 from evaluation import quality
 from experiments.tables import table
 from sampling.generate import DEFAULT, Options, generate
 from sampling.prompts import make_template
 from text import cache, toy
+from text.reading import Corpus
 from training.checkpoint import load
 
 HELD_OUT = "held-out text"
@@ -146,7 +148,9 @@ def held_out_texts(args, run, tokenizer, corpus):
     if window > trained:
         message = f"--length={window}, but the model was trained on texts of at most"
         raise ValueError(f"{message} {trained} tokens")
-    path, part = (args.data_path, "all") if args.data_path else (corpus, "val")
+    path, part = corpus, "val"
+    if args.data_path:
+        path, part = Corpus(args.data_path, run["args"]["text_field"]), "all"
     tokens = cache.load_corpus(path, tokenizer, args.cache_dir, part, run["args"]["example"])
     return quality.choose_texts(tokens, window, args.num_samples, args.seed)
 
@@ -156,23 +160,25 @@ def main(argv=None):
     device = parallel.find_device(args.device)
     model, tokenizer, run = load(args.model_dir, device=device)
     is_toy, folder = run["args"]["data_path"] is None, Path(args.output)
+    files.check_folder(folder, "results.json", lambda p: "sampler" in json.loads(p.read_text())[0])
     corpus, part = evaluate.find_corpus(args, tokenizer, run)
     real, lengths = held_out_texts(args, run, tokenizer, corpus)
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     figures = measure(real, reference, is_toy, args.seed)
     results = [record((HELD_OUT, 0, 1.0), figures, len(real))]
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = dict.fromkeys(product(args.samplers, args.calls, (1.0, *args.temperatures)))
     for job in tqdm(jobs, disable=None):
         texts, *spent = sample(model, tokenizer, job, templates, args.seed)
         figures = measure(texts, reference, is_toy, args.seed)
         results.append(record(job, figures, len(texts), *spent))
-        (folder / "results.json").write_text(json.dumps(results, indent=1))  # all can take hours
+        with replacing(folder / "results.json") as temporary:  # all can take hours
+            temporary.write_text(json.dumps(results, indent=1))
     lines = summarise(results)
     if args.temperatures:
         lines += equal_entropy_table(results)
-    (folder / "results.md").write_text("\n".join(lines) + "\n")
+    with replacing(folder / "results.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     picture = ["python", "plot.py", "quality", str(folder / "results.json")]
     print(f"as a picture: {shlex.join(picture)}")

@@ -51,6 +51,13 @@ class Options:
     trace: object = None  # a `Trace`, which shows text number 0 at each network call
 
     def __post_init__(self):
+        try:
+            self.check()
+        except TypeError as error:
+            raise ValueError(f"an option is of another type: {error}") from None
+
+    def check(self):
+        """Raise ValueError for options that are out of range, TypeError for those of no number."""
         c = self.controls
         values = vars(c) | vars(self)
         in_range = dict(

@@ -126,8 +126,11 @@ def load_classifier(path, sampler):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         same = saved["classifier"] == CLASSIFIER_FORMAT
         config, labels, head = saved["config"], saved["labels"], saved["head"]
-        if not all(isinstance(label, str) for label in labels) or not isinstance(head, dict):
+        is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+        if not is_list or len(set(labels)) < len(labels):
             raise TypeError("labels are no texts")
+        if not all(weight.isfinite().all() for weight in head.values()):
+            raise ValueError("weights are not finite")
     except PermissionError:
         raise
     except FileNotFoundError:

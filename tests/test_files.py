@@ -12,6 +12,7 @@ from untrained import make_run
 import sample
 import train
 from common import drawing, files
+from experiments import compare
 from tools import normalize
 from training import checkpoint, log, run_folder
 
@@ -50,10 +51,11 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
 
 def test_leftovers_of_a_killed_process_go_and_files_of_the_user_stay(tmp_path):
     left = files.new_temporary(tmp_path / "last.pt")
-    mine = [tmp_path / name for name in (".last.pt.tmp", "last.pt.tmp", f".a.{'0' * 31}.tmp")]
+    texts = files.new_temporary(tmp_path / "texts.jsonl").name  # which sample.py promised to keep
+    mine = [tmp_path / name for name in (".last.pt.tmp", "last.pt.tmp", texts)]
     for path in mine:
         path.write_text("mine")
-    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path, checkpoint.RUN_FILES)
     assert not left.exists() and all(path.read_text() == "mine" for path in mine)
 
 
@@ -168,6 +170,35 @@ def test_a_picture_of_the_user_is_not_drawn_over(tmp_path):
 
 
 # ---------------------------------------------------------------- the run folder
+
+
+def test_files_of_the_user_next_to_a_tokenizer_stay(tmp_path):
+    contents = {"tokenizer.model": "mine", "samples.txt": "notes", "curves.png": "x"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="that is of no run: give another -mdir"):
+        run_folder.lock(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == contents
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "samples.txt", "training.lock", "last.pt"])
+def test_a_pipe_in_the_run_folder_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"has a {name} that is of no run"):
+        run_folder.lock(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "[]", "mine", '[{"mine": 1}]'])
+def test_experiments_write_into_no_folder_of_other_files(tmp_path, content):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    (tmp_path / "results.md").write_text("mine")
+    if content == "[]":
+        files.check_folder(tmp_path, "results.json", compare.is_results)
+    else:
+        with pytest.raises(ValueError, match="give another"):
+            files.check_folder(tmp_path, "results.json", compare.is_results)
+    files.check_folder(tmp_path / "new", "results.json", compare.is_results)
 
 
 @pytest.mark.parametrize("kind", ["text", "link"])

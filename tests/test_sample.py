@@ -446,12 +446,15 @@ def test_a_guide_chooses_lengths_that_its_label_has(mixing):
         dict(draft=5),
         dict(argmax="no"),
         dict(seed=5.0),
+        dict(seed="1"),
+        dict(n="2"),
+        dict(length=5.0),
     ],
     ids=str,
 )
 def test_a_wrong_input_from_python_is_a_value_error(loaded, options):
     sampler = sample.Sampler(*loaded)
-    with pytest.raises(ValueError, match="n=-1|give texts|out of range|a seed is a whole number"):
+    with pytest.raises(ValueError, match="n=-1|give texts|out of range|not a whole number"):
         sampler("", **options)
 
 

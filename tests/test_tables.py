@@ -1,5 +1,6 @@
 """Tables as texts: a column of csv, parquet and arrow files, and of saved datasets."""
 
+import csv
 import gzip
 import json
 
@@ -15,12 +16,9 @@ LINES = ["one, two", 'a "quoted" text', "naïve", "line", "日本語"]
 pa = pytest.importorskip("pyarrow")
 
 
-def write_csv(path, separator=","):
-    import csv
-
+def write_csv(path):
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter=separator)
-        writer.writerows([["n", "text"], *enumerate(TEXTS)])
+        csv.writer(file).writerows([["n", "text"], *enumerate(TEXTS)])
 
 
 def table():
@@ -32,8 +30,8 @@ def write(path):
     import pyarrow.parquet
 
     ending = "".join(path.suffixes)
-    if ending in (".csv", ".tsv"):
-        write_csv(path, "\t" if ending == ".tsv" else ",")
+    if ending == ".csv":
+        write_csv(path)
     elif ending == ".csv.gz":
         write_csv(path.with_suffix(""))
         path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
@@ -49,7 +47,7 @@ def write(path):
     return path
 
 
-KINDS = [".csv", ".tsv", ".csv.gz", ".parquet", ".arrow", ".feather"]
+KINDS = [".csv", ".csv.gz", ".parquet", ".arrow", ".feather"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,6 +62,27 @@ def test_another_column_is_named_in_the_error(tmp_path, kind):
     corpus = Corpus(str(write(tmp_path / f"t{kind}")), "body")
     with pytest.raises(ValueError, match=r"no column 'body' \(its columns are n, text\): give"):
         list(read_pieces(corpus))
+
+
+def test_a_quote_in_a_tsv_is_a_character(tmp_path):
+    (tmp_path / "t.tsv").write_text('n\ttext\n1\t"Hello\n2\tthere"\n')
+    corpus = Corpus(str(tmp_path / "t.tsv"), "text")
+    assert [piece.text for piece in read_pieces(corpus)] == ['"Hello', 'there"']
+    assert reading.kind_of("t.tsv", "text") != reading.kind_of("t.csv", "text")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("id,text\n1,Hello, world\n", "line 2 is no row: 3 cells, the header has 2"),
+        ("id,text\n1,a\n2\n", "line 3 is no row: 1 cells"),
+        ("text,text\na,b\n", "has several columns 'text'"),
+    ],
+)
+def test_rows_that_do_not_fit_the_header_are_refused(tmp_path, content, message):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_pieces(Corpus(str(tmp_path / "t.csv"), "text")))
 
 
 def test_a_csv_without_a_named_column_is_plain_text_and_a_line_says_so(tmp_path):
@@ -104,8 +123,13 @@ def test_a_saved_dataset_is_read_and_its_splits_are_named(tmp_path):
     state = dict(_data_files=[dict(filename="data-00000-of-00001.arrow")])
     (folder / "state.json").write_text(json.dumps(state))
     assert [piece.text for piece in read_pieces(Corpus(str(folder)))] == LINES
-    (tmp_path / "dataset_dict.json").write_text(json.dumps(dict(splits=["train", "test"])))
-    with pytest.raises(ValueError, match="has the splits train, test: give one of these folders"):
+    (folder / "data-00000-of-00001.arrow").rename(folder / "other")
+    with pytest.raises(ValueError, match="lacks data-00000-of-00001.arrow: copy or save it again"):
+        find_files(str(folder))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "state.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ValueError, match="has the splits test, train: give one of these folders"):
         find_files(str(tmp_path))
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import cli
-from common.files import file_hash, replacing, writing
+from common.files import check_output, file_hash, replacing, writing
 from common.parallel import prefetch
 from text.reading import BYTES_BAR, Corpus, kind_of, look_at, read_part
 from text.tokenizer import JOIN, SPACE, Tokenizer
@@ -246,8 +246,9 @@ def _file_hashes(files, memory):
             if time.time() - stamp[1] / 1e9 < FRESH_SECONDS:
                 del known[path]
     if is_new:
-        with suppress(OSError):  # another process may write it now
+        with suppress(OSError, ValueError):  # another process may write it now
             memory.parent.mkdir(parents=True, exist_ok=True)
+            check_output(memory, lambda p: "checksum" in json.loads(p.read_text()), "ours")
             _write_json(memory, known)
     return hashes
 

@@ -218,7 +218,7 @@ def kind_of(path, text_field):
     """Name what `Corpus.documents` takes from a file, by its name: it is a part of cache keys."""
     field = text_field or "text"
     if tables.is_table(path, text_field):
-        return f"table {field}"
+        return f"table {tables.ending(path)} {field}"
     return f"jsonl {field}" if is_json(path) else "text"
 
 

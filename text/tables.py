@@ -30,6 +30,11 @@ def is_table(path, column):
     return bool(ARROW.search(path) or (column and CSV.search(path)))
 
 
+def ending(path):
+    """Name the kind of a table by the end of its name, such as csv."""
+    return (CSV.search(path) or ARROW.search(path))[1].lower()
+
+
 def dataset_files(folder):
     """List the files of a folder that `datasets` has saved -> paths, or None for another folder.
 
@@ -37,12 +42,18 @@ def dataset_files(folder):
     """
     folder = Path(folder)
     if (folder / "dataset_dict.json").is_file():
-        splits = ", ".join(json.loads((folder / "dataset_dict.json").read_text())["splits"])
+        splits = ", ".join(path.parent.name for path in sorted(folder.glob("*/state.json")))
         raise ValueError(f"{folder} has the splits {splits}: give one of these folders")
     if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
         return None
-    state = json.loads((folder / "state.json").read_text())
-    return [str(folder / file["filename"]) for file in state["_data_files"]]
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        files = [folder / file["filename"] for file in state["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder} lacks {missing[0]}: copy or save it again")
+    return list(map(str, files))
 
 
 def texts(path, open_text, column):
@@ -63,10 +74,12 @@ def texts(path, open_text, column):
 
 
 def check_column(path, column, columns):
-    """Raise ValueError if a table has no such column."""
-    if column not in columns:
+    """Raise ValueError if a table has no such column, or several."""
+    if columns.count(column) != 1:
         listed = ", ".join(map(str, columns))
         found = f"{path} has no column {column!r} (its columns are {listed:.200})"
+        if column in columns:
+            found = f"{path} has several columns {column!r}"
         raise ValueError(f"{found}: give --text_field")
 
 
@@ -75,14 +88,19 @@ def _csv_rows(path, open_text, column):
     csv.field_size_limit(min(CELL_BYTES, sys.maxsize))
     with open_text(path) as stream:
         file = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        separator = "\t" if CSV.search(path)[1].lower() == "tsv" else ","
-        reader = csv.DictReader(file, delimiter=separator, strict=True)
+        look = dict(strict=True)
+        if CSV.search(path)[1].lower() == "tsv":
+            look |= dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.reader(file, **look)
         try:
-            check_column(path, column, reader.fieldnames or [])
-            for number, row in enumerate(reader, 1):
-                yield number, row[column]
+            columns = next(reader, [])
+            check_column(path, column, columns)
+            for number, row in enumerate(filter(None, reader), 1):
+                if len(row) != len(columns):
+                    raise csv.Error(f"{len(row)} cells, the header has {len(columns)}")
+                yield number, row[columns.index(column)]
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num + 1} is no row: {error}") from None
+            raise ValueError(f"{path}, line {reader.line_num} is no row: {error}") from None
 
 
 def _arrow_rows(path, column):

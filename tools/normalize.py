@@ -3,6 +3,7 @@
     python -m tools.normalize TEXT OUT.txt   --lower, --digits, --strip=symbols or --text8
 """
 
+import os
 import re
 import unicodedata
 from functools import lru_cache, partial
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from common.files import replacing
 from text.reading import BYTES_BAR, PACKED, Corpus, is_json, read_pieces
+from text.tables import is_table
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # 1,234 or 1234 or 12.5
 LONGEST_NUMBER = 15  # digits; a longer one is read digit by digit
@@ -79,9 +81,10 @@ def tidy(texts):
 
 def normalize(corpus, out, changes):
     """Write a text with all `changes`, functions of text, to a new file. Raises ValueError."""
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"{out} exists already: give another name")
-    if is_json(out.name) or out.suffix.lower().removeprefix(".") in PACKED:
+    is_packed = out.suffix.lower().removeprefix(".") in PACKED
+    if is_packed or is_json(out.name) or is_table(out.name, "text"):
         raise ValueError(f"{out} would be plain text: give a name that ends in .txt")
 
     def changed():

@@ -46,6 +46,8 @@ RUN = dict(step=int, args=ARGS, config={field.name: field.type for field in fiel
 RUN |= dict(tokenizer_hash=str, lengths=[int], word_lengths=[int], emas=[dict])
 RUN |= dict(loss_by_time=([float], NoneType))
 RESUMED = dict(model=dict, optimizers=[dict], best=float, identity=dict)
+RESUMED |= dict(args=dict(tokenizer=(str, NoneType), init_from=(str, NoneType),
+    vocab_size=(int, NoneType), max_steps=int, val_tokens=int))  # fmt: skip
 EXPORTED = dict(format=int, weights_hash=str)
 PATH_FLAGS = "data_path spm_model model_dir val_path init_from cache_dir".split()
 
@@ -109,6 +111,14 @@ def check_run(run):
     enough = min(sizes) > 0 and args["sequence_length"] > 1 and args["ema_rate"]
     if not (enough and 0 < config.beta1 < math.inf and config.n_layers <= len(run["emas"][0])):
         raise ValueError("a size is not that of a network")
+    losses = run["loss_by_time"] or []
+    for name in ("figures", "sizes"):
+        figures = run.get(name, {})
+        if fault(figures, dict) or fault(figures, dict.fromkeys(figures, (float, dict))):
+            raise ValueError(f"{name} is missing or of another type")
+        losses = losses + [x for x in figures.values() if isinstance(x, float)]
+    if not all(map(math.isfinite, losses)) or math.isnan(run.get("best", 0.0)):
+        raise ValueError("a figure is not finite")
     if min(run["lengths"] + run["word_lengths"], default=0) < 0 or not sum(run["lengths"]):
         raise ValueError("lengths are not those of a text")
 

@@ -41,18 +41,11 @@ def lock(run_dir):
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file: give another -mdir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "tokenizer.model").exists():  # which a run writes first
-        for name in ("metrics.jsonl", "samples.txt", "curves.png", "report.html", "older"):
-            if (run_dir / name).is_file():
-                raise ValueError(f"{run_dir} has a {name} that is of no run: give another -mdir")
     path = run_dir / "training.lock"
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link: give another -mdir")
-    file = open(path, "a+", errors="replace")
+    check_folder(run_dir, path)
+    file = open(path, "a+")
     file.seek(0)
     holder = file.read(200).strip()
-    if holder and not holder.startswith("pid "):
-        raise ValueError(f"{path} is of no run: give another -mdir")
     try:
         cli.hold(file)
     except BlockingIOError:
@@ -62,8 +55,26 @@ def lock(run_dir):
         file.truncate(0)
         print(f"pid {os.getpid()} on {platform.node()}", file=file, flush=True)
     for folder in (run_dir, run_dir / "older"):
-        remove_leftovers(folder)
+        remove_leftovers(folder, [*checkpoint.RUN_FILES, "step-"])
     return file
+
+
+def check_folder(run_dir, lock_path):
+    """Raise ValueError for files that have the names of a run's, but are of no run."""
+    names = [*checkpoint.RUN_FILES, lock_path.name]
+    paths = {name: run_dir / name for name in names if os.path.lexists(run_dir / name)}
+    odd = [name for name, path in paths.items() if not path.is_file()]
+    older = run_dir / "older"
+    odd += [older.name] if os.path.lexists(older) and not older.is_dir() else []
+    is_lock = lock_path.is_file() and not lock_path.is_symlink()
+    is_lock = is_lock and lock_path.read_bytes()[:4] in (b"", b"pid ")
+    if lock_path.name in paths and not is_lock:
+        odd.append(lock_path.name)
+    has_checkpoint = any(f"{name}.pt" in paths for name in ("last", "best"))
+    if not (is_lock or has_checkpoint or checkpoint.older_checkpoints(run_dir)):
+        odd += [name for name in paths if name not in ("tokenizer.model", "corpus.txt")]
+    if odd:
+        raise ValueError(f"{run_dir} has a {odd[0]} that is of no run: give another -mdir")
 
 
 def open_run_folder(run_dir):
@@ -82,7 +93,7 @@ def open_run_folder(run_dir):
         way = f"give another -mdir and {shlex.quote(f'--init_from={run_dir}')}"
         raise ValueError(f"{run_dir} was exported and cannot be resumed: {way}")
     if (run_dir / "best.pt").exists() or checkpoint.older_checkpoints(run_dir):
-        way = checkpoint.way_back(run_dir)
+        way = checkpoint.way_back(run_dir) or "none can be read, give another -mdir"
         raise ValueError(f"{run_dir} has checkpoints but no last.pt: {way}")
     return None
 
