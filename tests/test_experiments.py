@@ -99,19 +99,19 @@ def test_every_variant_but_base_changes_something(unpatched):
 def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text(toy.corpus(300))
     sizes = f"-mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
-    words = [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path}", "--tokens=4000"]
+    words = [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path / 'out'}", "--tokens=4000"]
     words += [f"--flags=--preset=toy --tokenizer=word {sizes}"]
     names = ["base", "batch_size=8 weight_decay=0"]
     compare.main([*names, *words])
-    records = json.loads((tmp_path / "results.json").read_text())
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [r["name"] for r in records] == names
     assert all(
         4000 <= r["n_tokens"] < 4600 and len(r["curve"]) == compare.N_POINTS for r in records
     )
     printed = capsys.readouterr().out
-    assert (tmp_path / "results.md").read_text() == printed and printed.count("|") > 20
-    assert (tmp_path / "results.png").stat().st_size > 5000
-    network, tokenizer, run = checkpoint.load(tmp_path / "base-0")
+    assert (tmp_path / "out" / "results.md").read_text() == printed and printed.count("|") > 20
+    assert (tmp_path / "out" / "results.png").stat().st_size > 5000
+    network, tokenizer, run = checkpoint.load(tmp_path / "out" / "base-0")
     assert len(tokenizer) == network.config.K and run["step"] > 0 and len(run["loss_by_time"]) > 1
 
 
@@ -136,9 +136,9 @@ def test_a_variant_that_does_not_exist_is_refused_before_anything_is_trained(
 def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys):
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(1000))
     command = f"-mdir={run_dir} --corpus={run_dir / 'text.txt'} --cache_dir={tmp_path / 'cache'}"
-    command += f" --output={tmp_path} --num_samples=8 --temperatures 1e-3 --calls 2 4"
+    command += f" --output={tmp_path / 'out'} --num_samples=8 --temperatures 1e-3 --calls 2 4"
     samplers.main([*command.split(), "--samplers", "pace", "commit", "ode2"])
-    held_out, *results = json.loads((tmp_path / "results.json").read_text())
+    held_out, *results = json.loads((tmp_path / "out" / "results.json").read_text())
     jobs = [(r["sampler"], r["calls"], r["temperature"]) for r in results]
     names = "pace", "commit", "ode2"
     assert jobs == [(sampler, n, T) for sampler in names for n in (2, 4) for T in (1.0, 1e-3)]

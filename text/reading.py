@@ -228,7 +228,7 @@ def look_at(path):
     Raises ValueError for what is no text, with the command that makes one of it.
     """
     packing = _packing_of(path)
-    if tables.ARROW.search(path):
+    if tables.ARROW.search(str(path)):
         return packing, ""
     with _unpack(path, packing) as stream:
         head = stream.read(HEAD)
