@@ -28,7 +28,7 @@ from sample import Sampler
 from sampling.generate import FLAGS, generate, options_of
 from sampling.prompts import make_template
 from text import cache, toy
-from text.reading import Corpus, left_out, read_pieces
+from text.reading import Corpus, left_out, read_pieces, reading_notes
 from training.checkpoint import load
 from training.run_folder import VAL_TOKENS
 
@@ -134,7 +134,7 @@ def find_corpus(args, tokenizer, run):
     corpus = Corpus.find(path, flags["text_field"], f"{message}: give it with --corpus")
     part = "all" if flags["val_path"] else "train"
     key = cache.text_key(corpus, tokenizer, args.cache_dir, part, flags["example"])
-    if run.get("identity", {}).get("corpus") not in (None, key):
+    if parallel.rank() == 0 and run.get("identity", {}).get("corpus") not in (None, key):
         compared = "samples are compared with another one"
         print(f"{path} is not the text that the model was trained on: {compared}", file=sys.stderr)
     return corpus, part
@@ -226,7 +226,9 @@ def flags():
 
 @parallel.first_only
 def warn_of_changes(corpus, tokenizer, example, n=1000):
-    """Say on standard error which share of a text's first examples the tokenizer changes."""
+    """Say on standard error what is left out, and which share of examples the tokenizer changes."""
+    for line in [*left_out(corpus.path), *reading_notes(corpus, example)]:
+        print(f"{corpus}: {line}", file=sys.stderr)
     texts = [piece.text for piece, _ in zip(read_pieces(corpus, example), range(n))]
     encoded = [(text, tokenizer.encode(text)) for text in texts]
     # Unknown text is accounted for.
@@ -245,8 +247,6 @@ def read_text(args, tokenizer, run):
     with parallel.first_alone():
         tokens = cache.load_corpus(corpus, tokenizer, args.cache_dir, example=example)
     warn_of_changes(corpus, tokenizer, example)
-    for line in left_out(corpus.path):
-        print(f"{corpus}: {line}", file=sys.stderr)
     longest = int(tokens.shard_lengths[:, 1].max())  # no document fills a longer window
     window = min(args.window, longest) if args.window else run["args"]["sequence_length"]
     text = Text(tokens, window, args.given)

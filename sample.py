@@ -90,7 +90,7 @@ class Sampler:
         elif options.hints or trace:
             limit = f"at most {self.limit} tokens, the trained length"
             raise ValueError(f"--hint and --trace need texts of {limit}: lower --length")
-        if trace:
+        if trace and prompts:
             trace = Trace(self.tokenizer, unknown=read[prompts[0]].unknown)
             options = replace(options, trace=trace)
         samples = generate(self.model, self.tokenizer, templates, seed, options, self.limit)

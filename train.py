@@ -333,6 +333,8 @@ def train(args, device, until_end):
     speed.allow_tf32(device)
     parallel.check_same(run_folder.code_and_flags(args), "code or flags")
     run_dir = Path(args.model_dir)
+    if args.model_dir.startswith(hub.HUB):
+        raise ValueError(f"{args.model_dir} is only read: give --init_from={args.model_dir}")
 
     # The text, and what has been trained on it.
     with parallel.first_alone():
@@ -409,6 +411,7 @@ def train(args, device, until_end):
                 bar.write(line)
     bar.close()
     if stop:
+        meter.check(state.step)
         save(state, run, run_dir)
         again = "run the same command again to resume"
         print(f"saved at step {state.step}: {again}", file=sys.stderr)

@@ -38,9 +38,9 @@ def new_temporary(path):
 
 
 def remove_leftovers(folder, names):
-    """Delete temporary files, of files whose names begin so, that killed processes have left.
+    """Delete what killed processes have left of files whose names begin with `names`.
 
-    No other process may write there.
+    No other process may write there now.
     """
     for path in Path(folder).glob(f".*.{'[0-9a-f]' * 32}.tmp"):
         if path.name[1:].startswith(tuple(names)):
@@ -75,7 +75,7 @@ def replacing(path):
 
 
 def check_output(path, is_ours, kind):
-    """Refuse to write over a file that is not an earlier output of this kind, or where one cannot.
+    """Refuse a path that holds anything but an earlier output of this kind, or cannot be written.
 
     is_ours: function of the path. kind: words for the message. Raises ValueError.
     """
@@ -87,7 +87,9 @@ def check_output(path, is_ours, kind):
                     return
         raise ValueError(f"{path} exists already and is not {kind}: give another name")
     folder = next(above for above in path.absolute().parents if above.exists())
-    if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is a file, give another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: {folder} is read-only, give another name")
 
 

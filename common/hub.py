@@ -29,7 +29,7 @@ def local_folder(path, files):
     try:
         return library.snapshot_download(name, revision=revision or None, allow_patterns=files)
     except Exception as error:  # noqa: BLE001 - the library raises many kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         raise ValueError(f"{path} cannot be read from the hub ({reason})") from None
 
 
@@ -41,5 +41,5 @@ def push(folder, name, files):
         api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name, allow_patterns=files)
     except Exception as error:  # noqa: BLE001 - the library raises many kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         raise ValueError(f"{name} cannot be written to the hub ({reason})") from None

@@ -61,8 +61,9 @@ def join(name):
     global _step_group, _patient_group
     keys = "WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_RANK RANK MASTER_PORT BFN_TIMEOUT_MINUTES"
     for key in keys.split():
-        if not (value := os.environ.get(key, "1")).isdecimal():
-            raise ValueError(f"{key} is {value!r}, not a whole number: unset it, or use torchrun")
+        value = os.environ.get(key, "1")
+        if not value.isdecimal() or (key == "BFN_TIMEOUT_MINUTES" and int(value) == 0):
+            raise ValueError(f"{key} is {value!r}: unset it, or use torchrun")
     many, local = int(os.environ.get("WORLD_SIZE", "1")) > 1, int(os.environ.get("LOCAL_RANK", "0"))
     if many and str(name) in ("auto", "cuda") and torch.cuda.is_available():
         if local >= (n := torch.cuda.device_count()):
@@ -151,7 +152,7 @@ def _report_lost_process():
         yield
     except RuntimeError as error:
         found = "another process of this run has stopped, or does not answer"
-        found = f"process {os.environ.get('RANK')}: {found} ({str(error).splitlines()[0]:.200})"
+        found = f"process {os.environ.get('RANK')}: {found} ({' '.join(str(error).split()):.200})"
         raise ConnectionError(f"{found}. Run the same command again; training resumes") from error
 
 

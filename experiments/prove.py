@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -88,7 +88,8 @@ def machine(args):
         yield f"- GPU {i}: {torch.cuda.get_device_name(i)}, {memory_bytes / 1e9:.1f} GB"
     requirements = (ROOT / "requirements.txt").read_text().split("\n")
     names = [line.split("==")[0] for line in requirements if "==" in line]
-    libraries = ", ".join(f"{name} {version(name)}" for name in names)
+    found = {library.name: library.version for library in distributions()}
+    libraries = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
     cuda = torch.version.cuda or torch.version.hip or "none"
     yield f"- {platform.platform()}, Python {platform.python_version()}, CUDA {cuda}, {libraries}"
     describe = ["git", "-C", str(ROOT), *"describe --always --dirty --exclude=*".split()]
@@ -323,9 +324,15 @@ def processes(args):
         words += SMALL.split() if args.quick else [f"--minutes={minutes:.2g}"]
         command = [sys.executable, "-m", *start, str(ROOT / "train.py"), *words]
         limit = max(60, left(args))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-        if done.returncode:
-            raise ValueError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
+        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with subprocess.Popen(command, **streams) as process:
+            try:
+                _, errors = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # torchrun ends its processes
+                _, errors = process.communicate()
+        if process.returncode:
+            raise ValueError(f"{shlex.join(command)}\n{errors[-2000:]}")
         logged = [m["tokens_per_s"] for m in log.read_metrics(run_dir) if "tokens_per_s" in m]
         speeds[n] = logged[len(logged) // 2]
     rows = [[f"{n}", f"{value:,.0f}", f"{value / speeds[1]:.2f}"] for n, value in speeds.items()]

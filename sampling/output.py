@@ -39,15 +39,17 @@ def is_output(path):
 @contextmanager
 def opened(path):
     """Open a file that replaces `path` once it is whole. Until then it has a name of its own."""
-    path = (parallel.rank() == 0 and path) or os.devnull
+    path = path if path and parallel.rank() == 0 else os.devnull
     with writing(path):
         unfinished = path if is_special(path) else files.new_temporary(path)
     try:
         with writing(path), open(unfinished, "w", encoding="utf-8") as output:
             yield output
     except BaseException:
-        if unfinished is not path:
+        if unfinished is not path and os.path.getsize(unfinished):
             print(f"the texts so far are in {unfinished}", file=sys.stderr)
+        elif unfinished is not path:
+            os.unlink(unfinished)
         raise
     if unfinished is not path:
         os.replace(unfinished, path)

@@ -176,7 +176,7 @@ def _parts(path):
 def _entries(part):
     """List what is in a folder, or the folders that a pattern matches."""
     if os.path.isdir(part):
-        return Path(part).iterdir()
+        return () if tables.dataset_files(part) else Path(part).iterdir()
     return [] if "**" in part else filter(Path.is_dir, map(Path, glob.glob(part)))
 
 

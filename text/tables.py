@@ -75,17 +75,17 @@ def texts(path, open_text, column):
 
 def check_column(path, column, columns):
     """Raise ValueError if a table has no such column, or several."""
-    if columns.count(column) != 1:
-        listed = ", ".join(map(str, columns))
+    if column not in columns:
+        listed = ", ".join(map(str, columns)) or "none"
         found = f"{path} has no column {column!r} (its columns are {listed:.200})"
-        if column in columns:
-            found = f"{path} has several columns {column!r}"
         raise ValueError(f"{found}: give --text_field")
+    if columns.count(column) > 1:
+        raise ValueError(f"{path} has several columns {column!r}: rename all but one")
 
 
 def _csv_rows(path, open_text, column):
     """Yield the number of each row of a .csv or .tsv file, counted from 1, and its text."""
-    csv.field_size_limit(min(CELL_BYTES, sys.maxsize))
+    csv.field_size_limit(CELL_BYTES)
     with open_text(path) as stream:
         file = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         look = dict(strict=True)
@@ -115,7 +115,7 @@ def _arrow_rows(path, column):
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None):  # of the disk
             raise
-        found = f"is damaged after row {number} ({str(error).splitlines()[0]:.100})"
+        found = f"is damaged after row {number} ({' '.join(str(error).split()):.100})"
         raise ValueError(f"{path} {found}: write it again") from None
 
 

@@ -159,7 +159,6 @@ def export(run_dir, out_dir, dtype=torch.float32, license="other"):
         run["weights_hash"] = file_hash(out_dir / "model.safetensors")
         figures = checkpoint.read_figures(run_dir, run["step"])
         run["figures"] = figures or run.get("figures", {})
-        run = {name: value for name, value in run.items() if not name.startswith("times")}
         config = json.dumps(run, indent=1, allow_nan=False)
         (out_dir / "config.json").write_text(config, encoding="utf-8")
         card = model_card(out_dir, dtype, license)
@@ -185,6 +184,8 @@ def flags():
 def main(argv=None):
     args = flags().parse_args(argv)
     out_dir = Path(args.out_dir)
+    if args.run_dir.startswith(hub.HUB):
+        raise ValueError(f"{args.run_dir} is exported already")
     if args.push:
         hub.import_library()  # before the work
     export(Path(args.run_dir), out_dir, getattr(torch, args.dtype), args.license)

@@ -59,7 +59,7 @@ def save_checkpoint(path, checkpoint):
     """Write a checkpoint whole or not at all. Raises OSError where it cannot."""
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **checkpoint}, file)  # which does not learn its name
+            torch.save({"format": FORMAT, **checkpoint}, file)  # given a path, it would write that
     except OSError as error:
         way = "Earlier checkpoints are intact: make room, run again"
         raise OSError(f"cannot write {path} ({error.strerror or error}). {way}") from error
@@ -109,7 +109,8 @@ def check_run(run):
     config, args = Config(**run["config"]), run["args"]
     sizes = [config.K, config.d_model, config.n_heads, config.n_layers, *map(args.get, SIZES)]
     enough = min(sizes) > 0 and args["sequence_length"] > 1 and args["ema_rate"]
-    if not (enough and 0 < config.beta1 < math.inf and config.n_layers <= len(run["emas"][0])):
+    enough = enough and config.n_layers <= len(run["emas"][0])
+    if not (enough and 0 < config.beta1 < math.inf and 0 <= config.dropout < 1):
         raise ValueError("a size is not that of a network")
     losses = run["loss_by_time"] or []
     for name in ("figures", "sizes"):
@@ -231,7 +232,7 @@ def refuse_other_network():
     try:
         yield
     except (RuntimeError, AttributeError, TypeError, KeyError, ValueError):
-        message = "the weights do not fit the network in model.py: it was edited after training"
+        message = "the weights do not fit the network in model.py, or the optimizers: edited since"
         raise ValueError(f"{message}; undo the edit, or give another -mdir") from None
 
 
@@ -276,6 +277,8 @@ def without_folders(args):
     """Reduce the paths among the flags to names of files, to be shown to others -> dict."""
     named = dict(args)
     for flag in filter(args.get, PATH_FLAGS):
+        if str(args[flag]).startswith(hub.HUB):
+            continue
         named[flag] = ",".join(Path(path).name for path in str(args[flag]).split(","))
     return named
 

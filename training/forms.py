@@ -296,7 +296,7 @@ def check_optimizers(optimizers):
 
 
 def median_seconds(work, least=2, most=10, seconds=2.0):
-    """Repeat work for about 2 seconds, 2 to 10 times -> median time."""
+    """Repeat work for about `seconds`, `least` to `most` times -> median seconds of a call."""
     times = []
     while len(times) < least or (len(times) < most and sum(times) < seconds):
         begin = time.perf_counter()

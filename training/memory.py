@@ -129,7 +129,8 @@ def fit(model, args, device):
     needed = step_bytes(model.config, args, device, form)
     if needed > total_bytes(device) and not form.recompute:
         found = f"{form} takes about {needed / 1e9:,.1f} GB of {total_bytes(device) / 1e9:,.1f}"
-        print(f"{found}: training as with --recompute", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"{found}: training as with --recompute", file=sys.stderr)
         model.use(form._replace(recompute=True))
 
 

@@ -1,8 +1,8 @@
 """The optimizer: Muon for the matrices of the layers, AdamW for the rest; schedule and averages.
 
 Muon is momentum, orthogonalised [Jordan et al. 2024]. torch.optim.Muon orthogonalises in bfloat16,
-one matrix at a time, which is slow on CPUs without bfloat16 units. Here it is float32 on CPUs, for
-all matrices of a shape at once.
+one matrix at a time, which is slow on CPUs without bfloat16 units. Here all
+matrices of a shape are done at once, in float32 on CPUs and in bfloat16 on GPUs that have it.
 """
 
 import torch
@@ -140,7 +140,7 @@ def share_by_cost(shapes, size):
 
 
 def orthogonalise(X, fast=True):
-    """Orthogonalise matrices (n, height, width), `fast` in the way for the device."""
+    """Orthogonalise matrices (n, height, width). fast: in the fastest way for their device."""
     height, width = X.shape[1:]
     if height > width:
         return orthogonalise(X.mT, fast).mT

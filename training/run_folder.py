@@ -61,8 +61,8 @@ def lock(run_dir):
 
 def check_folder(run_dir, lock_path):
     """Raise ValueError for files that have the names of a run's, but are of no run."""
-    names = [*checkpoint.RUN_FILES, lock_path.name]
-    paths = {name: run_dir / name for name in names if os.path.lexists(run_dir / name)}
+    paths = {name: run_dir / name for name in checkpoint.RUN_FILES}
+    paths = {name: path for name, path in paths.items() if os.path.lexists(path)}
     odd = [name for name, path in paths.items() if not path.is_file()]
     older = run_dir / "older"
     odd += [older.name] if os.path.lexists(older) and not older.is_dir() else []
