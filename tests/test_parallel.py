@@ -307,4 +307,4 @@ def test_a_process_with_other_flags_ends_the_run(tmp_path):
     done = start(tmp_path / "other.py", 2, *flags, f"--cache_dir={tmp_path}", *TINY)
     assert done.returncode != 0
     assert "process 1 has other code or flags than the first: start all alike" in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "last.pt").exists()
