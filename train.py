@@ -107,10 +107,12 @@ def complete(args, saved=None, preset="base"):
     saved: checkpoint of a run that resumes. preset: the one to use if none is named. Raises
     ValueError for flags that do not go together.
     """
+    lengths = [name for name in ("epochs", "minutes", "max_steps") if getattr(args, name)]
+    if len(lengths) > 1:
+        both = f"--{lengths[0]} and --{lengths[1]}"
+        raise ValueError(f"{both} both say how long to train: give one of them")
     if args.data_path is None:
         use_built_in_language(args)
-    if args.epochs and args.minutes:
-        raise ValueError("--epochs and --minutes both say how long to train: give one of them")
     args.epochs = args.epochs or 10
     before = saved["args"] if saved else {}
     if args.minutes and not args.max_steps and before.get("minutes"):  # as fast as at the start

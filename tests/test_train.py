@@ -857,9 +857,10 @@ def test_validations_happen_ten_times_a_run_or_every_five_minutes(
     assert decisions[0] == decisions[1]
 
 
-def test_epochs_and_minutes_together_are_refused():
+@pytest.mark.parametrize("flags", ["--epochs=3 --minutes=3", "--minutes=3 --max_steps=3"])
+def test_two_flags_that_say_how_long_are_refused(flags):
     with pytest.raises(ValueError, match="give one of them"):
-        train.complete(train.flags().parse_args(["-d=none", "--epochs=3", "--minutes=3"]))
+        train.complete(train.flags().parse_args(["-d=none", *flags.split()]))
 
 
 def test_a_run_that_is_too_short_to_learn_says_so_at_its_start_and_end(run, tmp_path, capsys):
