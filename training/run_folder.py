@@ -63,7 +63,7 @@ def check_folder(run_dir, lock_path):
     """Raise ValueError for files that have the names of a run's, but are of no run."""
     paths = {name: run_dir / name for name in checkpoint.RUN_FILES}
     paths = {name: path for name, path in paths.items() if os.path.lexists(path)}
-    odd = [name for name, path in paths.items() if not path.is_file()]
+    odd = [name for name, path in paths.items() if not (path.is_file() or path.is_dir())]
     older = run_dir / "older"
     odd += [older.name] if os.path.lexists(older) and not older.is_dir() else []
     is_lock = lock_path.is_file() and not lock_path.is_symlink()
@@ -72,7 +72,8 @@ def check_folder(run_dir, lock_path):
         odd.append(lock_path.name)
     has_checkpoint = any(f"{name}.pt" in paths for name in ("last", "best"))
     if not (is_lock or has_checkpoint or checkpoint.older_checkpoints(run_dir)):
-        odd += [name for name in paths if name not in ("tokenizer.model", "corpus.txt")]
+        ours = "tokenizer.model", "corpus.txt"  # whose content is compared
+        odd += [name for name, path in paths.items() if path.is_file() and name not in ours]
     if odd:
         raise ValueError(f"{run_dir} has a {odd[0]} that is of no run: give another -mdir")
 
