@@ -601,6 +601,7 @@ def test_the_model_in_the_repository_speaks_its_language(monkeypatch, capsys, tm
     assert "bound" in run_command(monkeypatch, capsys, evaluate, *flags)[1]
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_a_program(trained, tmp_path):
     words = sys.executable, "-m", "tools.export", trained, tmp_path / "out"
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)

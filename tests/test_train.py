@@ -766,6 +766,7 @@ def test_training_continues_if_a_picture_cannot_be_drawn(
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
 
 
+@pytest.mark.slow
 def test_training_does_not_need_the_optional_packages(corpus, tmp_path):
     """It goes on without matplotlib, tensorboard and scipy."""
     missing = dict.fromkeys(["matplotlib", "tensorboard", "scipy"])
@@ -900,6 +901,7 @@ def test_rows_fit_nine_of_ten_examples_and_batches_have_equal_tokens(lengths, fl
     assert (args.sequence_length, args.batch_size) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [[], ["--preset=toy"]])
 def test_a_resumed_run_keeps_rows_that_no_flag_names(run, tmp_path, monkeypatch, named):
     """Also if the preset is named, and for the built-in language, which names it."""
