@@ -25,7 +25,7 @@ from evaluation import bounds, grammar, likelihood, quality
 from evaluation.bounds import Text, Work, n_scorable, nothing_given
 from evaluation.tables import describe, exact_figures, likelihood_figures, notes, table, to_json
 from sample import Sampler
-from sampling.generate import FLAGS, generate, options_of
+from sampling.generate import FLAGS, generate, options_of, refuse_idle
 from sampling.prompts import make_template
 from text import cache, toy
 from text.reading import Corpus, left_out, read_pieces, reading_notes
@@ -280,6 +280,7 @@ def main(argv=None):
     parser = flags()
     args = parser.parse_args(argv)
     parser.refuse_idle(args, dict.fromkeys("corpus sampler steps corrections".split(), "samples"))
+    refuse_idle(args, parser.given)
     args.quick = not (args.all or args.max_tokens or args.se or args.draws)  # a minute has to do
     args.error = None if args.draws else args.se or ERROR
     device = parallel.join(args.device)

@@ -26,7 +26,7 @@ from common.noise import mix_seed, whole
 from evaluation import likelihood
 from evaluation.bounds import Text, Work
 from sampling import guidance, odds, output, prompts, proofread, terminal
-from sampling.generate import DEFAULT, FLAGS, Options, fit_lengths, generate
+from sampling.generate import DEFAULT, FLAGS, Options, fit_lengths, generate, refuse_idle
 from sampling.prompts import FREE, GAP, Prompt
 from sampling.terminal import Trace
 from text.reading import ONE_LINE
@@ -263,6 +263,7 @@ def check(args, parser):
     if ignored and (args.check or args.check_file is not None):
         raise ValueError(f"--check reads texts and samples none: leave --{ignored[0]} out")
     parser.refuse_idle(args, NEEDS)
+    refuse_idle(args, parser.given)
     is_given = [args.prompt, args.prompt_file, args.length, args.label and not args.classifier]
     if args.draft is not None and any(is_given):
         others = "--prompt, --prompt_file, --length and --label"

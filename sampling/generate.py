@@ -77,6 +77,14 @@ class Options:
             raise ValueError("; ".join(messages))
 
 
+def refuse_idle(args, given):
+    """Raise ValueError for a flag of sampling in `given` that does nothing beside the others."""
+    if "corrections" in given and args.sampler != "pace":
+        raise ValueError(f"--corrections does nothing with --sampler={args.sampler}: leave it out")
+    if idle := given & {"temperature", "top_p"} if getattr(args, "argmax", False) else None:
+        raise ValueError(f"--{min(idle)} does nothing with --argmax: leave it out")
+
+
 def options_of(args):
     """Make the Options that the flags FLAGS say."""
     return Options(bfn.Controls(args.sampler, args.steps, args.corrections))

@@ -259,18 +259,18 @@ def test_all_controls_go_together_on_the_command_line(
         f"-mdir={run_dir}",
         "--num_samples=2",
         "--steps=4",
-        "--corrections=1",
         f"--output={tmp_path / 'out'}",
     ]
     flags += [
         "--temperature=0.8",
         "--top_p=0.9",
-        "--argmax",
         "--until=0.5",
         f"--hint=1:{token}=0.5",
         f"--ban={token}",
     ]
     flags += [f"--sampler={sampler}"]
+    if sampler == "pace":
+        flags.append("--corrections=1")
     for text in ("--length=12", "--draft=the king sleeps"):
         lines = run_command(monkeypatch, capsys, *flags, text)
         records = [json.loads(line) for line in open(tmp_path / "out")]
@@ -471,6 +471,19 @@ def test_fill_takes_the_types_of_the_token_cache_and_refuses_no_tokens(loaded):
 def test_proofreading_refuses_flags_of_sampling(run_dir, monkeypatch, capsys, flag):
     error = run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", "--check=a", flag)
     assert f"leave {flag.split('=')[0]} out" in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--corrections=2", "--sampler=commit"],
+        ["--temperature=0.5", "--argmax"],
+        ["--top_p=0.5", "--argmax"],
+    ],
+)
+def test_flags_that_do_nothing_beside_others_are_refused(run_dir, monkeypatch, capsys, flags):
+    error = run_failing_command(monkeypatch, capsys, f"-mdir={run_dir}", *flags)
+    assert f"{flags[0].split('=')[0]} does nothing with {flags[1]}: leave it out" in error
 
 
 @pytest.mark.parametrize("flag, needed", [("--json", "--check"), ("--scale=2", "--classifier")])
