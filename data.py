@@ -234,7 +234,7 @@ def draw_seen(segment_ids, rng, progress=1.0):
         SHARED    evidence of one time for all positions of a segment, as in the bound
         GIVEN     the token itself
         HIDDEN    nothing
-        OWN       evidence of a time drawn for this token alone
+        OWN       evidence of a time drawn only for this token
 
     In a share of the segments that rises from 0 to HIDDEN_SHARE, random positions are GIVEN and all
     others HIDDEN. Of the other segments, a share OWN_SHARE is OWN, and the rest SHARED. In half of

@@ -293,7 +293,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_ends_with_the_same_result(r
     assert older_steps(run_dir) == [6, 4]
 
 
-# ---------------------------------------------------------------- what a run leaves alone
+# ---------------------------------------------------------------- what a run does not change
 
 
 @pytest.mark.parametrize("max_steps", [4, 8])

@@ -19,7 +19,7 @@ def synchronise(device):
 def peak(device, bf16):
     """Measure the floating-point operations per second of large matrix products."""
     n = 8192 if device.type == "cuda" else 512
-    generator = torch.Generator(device).manual_seed(0)  # leaves the caller's random numbers alone
+    generator = torch.Generator(device).manual_seed(0)  # not the caller's
     # Ones would be faster: they take less power.
     a = torch.randn(n, n, device=device, generator=generator)
     a = a.bfloat16() if bf16 else a
