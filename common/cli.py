@@ -58,7 +58,11 @@ class Parser(argparse.ArgumentParser):
                     hint = f"did you mean {close}?"
                 self.error(f"unknown flag {flag} ({hint})")
         flags = (word.split("=", 1)[0] for word in words)
-        self.given = {known[flag].dest for flag in flags if flag in known}
+        given = {known[flag]: flag for flag in flags if flag in known}
+        self.given = {action.dest for action in given}
+        if len(self.given) < len(given):  # two flags of one setting
+            same = [f for a, f in given.items() if [b.dest for b in given].count(a.dest) > 1]
+            self.error(f"{' and '.join(same)} exclude each other: give one")
         joined = [word.split("=", 1) for word in words if "=" in word]
         for flag, value in [*joined, *pairwise(words)]:
             if value == "" and flag in known and flag not in MAY_BE_EMPTY:  # an unset variable

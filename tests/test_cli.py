@@ -198,6 +198,12 @@ def test_a_flag_that_does_nothing_is_refused():
         p.refuse_idle(p.parse_args(["--json"]), {"json": "check"})
 
 
+def test_two_flags_of_one_setting_are_refused():
+    with pytest.raises(ValueError, match="--labelled and --example exclude each other: give one"):
+        train.flags().parse_args(["--labelled", "--example=paragraph"])
+    assert train.flags().parse_args(["--labelled"]).example == "labelled"
+
+
 def test_messages_show_control_characters_with_a_backslash(capsys):
     with pytest.raises(SystemExit):
         cli.fail("a label \x1b[31m\u202e here")
