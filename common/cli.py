@@ -20,6 +20,7 @@ from common.files import writing
 
 MAY_BE_EMPTY = ("--prompt", "--flags")
 NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL  # no locks here
+DEEPEST = 500  # folders in a path; Python makes them one inside the other
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -135,6 +136,8 @@ def path(text):
     parts = [os.path.expanduser(part) for part in text.split(",")]
     if any(f"{part}/".startswith("~/") for part in parts):
         raise argparse.ArgumentTypeError(f"{text}: this user has no home folder, give a whole path")
+    if any(os.path.abspath(part).count(os.sep) > DEEPEST for part in parts):
+        raise argparse.ArgumentTypeError(f"a path of more than {DEEPEST} folders: give a shorter one")
     return ",".join(parts)
 
 

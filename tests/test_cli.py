@@ -198,6 +198,11 @@ def test_a_flag_that_does_nothing_is_refused():
         p.refuse_idle(p.parse_args(["--json"]), {"json": "check"})
 
 
+def test_a_path_that_is_too_deep_to_be_made_is_refused():
+    with pytest.raises(ValueError, match="-mdir.* a path of more than 500 folders"):
+        train.flags().parse_args(["-mdir=" + "a/" * 1000])
+
+
 def test_two_flags_of_one_setting_are_refused():
     with pytest.raises(ValueError, match="--labelled and --example exclude each other: give one"):
         train.flags().parse_args(["--labelled", "--example=paragraph"])
