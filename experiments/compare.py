@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -62,14 +63,19 @@ def head_without_theta(self, hidden, theta):
     return self.linear_out(hidden)
 
 
-def give_nothing(segment_ids, rng, progress=1.0):
-    """Replace data.draw_seen: a text shares its time -> (B, L) int8."""
-    return np.full_like(segment_ids, data.SHARED, dtype=np.int8)
+def train_only(squared_error_loss):
+    """Let a loss be all, in place of bfn.squared_error_loss, and the tokens of a text share t."""
 
+    def draw_seen(segment_ids, rng, progress=1.0):
+        return np.full_like(segment_ids, data.SHARED, dtype=np.int8)
 
-def no_reconstruction(network, ids, *rest):
-    """Replace bfn.reconstruction_loss where the other loss is all: 0 for each position."""
-    return torch.zeros(ids.shape, device=ids.device)
+    def reconstruction_loss(network, ids, *rest):
+        return torch.zeros(ids.shape, device=ids.device)
+
+    data.draw_seen = draw_seen
+    bfn.CROSS_ENTROPY = 0.0
+    bfn.squared_error_loss = squared_error_loss
+    bfn.reconstruction_loss = reconstruction_loss
 
 
 def base(args):
@@ -183,11 +189,8 @@ def autoregressive(args):
         return bfn.cross_entropy(log_p, ids)
 
     train.BFNTransformer = Causal
-    data.draw_seen = give_nothing
-    bfn.CROSS_ENTROPY = 0.0
     bfn.predict = predict
-    bfn.squared_error_loss = squared_error_loss
-    bfn.reconstruction_loss = no_reconstruction
+    train_only(squared_error_loss)
 
 
 def masked(args):
@@ -205,11 +208,8 @@ def masked(args):
     def squared_error_loss(log_p, ids, t, s1):
         return unknown * bfn.cross_entropy(log_p, ids) / (1 - t).clamp(min=1e-4)
 
-    data.draw_seen = give_nothing
-    bfn.CROSS_ENTROPY = 0.0
     bfn.predict_noisy = predict_noisy
-    bfn.squared_error_loss = squared_error_loss
-    bfn.reconstruction_loss = no_reconstruction
+    train_only(squared_error_loss)
 
 
 VARIANTS = {
@@ -232,14 +232,14 @@ def variant(text):
 # ---------------------------------------------------------------- one run
 
 
+@dataclass
 class Budget:
     """The seconds or tokens that a run may spend, and has spent. Validation is not counted."""
 
-    def __init__(self, minutes, n_tokens):
-        self.seconds = minutes * 60
-        self.n_tokens = n_tokens
-        self.spent_seconds = 0.0
-        self.spent_tokens = 0
+    seconds: float
+    n_tokens: int | None
+    spent_seconds: float = 0.0
+    spent_tokens: int = 0
 
     @property
     def progress(self):
@@ -247,13 +247,6 @@ class Budget:
         if self.n_tokens:
             return self.spent_tokens / self.n_tokens
         return self.spent_seconds / self.seconds
-
-
-def rate_share(progress):
-    """Compute the share of the peak learning rate: a linear warm-up, then a straight line to 0."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return max(0.0, (1 - progress) / (1 - WARM_UP))
 
 
 def spend(budget, step, measure, label):
@@ -277,12 +270,6 @@ def spend(budget, step, measure, label):
     return curve
 
 
-def measure_bound(model, text, device):
-    """Estimate the bound on VAL_TOKENS of a Text, with the same noise for all -> figures."""
-    scores = bounds.score(model, text.first_tokens(VAL_TOKENS), bounds.Work(device))
-    return tables.likelihood_figures(scores)
-
-
 def measure_gaps(name, model, text, device):
     """Measure hidden tokens of EXACT_TOKENS of a Text -> figures. Causal models see the left."""
     functions = likelihood.figures_of(gaps=GAPS)
@@ -294,21 +281,23 @@ def measure_gaps(name, model, text, device):
 
 
 def train_variant(name, args, budget, text, folder):
-    """Train one variant on the text that `prepare` returned -> its record."""
+    """Train one variant on the text that `prepare_text` returned -> its record."""
     tokens, val = text
     VARIANTS.get(name, base)(args)
     device = parallel.find_device(args.device)
     speed.allow_tf32(device)
     config = train.make_config(args, len(tokens.tokenizer))
-    state = train.build(config, args, device, None)
+    state = train.build(config, args, device)
     L = args.sequence_length
+    held_out = bounds.Text(val, L)
     loader = data.Loader(tokens, L, args.batch_size, args.seed, tokens.tokenizer.bos)
     trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
     forms.choose_form(state, *trial)
     forms.warm_up(state, *trial)  # compiles, before the time counts
 
-    def learning_rate(step, args):
-        return args.learning_rate * rate_share(budget.progress)
+    def learning_rate(step, args):  # a straight line up, then one down to 0
+        up, down = budget.progress / WARM_UP, (1 - budget.progress) / (1 - WARM_UP)
+        return args.learning_rate * max(0.0, min(up, down))
 
     optim.learning_rate = learning_rate
 
@@ -321,13 +310,14 @@ def train_variant(name, args, budget, text, folder):
         return int((batch[1] > 0).sum())
 
     def measure():
-        model, held_out = state.emas[-1], bounds.Text(val, L)
+        model, work = state.emas[-1], bounds.Work(device)
         with evaluate.full_precision():
+            scores = bounds.score(model, held_out.first_tokens(VAL_TOKENS), work)
             exact = evaluate.exact_likelihood(model, held_out.first_tokens(EXACT_TOKENS), device)
-            return measure_bound(model, held_out, device) | exact
+        return tables.likelihood_figures(scores) | exact  # with the same noise for all
 
     curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
-    curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L), device))
+    curve[-1][-1].update(measure_gaps(name, state.emas[-1], held_out, device))
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
         state.loss_by_time = evaluate.validate(state.emas[-1], val, L, device)[1]
         run = describe_run(args, config, *text)
@@ -410,12 +400,6 @@ def add_record(new, folder):
     drawing.lines(folder / "results.png", series, *axes)
 
 
-def prepare(args, folder):
-    """Prepare the text in the comparison's folder -> training and validation Tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return prepare_text(args, folder, None)
-
-
 def run_flags(args, name="base", seed=0):
     """Complete the flags of train.py for one run."""
     words = [f"-d={args.data_path}"] if args.data_path else []
@@ -450,9 +434,10 @@ def flags():
 def train_one(name, seed, args, folder):
     """Train one variant in this process -> its record."""
     changed = run_flags(args, name, seed)
-    text = prepare(run_flags(args), folder)  # the same text for all
+    folder.mkdir(parents=True, exist_ok=True)
+    text = prepare_text(run_flags(args), folder, None)  # the same text for all
     train.fit_rows(changed, text[0])
-    return train_variant(name, changed, Budget(args.minutes, args.tokens), text, folder)
+    return train_variant(name, changed, Budget(60 * args.minutes, args.tokens), text, folder)
 
 
 def main(argv=None):

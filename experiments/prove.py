@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
+from unittest import mock
 
 from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
@@ -59,16 +61,15 @@ SMALL = "-mdim=32 -nl=1 -nh=2 -bsz=4 -slen=64 -lgi=1 -vli=4 -nex=0 --max_steps=4
 
 def seconds_of(work, device, n=5):
     """Repeat work -> mean seconds of a call, the least of three such means."""
-    work()
-    means = []
-    for _ in range(3):
-        speed.synchronise(device)
-        begin = time.perf_counter()
+
+    def repeat():
         for _ in range(n):
             work()
         speed.synchronise(device)
-        means.append((time.perf_counter() - begin) / n)
-    return min(means)
+
+    work()
+    speed.synchronise(device)
+    return min(timeit.repeat(repeat, number=1, repeat=3)) / n
 
 
 def left(args):
@@ -119,17 +120,6 @@ def make_batch(K, rows, row_length, seed=0, progress=0.5):
     return torch.from_numpy(ids), torch.from_numpy(segment_ids), torch.from_numpy(seen)
 
 
-@contextlib.contextmanager
-def same_noise(keys):
-    """Let a training step draw its noise from these keys, on any device."""
-    before = train.draw_keys
-    train.draw_keys = lambda *shape, device: keys.to(device)
-    try:
-        yield
-    finally:
-        train.draw_keys = before
-
-
 def equality(args):
     """Compare loss and gradients of each form on this device with the plain form on the CPU."""
     K, device, cpu = 3001, args.device, torch.device("cpu")
@@ -142,7 +132,7 @@ def equality(args):
     compiled = form._replace(fused=True, compiled=True, flex=device.type == "cuda")
     found |= {Form(bf16=form.bf16), Form(fused=True, bf16=form.bf16), compiled}
     wrong = []
-    with same_noise(keys):
+    with mock.patch.object(train, "draw_keys", lambda *shape, device: keys.to(device)):
         plain = forms.Check(BFNTransformer, config, Form(), batch, cpu, train.accumulate_gradients)
         here = forms.Check(BFNTransformer, config, None, batch, device, train.accumulate_gradients)
         for form in sorted(found):

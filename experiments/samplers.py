@@ -52,18 +52,13 @@ def make_options(sampler, calls, temperature):
     return Options(bfn.Controls(sampler, steps, corrections, temperature))
 
 
-def share(hits):
-    """Compute the share of true values and its 95 % interval -> (value, low, high)."""
-    p = sum(hits) / len(hits)
-    error = 1.96 * math.sqrt(p * (1 - p) / len(hits))
-    return p, p - error, p + error
-
-
 def measure(texts, reference, is_toy, seed):
     """Compute the figures of texts, of the built-in language also the grammatical share."""
     measured = quality.figures(texts, reference, seed)
     if is_toy:
-        return {"grammatical": share([toy.is_grammatical(text) for text in texts]), **measured}
+        p = sum(map(toy.is_grammatical, texts)) / len(texts)
+        margin = 1.96 * math.sqrt(p * (1 - p) / len(texts))
+        measured = {"grammatical": (p, p - margin, p + margin)} | measured
     return measured
 
 
