@@ -33,8 +33,7 @@ from text.reading import ONE_LINE
 from text.tokenizer import one_line
 from training.checkpoint import EXPORTED_FILES, RUN_FILES, load
 
-STEERING = "ban hint draft strength scale"
-OPTIONS = f"sampler steps corrections temperature top_p argmax until {STEERING}".split()
+OPTIONS = "sampler steps corrections temperature top_p argmax until ban hint draft strength scale"
 CONTROLS = [field.name for field in fields(bfn.Controls)]
 SEPARATOR = "-" * 20  # printed after each text of several lines
 
@@ -291,10 +290,9 @@ def main(argv=None):
     separator = [] if model.run["args"]["example"] in ONE_LINE else [SEPARATOR]
     steering = dict(guide=None, label=args.label)
     if args.classifier:
-        classifier = guidance.load_classifier(args.classifier, model)
-        steering = dict(guide=classifier.guide(args.label))
+        steering = dict(guide=guidance.load_classifier(args.classifier, model).guide(args.label))
     if args.interactive:
-        names = [name for name in OPTIONS if name != "draft"]
+        names = [name for name in OPTIONS.split() if name != "draft"]
         parse = flags().parse_args
         if n_refused := terminal.run(model, args, names, parse, separator, **steering):
             raise ValueError(f"refused lines: {n_refused}")
@@ -311,7 +309,7 @@ def print_samples(model, args, separator, steering):
         chosen += prompts.read_prompts(args.prompt_file, model.tokenizer, model.run, args.length)
     output.check(args, RUN_FILES + EXPORTED_FILES)
     chosen = [prompt for prompt in chosen or [""] for _ in range(args.num_samples)]
-    options = {name: getattr(args, name) for name in OPTIONS} | steering
+    options = {name: getattr(args, name) for name in OPTIONS.split()} | steering
     samples = model.stream(chosen, args.seed, args.length, args.trace, **options)
     prompts.warn_unknown([*chosen, args.draft or ""], model.tokenizer)
     hide_bar = True if args.trace or len(chosen) == 1 else None  # None: only without a terminal
