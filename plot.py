@@ -314,20 +314,7 @@ def draw_report(args):
 
 
 def run_page(run_dir, device):
-    """Describe a run folder or an exported one -> HTML, or ValueError if it shows nothing."""
-    metrics, sampler = read_run_so_far(run_dir, device)
-    found = texts = None
-    if sampler:
-        run = sampler.run
-        run["args"] = without_folders(run["args"])
-        found = read_figures(run_dir, run["step"]) or run.get("figures", {})
-        texts = sample_texts(sampler)
-    samples = report.read_samples(run_dir)
-    return report.page(run_dir.resolve().name, metrics, samples, sampler, found, texts)
-
-
-def read_run_so_far(run_dir, device):
-    """Read what there is of a run -> metrics (list), Sampler or None.
+    """Describe what there is of a run folder, or an exported one -> HTML.
 
     Raises ValueError if there is nothing to show, or if a file is damaged.
     """
@@ -340,7 +327,15 @@ def read_run_so_far(run_dir, device):
     if not which and not metrics:
         missing = "no checkpoint and no metrics; train, or give another folder"
         raise ValueError(f"{run_dir} has nothing to show yet: {missing}")
-    return metrics, Sampler(*load(run_dir, which, device)) if which else None
+    sampler = found = texts = None
+    if which:
+        sampler = Sampler(*load(run_dir, which, device))
+        run = sampler.run
+        run["args"] = without_folders(run["args"])
+        found = read_figures(run_dir, run["step"]) or run.get("figures", {})
+        texts = sample_texts(sampler)
+    samples = report.read_samples(run_dir)
+    return report.page(run_dir.resolve().name, metrics, samples, sampler, found, texts)
 
 
 def sample_texts(sampler):
