@@ -289,7 +289,6 @@ def train_variant(name, args, budget, text, folder):
     config = train.make_config(args, len(tokens.tokenizer))
     state = train.build(config, args, device)
     L = args.sequence_length
-    held_out = bounds.Text(val, L)
     loader = data.Loader(tokens, L, args.batch_size, args.seed, tokens.tokenizer.bos)
     trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
     forms.choose_form(state, *trial)
@@ -310,18 +309,14 @@ def train_variant(name, args, budget, text, folder):
         return int((batch[1] > 0).sum())
 
     def measure():
-        model, work = state.emas[-1], bounds.Work(device)
-        with evaluate.full_precision():
-            scores = bounds.score(model, held_out.first_tokens(VAL_TOKENS), work)
-            exact = evaluate.exact_likelihood(model, held_out.first_tokens(EXACT_TOKENS), device)
-        return tables.likelihood_figures(scores) | exact  # with the same noise for all
+        inputs = state.emas[-1], val, L, device, VAL_TOKENS, EXACT_TOKENS
+        figures, state.loss_by_time = evaluate.validate(*inputs)
+        return figures
 
     curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
-    curve[-1][-1].update(measure_gaps(name, state.emas[-1], held_out, device))
+    curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L), device))
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
-        state.loss_by_time = evaluate.validate(state.emas[-1], val, L, device)[1]
-        run = describe_run(args, config, *text)
-        save_weights(state, run, folder / f"{name}-{args.seed}")
+        save_weights(state, describe_run(args, config, *text), folder / f"{name}-{args.seed}")
     return record(name, args.seed, state.model, curve)
 
 

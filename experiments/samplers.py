@@ -36,7 +36,6 @@ from text import cache, toy
 from text.reading import Corpus
 from training.checkpoint import load
 
-HELD_OUT = "held-out text"
 ENTROPY, PERPLEXITY = "word entropy (bits)", "n-gram perplexity"  # figures of quality.py
 
 
@@ -161,7 +160,7 @@ def main(argv=None):
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     figures = measure(real, reference, is_toy, args.seed)
-    results = [record((HELD_OUT, 0, 1.0), figures, len(real))]
+    results = [record(("held-out text", 0, 1.0), figures, len(real))]
     jobs = dict.fromkeys(product(args.samplers, args.calls, (1.0, *args.temperatures)))
     for job in tqdm(jobs, disable=None):
         texts, *spent = sample(model, tokenizer, job, templates, args.seed)
