@@ -52,13 +52,13 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 
-def validate(model, tokens, row_length, device, n_tokens=VAL_TOKENS, n_exact=VAL_EXACT_TOKENS):
+def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS, n_exact=VAL_EXACT_TOKENS):
     """Measure the bound and the exact likelihood, on the same text and noise each time.
 
-    n_tokens, n_exact: the most tokens of each. -> figures (see `likelihood_figures`,
+    max_tokens, n_exact: the most of each. -> figures (see `likelihood_figures`,
     `exact_figures`), loss by time: a list of 20 values, nats per token, in even bins.
     """
-    text = Text(tokens, row_length).first_tokens(n_tokens)
+    text = Text(tokens, row_length).first_tokens(max_tokens)
     with full_precision():
         scores = bounds.score(model, text, Work(device), seed="validation")
         exact = exact_likelihood(model, text.first_tokens(n_exact), device)

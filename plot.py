@@ -214,7 +214,7 @@ def draw_sampling(args):
         with drawing.style(args.dark):
             images = pictures.emerging(to_frames(texts, sampler.tokenizer), title)
         with replacing(args.output) as temporary:
-            temporary.write_bytes(pictures.to_gif(images, MARK))
+            pictures.save_gif(temporary, images, MARK)
         return None
     shown = []
     for ids, calls in texts:

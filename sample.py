@@ -27,7 +27,7 @@ from evaluation import likelihood
 from evaluation.bounds import Text, Work
 from sampling import guidance, odds, output, prompts, proofread, terminal
 from sampling.generate import DEFAULT, FLAGS, Options, fit_lengths, generate, refuse_idle
-from sampling.prompts import FREE, GAP, Prompt
+from sampling.prompts import ANY_LABEL, FREE, GAP, Prompt
 from sampling.terminal import Trace
 from text.reading import ONE_LINE
 from text.tokenizer import one_line
@@ -134,7 +134,15 @@ class Sampler:
 
     def encode(self, text, name="the text"):
         """Encode a whole text with bos and eos -> ids. name: what messages call it."""
-        return prompts.encode_text(text, self.tokenizer, self.limit, name)
+        prompts.check_unicode(text)
+        label, text = prompts.split_label(text, self.tokenizer)
+        if label == [ANY_LABEL]:
+            raise ValueError(f"{name} has no label: write label<TAB>text")
+        ids = self.tokenizer.add_marks(label + self.tokenizer.encode(text))
+        if len(ids) > self.limit:
+            limit = f"the model was trained on at most {self.limit}"
+            raise ValueError(f"{name} takes {len(ids)} tokens, {limit}: shorten it")
+        return ids
 
     def read(self, text, length, options):
         """Read a prompt -> Prompt, of which lengths are likelier that the network finds to fit it.

@@ -191,9 +191,6 @@ class BoundBar(tqdm):
 
     nats = n_scored = unknown = 0.0  # unknown: what unknown text adds, nats per token
 
-    def __init__(self, **options):
-        super().__init__(desc="evaluating", unit="batch", **options)
-
     def add(self, nats, n_scored):
         """Count one more batch."""
         self.nats += nats
@@ -372,7 +369,8 @@ def score(model, text, work, *, n_draws=2, error=None, n_steps=None, seed=0):
     n_draws = 2 if error else n_draws
     draws, stop, start = [], False, time.perf_counter()
     n_batches = len(parallel.share(text.batches(work.batch_size)))
-    with BoundBar(total=n_draws * n_batches, disable=None if work.progress else True) as bar:
+    look = dict(desc="evaluating", unit="batch", disable=None if work.progress else True)
+    with BoundBar(total=n_draws * n_batches, **look) as bar:
         bar.unknown = unknown_nats_per_token(text.tokens)
         while len(draws) < n_draws and not stop:
             draw_seed = mix_seed(seed, "evaluate", len(draws))

@@ -42,15 +42,6 @@ ENTROPY, PERPLEXITY = "word entropy (bits)", "n-gram perplexity"  # figures of q
 # ---------------------------------------------------------------- sampling
 
 
-def make_options(sampler, calls, temperature):
-    """Make the Options of a sampler with a number of network calls."""
-    corrections = min(DEFAULT.corrections, calls // 3) if sampler == "pace" else 0
-    steps = calls - corrections
-    if getattr(bfn.SAMPLERS[sampler], "func", None) is bfn.solve:
-        steps -= 1  # solvers make one call more
-    return Options(bfn.Controls(sampler, steps, corrections, temperature))
-
-
 def measure(texts, reference, is_toy, seed):
     """Compute the figures of texts, of the built-in language also the grammatical share."""
     measured = quality.figures(texts, reference, seed)
@@ -63,8 +54,14 @@ def measure(texts, reference, is_toy, seed):
 
 def sample(model, tokenizer, job, templates, seed):
     """Sample with a job (sampler, calls, temperature) -> texts, calls per text, seconds."""
+    sampler, calls, temperature = job
+    corrections = min(DEFAULT.corrections, calls // 3) if sampler == "pace" else 0
+    steps = calls - corrections
+    if getattr(bfn.SAMPLERS[sampler], "func", None) is bfn.solve:
+        steps -= 1  # solvers make one call more
+    options = Options(bfn.Controls(sampler, steps, corrections, temperature))
     begin = time.perf_counter()
-    samples = list(generate(model, tokenizer, templates, seed, make_options(*job)))
+    samples = list(generate(model, tokenizer, templates, seed, options))
     seconds = time.perf_counter() - begin
     calls_per_text = sum(calls for _, calls in samples) / len(samples)
     return [tokenizer.decode(ids) for ids, _ in samples], calls_per_text, seconds
@@ -174,8 +171,7 @@ def main(argv=None):
     with replacing(folder / "results.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    picture = ["python", "plot.py", "quality", str(folder / "results.json")]
-    print(f"as a picture: {shlex.join(picture)}")
+    print("as a picture: python plot.py quality", shlex.quote(str(folder / "results.json")))
 
 
 if __name__ == "__main__":

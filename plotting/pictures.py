@@ -6,7 +6,6 @@
 Call them in `drawing.style`, which sets light or dark colours.
 """
 
-import io
 import math
 import os
 import unicodedata
@@ -321,14 +320,12 @@ def draw_row(figure, row, y, fonts):
         column += n_columns(text)
 
 
-def to_gif(images, comment):
-    """Join images to an animation that repeats and holds the last one -> bytes."""
+def save_gif(path, images, comment):
+    """Join images to an animation that repeats and holds the last one."""
     milliseconds = [int(1000 * FRAME_SECONDS)] * (len(images) - 1) + [int(1000 * HOLD_SECONDS)]
     few = [image.quantize(16) for image in images]  # colours: shades of one ink
     options = dict(duration=milliseconds, loop=0, comment=comment.encode())
-    content = io.BytesIO()
-    few[0].save(content, "GIF", save_all=True, append_images=few[1:], **options)
-    return content.getvalue()
+    few[0].save(path, "GIF", save_all=True, append_images=few[1:], **options)
 
 
 # ---------------------------------------------------------------- quality: by calls, by time

@@ -51,26 +51,23 @@ class Options:
     trace: object = None  # a `Trace`, which shows text number 0 at each network call
 
     def __post_init__(self):
-        try:
-            self.check()
-        except TypeError as error:
-            raise ValueError(f"an option is of another type: {error}") from None
-
-    def check(self):
-        """Raise ValueError for options that are out of range, TypeError for those of no number."""
+        """Raise ValueError for options that are out of range or of another type."""
         c = self.controls
         values = vars(c) | vars(self)
-        in_range = dict(
-            sampler=c.sampler in bfn.SAMPLERS,
-            steps=isinstance(c.steps, int) and c.steps >= 1,
-            corrections=isinstance(c.corrections, int) and c.corrections >= 0,
-            temperature=c.temperature > 0,
-            top_p=0 < c.top_p <= 1,
-            until=c.until >= 0,
-            argmax=isinstance(c.argmax, bool),
-            strength=0 <= self.strength < 1,
-            scale=self.scale >= 0,
-        )
+        try:
+            in_range = dict(
+                sampler=c.sampler in bfn.SAMPLERS,
+                steps=isinstance(c.steps, int) and c.steps >= 1,
+                corrections=isinstance(c.corrections, int) and c.corrections >= 0,
+                temperature=c.temperature > 0,
+                top_p=0 < c.top_p <= 1,
+                until=c.until >= 0,
+                argmax=isinstance(c.argmax, bool),
+                strength=0 <= self.strength < 1,
+                scale=self.scale >= 0,
+            )
+        except TypeError as error:
+            raise ValueError(f"an option is of another type: {error}") from None
         wrong = [name for name, is_right in in_range.items() if not is_right]
         if wrong:
             messages = (f"{name}={values[name]!r} is out of range" for name in wrong)

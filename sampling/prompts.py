@@ -127,19 +127,6 @@ def split_label(text, tokenizer):
     return [labels[label]], rest
 
 
-def encode_text(text, tokenizer, limit, name="the text"):
-    """Encode a whole text with bos and eos -> ids. name: what messages call it."""
-    check_unicode(text)
-    label, text = split_label(text, tokenizer)
-    if label == [ANY_LABEL]:
-        raise ValueError(f"{name} has no label: write label<TAB>text")
-    ids = tokenizer.add_marks(label + tokenizer.encode(text))
-    if len(ids) > limit:
-        message = f"{name} takes {len(ids)} tokens, the model was trained on at most {limit}"
-        raise ValueError(f"{message}: shorten it")
-    return ids
-
-
 def unknown_pieces(prompt, tokenizer):
     """List the texts of a prompt's unknown tokens, with SPACE for a space -> list of str."""
     found = []
@@ -292,8 +279,7 @@ class Prompt:
             bodies = [(tokenizer.add_marks(body), weight) for body, weight in bodies]
             pairs = fitting(text, bodies, run)
         else:
-            given = tokenizer.add_marks(bodies[0][0], end=False)
-            pairs = continued(text, given, run, length)
+            pairs = continued(text, tokenizer.add_marks(bodies[0][0], end=False), run, length)
         return cls(*map(list, zip(*pairs, strict=True)), unknown_pieces(text, tokenizer))
 
     def weighted(self, log_p):
