@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -232,41 +231,27 @@ def variant(text):
 # ---------------------------------------------------------------- one run
 
 
-@dataclass
-class Budget:
-    """The seconds or tokens that a run may spend, and has spent. Validation is not counted."""
+def spend(minutes, n_tokens, step, measure, label):
+    """Train for n_tokens, or else for so many minutes, with N_POINTS validations on the way.
 
-    seconds: float
-    n_tokens: int | None
-    spent_seconds: float = 0.0
-    spent_tokens: int = 0
-
-    @property
-    def progress(self):
-        """The share of the budget that is spent."""
-        if self.n_tokens:
-            return self.spent_tokens / self.n_tokens
-        return self.spent_seconds / self.seconds
-
-
-def spend(budget, step, measure, label):
-    """Train until the budget is spent, with N_POINTS validations on the way.
-
-    step() trains one step and returns its number of tokens; measure() returns the figures of a
-    validation. -> curve [[minutes, tokens, figures]]
+    step(share of these that is spent) trains one step and returns its number of tokens; measure()
+    returns the figures of a validation, whose time is not counted. -> curve [[minutes, tokens,
+    figures]]
     """
     curve = []
+    spent_minutes = spent_tokens = progress = 0
     bar_format = "{l_bar}{bar}| {elapsed}<{remaining}"
     with tqdm(total=100, desc=label, unit="%", bar_format=bar_format, disable=None) as bar:
-        while budget.progress < 1:
+        while progress < 1:
             begin = time.perf_counter()
-            budget.spent_tokens += step()
+            spent_tokens += step(progress)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            budget.spent_seconds += time.perf_counter() - begin
-            bar.update(min(100.0, 100 * budget.progress) - bar.n)
-            if budget.progress >= (len(curve) + 1) / N_POINTS:
-                curve.append([budget.spent_seconds / 60, budget.spent_tokens, measure()])
+            spent_minutes += (time.perf_counter() - begin) / 60
+            progress = spent_tokens / n_tokens if n_tokens else spent_minutes / minutes
+            bar.update(min(100.0, 100 * progress) - bar.n)
+            if progress >= (len(curve) + 1) / N_POINTS:
+                curve.append([spent_minutes, spent_tokens, measure()])
     return curve
 
 
@@ -280,9 +265,12 @@ def measure_gaps(name, model, text, device):
         return evaluate.measure_exact(model, text, functions, bounds.Work(device))
 
 
-def train_variant(name, args, budget, text, folder):
-    """Train one variant on the text that `prepare_text` returned -> its record."""
-    tokens, val = text
+def train_variant(name, seed, comparison, folder):
+    """Train one variant in this process -> its record. comparison: the flags of this command."""
+    args = run_flags(comparison, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens, val = prepare_text(run_flags(comparison), folder, None)  # the same for all
+    train.fit_rows(args, tokens)
     VARIANTS.get(name, base)(args)
     device = parallel.find_device(args.device)
     speed.allow_tf32(device)
@@ -294,14 +282,11 @@ def train_variant(name, args, budget, text, folder):
     forms.choose_form(state, *trial)
     forms.warm_up(state, *trial)  # compiles, before the time counts
 
-    def learning_rate(step, args):  # a straight line up, then one down to 0
-        up, down = budget.progress / WARM_UP, (1 - budget.progress) / (1 - WARM_UP)
-        return args.learning_rate * max(0.0, min(up, down))
-
-    optim.learning_rate = learning_rate
-
-    def step():
-        batch = loader.batch(state.step, budget.progress)
+    def step(progress):
+        up, down = progress / WARM_UP, (1 - progress) / (1 - WARM_UP)
+        rate = args.learning_rate * min(up, down)  # a straight line from 0, then one to 0
+        optim.learning_rate = lambda step, args: rate
+        batch = loader.batch(state.step, progress)
         seeds = [mix_seed(args.seed, state.step, 0)]
         train.accumulate_gradients(state.model, [batch], seeds, device)
         train.update_weights(state, args)
@@ -313,11 +298,12 @@ def train_variant(name, args, budget, text, folder):
         figures, state.loss_by_time = evaluate.validate(*inputs)
         return figures
 
-    curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
+    budget = comparison.minutes, comparison.tokens
+    curve = spend(*budget, step, measure, f"{name}, seed {seed}")
     curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L), device))
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
-        save_weights(state, describe_run(args, config, *text), folder / f"{name}-{args.seed}")
-    return record(name, args.seed, state.model, curve)
+        save_weights(state, describe_run(args, config, tokens, val), folder / f"{name}-{seed}")
+    return record(name, seed, state.model, curve)
 
 
 def save_weights(state, run, run_dir):
@@ -426,22 +412,13 @@ def flags():
     return p
 
 
-def train_one(name, seed, args, folder):
-    """Train one variant in this process -> its record."""
-    changed = run_flags(args, name, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = prepare_text(run_flags(args), folder, None)  # the same text for all
-    train.fit_rows(changed, text[0])
-    return train_variant(name, changed, Budget(60 * args.minutes, args.tokens), text, folder)
-
-
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = flags().parse_args(words)
     folder = Path(args.output)
     if args.one:
         name, seed = args.one
-        print(json.dumps(train_one(name, int(seed), args, folder)))
+        print(json.dumps(train_variant(name, int(seed), args, folder)))
         return
     for name in args.variants:
         run_flags(args, name)  # an error in a flag is found before the first run
