@@ -299,8 +299,10 @@ def exact_by_calls(content):
         if match := re.fullmatch(r"exact_(\d+)_calls?_nats_per_token", name):
             error = content[name.replace("nats", "text_error_nats")] or 0.0
             points.append((int(match[1]), nats, error))
-    bound = content["bound_nats_per_token"]
-    return (*zip(*sorted(points), strict=True), bound) if points else None
+    if not points:
+        return None
+    calls, nats, errors = zip(*sorted(points), strict=True)
+    return calls, nats, errors, content["bound_nats_per_token"]
 
 
 # ---------------------------------------------------------------- report

@@ -347,9 +347,9 @@ def seconds_per_row(model, text, device, n_steps, most):
     return (time.perf_counter() - start) / text.plan.n_rows
 
 
-def rows_in_time(model, text, work, n_steps):
+def rows_in_time(model, text, work, n_steps, batch_size):
     """Choose how many rows all processes score twice in work.seconds, by the speed of a batch."""
-    speed = seconds_per_row(model, text, work.device, n_steps, work.batch_size)
+    speed = seconds_per_row(model, text, work.device, n_steps, batch_size)
     n_rows = max(1, work.seconds / 2 // speed * parallel.size())
     return parallel.from_first(int(min(text.n_rows, n_rows)))
 
@@ -362,9 +362,8 @@ def score(model, text, work, *, n_draws=2, error=None, n_steps=None, seed=0):
     if no token is left to score.
     """
     batch_size = work.batch_size or rows_at_once(text.row_length, model.config, work.device)
-    work = replace(work, batch_size=batch_size)
     if work.seconds < math.inf:
-        text = text.first_rows(rows_in_time(model, text, work, n_steps))
+        text = text.first_rows(rows_in_time(model, text, work, n_steps, batch_size))
     work = replace(work, batch_size=math.ceil(min(batch_size, text.plan.n_rows) / parallel.size()))
     n_draws = 2 if error else n_draws
     draws, stop, start = [], False, time.perf_counter()

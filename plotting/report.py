@@ -97,7 +97,7 @@ def describe(sampler, metrics):
 def show_figures(found, step):
     """Lay out the figures of a validation at a step with their errors in each unit -> HTML."""
     rows = []
-    for label, name, prefix in (("bound", "bound", ""), ("exact", "exact", "exact_")):
+    for name, prefix in (("bound", ""), ("exact", "exact_")):
         nats = found.get(f"{name}_nats_per_token")
         noise = None if prefix else found.get("monte_carlo_error_nats_per_token")
         errors = noise, found.get(f"{prefix}text_error_nats_per_token")
@@ -107,7 +107,7 @@ def show_figures(found, step):
             if nats and value:  # errors are a constant factor away in each unit
                 cells = [value, *(error and error * value / nats for error in errors)]
                 cells = ["" if cell is None else f"{cell:.4f}" for cell in cells]
-                rows.append((f"{label}, {unit}", *cells))
+                rows.append((f"{name}, {unit}", *cells))
     if not rows:
         return note(f"Nothing was validated at step {step:,} yet, so there are no figures.")
     names = "n_tokens_scored", "exact_n_tokens_scored"
