@@ -35,7 +35,6 @@ from training.run_folder import VAL_TOKENS
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token
 SECONDS = 40  # how long the draws take if no flag says how much to score
 VAL_EXACT_TOKENS = 512  # and about this many for the exact likelihood, which takes many calls
-INTERRUPT = ["SIGINT"]
 PROMISE = "finishing this batch, then the figures so far"
 
 
@@ -53,16 +52,16 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 
-def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS):
+def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS, n_exact=VAL_EXACT_TOKENS):
     """Measure the bound and the exact likelihood, on the same text and noise each time.
 
-    -> figures (see `likelihood_figures`, `exact_figures`), loss by time: a list of 20 values, nats
-    per token, in even bins.
+    max_tokens, n_exact: the most of each. -> figures (see `likelihood_figures`,
+    `exact_figures`), loss by time: a list of 20 values, nats per token, in even bins.
     """
     text = Text(tokens, row_length).first_tokens(max_tokens)
     with full_precision():
         scores = bounds.score(model, text, Work(device), seed="validation")
-        exact = exact_likelihood(model, text.first_tokens(VAL_EXACT_TOKENS), device)
+        exact = exact_likelihood(model, text.first_tokens(n_exact), device)
     _, loss_by_time, _ = scores.by_time(20)
     return likelihood_figures(scores) | exact, np.nan_to_num(loss_by_time).tolist()
 
@@ -145,11 +144,9 @@ def sample_quality(sampler, tokens, reference, args):
 
     -> {name: {figure: (value, low, high)}}.
     """
-    tokenizer, run = sampler.tokenizer, sampler.run
+    tokenizer = sampler.tokenizer
     real, lengths = quality.choose_texts(tokens, sampler.limit, args.samples, args.seed)
-    seeds = [mix_seed(args.seed, i) for i in range(len(lengths))]
-    pairs = zip(seeds, lengths, strict=True)
-    templates = [make_template("", tokenizer, run, *pair) for pair in pairs]
+    templates = [make_template("", tokenizer, sampler.run, i, n) for i, n in enumerate(lengths)]
     samples = generate(sampler.model, tokenizer, templates, args.seed, options_of(args))
     bar = dict(total=len(templates), unit="sample", desc="sampling", disable=None)
     samples = list(tqdm(samples, **bar))
@@ -255,7 +252,7 @@ def read_text(args, tokenizer, run):
 
 def measure(model, text, args, device):
     """Measure what the flags ask for -> Scores, figures, names of the exact ones, is it stopped."""
-    with cli.catch_signals(INTERRUPT, PROMISE) as interrupts:
+    with cli.catch_signals(["SIGINT"], PROMISE) as interrupts:
         seconds = SECONDS if args.quick else math.inf
         work = Work(device, args.batch_size, seconds, interrupts, progress=True)
         draws = dict(n_draws=args.draws, n_steps=args.n_steps, seed=args.seed)

@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -75,8 +76,7 @@ def draw_run(args):
     """Draw the curves of runs: losses, bound, likelihood, speed; with --watch again and again."""
     if not args.watch:
         return partial(pictures.training, read_histories(args.run_dirs))
-    message = f"drawn every {WATCH_SECONDS} seconds; Ctrl-C ends this"
-    print(f"{args.output}: {message}", flush=True)
+    print(f"{args.output}: drawn every {WATCH_SECONDS} seconds; Ctrl-C ends this", flush=True)
     with suppress(KeyboardInterrupt):
         while True:
             save(args.output, partial(pictures.training, read_histories(args.run_dirs)), args.dark)
@@ -112,11 +112,8 @@ def difference(checkpoints):
 
 def results(histories):
     """List what runs reached -> rows of cells, the figure's name first."""
-
-    def last(values):
-        return values[-1]
-
     rows = []
+    last = itemgetter(-1)
     for name, key, choose in [
         ("steps", "step", max),
         ("minutes of training", "minutes", max),
@@ -153,8 +150,7 @@ def draw_packing(args):
     else:
         tokenizer = Tokenizer(train_tokenizer(corpus, "bpe", example=args.example))
     tokens = cache.load_corpus(corpus, tokenizer, args.cache_dir, example=args.example)
-    examples = f"{tokens.n_documents:,} examples in rows of {row_length} tokens"
-    title = f"{Path(path).name}: {examples}"
+    title = f"{Path(path).name}: {tokens.n_documents:,} examples in rows of {row_length} tokens"
     return partial(pictures.packing, packed_rows(tokens, row_length), title)
 
 
@@ -175,28 +171,22 @@ def packed_rows(tokens, row_length):
 # ---------------------------------------------------------------- sampling
 
 
-class Recorder:
-    """Keep the n likeliest tokens of one batch at each network call. bar: counts the calls."""
+def record(sampler, prompts, controls, bar, n=1, seed=0, length=None):
+    """Sample a text for each prompt -> [(ids, calls)], without bos. bar: counts network calls.
 
-    def __init__(self, n=1, bar=None):
-        self.n, self.bar = n, bar
-        self.calls = []  # of ids and probabilities, both (B, L, n); 1 for a given token
-
-    def __call__(self, t, p, given):
-        """See `watch` in bfn.Controls: p (B, L, K), given (B, L)."""
-        share, ids = p.topk(min(self.n, p.shape[-1]))
-        share = share.masked_fill(given[..., None], 1.0)
-        self.calls.append((ids.cpu().numpy(), share.cpu().numpy()))
-        if self.bar is not None:
-            self.bar.update()
-
-
-def record(sampler, prompts, recorder, controls, seed=0, length=None):
-    """Sample a text for each prompt -> [(ids, calls)], without bos.
-
-    calls: of each network call the likeliest ids and their probabilities, both (L, n).
+    calls: of each network call the n likeliest ids and their probabilities, 1 for a given token,
+    both (L, n).
     """
-    options = Options(replace(controls, watch=recorder))
+    recorded = []
+
+    def watch(t, p, given):
+        """See bfn.Controls: p (B, L, K), given (B, L)."""
+        share, ids = p.topk(min(n, p.shape[-1]))
+        share = share.masked_fill(given[..., None], 1.0)
+        recorded.append((ids.cpu().numpy(), share.cpu().numpy()))
+        bar.update()
+
+    options = Options(replace(controls, watch=watch))
     read = {prompt: sampler.read(prompt, length, options) for prompt in prompts}
     seeds = [mix_seed(seed, i) for i in range(len(prompts))]
     templates = [read[prompt].draw(s) for prompt, s in zip(prompts, seeds, strict=True)]
@@ -204,7 +194,7 @@ def record(sampler, prompts, recorder, controls, seed=0, length=None):
     texts = []
     for row, (ids, n_calls) in enumerate(samples):
         part = slice(int(ids[0] == sampler.tokenizer.bos), len(ids))
-        calls = [(k[row, part], share[row, part]) for k, share in recorder.calls[:n_calls]]
+        calls = [(k[row, part], share[row, part]) for k, share in recorded[:n_calls]]
         texts.append((ids[part], calls))
     return texts
 
@@ -217,13 +207,14 @@ def draw_sampling(args):
     n = args.num_samples or (6 if args.gif else 1)
     prompts = [read_breaks(text, sampler.run) for text in args.prompt or [""] for _ in range(n)]
     controls = generate.options_of(args).controls
-    texts = record(sampler, prompts, Recorder(), controls, args.seed, args.length)
+    no_bar = tqdm(disable=True)
+    texts = record(sampler, prompts, controls, no_bar, seed=args.seed, length=args.length)
     title = f"{args.sampler}, {args.run_dir}, step {sampler.run['step']:,}"
     if args.gif:
         with drawing.style(args.dark):
             images = pictures.emerging(to_frames(texts, sampler.tokenizer), title)
         with replacing(args.output) as temporary:
-            temporary.write_bytes(pictures.to_gif(images, MARK))
+            pictures.save_gif(temporary, images, MARK)
         return None
     shown = []
     for ids, calls in texts:
@@ -303,15 +294,14 @@ def exact_by_calls(content):
 
     -> (calls, nats per token, errors, bound), or None if there are none.
     """
-    names = {}
-    for name in content:
+    points = []
+    for name, nats in content.items():
         if match := re.fullmatch(r"exact_(\d+)_calls?_nats_per_token", name):
-            names[int(match[1])] = name
-    if not names:
+            error = content[name.replace("nats", "text_error_nats")] or 0.0
+            points.append((int(match[1]), nats, error))
+    if not points:
         return None
-    calls = sorted(names)
-    nats = [content[names[n]] for n in calls]
-    errors = [content[names[n].replace("nats", "text_error_nats")] or 0.0 for n in calls]
+    calls, nats, errors = zip(*sorted(points), strict=True)
     return calls, nats, errors, content["bound_nats_per_token"]
 
 
@@ -326,20 +316,7 @@ def draw_report(args):
 
 
 def run_page(run_dir, device):
-    """Describe a run folder or an exported one -> HTML, or ValueError if it shows nothing."""
-    metrics, sampler = read_run_so_far(run_dir, device)
-    found = texts = None
-    if sampler:
-        run = sampler.run
-        run["args"] = without_folders(run["args"])
-        found = read_figures(run_dir, run["step"]) or run.get("figures", {})
-        texts = sample_texts(sampler)
-    samples = report.read_samples(run_dir)
-    return report.page(run_dir.resolve().name, metrics, samples, sampler, found, texts)
-
-
-def read_run_so_far(run_dir, device):
-    """Read what there is of a run -> metrics (list), Sampler or None.
+    """Describe what there is of a run folder, or an exported one -> HTML.
 
     Raises ValueError if there is nothing to show, or if a file is damaged.
     """
@@ -352,7 +329,15 @@ def read_run_so_far(run_dir, device):
     if not which and not metrics:
         missing = "no checkpoint and no metrics; train, or give another folder"
         raise ValueError(f"{run_dir} has nothing to show yet: {missing}")
-    return metrics, Sampler(*load(run_dir, which, device)) if which else None
+    sampler = found = texts = None
+    if which:
+        sampler = Sampler(*load(run_dir, which, device))
+        run = sampler.run
+        run["args"] = without_folders(run["args"])
+        found = read_figures(run_dir, run["step"]) or run.get("figures", {})
+        texts = sample_texts(sampler)
+    samples = report.read_samples(run_dir)
+    return report.page(run_dir.resolve().name, metrics, samples, sampler, found, texts)
 
 
 def sample_texts(sampler):
@@ -363,7 +348,7 @@ def sample_texts(sampler):
     n_texts = min(N_TEXTS, max(1, MOST_TOKENS // sampler.limit))
     n_calls = DEFAULT.steps + DEFAULT.corrections
     with tqdm(total=n_calls, desc="sampling", unit="call", disable=None) as bar:
-        recorded = record(sampler, [""] * n_texts, Recorder(N_ALTERNATIVES, bar), DEFAULT)
+        recorded = record(sampler, [""] * n_texts, DEFAULT, bar, N_ALTERNATIVES)
     texts, used = [], set()
     for ids, calls in recorded:
         calls = [[likely(*pair) for pair in zip(*call, strict=True)] for call in calls]
@@ -438,12 +423,11 @@ def main(argv=None):
     draw, _ = PICTURES[picture]
     if picture == "compare":
         return draw(args)
-    endings = [".png", ".svg"]
+    endings, folder = [".png", ".svg"], ""
     if picture == "report":
-        endings = [".html"]
+        endings, folder = [".html"], args.run_dir
     elif getattr(args, "gif", False):
         endings = [".gif"]
-    folder = args.run_dir if picture == "report" else ""
     args.output = Path(args.output or os.path.join(folder, picture + endings[0]))
     check_output(args.output, endings)
     if make_figure := draw(args):

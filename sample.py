@@ -27,14 +27,13 @@ from evaluation import likelihood
 from evaluation.bounds import Text, Work
 from sampling import guidance, odds, output, prompts, proofread, terminal
 from sampling.generate import DEFAULT, FLAGS, Options, fit_lengths, generate, refuse_idle
-from sampling.prompts import FREE, GAP, Prompt
+from sampling.prompts import ANY_LABEL, FREE, GAP, Prompt
 from sampling.terminal import Trace
 from text.reading import ONE_LINE
 from text.tokenizer import one_line
 from training.checkpoint import EXPORTED_FILES, RUN_FILES, load
 
-STEERING = "ban hint draft strength scale"
-OPTIONS = f"sampler steps corrections temperature top_p argmax until {STEERING}".split()
+OPTIONS = "sampler steps corrections temperature top_p argmax until ban hint draft strength scale"
 CONTROLS = [field.name for field in fields(bfn.Controls)]
 SEPARATOR = "-" * 20  # printed after each text of several lines
 
@@ -135,7 +134,15 @@ class Sampler:
 
     def encode(self, text, name="the text"):
         """Encode a whole text with bos and eos -> ids. name: what messages call it."""
-        return prompts.encode_text(text, self.tokenizer, self.limit, name)
+        prompts.check_unicode(text)
+        label, text = prompts.split_label(text, self.tokenizer)
+        if label == [ANY_LABEL]:
+            raise ValueError(f"{name} has no label: write label<TAB>text")
+        ids = self.tokenizer.add_marks(label + self.tokenizer.encode(text))
+        if len(ids) > self.limit:
+            limit = f"the model was trained on at most {self.limit}"
+            raise ValueError(f"{name} takes {len(ids)} tokens, {limit}: shorten it")
+        return ids
 
     def read(self, text, length, options):
         """Read a prompt -> Prompt, of which lengths are likelier that the network finds to fit it.
@@ -291,10 +298,9 @@ def main(argv=None):
     separator = [] if model.run["args"]["example"] in ONE_LINE else [SEPARATOR]
     steering = dict(guide=None, label=args.label)
     if args.classifier:
-        classifier = guidance.load_classifier(args.classifier, model)
-        steering = dict(guide=classifier.guide(args.label))
+        steering = dict(guide=guidance.load_classifier(args.classifier, model).guide(args.label))
     if args.interactive:
-        names = [name for name in OPTIONS if name != "draft"]
+        names = [name for name in OPTIONS.split() if name != "draft"]
         parse = flags().parse_args
         if n_refused := terminal.run(model, args, names, parse, separator, **steering):
             raise ValueError(f"refused lines: {n_refused}")
@@ -311,7 +317,7 @@ def print_samples(model, args, separator, steering):
         chosen += prompts.read_prompts(args.prompt_file, model.tokenizer, model.run, args.length)
     output.check(args, RUN_FILES + EXPORTED_FILES)
     chosen = [prompt for prompt in chosen or [""] for _ in range(args.num_samples)]
-    options = {name: getattr(args, name) for name in OPTIONS} | steering
+    options = {name: getattr(args, name) for name in OPTIONS.split()} | steering
     samples = model.stream(chosen, args.seed, args.length, args.trace, **options)
     prompts.warn_unknown([*chosen, args.draft or ""], model.tokenizer)
     hide_bar = True if args.trace or len(chosen) == 1 else None  # None: only without a terminal

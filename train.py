@@ -278,8 +278,7 @@ def make_loader(args, tokens):
     marks = tokens.tokenizer.bos, tokens.tokenizer.labels.values()
     loader = data.Loader(tokens, args.sequence_length, args.batch_size, args.seed, *marks)
     if not args.minutes:
-        steps = loader.count_steps(args.epochs, args.accumulation_steps)
-        args.max_steps = args.max_steps or steps
+        args.max_steps = args.max_steps or loader.count_steps(args.epochs, args.accumulation_steps)
     return loader
 
 
@@ -359,11 +358,10 @@ def train(args, device, until_end):
     examples = partial(sampler.examples, val, args.num_examples, args.seed)
     if state.step >= (args.max_steps or math.inf):
         print(f"{run_dir} is finished at step {state.step}")
-        return finish(state, sampler, val, args)
+        return finish(state, sampler, examples, val, args)
     val_inputs = val, args.sequence_length, device
     seconds = plan(state, loader, val_inputs, args, device, before)
-    opening = log.opening_lines(state, loader, val, seconds, args, device)
-    print(*opening, sep="\n")
+    print(*log.opening_lines(state, loader, val, seconds, args, device), sep="\n")
     if args.dry_run:
         return
 
@@ -415,16 +413,14 @@ def train(args, device, until_end):
     if stop:
         meter.check(state.step)
         save(state, run, run_dir)
-        again = "run the same command again to resume"
-        print(f"saved at step {state.step}: {again}", file=sys.stderr)
+        print(f"saved at step {state.step}: run the same command again to resume", file=sys.stderr)
         raise KeyboardInterrupt(*caught or [signal.SIGTERM])  # another process may have caught it
-    finish(state, sampler, val, args)
+    finish(state, sampler, examples, val, args)
 
 
-def finish(state, sampler, val, args):
+def finish(state, sampler, examples, val, args):
     """Write the last samples, unless the run did; judge the built-in language; say what is next."""
     run_dir = Path(args.model_dir)
-    examples = partial(sampler.examples, val, args.num_examples, args.seed)
     log.write_samples(run_dir, state.step, examples)
     validated = log.bounds(run_dir)
     if args.data_path is None and validated:

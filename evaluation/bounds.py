@@ -94,9 +94,8 @@ class Text:
 
     def windows(self):
         """List the ids of each window -> N arrays."""
-        ends = self.plan.starts + self.plan.lengths
-        spans = zip(self.plan.starts, ends, strict=True)
-        return [self.tokens.ids[start:end] for start, end in spans]
+        spans = zip(self.plan.starts, self.plan.lengths, strict=True)
+        return [self.tokens.ids[start : start + n] for start, n in spans]
 
     def read(self, rows):
         """Read a range of rows -> ids, segment_ids, cond_mask, index of the window, each (B, L).
@@ -138,18 +137,20 @@ class Work:
     progress: bool = False  # show a bar
 
 
-def add_up_batches(batches, add, totals, is_over):
+def add_up_batches(batches, add, totals, work, deadline, n_ahead=0):
     """Let each process read its share of the batches -> how many, from the first on, were read.
 
-    add(batch) adds to `totals`, tensors on the CPU, which are then added up over all processes.
-    is_over(seconds of the last batch) tells whether to stop.
+    add(batch) adds to `totals`, tensors on the CPU, which are then added up over all processes. It
+    stops after a batch if work.interrupts is no longer empty, or if n_ahead batches more would take
+    until after the `deadline` of time.perf_counter().
     """
     is_read = torch.zeros(len(batches), dtype=torch.float64)
     for i in parallel.share(range(len(batches))):
         begin = time.perf_counter()
         add(batches[i])
         is_read[i] = 1
-        if is_over(time.perf_counter() - begin):
+        end = time.perf_counter()
+        if work.interrupts or end + n_ahead * (end - begin) > deadline:
             break
     parallel.add_up([*totals, is_read], patient=True)
     return int(is_read.cumprod(0).sum())  # processes stop at different batches
@@ -190,9 +191,6 @@ class BoundBar(tqdm):
 
     nats = n_scored = unknown = 0.0  # unknown: what unknown text adds, nats per token
 
-    def __init__(self, **options):
-        super().__init__(desc="evaluating", unit="batch", **options)
-
     def add(self, nats, n_scored):
         """Count one more batch."""
         self.nats += nats
@@ -207,8 +205,7 @@ def score_once(model, text, work, n_steps, seed, bar, deadline=math.inf):
 
     The sums are time, loss, cross-entropy, reconstruction loss and number of scored tokens, each
     (N,) float64, all but the time over the scored tokens of each window. A row's noise follows from
-    the seed and the row's number, so the batch size does not change it. It stops after a batch if
-    work.interrupts is no longer empty, or after the `deadline` of time.perf_counter().
+    the seed and the row's number, so the batch size does not change it.
     """
     t = draw_times(len(text.plan.starts), seed, n_steps)
     sums = torch.zeros(4, len(t), dtype=torch.float64)
@@ -224,11 +221,8 @@ def score_once(model, text, work, n_steps, seed, bar, deadline=math.inf):
         sums.index_add_(1, index[scored], values)
         bar.add(values[0].sum().item() + values[2].sum().item(), values.shape[1])
 
-    def is_over(_):
-        return len(work.interrupts) > 0 or time.perf_counter() > deadline
-
     batches = text.batches(work.batch_size)
-    n_rows = batches[add_up_batches(batches, add, [sums], is_over) - 1].stop
+    n_rows = batches[add_up_batches(batches, add, [sums], work, deadline) - 1].stop
     n_windows = text.plan.row_starts[n_rows]
     return (t[:n_windows].double().numpy(), *sums[:, :n_windows].numpy()), n_rows
 
@@ -290,8 +284,7 @@ class Scores:
         n / (n - n_bins) is for fitting the curve to the same n draws.
         """
         n_draws = self.loss.size
-        n_bins = int(np.clip(n_draws // 20, 1, TIME_BINS))
-        index, curve, _ = self.by_time(n_bins)
+        index, curve, _ = self.by_time(int(np.clip(n_draws // 20, 1, TIME_BINS)))
         residuals = self.loss - self.n_scored * np.nan_to_num(curve)[index]
         return residuals, n_draws / max(1, n_draws - len(curve))
 
@@ -340,9 +333,8 @@ def draws_needed(scores, error):
     """Estimate how many draws reach a Monte-Carlo error: it falls with the root of their number."""
     n_draws = len(scores.loss)
     ratio = min(scores.monte_carlo_error() / error, MAX_DRAWS)
-    if not ratio > 1:
-        return n_draws
-    return math.ceil(min(MAX_DRAWS, max(n_draws + 1, n_draws * ratio**2)))
+    needed = max(n_draws + 1, n_draws * ratio**2) if ratio > 1 else n_draws
+    return math.ceil(min(MAX_DRAWS, needed))
 
 
 def seconds_per_row(model, text, device, n_steps, most):
@@ -355,9 +347,9 @@ def seconds_per_row(model, text, device, n_steps, most):
     return (time.perf_counter() - start) / text.plan.n_rows
 
 
-def rows_in_time(model, text, work, n_steps):
+def rows_in_time(model, text, work, n_steps, batch_size):
     """Choose how many rows all processes score twice in work.seconds, by the speed of a batch."""
-    speed = seconds_per_row(model, text, work.device, n_steps, work.batch_size)
+    speed = seconds_per_row(model, text, work.device, n_steps, batch_size)
     n_rows = max(1, work.seconds / 2 // speed * parallel.size())
     return parallel.from_first(int(min(text.n_rows, n_rows)))
 
@@ -370,14 +362,14 @@ def score(model, text, work, *, n_draws=2, error=None, n_steps=None, seed=0):
     if no token is left to score.
     """
     batch_size = work.batch_size or rows_at_once(text.row_length, model.config, work.device)
-    work = replace(work, batch_size=batch_size)
     if work.seconds < math.inf:
-        text = text.first_rows(rows_in_time(model, text, work, n_steps))
+        text = text.first_rows(rows_in_time(model, text, work, n_steps, batch_size))
     work = replace(work, batch_size=math.ceil(min(batch_size, text.plan.n_rows) / parallel.size()))
     n_draws = 2 if error else n_draws
     draws, stop, start = [], False, time.perf_counter()
     n_batches = len(parallel.share(text.batches(work.batch_size)))
-    with BoundBar(total=n_draws * n_batches, disable=None if work.progress else True) as bar:
+    look = dict(desc="evaluating", unit="batch", disable=None if work.progress else True)
+    with BoundBar(total=n_draws * n_batches, **look) as bar:
         bar.unknown = unknown_nats_per_token(text.tokens)
         while len(draws) < n_draws and not stop:
             draw_seed = mix_seed(seed, "evaluate", len(draws))

@@ -142,11 +142,6 @@ class Likelihoods:
     nats: dict  # {name of the figure: (n,)}
     n_scored: np.ndarray  # (n,)
 
-    @property
-    def nats_per_token(self):
-        """The mean of each figure: {name: nats per scored token}."""
-        return {name: float(nats.sum() / self.n_scored.sum()) for name, nats in self.nats.items()}
-
 
 @torch.no_grad()
 def score(model, windows, bos, functions, work, seed=0, given=nothing_given):
@@ -177,12 +172,9 @@ def score(model, windows, bos, functions, work, seed=0, given=nothing_given):
         results[:, chunk] = torch.stack([(~cond_mask).sum(1), *figures]).cpu()
         bar.update(len(rows))
 
-    def is_over(seconds):
-        return len(work.interrupts) > 0 or time.perf_counter() + seconds > deadline
-
     look = dict(unit="window", desc="likelihood", disable=None if work.progress else True)
     with tqdm(total=per_process, **look) as bar:
-        n_chunks = add_up_batches(chunks, add, [results], is_over)
+        n_chunks = add_up_batches(chunks, add, [results], work, deadline, n_ahead=1)
     n_scored, *nats = results[:, : chunks[n_chunks - 1].stop].numpy()
     if not n_scored.sum():
         raise ValueError("nothing of this text is left to score: give less of it")

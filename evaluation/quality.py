@@ -14,7 +14,7 @@ import bz2
 import math
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -117,29 +117,24 @@ def _look_up(query, grams, values):
 # ---------------------------------------------------------------- figures
 
 
-@dataclass(frozen=True)
-class _Text:
-    text: str
-    words: list
-    n_known: int  # words that are in the training text
-    nats: float  # under the n-gram model
-    n_tokens: int
+def _measure(measured):
+    """Compute the figures of texts -> {figure: value}.
 
-
-def _measure(texts):
-    """Compute the figures of a list of _Text -> {figure: value}."""
-    n_words, n_tokens = sum(len(text.words) for text in texts), sum(text.n_tokens for text in texts)
-    bigrams = [bigram for text in texts for bigram in pairwise(text.words)]
-    counts = np.array(list(Counter(word for text in texts for word in text.words).values()) or [1])
+    measured: of each text, the text, its words, how many of these are in the training text, its
+    nats under the n-gram model, its number of tokens.
+    """
+    texts, words, n_known, nats, n_tokens = zip(*measured, strict=True)
+    bigrams = list(chain.from_iterable(map(pairwise, words)))
+    counts = np.array(list(Counter(chain.from_iterable(words)).values()) or [1])
     share = counts / counts.sum()
-    joined = "\n".join(text.text for text in texts)
+    joined = "\n".join(texts)
     n_bits = 8 * len(bz2.compress(joined.encode()))
     return {
-        "known words": sum(text.n_known for text in texts) / max(1, n_words),
+        "known words": sum(n_known) / max(1, sum(map(len, words))),
         "distinct bigrams": len(set(bigrams)) / max(1, len(bigrams)),
         "word entropy (bits)": -(share * np.log2(share)).sum(),
         "compressed (bits per character)": n_bits / max(1, len(joined)),
-        "n-gram perplexity": math.exp(sum(text.nats for text in texts) / max(1, n_tokens)),
+        "n-gram perplexity": math.exp(sum(nats) / max(1, sum(n_tokens))),
     }
 
 
@@ -153,7 +148,7 @@ def figures(texts, reference, seed=0):
     for text in texts:
         words = text.split()
         n_known = sum(word in reference.words for word in words)
-        measured.append(_Text(text, words, n_known, *reference.nats(text)))
+        measured.append((text, words, n_known, *reference.nats(text)))
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(texts), size=(N_RESAMPLES, len(texts)))
     resamples = [_measure([measured[i] for i in indices]) for indices in chosen]

@@ -59,9 +59,9 @@ def exact_figures(text, scores):
     document = text.document[: len(scores.n_scored)]
     unknown = unknown_nats_per_token(text.tokens)
     figures = dict(exact_n_tokens_scored=int(scores.n_scored.sum()))
-    for name, mean in scores.nats_per_token.items():
-        excess = scores.nats[name] - mean * scores.n_scored
-        error, _ = clustered_error(excess, scores.n_scored, document)
+    for name, nats in scores.nats.items():
+        mean = float(nats.sum() / scores.n_scored.sum())
+        error, _ = clustered_error(nats - mean * scores.n_scored, scores.n_scored, document)
         figures[f"{to_key(name)}_nats_per_token"] = mean + unknown
         figures[f"{to_key(name)}_text_error_nats_per_token"] = error
     return figures
@@ -134,8 +134,7 @@ def notes(scores, error, quick):
     lines = ["stopped before the end: these figures are partial"] if scores.partial else []
     if quick or scores.partial:
         errors = {"from noise and times": noise, "from the choice of text": choice}
-        errors = {source: value for source, value in errors.items() if not math.isnan(value)}
-        known = [f"{value:.4f} {source}" for source, value in errors.items()]
+        known = [f"{x:.4f} {source}" for source, x in errors.items() if not math.isnan(x)]
         everything = ": --all looks at everything" if scores.share < 1 else ""
         lines.append(f"looked at {100 * scores.share:.3g} % of the text{everything}")
         lines.append(f"error in nats per token: {', '.join(known) or 'not known yet'}")

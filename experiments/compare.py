@@ -62,14 +62,19 @@ def head_without_theta(self, hidden, theta):
     return self.linear_out(hidden)
 
 
-def give_nothing(segment_ids, rng, progress=1.0):
-    """Replace data.draw_seen: a text shares its time -> (B, L) int8."""
-    return np.full_like(segment_ids, data.SHARED, dtype=np.int8)
+def train_only(squared_error_loss):
+    """Let a loss be all, in place of bfn.squared_error_loss, and the tokens of a text share t."""
 
+    def draw_seen(segment_ids, rng, progress=1.0):
+        return np.full_like(segment_ids, data.SHARED, dtype=np.int8)
 
-def no_reconstruction(network, ids, *rest):
-    """Replace bfn.reconstruction_loss where the other loss is all: 0 for each position."""
-    return torch.zeros(ids.shape, device=ids.device)
+    def reconstruction_loss(network, ids, *rest):
+        return torch.zeros(ids.shape, device=ids.device)
+
+    data.draw_seen = draw_seen
+    bfn.CROSS_ENTROPY = 0.0
+    bfn.squared_error_loss = squared_error_loss
+    bfn.reconstruction_loss = reconstruction_loss
 
 
 def base(args):
@@ -183,11 +188,8 @@ def autoregressive(args):
         return bfn.cross_entropy(log_p, ids)
 
     train.BFNTransformer = Causal
-    data.draw_seen = give_nothing
-    bfn.CROSS_ENTROPY = 0.0
     bfn.predict = predict
-    bfn.squared_error_loss = squared_error_loss
-    bfn.reconstruction_loss = no_reconstruction
+    train_only(squared_error_loss)
 
 
 def masked(args):
@@ -205,11 +207,8 @@ def masked(args):
     def squared_error_loss(log_p, ids, t, s1):
         return unknown * bfn.cross_entropy(log_p, ids) / (1 - t).clamp(min=1e-4)
 
-    data.draw_seen = give_nothing
-    bfn.CROSS_ENTROPY = 0.0
     bfn.predict_noisy = predict_noisy
-    bfn.squared_error_loss = squared_error_loss
-    bfn.reconstruction_loss = no_reconstruction
+    train_only(squared_error_loss)
 
 
 VARIANTS = {
@@ -232,55 +231,28 @@ def variant(text):
 # ---------------------------------------------------------------- one run
 
 
-class Budget:
-    """The seconds or tokens that a run may spend, and has spent. Validation is not counted."""
+def spend(minutes, n_tokens, step, measure, label):
+    """Train for n_tokens, or else for so many minutes, with N_POINTS validations on the way.
 
-    def __init__(self, minutes, n_tokens):
-        self.seconds = minutes * 60
-        self.n_tokens = n_tokens
-        self.spent_seconds = 0.0
-        self.spent_tokens = 0
-
-    @property
-    def progress(self):
-        """The share of the budget that is spent."""
-        if self.n_tokens:
-            return self.spent_tokens / self.n_tokens
-        return self.spent_seconds / self.seconds
-
-
-def rate_share(progress):
-    """Compute the share of the peak learning rate: a linear warm-up, then a straight line to 0."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return max(0.0, (1 - progress) / (1 - WARM_UP))
-
-
-def spend(budget, step, measure, label):
-    """Train until the budget is spent, with N_POINTS validations on the way.
-
-    step() trains one step and returns its number of tokens; measure() returns the figures of a
-    validation. -> curve [[minutes, tokens, figures]]
+    step(share of these that is spent) trains one step and returns its number of tokens; measure()
+    returns the figures of a validation, whose time is not counted. -> curve [[minutes, tokens,
+    figures]]
     """
     curve = []
+    spent_minutes = spent_tokens = progress = 0
     bar_format = "{l_bar}{bar}| {elapsed}<{remaining}"
     with tqdm(total=100, desc=label, unit="%", bar_format=bar_format, disable=None) as bar:
-        while budget.progress < 1:
+        while progress < 1:
             begin = time.perf_counter()
-            budget.spent_tokens += step()
+            spent_tokens += step(progress)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            budget.spent_seconds += time.perf_counter() - begin
-            bar.update(min(100.0, 100 * budget.progress) - bar.n)
-            if budget.progress >= (len(curve) + 1) / N_POINTS:
-                curve.append([budget.spent_seconds / 60, budget.spent_tokens, measure()])
+            spent_minutes += (time.perf_counter() - begin) / 60
+            progress = spent_tokens / n_tokens if n_tokens else spent_minutes / minutes
+            bar.update(min(100.0, 100 * progress) - bar.n)
+            if progress >= (len(curve) + 1) / N_POINTS:
+                curve.append([spent_minutes, spent_tokens, measure()])
     return curve
-
-
-def measure_bound(model, text, device):
-    """Estimate the bound on VAL_TOKENS of a Text, with the same noise for all -> figures."""
-    scores = bounds.score(model, text.first_tokens(VAL_TOKENS), bounds.Work(device))
-    return tables.likelihood_figures(scores)
 
 
 def measure_gaps(name, model, text, device):
@@ -293,27 +265,28 @@ def measure_gaps(name, model, text, device):
         return evaluate.measure_exact(model, text, functions, bounds.Work(device))
 
 
-def train_variant(name, args, budget, text, folder):
-    """Train one variant on the text that `prepare` returned -> its record."""
-    tokens, val = text
+def train_variant(name, seed, comparison, folder):
+    """Train one variant in this process -> its record. comparison: the flags of this command."""
+    args = run_flags(comparison, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens, val = prepare_text(run_flags(comparison), folder, None)  # the same for all
+    train.fit_rows(args, tokens)
     VARIANTS.get(name, base)(args)
     device = parallel.find_device(args.device)
     speed.allow_tf32(device)
     config = train.make_config(args, len(tokens.tokenizer))
-    state = train.build(config, args, device, None)
+    state = train.build(config, args, device)
     L = args.sequence_length
     loader = data.Loader(tokens, L, args.batch_size, args.seed, tokens.tokenizer.bos)
     trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
     forms.choose_form(state, *trial)
     forms.warm_up(state, *trial)  # compiles, before the time counts
 
-    def learning_rate(step, args):
-        return args.learning_rate * rate_share(budget.progress)
-
-    optim.learning_rate = learning_rate
-
-    def step():
-        batch = loader.batch(state.step, budget.progress)
+    def step(progress):
+        up, down = progress / WARM_UP, (1 - progress) / (1 - WARM_UP)
+        rate = args.learning_rate * min(up, down)  # a straight line from 0, then one to 0
+        optim.learning_rate = lambda step, args: rate
+        batch = loader.batch(state.step, progress)
         seeds = [mix_seed(args.seed, state.step, 0)]
         train.accumulate_gradients(state.model, [batch], seeds, device)
         train.update_weights(state, args)
@@ -321,18 +294,16 @@ def train_variant(name, args, budget, text, folder):
         return int((batch[1] > 0).sum())
 
     def measure():
-        model, held_out = state.emas[-1], bounds.Text(val, L)
-        with evaluate.full_precision():
-            exact = evaluate.exact_likelihood(model, held_out.first_tokens(EXACT_TOKENS), device)
-            return measure_bound(model, held_out, device) | exact
+        inputs = state.emas[-1], val, L, device, VAL_TOKENS, EXACT_TOKENS
+        figures, state.loss_by_time = evaluate.validate(*inputs)
+        return figures
 
-    curve = spend(budget, step, measure, f"{name}, seed {args.seed}")
+    budget = comparison.minutes, comparison.tokens
+    curve = spend(*budget, step, measure, f"{name}, seed {seed}")
     curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L), device))
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
-        state.loss_by_time = evaluate.validate(state.emas[-1], val, L, device)[1]
-        run = describe_run(args, config, *text)
-        save_weights(state, run, folder / f"{name}-{args.seed}")
-    return record(name, args.seed, state.model, curve)
+        save_weights(state, describe_run(args, config, tokens, val), folder / f"{name}-{seed}")
+    return record(name, seed, state.model, curve)
 
 
 def save_weights(state, run, run_dir):
@@ -410,12 +381,6 @@ def add_record(new, folder):
     drawing.lines(folder / "results.png", series, *axes)
 
 
-def prepare(args, folder):
-    """Prepare the text in the comparison's folder -> training and validation Tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return prepare_text(args, folder, None)
-
-
 def run_flags(args, name="base", seed=0):
     """Complete the flags of train.py for one run."""
     words = [f"-d={args.data_path}"] if args.data_path else []
@@ -447,21 +412,13 @@ def flags():
     return p
 
 
-def train_one(name, seed, args, folder):
-    """Train one variant in this process -> its record."""
-    changed = run_flags(args, name, seed)
-    text = prepare(run_flags(args), folder)  # the same text for all
-    train.fit_rows(changed, text[0])
-    return train_variant(name, changed, Budget(args.minutes, args.tokens), text, folder)
-
-
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = flags().parse_args(words)
     folder = Path(args.output)
     if args.one:
         name, seed = args.one
-        print(json.dumps(train_one(name, int(seed), args, folder)))
+        print(json.dumps(train_variant(name, int(seed), args, folder)))
         return
     for name in args.variants:
         run_flags(args, name)  # an error in a flag is found before the first run

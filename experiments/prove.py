@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
+from unittest import mock
 
 from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
@@ -59,16 +61,15 @@ SMALL = "-mdim=32 -nl=1 -nh=2 -bsz=4 -slen=64 -lgi=1 -vli=4 -nex=0 --max_steps=4
 
 def seconds_of(work, device, n=5):
     """Repeat work -> mean seconds of a call, the least of three such means."""
-    work()
-    means = []
-    for _ in range(3):
-        speed.synchronise(device)
-        begin = time.perf_counter()
+
+    def repeat():
         for _ in range(n):
             work()
         speed.synchronise(device)
-        means.append((time.perf_counter() - begin) / n)
-    return min(means)
+
+    work()
+    speed.synchronise(device)
+    return min(timeit.repeat(repeat, number=1, repeat=3)) / n
 
 
 def left(args):
@@ -119,17 +120,6 @@ def make_batch(K, rows, row_length, seed=0, progress=0.5):
     return torch.from_numpy(ids), torch.from_numpy(segment_ids), torch.from_numpy(seen)
 
 
-@contextlib.contextmanager
-def same_noise(keys):
-    """Let a training step draw its noise from these keys, on any device."""
-    before = train.draw_keys
-    train.draw_keys = lambda *shape, device: keys.to(device)
-    try:
-        yield
-    finally:
-        train.draw_keys = before
-
-
 def equality(args):
     """Compare loss and gradients of each form on this device with the plain form on the CPU."""
     K, device, cpu = 3001, args.device, torch.device("cpu")
@@ -142,7 +132,7 @@ def equality(args):
     compiled = form._replace(fused=True, compiled=True, flex=device.type == "cuda")
     found |= {Form(bf16=form.bf16), Form(fused=True, bf16=form.bf16), compiled}
     wrong = []
-    with same_noise(keys):
+    with mock.patch.object(train, "draw_keys", lambda *shape, device: keys.to(device)):
         plain = forms.Check(BFNTransformer, config, Form(), batch, cpu, train.accumulate_gradients)
         here = forms.Check(BFNTransformer, config, None, batch, device, train.accumulate_gradients)
         for form in sorted(found):
@@ -210,8 +200,7 @@ def step(args):
         speed.synchronise(device)
     on_gpu = device.type == "cuda" and ProfilerActivity.CUDA in profiler.activities
     by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    averages = profiler.key_averages()
-    yield from ("```", averages.table(sort_by=by, row_limit=PROFILED), "```")
+    yield from ("```", profiler.key_averages().table(sort_by=by, row_limit=PROFILED), "```")
 
 
 def muon(args):
@@ -270,17 +259,11 @@ def sampling(args):
     speed.allow_tf32(device)
 
 
-def train_once(args, seconds, *flags):
-    """Train in this process for about so many seconds -> what it printed, its metrics.jsonl."""
-    run_dir = args.scratch / "run"
-    shutil.rmtree(run_dir, ignore_errors=True)  # of the run before: it may take gigabytes
+def run_flags(args, run_dir, seconds):
+    """List the flags of train.py for a run of about so many seconds."""
     words = [f"-d={args.data_path}"] if args.data_path else []
     words += [f"--preset={args.preset}", f"-mdir={run_dir}", f"--cache_dir={args.scratch}"]
-    words += SMALL.split() if args.quick else [f"--minutes={TRAINING_SHARE * seconds / 60:.3g}"]
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        train.main([*words, *flags])
-    return output.getvalue(), log.read_metrics(run_dir)
+    return words + (SMALL.split() if args.quick else [f"--minutes={seconds / 60:.3g}"])
 
 
 def training(args):
@@ -290,14 +273,18 @@ def training(args):
     series, rows, best = {}, [], (math.inf, "")
     for factor in args.sizes["rates"]:
         rate = f"{train.PRESETS[args.preset][3] * factor:.3g}"
-        output, metrics = train_once(args, seconds, f"-lr={rate}")
+        run_dir, output = args.scratch / "run", io.StringIO()
+        shutil.rmtree(run_dir, ignore_errors=True)  # of the run before: it may take gigabytes
+        with contextlib.redirect_stdout(output):
+            train.main([*run_flags(args, run_dir, TRAINING_SHARE * seconds), f"-lr={rate}"])
+        metrics = log.read_metrics(run_dir)
         logged = [m for m in metrics if "loss" in m]
         names = "val_bound_nats_per_token", "val_bits_per_char"
         bound, bits = min([m[name] for name in names] for m in metrics if names[0] in m)
         m = logged[len(logged) // 2]
         speeds = f"{m['tokens_per_s']:,.0f}", f"{m['utilisation']:.0%}"
         rows.append([rate, f"{logged[-1]['step']:,}", *speeds, f"{bound:.3f}", f"{bits:.3f}"])
-        best = min(best, (bound, output))
+        best = min(best, (bound, output.getvalue()))
         series[rate] = [m["step"] for m in logged], [m["loss"] for m in logged]
     columns = "learning rate|steps|tokens/s|share of peak|bound (nats/token)|bits per character"
     yield from table(columns.split("|"), rows)
@@ -318,11 +305,9 @@ def processes(args):
     for n in (1, n_gpus):
         run_dir = args.scratch / f"processes-{n}"
         start = f"torch.distributed.run --standalone --nproc_per_node={n}".split()
-        words = [f"--preset={args.preset}", f"-mdir={run_dir}", f"-acc={n_gpus}", "-nex=0"]
-        words += [f"-d={args.data_path}"] if args.data_path else []
-        minutes = left(args) / 60 / (4 if n == 1 else 2)
-        words += SMALL.split() if args.quick else [f"--minutes={minutes:.2g}"]
-        command = [sys.executable, "-m", *start, str(ROOT / "train.py"), *words]
+        words = run_flags(args, run_dir, left(args) / (4 if n == 1 else 2))
+        train_command = [str(ROOT / "train.py"), *words, f"-acc={n_gpus}", "-nex=0"]
+        command = [sys.executable, "-m", *start, *train_command]
         limit = max(60, left(args))
         streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         with subprocess.Popen(command, **streams) as process:

@@ -36,41 +36,32 @@ from text import cache, toy
 from text.reading import Corpus
 from training.checkpoint import load
 
-HELD_OUT = "held-out text"
 ENTROPY, PERPLEXITY = "word entropy (bits)", "n-gram perplexity"  # figures of quality.py
 
 
 # ---------------------------------------------------------------- sampling
 
 
-def make_options(sampler, calls, temperature):
-    """Make the Options of a sampler with a number of network calls."""
-    corrections = min(DEFAULT.corrections, calls // 3) if sampler == "pace" else 0
-    steps = calls - corrections
-    if getattr(bfn.SAMPLERS[sampler], "func", None) is bfn.solve:
-        steps -= 1  # solvers make one call more
-    return Options(bfn.Controls(sampler, steps, corrections, temperature))
-
-
-def share(hits):
-    """Compute the share of true values and its 95 % interval -> (value, low, high)."""
-    p = sum(hits) / len(hits)
-    error = 1.96 * math.sqrt(p * (1 - p) / len(hits))
-    return p, p - error, p + error
-
-
 def measure(texts, reference, is_toy, seed):
     """Compute the figures of texts, of the built-in language also the grammatical share."""
     measured = quality.figures(texts, reference, seed)
     if is_toy:
-        return {"grammatical": share([toy.is_grammatical(text) for text in texts]), **measured}
+        p = sum(map(toy.is_grammatical, texts)) / len(texts)
+        margin = 1.96 * math.sqrt(p * (1 - p) / len(texts))
+        measured = {"grammatical": (p, p - margin, p + margin)} | measured
     return measured
 
 
 def sample(model, tokenizer, job, templates, seed):
     """Sample with a job (sampler, calls, temperature) -> texts, calls per text, seconds."""
+    sampler, calls, temperature = job
+    corrections = min(DEFAULT.corrections, calls // 3) if sampler == "pace" else 0
+    steps = calls - corrections
+    if getattr(bfn.SAMPLERS[sampler], "func", None) is bfn.solve:
+        steps -= 1  # solvers make one call more
+    options = Options(bfn.Controls(sampler, steps, corrections, temperature))
     begin = time.perf_counter()
-    samples = list(generate(model, tokenizer, templates, seed, make_options(*job)))
+    samples = list(generate(model, tokenizer, templates, seed, options))
     seconds = time.perf_counter() - begin
     calls_per_text = sum(calls for _, calls in samples) / len(samples)
     return [tokenizer.decode(ids) for ids, _ in samples], calls_per_text, seconds
@@ -166,7 +157,7 @@ def main(argv=None):
     reference = quality.Reference.fit(corpus, tokenizer, part, run["args"]["example"])
     templates = [make_template("", tokenizer, run, i, n) for i, n in enumerate(lengths)]
     figures = measure(real, reference, is_toy, args.seed)
-    results = [record((HELD_OUT, 0, 1.0), figures, len(real))]
+    results = [record(("held-out text", 0, 1.0), figures, len(real))]
     jobs = dict.fromkeys(product(args.samplers, args.calls, (1.0, *args.temperatures)))
     for job in tqdm(jobs, disable=None):
         texts, *spent = sample(model, tokenizer, job, templates, args.seed)
@@ -180,8 +171,7 @@ def main(argv=None):
     with replacing(folder / "results.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    picture = ["python", "plot.py", "quality", str(folder / "results.json")]
-    print(f"as a picture: {shlex.join(picture)}")
+    print("as a picture: python plot.py quality", shlex.quote(str(folder / "results.json")))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,7 @@
 """Lay out results as tables in Markdown."""
 
 
-def row(cells):
-    """Write one row."""
-    return f"| {' | '.join(cells)} |"
-
-
 def table(columns, rows):
     """Write a head and rows of cells -> lines."""
-    return [row(columns), "|" + "---|" * len(columns), *map(row, rows)]
+    head, *body = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return [head, "|" + "---|" * len(columns), *body]

@@ -6,7 +6,6 @@
 Call them in `drawing.style`, which sets light or dark colours.
 """
 
-import io
 import math
 import os
 import unicodedata
@@ -202,7 +201,8 @@ def history(metrics, key):
 
 def training(histories):
     """Draw the PANELS of runs by step: {run: lines of its metrics.jsonl}."""
-    figure = new_figure(5.0 + legend_height(histories))
+    legend_height = 0.19 * math.ceil(len(histories) / legend_columns(histories))  # about, in inches
+    figure = new_figure(5.0 + legend_height)
     for axes, (title, unit, key) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         lines = {name: history(metrics, key) for name, metrics in histories.items()}
         draw_lines(axes, lines, title, unit)
@@ -210,36 +210,20 @@ def training(histories):
     return figure
 
 
-def panel(x, y, title, unit, x_label):
-    """Draw one line as a small figure, for a page of several."""
-    figure = new_figure(2.7, width=4.2)
-    draw_lines(figure.subplots(), {"": (x, y)}, title, unit, x_label)
-    return figure
-
-
 def draw_lines(axes, lines, title, unit, x_label="step"):
     """Draw {label: (x, y)} from 0 on, with looks that differ."""
     for i, (label, (x, y)) in enumerate(lines.items()):
-        axes.plot(x, y, marker="." if len(x) < 20 else None, label=plain(label), **line_look(i))
+        dashes = "- -- : -.".split()[i // N_COLOURS % 4]
+        look = dict(color=f"C{i % N_COLOURS}", linestyle=dashes, linewidth=1.5)
+        axes.plot(x, y, marker="." if len(x) < 20 else None, label=plain(label), **look)
     axes.set(title=title, xlabel=x_label, ylabel=unit, ylim=(0, None))
     axes.grid()
-
-
-def line_look(i):
-    """Choose colour and dashes of line i, so that many lines differ."""
-    dashes = "- -- : -.".split()[i // N_COLOURS % 4]
-    return dict(color=f"C{i % N_COLOURS}", linestyle=dashes, linewidth=1.5)
 
 
 def legend_columns(names):
     """Choose in how many columns a legend as wide as the figure names lines -> 1, 2 or 3."""
     longest = max(map(n_columns, names), default=0)
     return max(1, min(3, len(names), int(WIDTH / (0.6 + 0.08 * longest))))
-
-
-def legend_height(names):
-    """Estimate the height of that legend, in inches."""
-    return 0.19 * math.ceil(len(names) / legend_columns(names))
 
 
 def name_lines(figure, axes, place="outside upper center"):
@@ -336,14 +320,12 @@ def draw_row(figure, row, y, fonts):
         column += n_columns(text)
 
 
-def to_gif(images, comment):
-    """Join images to an animation that repeats and holds the last one -> bytes."""
+def save_gif(path, images, comment):
+    """Join images to an animation that repeats and holds the last one."""
     milliseconds = [int(1000 * FRAME_SECONDS)] * (len(images) - 1) + [int(1000 * HOLD_SECONDS)]
     few = [image.quantize(16) for image in images]  # colours: shades of one ink
     options = dict(duration=milliseconds, loop=0, comment=comment.encode())
-    content = io.BytesIO()
-    few[0].save(content, "GIF", save_all=True, append_images=few[1:], **options)
-    return content.getvalue()
+    few[0].save(path, "GIF", save_all=True, append_images=few[1:], **options)
 
 
 # ---------------------------------------------------------------- quality: by calls, by time

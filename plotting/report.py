@@ -97,7 +97,7 @@ def describe(sampler, metrics):
 def show_figures(found, step):
     """Lay out the figures of a validation at a step with their errors in each unit -> HTML."""
     rows = []
-    for label, name, prefix in (("bound", "bound", ""), ("exact", "exact", "exact_")):
+    for name, prefix in (("bound", ""), ("exact", "exact_")):
         nats = found.get(f"{name}_nats_per_token")
         noise = None if prefix else found.get("monte_carlo_error_nats_per_token")
         errors = noise, found.get(f"{prefix}text_error_nats_per_token")
@@ -107,7 +107,7 @@ def show_figures(found, step):
             if nats and value:  # errors are a constant factor away in each unit
                 cells = [value, *(error and error * value / nats for error in errors)]
                 cells = ["" if cell is None else f"{cell:.4f}" for cell in cells]
-                rows.append((f"{label}, {unit}", *cells))
+                rows.append((f"{name}, {unit}", *cells))
     if not rows:
         return note(f"Nothing was validated at step {step:,} yet, so there are no figures.")
     names = "n_tokens_scored", "exact_n_tokens_scored"
@@ -136,9 +136,7 @@ def draw_curves(metrics, loss_by_time):
     """Draw the panels of `plot.py run` and the loss by time, each as a small figure -> HTML."""
     import matplotlib
 
-    panels = []
-    for title, unit, key in pictures.PANELS:
-        panels.append((*pictures.history(metrics, key), title, unit, "step"))
+    panels = [(*pictures.history(metrics, key), *names, "step") for *names, key in pictures.PANELS]
     if loss_by_time:
         n = len(loss_by_time)
         t = (np.arange(n) + 0.5) / n
@@ -147,8 +145,9 @@ def draw_curves(metrics, loss_by_time):
     with drawing.style(), matplotlib.rc_context({"svg.fonttype": "none"}):
         for x, y, title, unit, x_label in panels:
             if len(x):
-                points = thin(x, MOST_POINTS), thin(y, MOST_POINTS)
-                figure = pictures.panel(*points, title, unit, x_label)
+                figure = drawing.new_figure(2.7, width=4.2)
+                line = {"": (thin(x, MOST_POINTS), thin(y, MOST_POINTS))}
+                pictures.draw_lines(figure.subplots(), line, title, unit, x_label)
                 drawn += to_svg(figure, f"{title} over {x_label}")
     return f"<div class=curves>{drawn}</div>" if drawn else note("Nothing is logged yet.")
 
@@ -174,25 +173,23 @@ def to_css(style):
     return " ".join(f"--{name}: {colour};" for name, colour in colours(style).items())
 
 
-def to_json(data):
-    """Write data as JSON that no text in it can end the script element of."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
 def page(name, metrics, samples, sampler=None, found=None, texts=None):
     """Describe a run -> HTML.
 
     metrics, samples: of the run folder. sampler: a `Sampler`, if there is a checkpoint; found: the
     figures of its validation; texts: what it writes, as `plot.sample_texts` returns it.
     """
-    body, emerging_part, script = read_parts()
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    body, emerging_part, script = re.split(r"<!-- next part: .* -->\n", template)
     about = values = emerging = note("There is no checkpoint yet.")
     loss_by_time = None
     if sampler:
         loss_by_time = sampler.run["loss_by_time"]
         about = describe(sampler, metrics)
         values = show_figures(found, sampler.run["step"])
-        emerging = Template(emerging_part).substitute(data=to_json(texts))
+        texts = json.dumps(texts, ensure_ascii=False, separators=(",", ":"))
+        texts = texts.replace("<", "\\u003c")  # no text can end the script element
+        emerging = Template(emerging_part).substitute(data=texts)
     return Template(body).substitute(
         mark=drawing.MARK,
         name=escape(name),
@@ -206,9 +203,3 @@ def page(name, metrics, samples, sampler=None, found=None, texts=None):
         samples=show_samples(samples),
         script=f"<script>{script}</script>" if sampler else "",
     )
-
-
-def read_parts():
-    """Read report.html -> the page, what shows texts at each network call, and its script."""
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return re.split(r"<!-- next part: .* -->\n", template)

@@ -17,7 +17,7 @@ from common import cli, parallel
 from common.noise import Draws, mix_seed
 from data import pad
 from model import rows_at_once
-from sampling import guidance, odds
+from sampling import guidance
 from sampling.prompts import FREE, MAX_CANDIDATES, allowed_at
 
 DRAFT = bfn.STEP + 1  # the random numbers of the draft: a phase after those of bfn.py
@@ -51,26 +51,23 @@ class Options:
     trace: object = None  # a `Trace`, which shows text number 0 at each network call
 
     def __post_init__(self):
-        try:
-            self.check()
-        except TypeError as error:
-            raise ValueError(f"an option is of another type: {error}") from None
-
-    def check(self):
-        """Raise ValueError for options that are out of range, TypeError for those of no number."""
+        """Raise ValueError for options that are out of range or of another type."""
         c = self.controls
         values = vars(c) | vars(self)
-        in_range = dict(
-            sampler=c.sampler in bfn.SAMPLERS,
-            steps=isinstance(c.steps, int) and c.steps >= 1,
-            corrections=isinstance(c.corrections, int) and c.corrections >= 0,
-            temperature=c.temperature > 0,
-            top_p=0 < c.top_p <= 1,
-            until=c.until >= 0,
-            argmax=isinstance(c.argmax, bool),
-            strength=0 <= self.strength < 1,
-            scale=self.scale >= 0,
-        )
+        try:
+            in_range = dict(
+                sampler=c.sampler in bfn.SAMPLERS,
+                steps=isinstance(c.steps, int) and c.steps >= 1,
+                corrections=isinstance(c.corrections, int) and c.corrections >= 0,
+                temperature=c.temperature > 0,
+                top_p=0 < c.top_p <= 1,
+                until=c.until >= 0,
+                argmax=isinstance(c.argmax, bool),
+                strength=0 <= self.strength < 1,
+                scale=self.scale >= 0,
+            )
+        except TypeError as error:
+            raise ValueError(f"an option is of another type: {error}") from None
         wrong = [name for name, is_right in in_range.items() if not is_right]
         if wrong:
             messages = (f"{name}={values[name]!r} is out of range" for name in wrong)
@@ -90,9 +87,7 @@ def options_of(args):
     return Options(bfn.Controls(args.sampler, args.steps, args.corrections))
 
 
-def generate(
-    model, tokenizer, templates, seed, options=Options(), limit=math.inf, numbers=None
-):
+def generate(model, tokenizer, templates, seed, options=Options(), limit=math.inf, numbers=None):
     """Yield the ids and the number of network calls for each template, in order.
 
     Template i draws its random numbers from (seed, i), so the other templates do not change its
@@ -166,21 +161,21 @@ def sample_batch(model, tokenizer, templates, seeds, options, limit=math.inf):
 
 
 def combine_evidence(options, tokenizer, config, draws):
-    """Add the log-odds of the hints and of the draft -> (L, K) or (B, L, K), None without any.
+    """Add the log-odds of the hints and of the draft -> (B, L, K), None without any.
 
     The draft is observed through the flow at t = strength.
     """
-    (B, L, _), device = draws.keys.shape, draws.keys.device
-    evidence = []
-    if options.hints:
-        hint = odds.add_up(options.hints, L, tokenizer.bos >= 0, config.K)
-        evidence.append(hint.to(device))
+    (B, L, _), device, K = draws.keys.shape, draws.keys.device, config.K
+    if not (options.hints or options.draft):
+        return None
+    evidence = torch.zeros(B, L, K, device=device)
+    for position, log_odds in options.hints:
+        evidence[:, position + (tokenizer.bos >= 0)] += log_odds.to(device)
     if options.draft:
         draft = torch.tensor(options.draft, device=device).expand(B, L)
         t = torch.full((B, L), options.strength, device=device)
-        eps = draws.at(DRAFT, 0).normal(config.K)
-        evidence.append(bfn.flow(draft, t, config.s1, config.K, eps))
-    return sum(evidence) if evidence else None
+        evidence += bfn.flow(draft, t, config.s1, K, draws.at(DRAFT, 0).normal(K))
+    return evidence
 
 
 def write_blocks(model, tokenizer, templates, seeds, options, limit):
@@ -223,10 +218,7 @@ def given_log_likelihood(model, tokenizer, templates):
 
 def batch_log_likelihood(model, padded, segment_ids, bos):
     """Compute log P(given tokens | template) of one batch: padded, segment_ids (B, L) -> (B,)."""
-
-    def network(theta, t):
-        return model(theta, t, segment_ids)
-
+    network = partial(model, segment_ids=segment_ids)
     ids, t = padded.clamp(min=0), torch.zeros(padded.shape, device=padded.device)
     scored = (padded >= 0) & (segment_ids > 0) & (padded != bos)
     known = (padded >= 0) & ~scored  # bos and padding

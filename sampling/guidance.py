@@ -127,10 +127,9 @@ def load_classifier(path, sampler):
         same = saved["classifier"] == CLASSIFIER_FORMAT
         config, labels, head = saved["config"], saved["labels"], saved["head"]
         is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-        if not is_list or len(set(labels)) < len(labels):
-            raise TypeError("labels are no texts")
-        if not all(weight.isfinite().all() for weight in head.values()):
-            raise ValueError("weights are not finite")
+        is_finite = all(weight.isfinite().all() for weight in head.values())
+        if not (is_list and is_finite and len(set(labels)) == len(labels)):
+            raise ValueError("labels are no texts, or weights are not finite")
     except PermissionError:
         raise
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """Odds of tokens that the user gives become log-odds, which are added to the network's input.
 
-    hint  (L, K)  float32  log-odds of each token at each position
+    hint  (K,)  float32  log-odds of each token at one position
 """
 
 import math
@@ -56,15 +56,6 @@ def check(hints, templates, has_bos):
         for template in templates:
             message = f"a hint is for token {position},"
             if position + has_bos >= len(template):
-                n = len(template) - has_bos
-                raise ValueError(f"{message} a text has {n}: raise --length")
+                raise ValueError(f"{message} a text has {len(template) - has_bos}: raise --length")
             if template[position + has_bos] >= 0:
                 raise ValueError(f"{message} which is given: count tokens from 0")
-
-
-def add_up(hints, L, has_bos, K):
-    """Put parsed hints [(position, log-odds (K,))] at their positions -> (L, K)."""
-    hint = torch.zeros(L, K)
-    for position, log_odds in hints:
-        hint[position + has_bos] += log_odds
-    return hint

@@ -127,19 +127,6 @@ def split_label(text, tokenizer):
     return [labels[label]], rest
 
 
-def encode_text(text, tokenizer, limit, name="the text"):
-    """Encode a whole text with bos and eos -> ids. name: what messages call it."""
-    check_unicode(text)
-    label, text = split_label(text, tokenizer)
-    if label == [ANY_LABEL]:
-        raise ValueError(f"{name} has no label: write label<TAB>text")
-    ids = tokenizer.add_marks(label + tokenizer.encode(text))
-    if len(ids) > limit:
-        message = f"{name} takes {len(ids)} tokens, the model was trained on at most {limit}"
-        raise ValueError(f"{message}: shorten it")
-    return ids
-
-
 def unknown_pieces(prompt, tokenizer):
     """List the texts of a prompt's unknown tokens, with SPACE for a space -> list of str."""
     found = []
@@ -292,8 +279,7 @@ class Prompt:
             bodies = [(tokenizer.add_marks(body), weight) for body, weight in bodies]
             pairs = fitting(text, bodies, run)
         else:
-            given = tokenizer.add_marks(bodies[0][0], end=False)
-            pairs = continued(text, given, run, length)
+            pairs = continued(text, tokenizer.add_marks(bodies[0][0], end=False), run, length)
         return cls(*map(list, zip(*pairs, strict=True)), unknown_pieces(text, tokenizer))
 
     def weighted(self, log_p):
@@ -319,20 +305,15 @@ def fitting(prompt, templates, run):
         message = f"takes {len(shortest)} tokens, the model was trained on {limit}: shorten it"
         raise ValueError(f"{shorten(prompt)} {message}")
     open_ones = [(t, w) for t, w in templates if len(t) <= limit and min(t) < 0]
-    share = {len(t): shares[len(t)] if len(t) < len(shares) else 0 for t, _ in open_ones}
-    if not any(share.values()):
-        return open_ones
-    return [(t, w * share[len(t)]) for t, w in open_ones if share[len(t)]]
+    share = {length: share for length, share in enumerate(shares) if share}
+    return [(t, w * share[len(t)]) for t, w in open_ones if len(t) in share] or open_ones
 
 
 def continued(prompt, given, run, length):
     """Continue given tokens to a length, or to those of training texts -> [(template, weight)]."""
     limit, shares = run["args"]["sequence_length"], run["lengths"]
-    if length is None:
-        longer = [(n, weight) for n, weight in enumerate(shares) if weight and n > len(given)]
-        lengths = longer or [(limit, 1)]
-    else:
-        lengths = [(length, 1)]
+    longer = [(n, weight) for n, weight in enumerate(shares) if weight and n > len(given)]
+    lengths = longer or [(limit, 1)] if length is None else [(length, 1)]
     longest, _ = lengths[-1]
     if longest <= len(given):
         left = f"a text of {longest} has none left to sample"

@@ -43,9 +43,7 @@ def leave_one_out_log_p(model, ids):
     ids = torch.tensor(ids, device=device)
     others = ~torch.eye(L, dtype=torch.bool, device=device)
     rows = []
-    size = rows_at_once(L, model.config, device)
-    for i in range(0, L, size):
-        cond_mask = others[i : i + size]
+    for cond_mask in others.split(rows_at_once(L, model.config, device)):
         theta = torch.full((*cond_mask.shape, K), 1 / K, device=device)
         t = torch.zeros(cond_mask.shape, device=device)
         log_p = bfn.predict(model, theta, t, ids.expand(cond_mask.shape), cond_mask)
