@@ -143,7 +143,7 @@ def path(text):
     if any(f"{part}/".startswith("~/") for part in parts):
         raise argparse.ArgumentTypeError(f"{text}: this user has no home folder, give a whole path")
     if any(os.path.abspath(part).count(os.sep) > DEEPEST for part in parts):
-        raise argparse.ArgumentTypeError(f"a path of more than {DEEPEST} folders: give a shorter one")
+        raise argparse.ArgumentTypeError(f"more than {DEEPEST} folders: give a shorter path")
     return ",".join(parts)
 
 
