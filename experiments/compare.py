@@ -1,17 +1,19 @@
 """Train variants for the same minutes or tokens, and compare their validation bounds.
 
     python -m experiments.compare base no_skip adamw --minutes=3
-    python -m experiments.compare base learning_rate=3e-3 "weight_decay=0 batch_size=8"
+    python -m experiments.compare base learning_rate=3e-3 "masked weight_decay=0 batch_size=8"
     python -m experiments.compare base autoregressive --minutes=12 --seeds=3 -d=wiki8.train.txt \\
         --val_path=wiki8.valid.txt --flags="--preset=laptop --tokenizer=char -slen=128 -bsz=16"
 
-A variant is flags of train.py without their dashes, or a function in this file. A function changes
-the network, the loss or the optimizer before training starts. It need not know the fused form:
-train.py checks whether that follows the change, and otherwise trains in the plain form.
+A variant is flags of train.py without their dashes, functions in this file, or both. A function
+changes the network, the loss or the optimizer before training starts. It need not know the fused
+form: train.py checks whether that follows the change, and otherwise trains in the plain form.
 
 Each variant and seed runs in its own process, one after another. The learning rate falls to zero at
-the end of the budget. Results are added to those already in the folder. The weights of "base" and
-"autoregressive" are kept there too, as run folders base-0, ...
+the end of the budget. With several budgets (--tokens=1000000,3000000), each variant is trained once
+for each, and the picture shows the last exact likelihoods over them. Results are added to those
+already in the folder. The weights of "base" and "autoregressive" are kept there too, as run folders
+base-0, ..., those of the last budget.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -48,7 +52,11 @@ VAL_TOKENS = 32_768  # of the validation text, scored each time
 EXACT_TOKENS = 2048  # and of these, for the exact likelihood
 MEANS = "L_inf_nats_per_token", "L_rec_nats_per_token", "minutes", "n_tokens"
 WARM_UP = 0.1  # share of the budget
-BITS = {"bits per character: bound": "bits_per_char", "exact": "exact_bits_per_char"}
+BITS = {
+    "bits per character: bound": "bits_per_char",
+    "lowest bound on the way": "lowest_bits_per_char",
+    "exact": "exact_bits_per_char",
+}
 GAPS = 1, 4, 16  # tokens; each in its full context, and from the left
 COLUMNS = "variant", "what", *BITS, "L_inf + L_rec, nats per token", "minutes", "tokens", "seeds"
 GAP_COLUMNS = list(likelihood.figures_of(gaps=GAPS))
@@ -222,11 +230,12 @@ VARIANTS = {
 
 
 def variant(text):
-    """Read the name of a variant, or flags of train.py such as "batch_size=8"."""
-    if text in VARIANTS or "=" in text:
-        return text
-    names = ", ".join(VARIANTS)
-    raise argparse.ArgumentTypeError(f"{text} is no variant: choose from {names}, or FLAG=VALUE")
+    """Check the words of a variant: functions, and flags of train.py such as batch_size=8."""
+    for word in text.split():
+        if word not in VARIANTS and "=" not in word:
+            known = f"choose from {', '.join(VARIANTS)}, or FLAG=VALUE"
+            raise argparse.ArgumentTypeError(f"{word} is no variant: {known}")
+    return text
 
 
 # ---------------------------------------------------------------- one run
@@ -286,7 +295,7 @@ def measure_bound(model, text, device):
 def measure_gaps(name, model, text, device):
     """Measure hidden tokens of EXACT_TOKENS of a Text -> figures. Causal models see the left."""
     functions = likelihood.figures_of(gaps=GAPS)
-    if name == "autoregressive":
+    if "autoregressive" in name.split():
         functions = {key: f for key, f in functions.items() if key.endswith("from the left")}
     text = text.first_tokens(EXACT_TOKENS)
     with evaluate.full_precision():
@@ -296,7 +305,8 @@ def measure_gaps(name, model, text, device):
 def train_variant(name, args, budget, text, folder):
     """Train one variant on the text that `prepare` returned -> its record."""
     tokens, val = text
-    VARIANTS.get(name, base)(args)
+    for word in name.split():
+        VARIANTS.get(word, base)(args)
     device = parallel.find_device(args.device)
     speed.allow_tf32(device)
     config = train.make_config(args, len(tokens.tokenizer))
@@ -352,30 +362,38 @@ def record(name, seed, model, curve):
     points = [(minutes, n_tokens, figures["bits_per_char"]) for minutes, n_tokens, figures in curve]
     minutes, n_tokens, figures = curve[-1]
     identity = dict(name=name, seed=seed, n_parameters=sum(p.numel() for p in model.parameters()))
-    return identity | dict(minutes=minutes, n_tokens=n_tokens, curve=points) | figures
+    lowest = min(bits for *_, bits in points)
+    spent = dict(minutes=minutes, n_tokens=n_tokens, curve=points, lowest_bits_per_char=lowest)
+    return identity | spent | figures
 
 
 # ---------------------------------------------------------------- the comparison
 
 
 def summarise(records):
-    """Lay out each variant's mean and standard error over seeds, best first -> Markdown lines."""
+    """Lay out each variant's mean and standard error over seeds, best first -> Markdown lines.
+
+    Runs of a variant with unlike budgets stand in rows of their own.
+    """
     groups = {}
     for r in records:
-        groups.setdefault(r["name"], []).append(r)
-    rows = []
-    for name, rs in groups.items():
+        groups.setdefault((r["name"], r.get("budget")), []).append(r)
+    rows = {}
+    for (name, budget), rs in groups.items():
         mean = {key: statistics.fmean(r[key] for r in rs) for key in MEANS}
         what = " ".join(VARIANTS[name].__doc__.split()).rstrip(".") if name in VARIANTS else ""
         bits = [mean_and_error(rs, key) for key in BITS.values()]
         nats = "{L_inf_nats_per_token:.3f} + {L_rec_nats_per_token:.3f}".format(**mean)
         spent = [f"{mean['minutes']:.1f}", f"{mean['n_tokens'] / 1e6:.2f} M"]
-        rows.append([name, what, *bits, nats, *spent, str(len(rs))])
-    rows = sorted(rows, key=lambda cells: float(cells[2].split()[0]))
+        rows[name, budget] = [name, what, *bits, nats, *spent, str(len(rs))]
+    order = sorted(rows, key=lambda group: float(rows[group][2].split()[0]))
     keys = [f"{tables.to_key(name)}_nats_per_token" for name in GAP_COLUMNS]
-    gaps = [[name, *(mean_and_error(groups[name], key) for key in keys)] for name, *_ in rows]
-    hidden = table(["variant", *GAP_COLUMNS], gaps)
-    return [*table(COLUMNS, rows), "", "Nats per hidden token:", "", *hidden]
+    gaps = [
+        [rows[group][0], rows[group][-2], *(mean_and_error(groups[group], key) for key in keys)]
+        for group in order
+    ]
+    hidden = table(["variant", "tokens", *GAP_COLUMNS], gaps)
+    return [*table(COLUMNS, map(rows.get, order)), "", "Nats per hidden token:", "", *hidden]
 
 
 def mean_and_error(records, key):
@@ -394,20 +412,38 @@ def is_results(path):
 
 
 def add_record(new, folder):
-    """Add a record to results.json, replacing an older one of this name and seed; redraw all."""
+    """Add a record to results.json, replacing an older one of the same run; redraw all."""
     path = folder / "results.json"
     records = json.loads(path.read_text())
-    records = [r for r in records if (r["name"], r["seed"]) != (new["name"], new["seed"])] + [new]
+    records = [r for r in records if run_of(r) != run_of(new)] + [new]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(records, indent=1))
     with replacing(folder / "results.md") as temporary:
         temporary.write_text("\n".join(summarise(records)) + "\n")
+    draw(folder / "results.png", records)
+
+
+def run_of(record):
+    """Tell what run a record is of -> its name, seed and budget."""
+    return record["name"], record["seed"], record.get("budget")
+
+
+def draw(path, records):
+    """Draw the curves of all runs, or with several budgets the exact likelihoods over these."""
     series = {}
+    if len({r.get("budget") for r in records}) > 1:
+        for r in sorted(records, key=itemgetter("n_tokens")):
+            x, y = series.setdefault(f"{r['name']} {r['seed']}", ([], []))
+            x.append(r["n_tokens"])
+            y.append(r["exact_bits_per_char"])
+        axes = "tokens of training", "bits per character", "exact likelihood"
+        drawing.lines(path, series, *axes, x_scale="log")
+        return
     for r in records:
         minutes, _, bits = zip(*r["curve"], strict=True)
         series[f"{r['name']} {r['seed']}"] = minutes, bits
     axes = "minutes of training", "bits per character", "validation bound"
-    drawing.lines(folder / "results.png", series, *axes)
+    drawing.lines(path, series, *axes)
 
 
 def prepare(args, folder):
@@ -421,8 +457,7 @@ def run_flags(args, name="base", seed=0):
     words = [f"-d={args.data_path}"] if args.data_path else []
     words += [f"--val_path={args.val_path}"] if args.val_path else []
     words += args.flags.split()
-    if name not in VARIANTS:
-        words += [f"--{word}" for word in name.split()]
+    words += [f"--{word}" for word in name.split() if "=" in word]
     return train.complete(train.flags().parse_args([*words, f"--seed={seed}"]))
 
 
@@ -440,7 +475,8 @@ def flags():
         help="text file for validation (a held-out part of the corpus)")
     add("--minutes", type=cli.positive, default=3.0,
         help="minutes of training for each run, without validation (%(default)g)")
-    add("--tokens", type=cli.count, help="tokens of training for each run, instead of --minutes")
+    add("--tokens", type=cli.counts, default=[],
+        help="tokens of training for each run, instead of --minutes; several with commas")
     add("--flags", default="", help="more flags of train.py, the same for all runs")
     add("--output", type=cli.path, default="runs/compare",
         help="folder for results and pictures (runs/compare)")
@@ -452,7 +488,9 @@ def train_one(name, seed, args, folder):
     changed = run_flags(args, name, seed)
     text = prepare(run_flags(args), folder)  # the same text for all
     train.fit_rows(changed, text[0])
-    return train_variant(name, changed, Budget(args.minutes, args.tokens), text, folder)
+    budget = args.tokens[0] if args.tokens else None
+    record = train_variant(name, changed, Budget(args.minutes, budget), text, folder)
+    return record | dict(budget=budget)
 
 
 def main(argv=None):
@@ -469,14 +507,14 @@ def main(argv=None):
     if not (folder / "results.json").exists():
         with replacing(folder / "results.json") as temporary:
             temporary.write_text("[]")
-    for seed in range(args.seeds):
-        for name in args.variants:
-            one = ["--one", name, str(seed)]
-            command = [sys.executable, "-m", "experiments.compare", *words, *one]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if output.returncode:
-                raise ValueError(f"variant {name}, seed {seed} failed: see above")
-            add_record(json.loads(output.stdout.splitlines()[-1]), folder)
+    budgets = [[f"--tokens={n_tokens}"] for n_tokens in args.tokens] or [[]]
+    for seed, budget, name in product(range(args.seeds), budgets, args.variants):
+        one = ["--one", name, str(seed), *budget]
+        command = [sys.executable, "-m", "experiments.compare", *words, *one]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if output.returncode:
+            raise ValueError(f"variant {name}, seed {seed} failed: see above")
+        add_record(json.loads(output.stdout.splitlines()[-1]), folder)
     print((folder / "results.md").read_text(), end="")
 
 
