@@ -293,13 +293,19 @@ def measure_bound(model, text, device):
 
 
 def measure_gaps(name, model, text, device):
-    """Measure hidden tokens of EXACT_TOKENS of a Text -> figures. Causal models see the left."""
+    """Measure hidden tokens of a Text, the shares of EXACT_TOKENS -> figures.
+
+    Causal models see only what is left of a gap.
+    """
     functions = likelihood.figures_of(gaps=GAPS)
     if "autoregressive" in name.split():
         functions = {key: f for key, f in functions.items() if key.endswith("from the left")}
-    text = text.first_tokens(EXACT_TOKENS)
+    figures = {}
     with evaluate.full_precision():
-        return evaluate.measure_exact(model, text, functions, bounds.Work(device))
+        for key, function in functions.items():
+            some = text.first_tokens(EXACT_TOKENS if "unknown" in key else VAL_TOKENS)
+            figures |= evaluate.measure_exact(model, some, {key: function}, bounds.Work(device))
+    return figures
 
 
 def train_variant(name, args, budget, text, folder):
