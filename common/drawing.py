@@ -114,7 +114,7 @@ def mark_level(axes, y, text):
     axes.axhline(y, color=ink(0.6), linewidth=1, linestyle="--", label=text)
 
 
-def lines(path, series, x_label, y_label, title):
+def lines(path, series, x_label, y_label, title, x_scale="linear"):
     """Draw {label: (x, y)} as lines into a file -> whether that worked."""
 
     def draw():
@@ -122,7 +122,7 @@ def lines(path, series, x_label, y_label, title):
         axes = figure.subplots()
         for label, (x, y) in series.items():
             axes.plot(x, y, label=plain(label), linewidth=1.8)
-        axes.set(xlabel=x_label, ylabel=y_label, title=plain(title))
+        axes.set(xlabel=x_label, ylabel=y_label, title=plain(title), xscale=x_scale)
         axes.grid()
         if series:
             axes.legend()

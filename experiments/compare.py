@@ -1,17 +1,19 @@
 """Train variants for the same minutes or tokens, and compare their validation bounds.
 
     python -m experiments.compare base no_skip adamw --minutes=3
-    python -m experiments.compare base learning_rate=3e-3 "weight_decay=0 batch_size=8"
+    python -m experiments.compare base learning_rate=3e-3 "masked weight_decay=0 batch_size=8"
     python -m experiments.compare base autoregressive --minutes=12 --seeds=3 -d=wiki8.train.txt \\
         --val_path=wiki8.valid.txt --flags="--preset=laptop --tokenizer=char -slen=128 -bsz=16"
 
-A variant is flags of train.py without their dashes, or a function in this file. A function changes
-the network, the loss or the optimizer before training starts. It need not know the fused form:
-train.py checks whether that follows the change, and otherwise trains in the plain form.
+A variant is flags of train.py without their dashes, functions in this file, or both. A function
+changes the network, the loss or the optimizer before training starts. It need not know the fused
+form: train.py checks whether that follows the change, and otherwise trains in the plain form.
 
 Each variant and seed runs in its own process, one after another. The learning rate falls to zero at
-the end of the budget. Results are added to those already in the folder. The weights of "base" and
-"autoregressive" are kept there too, as run folders base-0, ...
+the end of the budget. With several budgets (--tokens=1000000,3000000), each variant is trained once
+for each, and the picture shows the last exact likelihoods over them. Results are added to those
+already in the folder. The weights of "base" and "autoregressive" are kept there too, as run folders
+base-0, ..., those of the last budget.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -48,7 +52,11 @@ VAL_TOKENS = 32_768  # of the validation text, scored each time
 EXACT_TOKENS = 2048  # and of these, for the exact likelihood
 MEANS = "L_inf_nats_per_token", "L_rec_nats_per_token", "minutes", "n_tokens"
 WARM_UP = 0.1  # share of the budget
-BITS = {"bits per character: bound": "bits_per_char", "exact": "exact_bits_per_char"}
+BITS = {
+    "bits per character: bound": "bits_per_char",
+    "lowest bound on the way": "lowest_bits_per_char",
+    "exact": "exact_bits_per_char",
+}
 GAPS = 1, 4, 16  # tokens; each in its full context, and from the left
 COLUMNS = "variant", "what", *BITS, "L_inf + L_rec, nats per token", "minutes", "tokens", "seeds"
 GAP_COLUMNS = list(likelihood.figures_of(gaps=GAPS))
@@ -221,11 +229,12 @@ VARIANTS = {
 
 
 def variant(text):
-    """Read the name of a variant, or flags of train.py such as "batch_size=8"."""
-    if text in VARIANTS or "=" in text:
-        return text
-    names = ", ".join(VARIANTS)
-    raise argparse.ArgumentTypeError(f"{text} is no variant: choose from {names}, or FLAG=VALUE")
+    """Check the words of a variant: functions, and flags of train.py such as batch_size=8."""
+    for word in text.split():
+        if word not in VARIANTS and "=" not in word:
+            known = f"choose from {', '.join(VARIANTS)}, or FLAG=VALUE"
+            raise argparse.ArgumentTypeError(f"{word} is no variant: {known}")
+    return text
 
 
 # ---------------------------------------------------------------- one run
@@ -256,13 +265,19 @@ def spend(minutes, n_tokens, step, measure, label):
 
 
 def measure_gaps(name, model, text, device):
-    """Measure hidden tokens of EXACT_TOKENS of a Text -> figures. Causal models see the left."""
+    """Measure hidden tokens of a Text, the shares of EXACT_TOKENS -> figures.
+
+    Causal models see only what is left of a gap.
+    """
     functions = likelihood.figures_of(gaps=GAPS)
-    if name == "autoregressive":
+    if "autoregressive" in name.split():
         functions = {key: f for key, f in functions.items() if key.endswith("from the left")}
-    text = text.first_tokens(EXACT_TOKENS)
+    figures = {}
     with evaluate.full_precision():
-        return evaluate.measure_exact(model, text, functions, bounds.Work(device))
+        for key, function in functions.items():
+            some = text.first_tokens(EXACT_TOKENS if "unknown" in key else VAL_TOKENS)
+            figures |= evaluate.measure_exact(model, some, {key: function}, bounds.Work(device))
+    return figures
 
 
 def train_variant(name, seed, comparison, folder):
@@ -271,7 +286,8 @@ def train_variant(name, seed, comparison, folder):
     folder.mkdir(parents=True, exist_ok=True)
     tokens, val = prepare_text(run_flags(comparison), folder, None)  # the same for all
     train.fit_rows(args, tokens)
-    VARIANTS.get(name, base)(args)
+    for word in name.split():
+        VARIANTS.get(word, base)(args)
     device = parallel.find_device(args.device)
     speed.allow_tf32(device)
     config = train.make_config(args, len(tokens.tokenizer))
@@ -298,12 +314,12 @@ def train_variant(name, seed, comparison, folder):
         figures, state.loss_by_time = evaluate.validate(*inputs)
         return figures
 
-    budget = comparison.minutes, comparison.tokens
-    curve = spend(*budget, step, measure, f"{name}, seed {seed}")
+    budget = comparison.tokens[0] if comparison.tokens else None
+    curve = spend(comparison.minutes, budget, step, measure, f"{name}, seed {seed}")
     curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L), device))
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
         save_weights(state, describe_run(args, config, tokens, val), folder / f"{name}-{seed}")
-    return record(name, seed, state.model, curve)
+    return record(name, seed, budget, state.model, curve)
 
 
 def save_weights(state, run, run_dir):
@@ -318,35 +334,44 @@ def save_weights(state, run, run_dir):
         print(f"could not save the weights: {error}", file=sys.stderr)
 
 
-def record(name, seed, model, curve):
+def record(name, seed, budget, model, curve):
     """Collect what results.json keeps of a run: its last figures, and the curve."""
     points = [(minutes, n_tokens, figures["bits_per_char"]) for minutes, n_tokens, figures in curve]
     minutes, n_tokens, figures = curve[-1]
-    identity = dict(name=name, seed=seed, n_parameters=sum(p.numel() for p in model.parameters()))
-    return identity | dict(minutes=minutes, n_tokens=n_tokens, curve=points) | figures
+    identity = dict(name=name, seed=seed, budget=budget)
+    identity |= dict(n_parameters=sum(p.numel() for p in model.parameters()))
+    lowest = min(bits for *_, bits in points)
+    spent = dict(minutes=minutes, n_tokens=n_tokens, curve=points, lowest_bits_per_char=lowest)
+    return identity | spent | figures
 
 
 # ---------------------------------------------------------------- the comparison
 
 
 def summarise(records):
-    """Lay out each variant's mean and standard error over seeds, best first -> Markdown lines."""
+    """Lay out each variant's mean and standard error over seeds, best first -> Markdown lines.
+
+    Runs of a variant with unlike budgets stand in rows of their own.
+    """
     groups = {}
     for r in records:
-        groups.setdefault(r["name"], []).append(r)
-    rows = []
-    for name, rs in groups.items():
+        groups.setdefault((r["name"], r.get("budget")), []).append(r)
+    rows = {}
+    for (name, budget), rs in groups.items():
         mean = {key: statistics.fmean(r[key] for r in rs) for key in MEANS}
         what = " ".join(VARIANTS[name].__doc__.split()).rstrip(".") if name in VARIANTS else ""
         bits = [mean_and_error(rs, key) for key in BITS.values()]
         nats = "{L_inf_nats_per_token:.3f} + {L_rec_nats_per_token:.3f}".format(**mean)
         spent = [f"{mean['minutes']:.1f}", f"{mean['n_tokens'] / 1e6:.2f} M"]
-        rows.append([name, what, *bits, nats, *spent, str(len(rs))])
-    rows = sorted(rows, key=lambda cells: float(cells[2].split()[0]))
+        rows[name, budget] = [name, what, *bits, nats, *spent, str(len(rs))]
+    order = sorted(rows, key=lambda group: float(rows[group][2].split()[0]))
     keys = [f"{tables.to_key(name)}_nats_per_token" for name in GAP_COLUMNS]
-    gaps = [[name, *(mean_and_error(groups[name], key) for key in keys)] for name, *_ in rows]
-    hidden = table(["variant", *GAP_COLUMNS], gaps)
-    return [*table(COLUMNS, rows), "", "Nats per hidden token:", "", *hidden]
+    gaps = [
+        [rows[group][0], rows[group][-2], *(mean_and_error(groups[group], key) for key in keys)]
+        for group in order
+    ]
+    hidden = table(["variant", "tokens", *GAP_COLUMNS], gaps)
+    return [*table(COLUMNS, map(rows.get, order)), "", "Nats per hidden token:", "", *hidden]
 
 
 def mean_and_error(records, key):
@@ -365,20 +390,38 @@ def is_results(path):
 
 
 def add_record(new, folder):
-    """Add a record to results.json, replacing an older one of this name and seed; redraw all."""
+    """Add a record to results.json, replacing an older one of the same run; redraw all."""
     path = folder / "results.json"
     records = json.loads(path.read_text())
-    records = [r for r in records if (r["name"], r["seed"]) != (new["name"], new["seed"])] + [new]
+    records = [r for r in records if run_of(r) != run_of(new)] + [new]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(records, indent=1))
     with replacing(folder / "results.md") as temporary:
         temporary.write_text("\n".join(summarise(records)) + "\n")
-    series = {}
-    for r in records:
-        minutes, _, bits = zip(*r["curve"], strict=True)
-        series[f"{r['name']} {r['seed']}"] = minutes, bits
-    axes = "minutes of training", "bits per character", "validation bound"
-    drawing.lines(folder / "results.png", series, *axes)
+    draw(folder / "results.png", records)
+
+
+def run_of(record):
+    """Tell what run a record is of -> its name, seed and budget."""
+    return record["name"], record["seed"], record.get("budget")
+
+
+def draw(path, records):
+    """Draw the curves of all runs, or with several budgets the exact likelihoods over these."""
+    groups = {}
+    for r in sorted(records, key=itemgetter("n_tokens")):
+        groups.setdefault(f"{r['name']} {r['seed']}", []).append(r)
+    if len({r.get("budget") for r in records}) > 1:
+        series = {
+            label: ([r["n_tokens"] for r in rs], [r["exact_bits_per_char"] for r in rs])
+            for label, rs in groups.items()
+        }
+        axes = "tokens of training", "bits per character", "exact likelihood", "log"
+    else:
+        curves = {label: zip(*rs[0]["curve"], strict=True) for label, rs in groups.items()}
+        series = {label: (minutes, bits) for label, (minutes, _, bits) in curves.items()}
+        axes = "minutes of training", "bits per character", "validation bound"
+    drawing.lines(path, series, *axes)
 
 
 def run_flags(args, name="base", seed=0):
@@ -386,8 +429,7 @@ def run_flags(args, name="base", seed=0):
     words = [f"-d={args.data_path}"] if args.data_path else []
     words += [f"--val_path={args.val_path}"] if args.val_path else []
     words += args.flags.split()
-    if name not in VARIANTS:
-        words += [f"--{word}" for word in name.split()]
+    words += [f"--{word}" for word in name.split() if "=" in word]
     return train.complete(train.flags().parse_args([*words, f"--seed={seed}"]))
 
 
@@ -405,7 +447,8 @@ def flags():
         help="text file for validation (a held-out part of the corpus)")
     add("--minutes", type=cli.positive, default=3.0,
         help="minutes of training for each run, without validation (%(default)g)")
-    add("--tokens", type=cli.count, help="tokens of training for each run, instead of --minutes")
+    add("--tokens", type=cli.counts, default=[],
+        help="tokens of training for each run, instead of --minutes; several with commas")
     add("--flags", default="", help="more flags of train.py, the same for all runs")
     add("--output", type=cli.path, default="runs/compare",
         help="folder for results and pictures (runs/compare)")
@@ -426,14 +469,14 @@ def main(argv=None):
     if not (folder / "results.json").exists():
         with replacing(folder / "results.json") as temporary:
             temporary.write_text("[]")
-    for seed in range(args.seeds):
-        for name in args.variants:
-            one = ["--one", name, str(seed)]
-            command = [sys.executable, "-m", "experiments.compare", *words, *one]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if output.returncode:
-                raise ValueError(f"variant {name}, seed {seed} failed: see above")
-            add_record(json.loads(output.stdout.splitlines()[-1]), folder)
+    budgets = [[f"--tokens={n_tokens}"] for n_tokens in args.tokens] or [[]]
+    for seed, budget, name in product(range(args.seeds), budgets, args.variants):
+        one = ["--one", name, str(seed), *budget]
+        command = [sys.executable, "-m", "experiments.compare", *words, *one]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if output.returncode:
+            raise ValueError(f"variant {name}, seed {seed} failed: see above")
+        add_record(json.loads(output.stdout.splitlines()[-1]), folder)
     print((folder / "results.md").read_text(), end="")
 
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -99,15 +100,16 @@ def test_every_variant_but_base_changes_something(unpatched):
 def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text(toy.corpus(300))
     sizes = f"-mdim=32 -nl=1 -nh=2 -bsz=4 --cache_dir={tmp_path / 'cache'}"
-    words = [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path / 'out'}", "--tokens=4000"]
+    words = [f"-d={tmp_path / 'corpus.txt'}", f"--output={tmp_path / 'out'}", "--tokens=2000,4000"]
     words += [f"--flags=--preset=toy --tokenizer=word {sizes}"]
-    names = ["base", "batch_size=8 weight_decay=0"]
+    names = ["base", "masked weight_decay=0"]
     compare.main([*names, *words])
     records = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [r["name"] for r in records] == names
-    assert all(
-        4000 <= r["n_tokens"] < 4600 and len(r["curve"]) == compare.N_POINTS for r in records
-    )
+    assert [(r["budget"], r["name"]) for r in records] == [*product([2000, 4000], names)]
+    for r in records:
+        assert r["budget"] <= r["n_tokens"] < r["budget"] + 600
+        assert len(r["curve"]) == compare.N_POINTS
+        assert r["lowest_bits_per_char"] == min(bits for *_, bits in r["curve"])
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "results.md").read_text() == printed and printed.count("|") > 20
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
@@ -122,6 +124,11 @@ def test_a_variant_of_flags_changes_these_flags_only_and_not_the_text():
     assert changed.num_layers == 2
     assert changed.data_path == usual.data_path == "a.txt"
     assert vars(changed) == vars(usual) | dict(batch_size=7, weight_decay=0.25, seed=3)
+
+
+def test_a_variant_may_have_functions_and_flags():
+    name = compare.variant("autoregressive dropout_prob=0.25")
+    assert compare.run_flags(compare.flags().parse_args([name]), name).dropout_prob == 0.25
 
 
 @pytest.mark.parametrize("name, message", [("gone", "gone is no variant"), ("gone=1", "--gone")])
