@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import importlib
 import math
 import os
 import re
@@ -291,6 +292,14 @@ def run(main):
             with suppress(OSError):  # else Python tries again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(error)
+
+
+def import_optional(name, needed):
+    """Import a library that few need. Raises ValueError, which says for what it is `needed`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"{needed}: pip install {name.split('.')[0]}") from None
 
 
 def ran_out_of_memory(error):

@@ -11,6 +11,7 @@ import random
 from collections import Counter, defaultdict
 from functools import cache
 
+# A symbol, and what it becomes with which probability. An indented line continues the last one.
 RULES = """
 S             .2 CLAUSE-one TIME? | .2 CLAUSE-many TIME? | .15 REPORT-she | .15 REPORT-he
               | .05 RETURN-anna | .05 RETURN-clara | .05 RETURN-emma
@@ -33,6 +34,7 @@ RETURN-david  1 david VERB-one OBJECT and then david ACT-one TIME?
 RETURN-hugo   1 hugo VERB-one OBJECT and then hugo ACT-one TIME?
 RETURN-leo    1 leo VERB-one OBJECT and then leo ACT-one TIME?
 """
+# A symbol that becomes one of these words, all equally likely.
 WORDS = """
 NAME-she   anna clara emma
 NAME-he    david hugo leo

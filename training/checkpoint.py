@@ -27,6 +27,7 @@ import torch
 
 import bfn
 from common import hub, parallel
+from common.cli import import_optional
 from common.files import file_hash, replacing
 from model import BFNTransformer, Config
 from text.tokenizer import load_tokenizer
@@ -241,12 +242,8 @@ def refuse_other_network():
 
 def import_safetensors():
     """Import the library, which only exported folders need. Raises ValueError if it is missing."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        needed = "exported models are read and written with safetensors"
-        raise ValueError(f"{needed}: pip install safetensors") from None
-    return safetensors.torch
+    needed = "exported models are read and written with safetensors"
+    return import_optional("safetensors.torch", needed)
 
 
 def read_exported(folder):
