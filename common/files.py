@@ -87,10 +87,9 @@ def check_output(path, is_ours, kind):
                     return
         raise ValueError(f"{path} exists already and is not {kind}: give another name")
     folder = next(above for above in path.absolute().parents if above.exists())
-    if not folder.is_dir():
-        raise ValueError(f"{path} cannot be written: {folder} is a file, give another name")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written: {folder} is read-only, give another name")
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        found = f"{folder} is {'read-only' if folder.is_dir() else 'a file'}"
+        raise ValueError(f"{path} cannot be written: {found}, give another name")
 
 
 def file_hash(path, progress=None):

@@ -212,8 +212,7 @@ def exchange(tensors, owners):
     with _report_lost_process():
         group = _group_of(flats[0])
         sent = [(r, x) for r, x in enumerate(flats) if len(x)]  # there may be more processes
-        messages = [dist.broadcast(x, r, group=group, async_op=True) for r, x in sent]
-        for message in messages:
+        for message in [dist.broadcast(x, r, group=group, async_op=True) for r, x in sent]:
             message.wait()
     for r, flat in sent:
         _unflatten(flat, parts[r])

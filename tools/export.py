@@ -157,12 +157,10 @@ def export(run_dir, out_dir, dtype=torch.float32, license="other"):
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
         run["args"] = checkpoint.without_folders(run["args"])
         run["weights_hash"] = file_hash(out_dir / "model.safetensors")
-        figures = checkpoint.read_figures(run_dir, run["step"])
-        run["figures"] = figures or run.get("figures", {})
+        run["figures"] = checkpoint.read_figures(run_dir, run["step"]) or run.get("figures", {})
         config = json.dumps(run, indent=1, allow_nan=False)
         (out_dir / "config.json").write_text(config, encoding="utf-8")
-        card = model_card(out_dir, dtype, license)
-        (out_dir / "README.md").write_text(card, encoding="utf-8")
+        (out_dir / "README.md").write_text(model_card(out_dir, dtype, license), encoding="utf-8")
     except BaseException:
         shutil.rmtree(out_dir)
         raise

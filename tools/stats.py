@@ -77,11 +77,6 @@ def survey(corpus, example):
     return lengths, characters, duplicates, labels
 
 
-def script(character):
-    """Name the script of a letter, by the first word of its Unicode name."""
-    return unicodedata.name(character, "unknown").split()[0].lower()
-
-
 def describe(corpus, example, lengths, characters, duplicates, labels):
     """Lay out what `survey` has found -> lines."""
     n, n_chars = lengths.total(), characters.total()
@@ -92,7 +87,7 @@ def describe(corpus, example, lengths, characters, duplicates, labels):
         category = unicodedata.category(c)[0]
         kinds[CATEGORIES[category]] += n_times
         if category == "L":
-            scripts[script(c)] += n_times
+            scripts[unicodedata.name(c, "unknown").split()[0].lower()] += n_times
     n_most, text = duplicates.most
     repeated = "the same as an earlier one" + (f", {text!r} {n_most:,} times" if n_most > 1 else "")
     common = " ".join(map(_visible, dict(characters.most_common(20))))
@@ -185,8 +180,7 @@ def main(argv=None):
     corpus = Corpus(args.text, args.text_field)
     reading.check_separator(corpus, args.example)
     print(*describe(corpus, args.example, *survey(corpus, args.example)), sep="\n", flush=True)
-    lines = suggest_example(corpus, args.example) + command(corpus, args.example)
-    print(*lines, sep="\n")
+    print(*suggest_example(corpus, args.example), *command(corpus, args.example), sep="\n")
 
 
 if __name__ == "__main__":

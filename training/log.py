@@ -192,8 +192,7 @@ def write_samples(run_dir, step, sample_texts):
     if any(line.startswith(b"%d\t" % step) for line in before.split(b"\n")):
         return []
     texts = sample_texts()
-    marked = [text.replace("\n", "\\n") for text in texts]
-    lines = "".join(f"{step}\t{text}\n" for text in marked)
+    lines = "".join(f"{step}\t" + text.replace("\n", "\\n") + "\n" for text in texts)
     with replacing(path) as temporary:  # all texts of a step or none
         temporary.write_bytes(before + lines.encode())
     return ["  " + text.replace("\n", "\n  ") for text in texts]
@@ -283,15 +282,12 @@ def opening_lines(state, loader, val, seconds_per_step, args, device):
 
 def text_lines(args, training, val):
     """Say what was read, and what was left out. training, val: Tokens -> a line for each text."""
-    path = args.data_path or Path(args.model_dir) / "corpus.txt"
-    parts = [(path, [training, val])]
+    corpus = Corpus.of(args.data_path or Path(args.model_dir) / "corpus.txt")
     if args.val_path:
-        parts = [(path, [training]), (args.val_path, [val])]
-    lines = []
-    for path, texts in parts:
-        n_documents = sum(text.n_documents for text in texts)
-        lines.append(Corpus(str(path)).describe(n_documents, sum(text.n_bytes for text in texts)))
-    return lines
+        texts = (corpus, training), (Corpus(args.val_path), val)
+        return [text.describe(tokens.n_documents, tokens.n_bytes) for text, tokens in texts]
+    n_documents = training.n_documents + val.n_documents
+    return [corpus.describe(n_documents, training.n_bytes + val.n_bytes)]
 
 
 def label_lines(*texts):

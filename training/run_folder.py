@@ -7,6 +7,7 @@ import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -156,15 +157,15 @@ def check_text(text, run_dir, example):
 def make_tokenizer(args, corpus):
     """Read the tokenizer of the flags, or train one on the corpus -> the model as bytes."""
     if args.spm_model:
-        tokenizer = load_tokenizer(args.spm_model)
         name = args.spm_model
+        tokenizer = load_tokenizer(name)
         if tokenizer.labels and args.example != "labelled":
             way = "give --labelled, or another tokenizer"
             raise ValueError(f"{name} has tokens for labels: {way}")
         if args.example not in ONE_LINE and not tokenizer.keeps_breaks():
             way = "leave -spm or --init_from out, or use --example=line"
             raise ValueError(f"{name} does not keep line breaks: {way}")
-        return Path(args.spm_model).read_bytes()
+        return Path(name).read_bytes()
     print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 
@@ -220,16 +221,10 @@ def check_identity(saved, now, args):
 def new_run(args):
     """Write the command that starts a new run on the text of `args` from the weights of its run."""
     run_dir = Path(args.model_dir)
-    number = 2
-    while os.path.exists(f"{run_dir}-{number}"):
-        number += 1
+    number = next(n for n in count(2) if not os.path.exists(f"{run_dir}-{n}"))
     words = [f"-d={args.data_path}", f"--init_from={run_dir}", f"-mdir={run_dir}-{number}"]
-    if args.val_path:
-        words.append(f"--val_path={args.val_path}")
-    if args.text_field:
-        words.append(f"--text_field={args.text_field}")
-    length = "minutes" if args.minutes else "max_steps"
-    words += [f"--preset={args.preset}", f"--{length}={getattr(args, length)}"]
+    more = "val_path", "text_field", "preset", "minutes" if args.minutes else "max_steps"
+    words += [f"--{name}={getattr(args, name)}" for name in more if getattr(args, name)]
     return shlex.join(["python", "train.py", *words])
 
 
