@@ -254,8 +254,7 @@ def open_closed_streams():
     """Send what goes to a closed stream (`>&-`) nowhere, and not into the next file. `<&-` ends."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, number)
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, open(number, mode, closefd=False))
 
 

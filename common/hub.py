@@ -16,10 +16,11 @@ def import_library():
 
 
 @contextmanager
-def _refusing(failure):
-    """Turn what goes wrong on the hub into a ValueError that begins with `failure`."""
+def _library(failure):
+    """Yield huggingface_hub. What goes wrong is a ValueError that begins with `failure`."""
+    library = import_library()
     try:
-        yield
+        yield library
     except Exception as error:  # noqa: BLE001 - the library raises many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         raise ValueError(f"{failure} ({reason})") from None
@@ -34,15 +35,13 @@ def local_folder(path, files):
     if not str(path).startswith(HUB):
         return path
     name, _, revision = str(path).removeprefix(HUB).partition("@")
-    library = import_library()
-    with _refusing(f"{path} cannot be read from the hub"):
+    with _library(f"{path} cannot be read from the hub") as library:
         return library.snapshot_download(name, revision=revision or None, allow_patterns=files)
 
 
 def push(folder, name, files):
     """Upload these files of a folder as the model USER/MODEL, which is made if it is missing."""
-    library = import_library()
-    with _refusing(f"{name} cannot be written to the hub"):
+    with _library(f"{name} cannot be written to the hub") as library:
         api = library.HfApi()
         api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name, allow_patterns=files)

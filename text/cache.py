@@ -492,10 +492,9 @@ def _encode(pieces, tokenizer):
     # a later piece begins with a space, and the tokenizer may add a second one
     strip = tokenizer.adds_prefix and tokenizer.encode(" a") != tokenizer.encode("a")
     texts = [p.text.removeprefix(" ") if strip and not p.first else p.text for p in pieces]
-    encoded = tokenizer.encode_all(texts)
     labels = {None: [], **{label: [k] for label, k in tokenizer.labels.items()}}
     parts, example_ends, n_tokens = [], [], 0
-    for piece, ids in zip(pieces, encoded, strict=True):
+    for piece, ids in zip(pieces, tokenizer.encode_all(texts), strict=True):
         if piece.label not in labels:
             known = "a tokenizer knows the labels of the text that it was trained on"
             raise ValueError(f"no token for the label {piece.label!r}: {known}")

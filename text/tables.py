@@ -23,11 +23,6 @@ def is_table(path, column):
     return bool(ARROW.search(path) or (column and CSV.search(path)))
 
 
-def ending(path):
-    """Name the kind of a table by the end of its name, such as csv."""
-    return (CSV.search(path) or ARROW.search(path))[1].lower()
-
-
 def dataset_files(folder):
     """List the files of a folder that `datasets` has saved -> paths, or None for another folder.
 
@@ -81,10 +76,9 @@ def _csv_rows(path, open_text, column):
     csv.field_size_limit(CELL_BYTES)
     with open_text(path) as stream:
         file = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        look = dict(strict=True)
-        if CSV.search(path)[1].lower() == "tsv":
-            look |= dict(delimiter="\t", quoting=csv.QUOTE_NONE)
-        reader = csv.reader(file, **look)
+        is_tsv = CSV.search(path)[1].lower() == "tsv"
+        look = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else {}
+        reader = csv.reader(file, strict=True, **look)
         try:
             columns = next(reader, [])
             check_column(path, column, columns)
@@ -140,18 +134,15 @@ class Zstd(io.RawIOBase):
         self.seek(0)
 
     def readinto(self, buffer):
-        block = self.file.read(len(buffer))
-        buffer[: len(block)] = block
-        self.position += len(block)
-        return len(block)
+        n = self.file.readinto(buffer)
+        self.position += n
+        return n
 
     def seek(self, offset, whence=io.SEEK_SET):
         place = (offset, self.position + offset, sys.maxsize)[whence]
         if place < self.position:
             self.file = self.pyarrow.CompressedInputStream(open(self.path, "rb"), "zstd")
             self.position = 0
-        left = place - self.position
-        while left > 0 and (block := self.file.read(min(left, 1 << 20))):
+        while block := self.file.read(min(place - self.position, 1 << 20)):
             self.position += len(block)
-            left -= len(block)
         return self.position

@@ -113,12 +113,8 @@ def flags():
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    known = {
-        "lower": str.lower,
-        "digits": partial(in_words, language=args.language),
-        "strip": partial(strip, kind=args.strip),
-        "text8": text8,
-    }
+    known = dict(lower=str.lower, digits=partial(in_words, language=args.language))
+    known |= dict(strip=partial(strip, kind=args.strip), text8=text8)
     changes = [change for flag, change in known.items() if getattr(args, flag)]
     if not changes:
         raise ValueError("give one or more of --lower, --digits, --strip, --text8")

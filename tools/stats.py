@@ -45,8 +45,8 @@ class Duplicates:
             self.most = max(self.most, (self.hashes[value], text[:60]), key=itemgetter(0))
             if len(self.hashes) > MOST_HASHES:
                 self.divisor *= 2
-                kept = (item for item in self.hashes.items() if item[0] % self.divisor == 0)
-                self.hashes = Counter(dict(kept))
+                kept = {v: n for v, n in self.hashes.items() if v % self.divisor == 0}
+                self.hashes = Counter(kept)
 
     def share(self):
         """Share of the examples; an estimate if not all hashes were kept."""
@@ -64,8 +64,7 @@ def survey(corpus, example):
     with tqdm(desc="reading", total=corpus.n_bytes, **BYTES_BAR) as bar:
         for piece in read_pieces(corpus, example):
             characters.update(piece.text)
-            if piece.label is not None:
-                labels[piece.label] += 1
+            labels.update({piece.label} - {None})
             parts.append(piece.text)
             bar.update(piece.n_bytes)
             if piece.last:
@@ -90,22 +89,19 @@ def describe(corpus, example, lengths, characters, duplicates, labels):
             scripts[unicodedata.name(c, "unknown").split()[0].lower()] += n_times
     n_most, text = duplicates.most
     repeated = "the same as an earlier one" + (f", {text!r} {n_most:,} times" if n_most > 1 else "")
-    common = " ".join(map(_visible, dict(characters.most_common(20))))
+    common = (c for c, _ in characters.most_common(20))
+    common = (c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c in common)
     once = f"{sum(n_times == 1 for n_times in characters.values()):,} of them once"
     shares = f"half up to {median:,}, nine of ten up to {most:,}"
     return [
         corpus.describe(n, corpus.n_bytes),
         f"lengths in characters (--example={example}): {shares}, the longest {values[-1]:,}",
         f"characters: {n_chars:,}, {len(characters):,} different ones, {once}; {_shares(kinds)}",
-        f"the most frequent ones: {common}",
+        f"the most frequent ones: {' '.join(common)}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
         f"duplicates: {duplicates.share():.1%} of the examples are {repeated}",
         *reading.list_labels(labels),
     ]
-
-
-def _visible(c):
-    return c if c.isprintable() and c != " " else f"U+{ord(c):04X}"
 
 
 def _shares(counts, most=6):
@@ -156,10 +152,8 @@ def command(corpus, example):
     """Write the command that trains on a text, and say why this tokenizer -> two lines."""
     kind, found = suggest_tokenizer(corpus, example)
     words = ["python", "train.py", f"-d={corpus}"]
-    if corpus.text_field:
-        words.append(f"--text_field={corpus.text_field}")
-    if example != "line":
-        words.append(f"--example={example}")
+    words += [f"--text_field={corpus.text_field}"] if corpus.text_field else []
+    words += [f"--example={example}"] if example != "line" else []
     words += [f"--tokenizer={kind}", f"--minutes={MINUTES}", "-mdir=RUN_DIR"]
     return [
         f"tokenizer: {kind} ({found})",

@@ -274,9 +274,8 @@ def without_folders(args):
     """Reduce the paths among the flags to names of files, to be shown to others -> dict."""
     named = dict(args)
     for flag in filter(args.get, PATH_FLAGS):
-        if str(args[flag]).startswith(hub.HUB):
-            continue
-        named[flag] = ",".join(Path(path).name for path in str(args[flag]).split(","))
+        if not str(args[flag]).startswith(hub.HUB):
+            named[flag] = ",".join(Path(path).name for path in str(args[flag]).split(","))
     return named
 
 

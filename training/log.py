@@ -78,8 +78,7 @@ def open_metrics(run_dir, step):
         parallel.wait()  # the disk may be slow
 
     parallel.wait()
-    minutes = [line.get("minutes", 0.0) for line in read_metrics(run_dir)]
-    return write, max(minutes, default=0.0)
+    return write, max((line.get("minutes", 0.0) for line in read_metrics(run_dir)), default=0.0)
 
 
 class Meter:

@@ -62,19 +62,17 @@ def lock(run_dir):
 
 def check_folder(run_dir, lock_path):
     """Raise ValueError for files that have the names of a run's, but are of no run."""
-    paths = {name: run_dir / name for name in checkpoint.RUN_FILES}
-    paths = {name: path for name, path in paths.items() if os.path.lexists(path)}
-    odd = [name for name, path in paths.items() if not (path.is_file() or path.is_dir())]
-    older = run_dir / "older"
-    odd += [older.name] if os.path.lexists(older) and not older.is_dir() else []
+    names = [name for name in (*checkpoint.RUN_FILES, "older") if os.path.lexists(run_dir / name)]
+    files = [name for name in names if name != "older" and (run_dir / name).is_file()]
+    odd = [name for name in names if name not in files and not (run_dir / name).is_dir()]
     is_lock = lock_path.is_file() and not lock_path.is_symlink()
     is_lock = is_lock and lock_path.read_bytes()[:4] in (b"", b"pid ")
-    if lock_path.name in paths and not is_lock:
+    if lock_path.name in names and not is_lock:
         odd.append(lock_path.name)
-    has_checkpoint = any(f"{name}.pt" in paths for name in ("last", "best"))
+    has_checkpoint = "last.pt" in names or "best.pt" in names
     if not (is_lock or has_checkpoint or checkpoint.older_checkpoints(run_dir)):
         ours = "tokenizer.model", "corpus.txt"  # whose content is compared
-        odd += [name for name, path in paths.items() if path.is_file() and name not in ours]
+        odd += [name for name in files if name not in ours]
     if odd:
         raise ValueError(f"{run_dir} has a {odd[0]} that is of no run: give another -mdir")
 
