@@ -170,15 +170,6 @@ def way_back(run_dir):
     return f"to go on from step {step}, type: rm -f {last} && cp {source} {last}"
 
 
-def read_run(run_dir, which="best"):
-    """Read a checkpoint of a run folder, or an exported folder -> dict. Raises ValueError."""
-    path = Path(run_dir) / f"{which}.pt"
-    exported = any(path.with_name(name).is_file() for name in EXPORTED_FILES[:2])
-    if which == "best" and exported and not path.is_file():
-        return read_exported(path.parent)
-    return read_checkpoint(path)
-
-
 def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     """Load a model from a run folder or an exported one: `model, tokenizer, run = load("runs/a")`.
 
@@ -190,9 +181,12 @@ def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     """
     if which not in ("best", "last"):
         raise ValueError(f"there is no checkpoint {which!r}: best or last")
-    run_dir = hub.local_folder(run_dir, EXPORTED_FILES)
-    run = read_run(run_dir, which)
-    path = Path(run_dir) / "tokenizer.model"
+    run_dir = Path(hub.local_folder(run_dir, EXPORTED_FILES))
+    path = run_dir / f"{which}.pt"
+    exported = any((run_dir / name).is_file() for name in EXPORTED_FILES[:2])
+    is_exported = which == "best" and exported and not path.is_file()
+    run = read_exported(run_dir) if is_exported else read_checkpoint(path)
+    path = run_dir / "tokenizer.model"
     if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:
         raise ValueError(f"{path} is missing or not the tokenizer of {run_dir}: put that one back")
     averages = run["emas"]

@@ -341,10 +341,9 @@ def closing_lines(args):
         again = "python train.py -d=CORPUS.txt -mdir=runs/mine --minutes=10"
     elif args.max_steps < FEW_STEPS:
         return few_steps(args)
-    run_dir = args.model_dir
-    sample = shlex.join(["python", "sample.py", f"-mdir={run_dir}"])
-    report = shlex.join(["python", "plot.py", "report", run_dir])
+    folder = shlex.quote(args.model_dir)
     return (
-        f"in {run_dir}: best.pt (weights of the lowest bound), last.pt (to resume), samples.txt, "
-        f"curves.png, metrics.jsonl\nnext: {sample}\n      {report}\n      {again}"
+        f"in {args.model_dir}: best.pt (weights of the lowest bound), last.pt (to resume), "
+        f"samples.txt, curves.png, metrics.jsonl\nnext: python sample.py -mdir={folder}\n"
+        f"      python plot.py report {folder}\n      {again}"
     )
