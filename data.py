@@ -74,25 +74,21 @@ def pack(lengths, row_length, rng):
 
 
 def _fill_rows(n_left, row_length):
-    """Use up the windows of each length -> contents of a row (see `_fill_row`), its repeats."""
+    """Use up the windows of each length, long ones first, row by row.
+
+    -> contents of a row, as a list of (length, number of windows), and its repeats
+    """
     while n_left.any():
-        contents = _fill_row(n_left, row_length)
+        contents, free = [], row_length
+        lengths = np.flatnonzero(n_left)
+        while len(lengths := lengths[: np.searchsorted(lengths, free, side="right")]):
+            length, lengths = lengths[-1], lengths[:-1]
+            contents.append((length, n := min(free // length, n_left[length])))
+            free -= n * length
         repeats = min(n_left[length] // n for length, n in contents)
         for length, n in contents:
             n_left[length] -= n * repeats
         yield contents, repeats
-
-
-def _fill_row(n_left, row_length):
-    """Fill a row with windows, long ones first -> list of (length, number of windows)."""
-    contents = []
-    free = row_length
-    lengths = np.flatnonzero(n_left)
-    while len(lengths := lengths[: np.searchsorted(lengths, free, side="right")]):
-        length, lengths = lengths[-1], lengths[:-1]
-        contents.append((length, n := min(free // length, n_left[length])))
-        free -= n * length
-    return contents
 
 
 def _make_plan(starts, lengths, row_of, n_rows, rng):
@@ -321,5 +317,4 @@ def pad(templates, device):
     """Put templates of different lengths into one batch -> padded (B, L), segment_ids (B, L)."""
     rows = [torch.tensor(template) for template in templates]
     ones = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    padded, segment_ids = (pad_sequence(x, batch_first=True).to(device) for x in (rows, ones))
-    return padded, segment_ids
+    return tuple(pad_sequence(x, batch_first=True).to(device) for x in (rows, ones))

@@ -28,7 +28,7 @@ from sample import Sampler
 from sampling.generate import FLAGS, generate, options_of, refuse_idle
 from sampling.prompts import make_template
 from text import cache, toy
-from text.reading import Corpus, left_out, read_pieces, reading_notes
+from text.reading import Corpus, find_files, left_out, read_pieces, reading_notes
 from training.checkpoint import load
 from training.run_folder import VAL_TOKENS
 
@@ -129,8 +129,12 @@ def find_corpus(args, tokenizer, run):
     """
     flags = run["args"]
     path = args.corpus or flags["data_path"] or str(Path(args.model_dir) / "corpus.txt")
-    message = "samples are compared with the training text, which is not at {}"
-    corpus = Corpus.find(path, flags["text_field"], f"{message}: give it with --corpus")
+    try:
+        find_files(path)
+    except ValueError:
+        message = f"samples are compared with the training text, which is not at {path}"
+        raise ValueError(f"{message}: give it with --corpus") from None
+    corpus = Corpus(path, flags["text_field"])
     part = "all" if flags["val_path"] else "train"
     key = cache.text_key(corpus, tokenizer, args.cache_dir, part, flags["example"])
     if parallel.rank() == 0 and run.get("identity", {}).get("corpus") not in (None, key):

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import importlib
 import math
 import os
 import re
@@ -56,21 +57,20 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         known = self._option_string_actions  # not public, but the only list of the flags
-        for word in words:
-            flag = word.split("=", 1)[0]
+        parts = [word.split("=", 1) for word in words]
+        for flag, *_ in parts:
             is_text = " " in flag or self._negative_number_matcher.match(flag)
             if flag[:1] == "-" and flag not in known and not is_text:
                 hint = "a value that begins with a dash is written --flag=VALUE"
                 for close in difflib.get_close_matches(flag, known, n=1):
                     hint = f"did you mean {close}?"
                 self.error(f"unknown flag {flag} ({hint})")
-        flags = (word.split("=", 1)[0] for word in words)
-        given = {known[flag]: flag for flag in flags if flag in known}
+        given = {known[flag]: flag for flag, *_ in parts if flag in known}
         self.given = {action.dest for action in given}
         if len(self.given) < len(given):  # two flags of one setting
             same = [f for a, f in given.items() if [b.dest for b in given].count(a.dest) > 1]
             self.error(f"{' and '.join(same)} exclude each other: give one")
-        joined = [word.split("=", 1) for word in words if "=" in word]
+        joined = [part for part in parts if len(part) == 2]
         for flag, value in [*joined, *pairwise(words)]:
             if value == "" and flag in known and flag not in MAY_BE_EMPTY:  # an unset variable
                 self.error(f"{flag} is empty: give a value or leave the flag out")
@@ -112,13 +112,12 @@ def _number(kind, least, exclusive=False, below=math.inf, most=2**31 - 1):
 
 
 natural, count, several = (_number(int, least) for least in (0, 1, 2))  # from 0, 1, 2 on
-steps = _number(int, 1, most=10**6)  # beyond, random numbers and float32 run out
-samples = _number(int, 1, most=10**6)  # beyond, memory runs out
+steps = samples = _number(int, 1, most=10**6)  # beyond, float32 or memory runs out
 layers = _number(int, 1, most=1000)  # beyond, a network takes hours to build
 positive, non_negative = _number(float, 0, exclusive=True), _number(float, 0)
 row_length = _number(int, 2, most=1 << 17)  # beyond, memory runs out
 micro_batches = _number(int, 1, most=10**5)  # of a step; more take hours
-share, zero_to_one = _number(float, 0, below=1), _number(float, 0, most=1)
+share = _number(float, 0, below=1)
 above_zero_to_one = _number(float, 0, exclusive=True, most=1)
 
 
@@ -230,10 +229,10 @@ def catch_signals(
             signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name, None) for name in names]  # Windows has no SIGHUP
-        before = {n: signal.getsignal(n) for n in numbers if n is not None}
-        kept = signal.SIG_IGN, None  # nohup ignores SIGHUP; None is a handler that is not Python's
-        before = {n: handler for n, handler in before.items() if handler not in kept}
+        # Windows has no SIGHUP, nohup ignores it, and None is a handler that is not Python's.
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        kept = signal.SIG_IGN, None
+        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) not in kept}
     try:
         for number in before:
             signal.signal(number, handle)
@@ -268,8 +267,7 @@ def open_closed_streams():
     """Send what goes to a closed stream (`>&-`) nowhere, and not into the next file. `<&-` ends."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, number)
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, open(number, mode, closefd=False))
 
 
@@ -304,6 +302,14 @@ def run(main):
             with suppress(OSError):  # else Python tries again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(error)
+
+
+def import_optional(name, needed):
+    """Import a library that few need. Raises ValueError, which says for what it is `needed`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"{needed}: pip install {name.split('.')[0]}") from None
 
 
 def ran_out_of_memory(error):

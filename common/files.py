@@ -20,10 +20,9 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        is_full = isinstance(error, OSError) and error.errno in DISK_FULL
         if re.search("requested and [0-9]+ written|unexpected pos|inline_container", str(error)):
             raise OSError(errno.ENOSPC, "no space left: make room", str(path)) from error
-        if is_full and error.filename is None:
+        if getattr(error, "errno", None) in DISK_FULL and error.filename is None:
             error.filename = str(path)
         raise
 
@@ -48,10 +47,7 @@ def remove_leftovers(folder, names):
 
 
 def check_folder(folder, name, is_ours):
-    """Refuse a folder that holds other files than earlier results, as its file `name` tells.
-
-    Raises ValueError.
-    """
+    """Raise ValueError for a folder of other files than earlier results, as file `name` tells."""
     folder = Path(folder)
     if (folder / name).is_file():
         check_output(folder / name, is_ours, "of an earlier command")
@@ -81,16 +77,14 @@ def check_output(path, is_ours, kind):
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
-        if path.is_file():
-            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-                if is_ours(path):
-                    return
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            if path.is_file() and is_ours(path):
+                return
         raise ValueError(f"{path} exists already and is not {kind}: give another name")
     folder = next(above for above in path.absolute().parents if above.exists())
-    if not folder.is_dir():
-        raise ValueError(f"{path} cannot be written: {folder} is a file, give another name")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written: {folder} is read-only, give another name")
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        found = f"{folder} is {'read-only' if folder.is_dir() else 'a file'}"
+        raise ValueError(f"{path} cannot be written: {found}, give another name")
 
 
 def file_hash(path, progress=None):

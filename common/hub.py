@@ -3,17 +3,27 @@
 huggingface_hub is imported where it is needed.
 """
 
+from contextlib import contextmanager
+
+from common.cli import import_optional
+
 HUB = "hf://"
 
 
 def import_library():
     """Import huggingface_hub. Raises ValueError if it is missing."""
+    return import_optional("huggingface_hub", "models on the hub need huggingface_hub")
+
+
+@contextmanager
+def _library(failure):
+    """Yield huggingface_hub. What goes wrong is a ValueError that begins with `failure`."""
+    library = import_library()
     try:
-        import huggingface_hub
-    except ImportError:
-        needed = "models on the hub need huggingface_hub"
-        raise ValueError(f"{needed}: pip install huggingface_hub") from None
-    return huggingface_hub
+        yield library
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise ValueError(f"{failure} ({reason})") from None
 
 
 def local_folder(path, files):
@@ -25,21 +35,13 @@ def local_folder(path, files):
     if not str(path).startswith(HUB):
         return path
     name, _, revision = str(path).removeprefix(HUB).partition("@")
-    library = import_library()
-    try:
+    with _library(f"{path} cannot be read from the hub") as library:
         return library.snapshot_download(name, revision=revision or None, allow_patterns=files)
-    except Exception as error:  # noqa: BLE001 - the library raises many kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-        raise ValueError(f"{path} cannot be read from the hub ({reason})") from None
 
 
 def push(folder, name, files):
     """Upload these files of a folder as the model USER/MODEL, which is made if it is missing."""
-    library = import_library()
-    try:
+    with _library(f"{name} cannot be written to the hub") as library:
         api = library.HfApi()
         api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name, allow_patterns=files)
-    except Exception as error:  # noqa: BLE001 - the library raises many kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-        raise ValueError(f"{name} cannot be written to the hub ({reason})") from None

@@ -17,7 +17,7 @@ import socket
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 
@@ -45,15 +45,13 @@ def find_device(name):
         raise ValueError("--device=mps (the GPU of a Mac) is not supported: use --device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with suppress(RuntimeError, AssertionError, NotImplementedError, ImportError):
         found = torch.device(name)
         torch.zeros((), device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        advice = "use --device=cpu, or --device=cuda if there is a GPU"
-        raise ValueError(f"no device {name!r} here: {advice}")
-    return found
+        if found.type in ("cpu", "cuda"):
+            return found
+    advice = "use --device=cpu, or --device=cuda if there is a GPU"
+    raise ValueError(f"no device {name!r} here: {advice}")
 
 
 def join(name):
@@ -205,15 +203,13 @@ def add_up(tensors, patient=False):
 
 def exchange(tensors, owners):
     """Send tensors of one dtype and device from the ranks `owners` to all, in place."""
-    parts = [[] for _ in range(size())]
+    parts = {}
     for x, owner in zip(tensors, owners, strict=True):
-        parts[owner].append(x)
-    flats = [torch.cat([x.flatten() for x in part] or [tensors[0].new_empty(0)]) for part in parts]
+        parts.setdefault(owner, []).append(x)
+    sent = [(r, torch.cat([x.flatten() for x in part])) for r, part in parts.items()]
     with _report_lost_process():
-        group = _group_of(flats[0])
-        sent = [(r, x) for r, x in enumerate(flats) if len(x)]  # there may be more processes
-        messages = [dist.broadcast(x, r, group=group, async_op=True) for r, x in sent]
-        for message in messages:
+        group = _group_of(tensors[0])
+        for message in [dist.broadcast(x, r, group=group, async_op=True) for r, x in sent]:
             message.wait()
     for r, flat in sent:
         _unflatten(flat, parts[r])

@@ -89,9 +89,7 @@ def bound(network, x):
 
 def draw(panels, means):
     """Draw the points of {title: (n, 2)}, and the paths of means (n_steps + 1, n, 2) -> figure."""
-    from matplotlib.figure import Figure  # takes a second to import
-
-    figure = Figure(figsize=(3 * len(panels) + 3, 2.5), layout="constrained")
+    figure = drawing.new_figure(2.5, width=3 * len(panels) + 3)
     *axes, last = figure.subplots(1, len(panels) + 1, sharex=True, sharey=True)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         ax.scatter(*x.T, s=2, alpha=0.6, linewidths=0)

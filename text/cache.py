@@ -282,8 +282,7 @@ def _open_arrays(folder, meta, tokenizer):
     """Map ids.bin and offsets.bin into memory -> Tokens."""
     ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
     offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r")
-    sizes = (meta[name] for name in COUNTS[:3])
-    return Tokens(ids, offsets, *sizes, folder.name, tokenizer)
+    return Tokens(ids, offsets, *(meta[name] for name in COUNTS[:3]), folder.name, tokenizer)
 
 
 def _write_json(path, content):
@@ -410,8 +409,7 @@ def _write_cache(corpus, stamps, part, example, tokenizer, folder, temporary):
             shutil.rmtree(temporary, ignore_errors=True)
         (folder / "done.json").unlink(missing_ok=True)
     except BaseException as error:
-        is_of_text = isinstance(error, ValueError)
-        if is_of_text or not (temporary / "done.json").exists():
+        if isinstance(error, ValueError) or not (temporary / "done.json").exists():
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -494,10 +492,9 @@ def _encode(pieces, tokenizer):
     # a later piece begins with a space, and the tokenizer may add a second one
     strip = tokenizer.adds_prefix and tokenizer.encode(" a") != tokenizer.encode("a")
     texts = [p.text.removeprefix(" ") if strip and not p.first else p.text for p in pieces]
-    encoded = tokenizer.encode_all(texts)
     labels = {None: [], **{label: [k] for label, k in tokenizer.labels.items()}}
     parts, example_ends, n_tokens = [], [], 0
-    for piece, ids in zip(pieces, encoded, strict=True):
+    for piece, ids in zip(pieces, tokenizer.encode_all(texts), strict=True):
         if piece.label not in labels:
             known = "a tokenizer knows the labels of the text that it was trained on"
             raise ValueError(f"no token for the label {piece.label!r}: {known}")

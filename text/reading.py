@@ -99,15 +99,6 @@ class Corpus:
         """Take a Corpus, or the path of one -> Corpus."""
         return corpus if isinstance(corpus, cls) else cls(os.fspath(corpus))
 
-    @classmethod
-    def find(cls, path, text_field, message):
-        """Find a text that an earlier command named. Raises ValueError(message.format(path))."""
-        try:
-            find_files(os.fspath(path))
-        except ValueError:
-            raise ValueError(message.format(path)) from None
-        return cls(os.fspath(path), text_field)
-
     def __str__(self):
         return self.path
 
@@ -218,7 +209,8 @@ def kind_of(path, text_field):
     """Name what `Corpus.documents` takes from a file, by its name: it is a part of cache keys."""
     field = text_field or "text"
     if tables.is_table(path, text_field):
-        return f"table {tables.ending(path)} {field}"
+        ending = tables.CSV.search(path) or tables.ARROW.search(path)
+        return f"table {ending[1].lower()} {field}"
     return f"jsonl {field}" if is_json(path) else "text"
 
 

@@ -10,29 +10,17 @@ import re
 import sys
 from pathlib import Path
 
+from common.cli import import_optional
+
 CSV = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zst))?\Z", re.IGNORECASE)
 ARROW = re.compile(r"\.(parquet|arrow|feather)\Z", re.IGNORECASE)
 ROWS = 1024  # of a parquet file that are read at once
 CELL_BYTES = 1 << 30  # the longest text in a cell of a .csv
 
 
-def import_pyarrow(path):
-    """Import the library. Raises ValueError if it is missing."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise ValueError(f"{path} is read with pyarrow: pip install pyarrow") from None
-    return pyarrow
-
-
 def is_table(path, column):
     """Whether a file is read as a table, by its name: .csv and .tsv only if a column is named."""
     return bool(ARROW.search(path) or (column and CSV.search(path)))
-
-
-def ending(path):
-    """Name the kind of a table by the end of its name, such as csv."""
-    return (CSV.search(path) or ARROW.search(path))[1].lower()
 
 
 def dataset_files(folder):
@@ -88,10 +76,9 @@ def _csv_rows(path, open_text, column):
     csv.field_size_limit(CELL_BYTES)
     with open_text(path) as stream:
         file = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        look = dict(strict=True)
-        if CSV.search(path)[1].lower() == "tsv":
-            look |= dict(delimiter="\t", quoting=csv.QUOTE_NONE)
-        reader = csv.reader(file, **look)
+        is_tsv = CSV.search(path)[1].lower() == "tsv"
+        look = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else {}
+        reader = csv.reader(file, strict=True, **look)
         try:
             columns = next(reader, [])
             check_column(path, column, columns)
@@ -105,7 +92,7 @@ def _csv_rows(path, open_text, column):
 
 def _arrow_rows(path, column):
     """Yield the number of each row of a parquet or arrow file, counted from 1, and its value."""
-    pyarrow = import_pyarrow(path)
+    pyarrow = import_optional("pyarrow", f"{path} is read with pyarrow")
     number = 0
     try:
         for batch in _batches(path, column):
@@ -125,51 +112,37 @@ def _batches(path, column):
 
     if path.lower().endswith(".parquet"):
         file = pyarrow.parquet.ParquetFile(path)
-        check_column(path, column, file.schema_arrow.names)
-        yield from file.iter_batches(ROWS, columns=[column])
-        return
-    source = pyarrow.memory_map(path)
-    if source.read(6) == b"ARROW1":
-        file = pyarrow.ipc.open_file(source)
-        check_column(path, column, file.schema.names)
-        yield from map(file.get_batch, range(file.num_record_batches))
-        return
-    source.seek(0)
-    stream = pyarrow.ipc.open_stream(source)
-    check_column(path, column, stream.schema.names)
-    yield from stream
+        schema = file.schema_arrow
+        batches = file.iter_batches(ROWS, columns=[column])
+    elif pyarrow.memory_map(path).read(6) == b"ARROW1":
+        file = pyarrow.ipc.open_file(pyarrow.memory_map(path))
+        schema = file.schema
+        batches = map(file.get_batch, range(file.num_record_batches))
+    else:
+        batches = pyarrow.ipc.open_stream(pyarrow.memory_map(path))
+        schema = batches.schema
+    check_column(path, column, schema.names)
+    yield from batches
 
 
 class Zstd(io.RawIOBase):
     """The content of a file packed with zstd. Going back reads it from its beginning."""
 
     def __init__(self, path):
-        self.path, self.pyarrow, self.position = path, import_pyarrow(path), sys.maxsize
+        self.pyarrow = import_optional("pyarrow", f"{path} is read with pyarrow")
+        self.path, self.position = path, sys.maxsize
         self.seek(0)
 
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
     def readinto(self, buffer):
-        block = self.file.read(len(buffer))
-        buffer[: len(block)] = block
-        self.position += len(block)
-        return len(block)
-
-    def tell(self):
-        return self.position
+        n = self.file.readinto(buffer)
+        self.position += n
+        return n
 
     def seek(self, offset, whence=io.SEEK_SET):
-        place = {io.SEEK_SET: offset, io.SEEK_END: sys.maxsize}.get(whence)
-        place = self.position + offset if place is None else place
+        place = (offset, self.position + offset, sys.maxsize)[whence]
         if place < self.position:
             self.file = self.pyarrow.CompressedInputStream(open(self.path, "rb"), "zstd")
             self.position = 0
-        left = place - self.position
-        while left > 0 and (block := self.file.read(min(left, 1 << 20))):
+        while block := self.file.read(min(place - self.position, 1 << 20)):
             self.position += len(block)
-            left -= len(block)
         return self.position

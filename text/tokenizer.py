@@ -85,8 +85,7 @@ def read_sample(corpus, example):
     """Read about TOKENIZER_BYTES from all over a corpus -> texts, all characters, all labels."""
     corpus, texts, characters, labels = Corpus.of(corpus), [], set(), set()
     n = 1 + corpus.n_bytes // TOKENIZER_BYTES  # every n-th piece is kept
-    what = f"reading {Path(corpus.path).name}"
-    with tqdm(desc=what, total=corpus.n_bytes, **BYTES_BAR) as bar:
+    with tqdm(desc=f"reading {Path(corpus.path).name}", total=corpus.n_bytes, **BYTES_BAR) as bar:
         for i, piece in enumerate(read_pieces(corpus, example, max_bytes=1000)):
             if i % n == 0:
                 texts.append(piece.text)

@@ -11,65 +11,55 @@ import random
 from collections import Counter, defaultdict
 from functools import cache
 
-FEMALE = "anna clara emma".split()
-MALE = "david hugo leo".split()
-PEOPLE = "baker dancer farmer king singer teacher".split()
-THINGS = "boat chair clock garden house lamp letter mirror ring ship table violin".split()
-ADJECTIVES = "big blue clean dark light new old small strange".split()
-TRANSITIVE = "find follow like need see want".split()
-INTRANSITIVE = "dance laugh run sing sleep walk".split()
-PLACES = "behind beside near".split()
-TIMES = "again often slowly today".split()
+# A symbol, and what it becomes with which probability. An indented line continues the last one.
+RULES = """
+S             .2 CLAUSE-one TIME? | .2 CLAUSE-many TIME? | .15 REPORT-she | .15 REPORT-he
+              | .05 RETURN-anna | .05 RETURN-clara | .05 RETURN-emma
+              | .05 RETURN-david | .05 RETURN-hugo | .05 RETURN-leo
+CLAUSE-one    .4 SUBJECT-one ACT-one | .6 SUBJECT-one VERB-one OBJECT
+CLAUSE-many   .4 SUBJECT-many ACT-many | .6 SUBJECT-many VERB-many OBJECT
+SUBJECT-one   .5 the ADJECTIVE? NOUN-one | .5 the NOUN-one PLACE the PERSON
+SUBJECT-many  .5 the ADJECTIVE? NOUN-many | .5 the NOUN-many PLACE the PERSON
+PERSON        .5 ADJECTIVE? NOUN-one | .5 ADJECTIVE? NOUN-many
+OBJECT        .7 the ADJECTIVE? THING | .3 the PERSON
+ADJECTIVE?    .5 | .5 ADJECTIVE
+TIME?         .5 | .5 TIME
+PLACE?        .3 | .7 PLACE the ADJECTIVE? THING
+REPORT-she    1 NAME-she SAY that she VERB-one her ADJECTIVE? THING PLACE?
+REPORT-he     1 NAME-he SAY that he VERB-one his ADJECTIVE? THING PLACE?
+RETURN-anna   1 anna VERB-one OBJECT and then anna ACT-one TIME?
+RETURN-clara  1 clara VERB-one OBJECT and then clara ACT-one TIME?
+RETURN-emma   1 emma VERB-one OBJECT and then emma ACT-one TIME?
+RETURN-david  1 david VERB-one OBJECT and then david ACT-one TIME?
+RETURN-hugo   1 hugo VERB-one OBJECT and then hugo ACT-one TIME?
+RETURN-leo    1 leo VERB-one OBJECT and then leo ACT-one TIME?
+"""
+# A symbol that becomes one of these words, all equally likely.
+WORDS = """
+NAME-she   anna clara emma
+NAME-he    david hugo leo
+NOUN-one   baker dancer farmer king singer teacher
+NOUN-many  bakers dancers farmers kings singers teachers
+THING      boat chair clock garden house lamp letter mirror ring ship table violin
+ADJECTIVE  big blue clean dark light new old small strange
+VERB-one   finds follows likes needs sees wants
+VERB-many  find follow like need see want
+ACT-one    dances laughs runs sings sleeps walks
+ACT-many   dance laugh run sing sleep walk
+SAY        says thinks
+PLACE      behind beside near
+TIME       again often slowly today
+"""
+MOST_WORDS = 12  # of a sentence
 
-
-def _words(words, ending=""):
-    """Make the rules of a symbol that becomes one of these words, all equally likely."""
-    return [(1 / len(words), (word + ending,)) for word in words]
-
-
-def _grammar():
-    """Build the rules: symbol -> [(weight, symbols)]. A symbol without rules is a word."""
-    rules = {
-        "S": [(0.2, (f"CLAUSE {number}", "TIME?")) for number in ("one", "many")]
-        + [(0.15, (f"REPORT {pronoun}",)) for pronoun in ("she", "he")]
-        + [(0.3 / len(FEMALE + MALE), (f"RETURN {name}",)) for name in FEMALE + MALE],
-        "PERSON": [(0.5, ("ADJECTIVE?", f"NOUN {number}")) for number in ("one", "many")],
-        "OBJECT": [(0.7, ("the", "ADJECTIVE?", "THING")), (0.3, ("the", "PERSON"))],
-        "ADJECTIVE?": [(0.5, ()), (0.5, ("ADJECTIVE",))],
-        "TIME?": [(0.5, ()), (0.5, ("TIME",))],
-        "PLACE?": [(0.3, ()), (0.7, ("PLACE", "the", "ADJECTIVE?", "THING"))],
-        "ADJECTIVE": _words(ADJECTIVES),
-        "THING": _words(THINGS),
-        "TIME": _words(TIMES),
-        "PLACE": _words(PLACES),
-        "SAY": _words(["says", "thinks"]),
-        "NOUN one": _words(PEOPLE),
-        "NOUN many": _words(PEOPLE, "s"),
-        "VERB one": _words(TRANSITIVE, "s"),
-        "VERB many": _words(TRANSITIVE),
-        "ACT one": _words(INTRANSITIVE, "s"),
-        "ACT many": _words(INTRANSITIVE),
-    }
-    for n in ("one", "many"):
-        rules[f"SUBJECT {n}"] = [
-            (0.5, ("the", "ADJECTIVE?", f"NOUN {n}")),
-            (0.5, ("the", f"NOUN {n}", "PLACE", "the", "PERSON")),
-        ]
-        rules[f"CLAUSE {n}"] = [
-            (0.4, (f"SUBJECT {n}", f"ACT {n}")),
-            (0.6, (f"SUBJECT {n}", f"VERB {n}", "OBJECT")),
-        ]
-    for pronoun, names, own in (("she", FEMALE, "her"), ("he", MALE, "his")):
-        rules[f"NAME {pronoun}"] = _words(names)
-        claim = ("SAY", "that", pronoun, "VERB one", own, "ADJECTIVE?", "THING", "PLACE?")
-        rules[f"REPORT {pronoun}"] = [(1.0, (f"NAME {pronoun}", *claim))]
-    for name in FEMALE + MALE:
-        body = (name, "VERB one", "OBJECT", "and", "then", name, "ACT one", "TIME?")
-        rules[f"RETURN {name}"] = [(1.0, body)]
-    return rules
-
-
-GRAMMAR = _grammar()
+GRAMMAR = {}  # symbol -> [(weight, what it becomes)]; a symbol that is not in it is a word
+for line in RULES.strip().replace("\n ", " ").splitlines():
+    symbol, rules = line.split(maxsplit=1)
+    bodies = map(str.split, rules.split("|"))
+    GRAMMAR[symbol] = [(float(weight), tuple(body)) for weight, *body in bodies]
+for line in WORDS.strip().splitlines():
+    symbol, *words = line.split()
+    GRAMMAR[symbol] = [(1 / len(words), (word,)) for word in words]
 
 
 def sample(rng):
@@ -107,21 +97,9 @@ def entropy(symbol="S"):
 
 
 @cache
-def lengths(symbol="S"):
-    """Compute the distribution of the number of words of a symbol -> {length: probability}."""
-    if symbol not in GRAMMAR:
-        return {1: 1.0}
-    total = Counter()
-    for weight, body in GRAMMAR[symbol]:
-        partial = {0: weight}
-        for part in body:
-            longer = defaultdict(float)
-            for n, p in partial.items():
-                for m, q in lengths(part).items():
-                    longer[n + m] += p * q
-            partial = longer
-        total.update(partial)
-    return dict(total)
+def lengths():
+    """Compute the distribution of the number of words of a sentence -> {length: probability}."""
+    return _ends((None,) * MOST_WORDS)
 
 
 @cache
@@ -147,25 +125,30 @@ def probability(words):
 
     None stands for any word: the result is the sum over all words at these places.
     """
-    words = tuple(words)
+    return _ends(words).get(len(words), 0.0)
+
+
+def _ends(words):
+    """Find where a sentence that begins like `words` may end -> {number of words: probability}."""
 
     @cache
-    def spans(symbol, start):  # {end: probability that symbol becomes words[start:end]}
+    def ends(symbol, start):  # {end: probability that symbol becomes words[start:end]}
         if symbol not in GRAMMAR:
-            return {start + 1: 1.0} if words[start : start + 1] in ((symbol,), (None,)) else {}
-        ends = Counter()
+            is_next = start < len(words) and words[start] in (symbol, None)
+            return {start + 1: 1.0} if is_next else {}
+        total = Counter()
         for weight, body in GRAMMAR[symbol]:
             partial = {start: weight}
             for part in body:
                 further = defaultdict(float)
                 for i, p in partial.items():
-                    for j, q in spans(part, i).items():
+                    for j, q in ends(part, i).items():
                         further[j] += p * q
                 partial = further
-            ends.update(partial)
-        return ends
+            total.update(partial)
+        return total
 
-    return spans("S", 0).get(len(words), 0.0)
+    return ends("S", 0)
 
 
 def is_grammatical(sentence):

@@ -93,8 +93,7 @@ def read_noisy(classifier, examples, sampler, seen, t=None):
     seen = seen(segment_ids)
     drawn, _ = draw_times(segment_ids, seen)
     t = drawn if t is None else torch.full_like(drawn, t)
-    is_bos = ids == sampler.tokenizer.bos
-    cond_mask = (segment_ids == 0) | is_bos | (seen == data.GIVEN)
+    cond_mask = (segment_ids == 0) | (ids == sampler.tokenizer.bos) | (seen == data.GIVEN)
     config = sampler.model.config
     theta = bfn.flow(ids, t, config.s1, config.K).softmax(-1)
     labels = torch.tensor([classifier.labels.index(label) for label, _ in examples])

@@ -63,6 +63,8 @@ def model_card(folder, dtype, license):
     """Describe the model of an exported folder -> markdown. Samples from it."""
     dtype_name = str(dtype).removeprefix("torch.")
     model, tokenizer, run = checkpoint.load(folder, device=parallel.find_device("auto"))
+    texts = sample.Sampler(model, tokenizer, run)(n=N_SAMPLES)
+    separator = [] if run["args"]["example"] in ONE_LINE else [sample.SEPARATOR]  # as it prints
     quoted = shlex.quote(folder.name if folder.is_absolute() else str(folder))  # no paths from here
     return CARD.format(
         license=license,
@@ -71,7 +73,7 @@ def model_card(folder, dtype, license):
         n_parameters=sum(p.numel() for p in model.parameters()),
         K=model.config.K,
         n_samples=N_SAMPLES,
-        samples=indent(draw_samples(model, tokenizer, run)),
+        samples=indent(line for text in texts for line in (text, *separator)),
         figures="\n".join(figure_lines(run["figures"])),
         data="\n".join(data_lines(run)),
         commands=indent([training_command(run["args"]), f"{EXPORT} {quoted} --dtype={dtype_name}"]),
@@ -83,13 +85,6 @@ def model_card(folder, dtype, license):
 def indent(texts):
     """Write texts as a block of code."""
     return "\n".join(f"    {line}".rstrip() for text in texts for line in text.split("\n"))
-
-
-def draw_samples(model, tokenizer, run):
-    """Sample as sample.py does without a prompt -> lines as it prints them."""
-    separator = [] if run["args"]["example"] in ONE_LINE else [sample.SEPARATOR]
-    texts = sample.Sampler(model, tokenizer, run)(n=N_SAMPLES)
-    return [line for text in texts for line in (text, *separator)]
 
 
 def figure_lines(figures):
@@ -157,12 +152,10 @@ def export(run_dir, out_dir, dtype=torch.float32, license="other"):
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
         run["args"] = checkpoint.without_folders(run["args"])
         run["weights_hash"] = file_hash(out_dir / "model.safetensors")
-        figures = checkpoint.read_figures(run_dir, run["step"])
-        run["figures"] = figures or run.get("figures", {})
+        run["figures"] = checkpoint.read_figures(run_dir, run["step"]) or run.get("figures", {})
         config = json.dumps(run, indent=1, allow_nan=False)
         (out_dir / "config.json").write_text(config, encoding="utf-8")
-        card = model_card(out_dir, dtype, license)
-        (out_dir / "README.md").write_text(card, encoding="utf-8")
+        (out_dir / "README.md").write_text(model_card(out_dir, dtype, license), encoding="utf-8")
     except BaseException:
         shutil.rmtree(out_dir)
         raise

@@ -30,13 +30,9 @@ def number_in_words(number, language):
 
     Raises ValueError if num2words is missing or does not know the language.
     """
+    library = cli.import_optional("num2words", "--digits needs a package that is missing")
     try:
-        from num2words import num2words
-    except ImportError:
-        message = "--digits needs a package that is missing: pip install num2words"
-        raise ValueError(message) from None
-    try:
-        return num2words(number, lang=language)
+        return library.num2words(number, lang=language)
     except NotImplementedError:
         message = f"num2words has no numbers for the language {language!r}: give another one"
         raise ValueError(message) from None
@@ -117,15 +113,9 @@ def flags():
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    changes = []
-    if args.lower:
-        changes.append(str.lower)
-    if args.digits:
-        changes.append(partial(in_words, language=args.language))
-    if args.strip:
-        changes.append(partial(strip, kind=args.strip))
-    if args.text8:
-        changes.append(text8)
+    known = dict(lower=str.lower, digits=partial(in_words, language=args.language))
+    known |= dict(strip=partial(strip, kind=args.strip), text8=text8)
+    changes = [change for flag, change in known.items() if getattr(args, flag)]
     if not changes:
         raise ValueError("give one or more of --lower, --digits, --strip, --text8")
     normalize(Corpus(args.text, args.text_field), Path(args.out), changes)

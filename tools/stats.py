@@ -45,8 +45,8 @@ class Duplicates:
             self.most = max(self.most, (self.hashes[value], text[:60]), key=itemgetter(0))
             if len(self.hashes) > MOST_HASHES:
                 self.divisor *= 2
-                kept = (item for item in self.hashes.items() if item[0] % self.divisor == 0)
-                self.hashes = Counter(dict(kept))
+                kept = {v: n for v, n in self.hashes.items() if v % self.divisor == 0}
+                self.hashes = Counter(kept)
 
     def share(self):
         """Share of the examples; an estimate if not all hashes were kept."""
@@ -64,8 +64,7 @@ def survey(corpus, example):
     with tqdm(desc="reading", total=corpus.n_bytes, **BYTES_BAR) as bar:
         for piece in read_pieces(corpus, example):
             characters.update(piece.text)
-            if piece.label is not None:
-                labels[piece.label] += 1
+            labels.update({piece.label} - {None})
             parts.append(piece.text)
             bar.update(piece.n_bytes)
             if piece.last:
@@ -75,11 +74,6 @@ def survey(corpus, example):
     if not lengths:
         raise ValueError(f"{corpus} has no text")
     return lengths, characters, duplicates, labels
-
-
-def script(character):
-    """Name the script of a letter, by the first word of its Unicode name."""
-    return unicodedata.name(character, "unknown").split()[0].lower()
 
 
 def describe(corpus, example, lengths, characters, duplicates, labels):
@@ -92,25 +86,22 @@ def describe(corpus, example, lengths, characters, duplicates, labels):
         category = unicodedata.category(c)[0]
         kinds[CATEGORIES[category]] += n_times
         if category == "L":
-            scripts[script(c)] += n_times
+            scripts[unicodedata.name(c, "unknown").split()[0].lower()] += n_times
     n_most, text = duplicates.most
     repeated = "the same as an earlier one" + (f", {text!r} {n_most:,} times" if n_most > 1 else "")
-    common = " ".join(map(_visible, dict(characters.most_common(20))))
+    common = (c for c, _ in characters.most_common(20))
+    common = (c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c in common)
     once = f"{sum(n_times == 1 for n_times in characters.values()):,} of them once"
     shares = f"half up to {median:,}, nine of ten up to {most:,}"
     return [
         corpus.describe(n, corpus.n_bytes),
         f"lengths in characters (--example={example}): {shares}, the longest {values[-1]:,}",
         f"characters: {n_chars:,}, {len(characters):,} different ones, {once}; {_shares(kinds)}",
-        f"the most frequent ones: {common}",
+        f"the most frequent ones: {' '.join(common)}",
         f"scripts of the letters: {_shares(scripts) or 'there are none'}",
         f"duplicates: {duplicates.share():.1%} of the examples are {repeated}",
         *reading.list_labels(labels),
     ]
-
-
-def _visible(c):
-    return c if c.isprintable() and c != " " else f"U+{ord(c):04X}"
 
 
 def _shares(counts, most=6):
@@ -161,10 +152,8 @@ def command(corpus, example):
     """Write the command that trains on a text, and say why this tokenizer -> two lines."""
     kind, found = suggest_tokenizer(corpus, example)
     words = ["python", "train.py", f"-d={corpus}"]
-    if corpus.text_field:
-        words.append(f"--text_field={corpus.text_field}")
-    if example != "line":
-        words.append(f"--example={example}")
+    words += [f"--text_field={corpus.text_field}"] if corpus.text_field else []
+    words += [f"--example={example}"] if example != "line" else []
     words += [f"--tokenizer={kind}", f"--minutes={MINUTES}", "-mdir=RUN_DIR"]
     return [
         f"tokenizer: {kind} ({found})",
@@ -185,8 +174,7 @@ def main(argv=None):
     corpus = Corpus(args.text, args.text_field)
     reading.check_separator(corpus, args.example)
     print(*describe(corpus, args.example, *survey(corpus, args.example)), sep="\n", flush=True)
-    lines = suggest_example(corpus, args.example) + command(corpus, args.example)
-    print(*lines, sep="\n")
+    print(*suggest_example(corpus, args.example), *command(corpus, args.example), sep="\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 
 import bfn
 from common import hub, parallel
+from common.cli import import_optional
 from common.files import file_hash, replacing
 from model import BFNTransformer, Config
 from text.tokenizer import load_tokenizer
@@ -169,15 +170,6 @@ def way_back(run_dir):
     return f"to go on from step {step}, type: rm -f {last} && cp {source} {last}"
 
 
-def read_run(run_dir, which="best"):
-    """Read a checkpoint of a run folder, or an exported folder -> dict. Raises ValueError."""
-    path = Path(run_dir) / f"{which}.pt"
-    exported = any(path.with_name(name).is_file() for name in EXPORTED_FILES[:2])
-    if which == "best" and exported and not path.is_file():
-        return read_exported(path.parent)
-    return read_checkpoint(path)
-
-
 def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     """Load a model from a run folder or an exported one: `model, tokenizer, run = load("runs/a")`.
 
@@ -189,9 +181,12 @@ def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
     """
     if which not in ("best", "last"):
         raise ValueError(f"there is no checkpoint {which!r}: best or last")
-    run_dir = hub.local_folder(run_dir, EXPORTED_FILES)
-    run = read_run(run_dir, which)
-    path = Path(run_dir) / "tokenizer.model"
+    run_dir = Path(hub.local_folder(run_dir, EXPORTED_FILES))
+    path = run_dir / f"{which}.pt"
+    exported = any((run_dir / name).is_file() for name in EXPORTED_FILES[:2])
+    is_exported = which == "best" and exported and not path.is_file()
+    run = read_exported(run_dir) if is_exported else read_checkpoint(path)
+    path = run_dir / "tokenizer.model"
     if not path.is_file() or file_hash(path) != run["tokenizer_hash"]:
         raise ValueError(f"{path} is missing or not the tokenizer of {run_dir}: put that one back")
     averages = run["emas"]
@@ -241,12 +236,8 @@ def refuse_other_network():
 
 def import_safetensors():
     """Import the library, which only exported folders need. Raises ValueError if it is missing."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        needed = "exported models are read and written with safetensors"
-        raise ValueError(f"{needed}: pip install safetensors") from None
-    return safetensors.torch
+    needed = "exported models are read and written with safetensors"
+    return import_optional("safetensors.torch", needed)
 
 
 def read_exported(folder):
@@ -277,9 +268,8 @@ def without_folders(args):
     """Reduce the paths among the flags to names of files, to be shown to others -> dict."""
     named = dict(args)
     for flag in filter(args.get, PATH_FLAGS):
-        if str(args[flag]).startswith(hub.HUB):
-            continue
-        named[flag] = ",".join(Path(path).name for path in str(args[flag]).split(","))
+        if not str(args[flag]).startswith(hub.HUB):
+            named[flag] = ",".join(Path(path).name for path in str(args[flag]).split(","))
     return named
 
 

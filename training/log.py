@@ -78,8 +78,7 @@ def open_metrics(run_dir, step):
         parallel.wait()  # the disk may be slow
 
     parallel.wait()
-    minutes = [line.get("minutes", 0.0) for line in read_metrics(run_dir)]
-    return write, max(minutes, default=0.0)
+    return write, max((line.get("minutes", 0.0) for line in read_metrics(run_dir)), default=0.0)
 
 
 class Meter:
@@ -192,8 +191,7 @@ def write_samples(run_dir, step, sample_texts):
     if any(line.startswith(b"%d\t" % step) for line in before.split(b"\n")):
         return []
     texts = sample_texts()
-    marked = [text.replace("\n", "\\n") for text in texts]
-    lines = "".join(f"{step}\t{text}\n" for text in marked)
+    lines = "".join(f"{step}\t" + text.replace("\n", "\\n") + "\n" for text in texts)
     with replacing(path) as temporary:  # all texts of a step or none
         temporary.write_bytes(before + lines.encode())
     return ["  " + text.replace("\n", "\n  ") for text in texts]
@@ -283,15 +281,12 @@ def opening_lines(state, loader, val, seconds_per_step, args, device):
 
 def text_lines(args, training, val):
     """Say what was read, and what was left out. training, val: Tokens -> a line for each text."""
-    path = args.data_path or Path(args.model_dir) / "corpus.txt"
-    parts = [(path, [training, val])]
+    corpus = Corpus.of(args.data_path or Path(args.model_dir) / "corpus.txt")
     if args.val_path:
-        parts = [(path, [training]), (args.val_path, [val])]
-    lines = []
-    for path, texts in parts:
-        n_documents = sum(text.n_documents for text in texts)
-        lines.append(Corpus(str(path)).describe(n_documents, sum(text.n_bytes for text in texts)))
-    return lines
+        texts = (corpus, training), (Corpus(args.val_path), val)
+        return [text.describe(tokens.n_documents, tokens.n_bytes) for text, tokens in texts]
+    n_documents = training.n_documents + val.n_documents
+    return [corpus.describe(n_documents, training.n_bytes + val.n_bytes)]
 
 
 def label_lines(*texts):
@@ -346,10 +341,9 @@ def closing_lines(args):
         again = "python train.py -d=CORPUS.txt -mdir=runs/mine --minutes=10"
     elif args.max_steps < FEW_STEPS:
         return few_steps(args)
-    run_dir = args.model_dir
-    sample = shlex.join(["python", "sample.py", f"-mdir={run_dir}"])
-    report = shlex.join(["python", "plot.py", "report", run_dir])
+    folder = shlex.quote(args.model_dir)
     return (
-        f"in {run_dir}: best.pt (weights of the lowest bound), last.pt (to resume), samples.txt, "
-        f"curves.png, metrics.jsonl\nnext: {sample}\n      {report}\n      {again}"
+        f"in {args.model_dir}: best.pt (weights of the lowest bound), last.pt (to resume), "
+        f"samples.txt, curves.png, metrics.jsonl\nnext: python sample.py -mdir={folder}\n"
+        f"      python plot.py report {folder}\n      {again}"
     )

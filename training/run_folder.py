@@ -7,6 +7,7 @@ import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +62,17 @@ def lock(run_dir):
 
 def check_folder(run_dir, lock_path):
     """Raise ValueError for files that have the names of a run's, but are of no run."""
-    paths = {name: run_dir / name for name in checkpoint.RUN_FILES}
-    paths = {name: path for name, path in paths.items() if os.path.lexists(path)}
-    odd = [name for name, path in paths.items() if not (path.is_file() or path.is_dir())]
-    older = run_dir / "older"
-    odd += [older.name] if os.path.lexists(older) and not older.is_dir() else []
+    names = [name for name in (*checkpoint.RUN_FILES, "older") if os.path.lexists(run_dir / name)]
+    files = [name for name in names if name != "older" and (run_dir / name).is_file()]
+    odd = [name for name in names if name not in files and not (run_dir / name).is_dir()]
     is_lock = lock_path.is_file() and not lock_path.is_symlink()
     is_lock = is_lock and lock_path.read_bytes()[:4] in (b"", b"pid ")
-    if lock_path.name in paths and not is_lock:
+    if lock_path.name in names and not is_lock:
         odd.append(lock_path.name)
-    has_checkpoint = any(f"{name}.pt" in paths for name in ("last", "best"))
+    has_checkpoint = "last.pt" in names or "best.pt" in names
     if not (is_lock or has_checkpoint or checkpoint.older_checkpoints(run_dir)):
         ours = "tokenizer.model", "corpus.txt"  # whose content is compared
-        odd += [name for name, path in paths.items() if path.is_file() and name not in ours]
+        odd += [name for name in files if name not in ours]
     if odd:
         raise ValueError(f"{run_dir} has a {odd[0]} that is of no run: give another -mdir")
 
@@ -156,15 +155,15 @@ def check_text(text, run_dir, example):
 def make_tokenizer(args, corpus):
     """Read the tokenizer of the flags, or train one on the corpus -> the model as bytes."""
     if args.spm_model:
-        tokenizer = load_tokenizer(args.spm_model)
         name = args.spm_model
+        tokenizer = load_tokenizer(name)
         if tokenizer.labels and args.example != "labelled":
             way = "give --labelled, or another tokenizer"
             raise ValueError(f"{name} has tokens for labels: {way}")
         if args.example not in ONE_LINE and not tokenizer.keeps_breaks():
             way = "leave -spm or --init_from out, or use --example=line"
             raise ValueError(f"{name} does not keep line breaks: {way}")
-        return Path(args.spm_model).read_bytes()
+        return Path(name).read_bytes()
     print(f"training a {args.tokenizer} tokenizer on {corpus}", file=sys.stderr)
     return train_tokenizer(corpus, args.tokenizer, args.vocab_size, args.example)
 
@@ -220,16 +219,10 @@ def check_identity(saved, now, args):
 def new_run(args):
     """Write the command that starts a new run on the text of `args` from the weights of its run."""
     run_dir = Path(args.model_dir)
-    number = 2
-    while os.path.exists(f"{run_dir}-{number}"):
-        number += 1
+    number = next(n for n in count(2) if not os.path.exists(f"{run_dir}-{n}"))
     words = [f"-d={args.data_path}", f"--init_from={run_dir}", f"-mdir={run_dir}-{number}"]
-    if args.val_path:
-        words.append(f"--val_path={args.val_path}")
-    if args.text_field:
-        words.append(f"--text_field={args.text_field}")
-    length = "minutes" if args.minutes else "max_steps"
-    words += [f"--preset={args.preset}", f"--{length}={getattr(args, length)}"]
+    more = "val_path", "text_field", "preset", "minutes" if args.minutes else "max_steps"
+    words += [f"--{name}={getattr(args, name)}" for name in more if getattr(args, name)]
     return shlex.join(["python", "train.py", *words])
 
 
