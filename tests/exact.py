@@ -18,6 +18,12 @@ def random_joint(K=4, L=3, seed=0, spread=2.0):
     return sequences, (spread * torch.randn(K**L, generator=generator)).softmax(0)
 
 
+def vocabulary():
+    """All words of the built-in language, sorted."""
+    symbols = {word for rules in toy.GRAMMAR.values() for _, body in rules for word in body}
+    return sorted(symbols - toy.GRAMMAR.keys())
+
+
 def entropy(probabilities):
     return -(probabilities * probabilities.log()).sum().item()
 
@@ -43,7 +49,7 @@ def draw(sequences, probabilities, n, seed=0):
 
 
 class ExactGrammar:
-    """The built-in language, of which theta (B, L, V) is over `toy.vocabulary()`.
+    """The built-in language, of which theta (B, L, V) is over `vocabulary()`.
 
     spans[b, i, j] is the probability of a symbol to become the words i to j - 1, under theta, so
     that a sequence of symbols is a product of matrices. The derivative of the log of the whole, by
@@ -51,7 +57,7 @@ class ExactGrammar:
     """
 
     def __init__(self):
-        self.words = {word: k for k, word in enumerate(toy.vocabulary())}
+        self.words = {word: k for k, word in enumerate(vocabulary())}
 
     def spans(self, symbol, theta, known):
         if symbol in known:

@@ -67,7 +67,7 @@ def test_documents_are_the_examples(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
 def test_documents_have_equal_hashes_only_if_they_are_equal(tokens, monkeypatch, chunk):
     documents = [ids.tobytes() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
-    hashes = cache.hash_documents(tokens, np.arange(len(tokens.lengths)), chunk)
+    hashes = cache.hash_documents(tokens, np.arange(tokens.n_documents), chunk)
     assert (
         len(set(documents))
         == len(set(hashes.tolist()))
@@ -119,7 +119,7 @@ def test_of_large_texts_the_share_in_training_is_estimated_from_a_sample(monkeyp
 
 def test_a_document_is_bos_tokens_eos_and_decodes_to_its_line(tokens, corpus, tokenizer):
     lines = corpus.read_text().splitlines()
-    assert len(tokens.lengths) == len(lines) and tokens.n_chars == tokens.n_bytes == sum(
+    assert tokens.n_documents == len(lines) and tokens.n_chars == tokens.n_bytes == sum(
         map(len, lines)
     )
     for line, begin, end in zip(lines, tokens.offsets, tokens.offsets[1:], strict=False):
@@ -145,7 +145,7 @@ def test_a_very_long_line_tokenised_in_pieces_is_the_same_text(
     monkeypatch.setattr("text.reading.PIECE_BYTES", 5000)
     assert len(list(read_pieces(text))) > 4
     tokens = cache.load_corpus(text, tokenizer, tmp_path / "cache")
-    assert len(tokens.lengths) == 1
+    assert tokens.n_documents == 1
     whole = tokenizer.encode(text.read_text())
     if add_prefix:  # no token is longer than a word, and words are not cut
         assert tokens.ids.tolist() == whole
@@ -163,7 +163,7 @@ def test_the_cache_is_reused_until_the_corpus_or_the_tokenizer_changes(
     )
     corpus.write_text(corpus.read_text() + "one more\n")
     longer = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
-    assert len(longer.lengths) == len(tokens.lengths) + 1 and len(written) == 1
+    assert longer.n_documents == tokens.n_documents + 1 and len(written) == 1
     tokenizer = Tokenizer(train_tokenizer(corpus, "unigram", 400))
     assert (
         cache.load_corpus(corpus, tokenizer, tmp_path / "cache").key != longer.key
@@ -501,8 +501,8 @@ def test_the_start_of_a_cached_corpus_does_not_look_at_its_documents(
     """So that it takes no longer for a corpus of more documents."""
     monkeypatch.setattr(cache, "SHARD_DOCUMENTS", 64)
     tokens = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
-    rows, lengths = data.Loader(tokens, 64, 8, seed=0).rows_of_shard, tokens.lengths
-    for name in ("read_shard", "shard_documents", "lengths"):
+    rows, lengths = data.Loader(tokens, 64, 8, seed=0).rows_of_shard, np.diff(tokens.offsets)
+    for name in ("read_shard", "shard_documents"):
         monkeypatch.setattr(cache.Tokens, name, None)
     opened = cache.load_corpus(corpus, tokenizer, tmp_path / "cache")
     assert (
@@ -559,7 +559,7 @@ def test_a_line_without_tokens_is_not_a_document(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tokenizer, "encode_all", lambda texts: [ids[ids != x] for ids in encode(texts)]
     )
-    assert cache.load_corpus(corpus, tokenizer, tmp_path / "cache").lengths.tolist() == [3, 3]
+    assert cache.load_corpus(corpus, tokenizer, tmp_path / "cache").offsets.tolist() == [0, 3, 6]
 
 
 def test_a_missing_or_empty_corpus_gives_a_clear_error(tokenizer, tmp_path):

@@ -288,8 +288,8 @@ def test_packing_draws_the_segments_of_both_plans_with_their_fill(draw, drawn, r
     draw("packing", *words)
     alone, packed = drawn[0].axes
     tokens = cache.load_corpus(run_dir / "text.txt", load(run_dir)[1], tmp_path)
-    n_tokens = int(tokens.lengths.sum())
-    assert f"{n_tokens / (32 * len(tokens.lengths)):.1%} filled" in alone.get_title()
+    n_tokens = len(tokens.ids)
+    assert f"{n_tokens / (32 * tokens.n_documents):.1%} filled" in alone.get_title()
     assert f"{data.plan_epoch(tokens, 32, 0, 0).fill(32):.1%} filled" in packed.get_title()
     bars = alone.images[0].get_array()
     assert ((bars > 0).sum(1) == tokens.lengths[: len(bars)]).all() and bars.max() == 1

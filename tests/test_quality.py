@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from exact import vocabulary
 
 from evaluation import quality
 from text import toy
@@ -33,7 +34,7 @@ def test_the_n_gram_model_follows_witten_and_bells_rule_and_sums_to_one(tmp_path
 def test_repetition_lowers_entropy_distinct_bigrams_and_compressed_size():
     texts = toy.corpus(30).splitlines()
     reference = SimpleNamespace(
-        words=set(toy.vocabulary()), nats=lambda text: (len(text.split()), len(text.split()))
+        words=set(vocabulary()), nats=lambda text: (len(text.split()), len(text.split()))
     )
     real, repeated = quality.figures(texts, reference), quality.figures([texts[0]] * 30, reference)
     assert real["known words"][0] == repeated["known words"][0] == 1

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 
 import pytest
+from exact import vocabulary
 
 from text import toy
 from training import checkpoint
@@ -16,8 +17,13 @@ def test_the_weights_of_each_symbols_rules_sum_to_one():
 
 
 def test_the_vocabulary_is_small_and_there_are_many_more_sentences_than_a_run_sees():
-    assert 50 <= len(toy.vocabulary()) <= 200
-    assert toy.count() > 100 * checkpoint.TOY_SENTENCES
+    assert 50 <= len(vocabulary()) <= 200
+
+    def count(symbol):
+        rules = toy.GRAMMAR.get(symbol, [(1, ())])
+        return sum(math.prod(map(count, body)) for _, body in rules)
+
+    assert count("S") > 100 * checkpoint.TOY_SENTENCES
 
 
 def test_the_mean_surprise_of_drawn_sentences_is_the_entropy():
@@ -71,6 +77,6 @@ def test_the_same_seed_gives_the_same_corpus():
 
 def test_none_stands_for_any_word():
     sentence = toy.sample(random.Random(3))
-    filled = [toy.probability([*sentence[:1], word, *sentence[2:]]) for word in toy.vocabulary()]
+    filled = [toy.probability([*sentence[:1], word, *sentence[2:]]) for word in vocabulary()]
     assert toy.probability([*sentence[:1], None, *sentence[2:]]) == pytest.approx(sum(filled))
     assert toy.probability([None] * 9) == pytest.approx(toy.lengths()[9])

@@ -64,11 +64,6 @@ class Tokens:
     tokenizer: Tokenizer
 
     @property
-    def lengths(self):
-        """Tokens in each document: (n_documents,) int64. A large corpus takes much memory."""
-        return np.diff(self.offsets)
-
-    @property
     def n_documents(self):
         """Number of documents."""
         return len(self.offsets) - 1

@@ -82,12 +82,6 @@ def corpus(n_sentences, seed=0):
     return "".join(" ".join(sample(rng)) + "\n" for _ in range(n_sentences))
 
 
-def vocabulary():
-    """List all words of the language, sorted."""
-    symbols = {word for rules in GRAMMAR.values() for _, body in rules for word in body}
-    return sorted(symbols - GRAMMAR.keys())
-
-
 @cache
 def entropy(symbol="S"):
     """Compute the entropy in nats of what a symbol becomes: its rule's plus its symbols'."""
@@ -100,14 +94,6 @@ def entropy(symbol="S"):
 def lengths():
     """Compute the distribution of the number of words of a sentence -> {length: probability}."""
     return _ends((None,) * MOST_WORDS)
-
-
-@cache
-def count(symbol="S"):
-    """Count the distinct sentences, or the distinct texts that another symbol can become."""
-    if symbol not in GRAMMAR:
-        return 1
-    return sum(math.prod(map(count, body)) for _, body in GRAMMAR[symbol])
 
 
 def entropy_given_length():
