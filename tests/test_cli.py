@@ -22,7 +22,7 @@ import sample
 import train
 from common import cli, files, parallel
 from examples import moons
-from tools import classify, export, normalize, stats
+from tools import classify, export, lm_eval, normalize, stats
 from training import log
 
 
@@ -82,12 +82,12 @@ def test_ctrl_c_is_caught_again_once_a_command_runs(monkeypatch):
 # ---------------------------------------------------------------- paths
 
 TEXT = "text_field example prompt ban hint label draft check flags language one device"
-TEXT = {*TEXT.split(), "push", "license"}
+TEXT = {*TEXT.split(), "push", "license", "tasks"}
 
 
 def parsers():
     """The parsers of all commands."""
-    commands = train, sample, evaluate, export, classify, stats, normalize, moons
+    commands = train, sample, evaluate, export, classify, stats, normalize, lm_eval, moons
     yield from (command.flags() for command in commands)
     yield from map(plot.flags, plot.PICTURES)
 
