@@ -335,12 +335,16 @@ def save_weights(state, run, run_dir):
 
 
 def record(name, seed, budget, model, curve):
-    """Collect what results.json keeps of a run: its last figures, and the curve."""
-    points = [(minutes, n_tokens, figures["bits_per_char"]) for minutes, n_tokens, figures in curve]
+    """Collect what results.json keeps of a run: its last figures, and the curve.
+
+    A point of the curve has minutes, tokens, bound and exact likelihood in bits per character.
+    """
+    bits = "bits_per_char", "exact_bits_per_char"
+    points = [(*spent, *(figures[key] for key in bits)) for *spent, figures in curve]
     minutes, n_tokens, figures = curve[-1]
     identity = dict(name=name, seed=seed, budget=budget)
     identity |= dict(n_parameters=sum(p.numel() for p in model.parameters()))
-    lowest = min(bits for *_, bits in points)
+    lowest = min(bound for *_, bound, _ in points)
     spent = dict(minutes=minutes, n_tokens=n_tokens, curve=points, lowest_bits_per_char=lowest)
     return identity | spent | figures
 
@@ -419,7 +423,7 @@ def draw(path, records):
         axes = "tokens of training", "bits per character", "exact likelihood", "log"
     else:
         curves = {label: zip(*rs[0]["curve"], strict=True) for label, rs in groups.items()}
-        series = {label: (minutes, bits) for label, (minutes, _, bits) in curves.items()}
+        series = {label: (minutes, bound) for label, (minutes, _, bound, *_) in curves.items()}
         axes = "minutes of training", "bits per character", "validation bound"
     drawing.lines(path, series, *axes)
 

@@ -109,7 +109,7 @@ def test_a_comparison_writes_a_table_a_picture_and_the_weights_of_base(tmp_path,
     for r in records:
         assert r["budget"] <= r["n_tokens"] < r["budget"] + 600
         assert len(r["curve"]) == compare.N_POINTS
-        assert r["lowest_bits_per_char"] == min(bits for *_, bits in r["curve"])
+        assert r["lowest_bits_per_char"] == min(bound for *_, bound, _ in r["curve"])
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "results.md").read_text() == printed and printed.count("|") > 20
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
