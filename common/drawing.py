@@ -121,7 +121,8 @@ def lines(path, series, x_label, y_label, title, x_scale="linear"):
         figure = new_figure(4.5, width=7)
         axes = figure.subplots()
         for label, (x, y) in series.items():
-            axes.plot(x, y, label=plain(label), linewidth=1.8)
+            marker = "o" if len(x) < 8 else ""
+            axes.plot(x, y, label=plain(label), linewidth=1.8, marker=marker)
         axes.set(xlabel=x_label, ylabel=y_label, title=plain(title), xscale=x_scale)
         axes.grid()
         if series:
