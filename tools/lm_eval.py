@@ -30,7 +30,6 @@ from text import toy
 BATCH = 16  # texts
 NEEDED = "tasks are read with lm-evaluation-harness"
 N_PAIRS = 500
-MAX_TOKENS = 64  # of a text that is written, if the task does not say
 
 
 def find_span(sampler, context, continuation):
@@ -82,10 +81,8 @@ def write(sampler, context, n_tokens, stops, calls=DEFAULT.steps):
     """Continue a context by n_tokens, in blocks if the text gets long, up to a stop -> str."""
     tokenizer = sampler.tokenizer
     given = tokenizer.add_marks(tokenizer.encode(context), end=False)
-    options = Options(replace(DEFAULT, steps=calls))
-    templates = [given + [FREE] * n_tokens]
-    samples = generate(sampler.model, tokenizer, templates, 0, options, sampler.limit)
-    ids, _ = next(samples)
+    inputs = sampler.model, tokenizer, [given + [FREE] * n_tokens], 0
+    ids, _ = next(generate(*inputs, Options(replace(DEFAULT, steps=calls)), sampler.limit))
     text = tokenizer.decode(ids)[len(tokenizer.decode(given)) :]
     ends = [text.index(stop) for stop in filter(None, stops) if stop in text]
     return text[: min(ends, default=None)]
@@ -110,7 +107,7 @@ def make_model(harness, sampler, calls):
             for context, options in tqdm([r.args for r in requests], "writing", disable=None):
                 stops = options.get("until", [])
                 stops = [stops] if isinstance(stops, str) else stops
-                n_tokens = min(options.get("max_gen_toks", MAX_TOKENS), sampler.limit)
+                n_tokens = min(options.get("max_gen_toks", sampler.limit), sampler.limit)
                 texts.append(write(sampler, context, n_tokens, stops, calls))
             return texts
 
@@ -179,8 +176,7 @@ def main(argv=None):
         cli.import_optional(f"lm_eval.{part}", NEEDED)
     harness = sys.modules["lm_eval"]
     sampler = Sampler.load(args.run_dir, args.checkpoint, args.device)
-    names = args.tasks.split(",")
-    tasks = [agreement(harness) if name == "agreement" else name for name in names]
+    tasks = [agreement(harness) if n == "agreement" else n for n in args.tasks.split(",")]
     model = make_model(harness, sampler, args.calls)
     found = harness.evaluator.simple_evaluate(model, tasks=tasks, limit=args.limit)
     print(harness.utils.make_table(found))
