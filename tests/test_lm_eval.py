@@ -1,4 +1,4 @@
-"""The adapter for lm-evaluation-harness: what it scores and writes, and the harness's own path."""
+"""The adapter for lm-evaluation-harness: what it scores and writes, and a task of the harness."""
 
 import sys
 from pathlib import Path
