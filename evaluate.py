@@ -55,8 +55,9 @@ def full_precision():
 def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS, n_exact=VAL_EXACT_TOKENS):
     """Measure the bound and the exact likelihood, on the same text and noise each time.
 
-    max_tokens, n_exact: the most of each. -> figures (see `likelihood_figures`,
-    `exact_figures`), loss by time: a list of 20 values, nats per token, in even bins.
+    max_tokens, n_exact: most tokens for the bound and the exact likelihood. -> figures (see
+    `likelihood_figures`, `exact_figures`), loss by time: a list of 20 values, nats per token, in
+    even bins.
     """
     text = Text(tokens, row_length).first_tokens(max_tokens)
     with full_precision():

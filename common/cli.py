@@ -21,7 +21,7 @@ from common.files import writing
 
 MAY_BE_EMPTY = ("--prompt", "--flags")
 NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL  # no locks here
-DEEPEST = 500  # folders in a path; Python makes them one inside the other
+DEEPEST = 500  # folders in a path; Python makes folders recursively
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,8 +34,8 @@ if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 # OpenMP's threads wait for each other by spinning. With one other busy process on the machine, its
-# usual 300,000 turns make training three times slower; so many cost little on a quiet one.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+# usual 300,000 turns make training three times slower. 3,000 cost little on a quiet one.
+if _is_command and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
 

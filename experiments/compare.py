@@ -71,7 +71,7 @@ def head_without_theta(self, hidden, theta):
 
 
 def train_only(squared_error_loss):
-    """Let a loss be all, in place of bfn.squared_error_loss, and the tokens of a text share t."""
+    """Train with this loss only, instead of bfn's; the tokens of a text share their time."""
 
     def draw_seen(segment_ids, rng, progress=1.0):
         return np.full_like(segment_ids, data.SHARED, dtype=np.int8)
@@ -230,11 +230,17 @@ VARIANTS = {
 
 def variant(text):
     """Check the words of a variant: functions, and flags of train.py such as batch_size=8."""
-    for word in text.split():
+    for word in text.split() or [text]:
         if word not in VARIANTS and "=" not in word:
             known = f"choose from {', '.join(VARIANTS)}, or FLAG=VALUE"
             raise argparse.ArgumentTypeError(f"{word} is no variant: {known}")
     return text
+
+
+def change(name, args):
+    """Call the functions that the name of a variant has."""
+    for word in name.split():
+        VARIANTS.get(word, base)(args)
 
 
 # ---------------------------------------------------------------- one run
@@ -265,7 +271,7 @@ def spend(minutes, n_tokens, step, measure, label):
 
 
 def measure_gaps(name, model, text, device):
-    """Measure hidden tokens of a Text, the shares of EXACT_TOKENS -> figures.
+    """Measure gaps on VAL_TOKENS of a Text, shares of unknown tokens on EXACT_TOKENS -> figures.
 
     Causal models see only what is left of a gap.
     """
@@ -280,28 +286,36 @@ def measure_gaps(name, model, text, device):
     return figures
 
 
+def build(args, tokens, device):
+    """Build a network and compile its training, before the time counts -> State, Loader."""
+    speed.allow_tf32(device)
+    state = train.build(train.make_config(args, len(tokens.tokenizer)), args, device)
+    sizes = args.sequence_length, args.batch_size, args.seed
+    loader = data.Loader(tokens, *sizes, tokens.tokenizer.bos)
+    trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
+    forms.choose_form(state, *trial)
+    forms.warm_up(state, *trial)
+    return state, loader
+
+
 def train_variant(name, seed, comparison, folder):
     """Train one variant in this process -> its record. comparison: the flags of this command."""
     args = run_flags(comparison, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     tokens, val = prepare_text(run_flags(comparison), folder, None)  # the same for all
     train.fit_rows(args, tokens)
-    for word in name.split():
-        VARIANTS.get(word, base)(args)
+    change(name, args)
     device = parallel.find_device(args.device)
-    speed.allow_tf32(device)
-    config = train.make_config(args, len(tokens.tokenizer))
-    state = train.build(config, args, device)
-    L = args.sequence_length
-    loader = data.Loader(tokens, L, args.batch_size, args.seed, tokens.tokenizer.bos)
-    trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
-    forms.choose_form(state, *trial)
-    forms.warm_up(state, *trial)  # compiles, before the time counts
+    state, loader = build(args, tokens, device)
+    L, progress = args.sequence_length, 0.0
 
-    def step(progress):
+    def learning_rate(step, args):
         up, down = progress / WARM_UP, (1 - progress) / (1 - WARM_UP)
-        rate = args.learning_rate * min(up, down)  # a straight line from 0, then one to 0
-        optim.learning_rate = lambda step, args: rate
+        return args.learning_rate * min(up, down)  # a straight line from 0, then one to 0
+
+    def step(spent):
+        nonlocal progress
+        progress = spent
         batch = loader.batch(state.step, progress)
         seeds = [mix_seed(args.seed, state.step, 0)]
         train.accumulate_gradients(state.model, [batch], seeds, device)
@@ -314,11 +328,13 @@ def train_variant(name, seed, comparison, folder):
         figures, state.loss_by_time = evaluate.validate(*inputs)
         return figures
 
+    optim.learning_rate = learning_rate
     budget = comparison.tokens[0] if comparison.tokens else None
     curve = spend(comparison.minutes, budget, step, measure, f"{name}, seed {seed}")
-    curve[-1][-1].update(measure_gaps(name, state.emas[-1], bounds.Text(val, L), device))
+    curve[-1][-1] = measure_gaps(name, state.emas[-1], bounds.Text(val, L), device) | curve[-1][-1]
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
-        save_weights(state, describe_run(args, config, tokens, val), folder / f"{name}-{seed}")
+        run = describe_run(args, state.model.config, tokens, val)
+        save_weights(state, run, folder / f"{name}-{seed}")
     return record(name, seed, budget, state.model, curve)
 
 
@@ -355,11 +371,11 @@ def record(name, seed, budget, model, curve):
 def summarise(records):
     """Lay out each variant's mean and standard error over seeds, best first -> Markdown lines.
 
-    Runs of a variant with unlike budgets stand in rows of their own.
+    Each budget has its own row.
     """
     groups = {}
     for r in records:
-        groups.setdefault((r["name"], r.get("budget")), []).append(r)
+        groups.setdefault((r["name"], r["budget"]), []).append(r)
     rows = {}
     for (name, budget), rs in groups.items():
         mean = {key: statistics.fmean(r[key] for r in rs) for key in MEANS}
@@ -390,7 +406,7 @@ def mean_and_error(records, key):
 def is_results(path):
     """Tell whether a file is a results.json of this command."""
     records = json.loads(path.read_text())
-    return all({"name", "seed", "curve"} <= record.keys() for record in records)
+    return all({"name", "seed", "budget", "curve"} <= record.keys() for record in records)
 
 
 def add_record(new, folder):
@@ -407,7 +423,7 @@ def add_record(new, folder):
 
 def run_of(record):
     """Tell what run a record is of -> its name, seed and budget."""
-    return record["name"], record["seed"], record.get("budget")
+    return record["name"], record["seed"], record["budget"]
 
 
 def draw(path, records):
@@ -415,7 +431,7 @@ def draw(path, records):
     groups = {}
     for r in sorted(records, key=itemgetter("n_tokens")):
         groups.setdefault(f"{r['name']} {r['seed']}", []).append(r)
-    if len({r.get("budget") for r in records}) > 1:
+    if len({r["budget"] for r in records} - {None}) > 1:
         series = {
             label: ([r["n_tokens"] for r in rs], [r["exact_bits_per_char"] for r in rs])
             for label, rs in groups.items()

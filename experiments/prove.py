@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import timeit
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
@@ -61,15 +60,16 @@ SMALL = "-mdim=32 -nl=1 -nh=2 -bsz=4 -slen=64 -lgi=1 -vli=4 -nex=0 --max_steps=4
 
 def seconds_of(work, device, n=5):
     """Repeat work -> mean seconds of a call, the least of three such means."""
-
-    def repeat():
+    work()
+    means = []
+    for _ in range(3):
+        speed.synchronise(device)
+        begin = time.perf_counter()
         for _ in range(n):
             work()
         speed.synchronise(device)
-
-    work()
-    speed.synchronise(device)
-    return min(timeit.repeat(repeat, number=1, repeat=3)) / n
+        means.append((time.perf_counter() - begin) / n)
+    return min(means)
 
 
 def left(args):

@@ -161,20 +161,20 @@ def sample_batch(model, tokenizer, templates, seeds, options, limit=math.inf):
 
 
 def combine_evidence(options, tokenizer, config, draws):
-    """Add the log-odds of the hints and of the draft -> (B, L, K), None without any.
+    """Add the log-odds of the hints and of the draft -> (L, K) or (B, L, K), None without any.
 
     The draft is observed through the flow at t = strength.
     """
     (B, L, _), device, K = draws.keys.shape, draws.keys.device, config.K
     if not (options.hints or options.draft):
         return None
-    evidence = torch.zeros(B, L, K, device=device)
+    evidence = torch.zeros(L, K, device=device)
     for position, log_odds in options.hints:
-        evidence[:, position + (tokenizer.bos >= 0)] += log_odds.to(device)
+        evidence[position + (tokenizer.bos >= 0)] += log_odds.to(device)
     if options.draft:
         draft = torch.tensor(options.draft, device=device).expand(B, L)
         t = torch.full((B, L), options.strength, device=device)
-        evidence += bfn.flow(draft, t, config.s1, K, draws.at(DRAFT, 0).normal(K))
+        evidence = evidence + bfn.flow(draft, t, config.s1, K, draws.at(DRAFT, 0).normal(K))
     return evidence
 
 

@@ -305,15 +305,15 @@ def fitting(prompt, templates, run):
         message = f"takes {len(shortest)} tokens, the model was trained on {limit}: shorten it"
         raise ValueError(f"{shorten(prompt)} {message}")
     open_ones = [(t, w) for t, w in templates if len(t) <= limit and min(t) < 0]
-    share = {length: share for length, share in enumerate(shares) if share}
-    return [(t, w * share[len(t)]) for t, w in open_ones if len(t) in share] or open_ones
+    known = {length: share for length, share in enumerate(shares) if share}
+    return [(t, w * known[len(t)]) for t, w in open_ones if len(t) in known] or open_ones
 
 
 def continued(prompt, given, run, length):
     """Continue given tokens to a length, or to those of training texts -> [(template, weight)]."""
     limit, shares = run["args"]["sequence_length"], run["lengths"]
     longer = [(n, weight) for n, weight in enumerate(shares) if weight and n > len(given)]
-    lengths = longer or [(limit, 1)] if length is None else [(length, 1)]
+    lengths = (longer or [(limit, 1)]) if length is None else [(length, 1)]
     longest, _ = lengths[-1]
     if longest <= len(given):
         left = f"a text of {longest} has none left to sample"

@@ -1,5 +1,6 @@
 """Experiments: variants change what they say, and commands write results."""
 
+import argparse
 import json
 from functools import partial
 from itertools import product
@@ -126,9 +127,18 @@ def test_a_variant_of_flags_changes_these_flags_only_and_not_the_text():
     assert vars(changed) == vars(usual) | dict(batch_size=7, weight_decay=0.25, seed=3)
 
 
-def test_a_variant_may_have_functions_and_flags():
-    name = compare.variant("autoregressive dropout_prob=0.25")
-    assert compare.run_flags(compare.flags().parse_args([name]), name).dropout_prob == 0.25
+def test_a_variant_may_have_functions_and_flags(unpatched):
+    name = compare.variant("masked dropout_prob=0.25")
+    args = compare.run_flags(compare.flags().parse_args([name]), name)
+    before = bfn.predict_noisy
+    compare.change(name, args)
+    assert args.dropout_prob == 0.25 and bfn.predict_noisy is not before
+
+
+@pytest.mark.parametrize("text", ["", " ", "masked nothing"])
+def test_a_variant_has_only_words_that_are_known(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no variant"):
+        compare.variant(text)
 
 
 @pytest.mark.parametrize("name, message", [("gone", "gone is no variant"), ("gone=1", "--gone")])

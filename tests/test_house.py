@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "examples": [*BASE, "examples"],
     "experiments": [*BASE, *WINGS, *TOP, "experiments"],
 }
-OPTIONAL = "matplotlib PIL safetensors pyarrow huggingface_hub torch.utils num2words".split()
+OPTIONAL = "matplotlib PIL safetensors pyarrow torch.utils".split()
 OPTIONAL += ["readline", "fcntl", "resource"]  # not on Windows
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if ".venv" not in path.parts]
 CODE = {path: ast.parse(path.read_text()) for path in FILES if "tests" not in path.parts}

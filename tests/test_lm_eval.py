@@ -49,8 +49,9 @@ def test_of_a_long_text_the_end_is_kept_and_each_token_is_scored_once(sampler):
 def test_the_likeliest_filling_is_found_again(sampler):
     ids, n = lm_eval.find_span(sampler, "anna finds the ring and then", " anna sings")
     template = ids[:n] + [lm_eval.GAP] * (len(ids) - n - 1) + [lm_eval.FREE]
-    options = sampler.options(argmax=True)
-    (row, _), = lm_eval.generate(sampler.model, sampler.tokenizer, [template], 0, options)  # fmt: skip
+    options = sampler.options(sampler="commit", corrections=0, argmax=True)
+    inputs = sampler.model, sampler.tokenizer, [template], 0
+    row, _ = next(lm_eval.generate(*inputs, options))
     assert lm_eval.likeliest(sampler, [(row, n), (row[:-2] + row[-1:] * 2, n)]) == [True, False]
 
 

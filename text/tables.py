@@ -139,7 +139,8 @@ class Zstd(io.RawIOBase):
         return n
 
     def seek(self, offset, whence=io.SEEK_SET):
-        place = (offset, self.position + offset, sys.maxsize)[whence]
+        places = {io.SEEK_SET: offset, io.SEEK_CUR: self.position + offset}
+        place = places.get(whence, sys.maxsize)
         if place < self.position:
             self.file = self.pyarrow.CompressedInputStream(open(self.path, "rb"), "zstd")
             self.position = 0

@@ -52,14 +52,21 @@ TIME       again often slowly today
 """
 MOST_WORDS = 12  # of a sentence
 
-GRAMMAR = {}  # symbol -> [(weight, what it becomes)]; a symbol that is not in it is a word
-for line in RULES.strip().replace("\n ", " ").splitlines():
-    symbol, rules = line.split(maxsplit=1)
-    bodies = map(str.split, rules.split("|"))
-    GRAMMAR[symbol] = [(float(weight), tuple(body)) for weight, *body in bodies]
-for line in WORDS.strip().splitlines():
-    symbol, *words = line.split()
-    GRAMMAR[symbol] = [(1 / len(words), (word,)) for word in words]
+
+def read_grammar():
+    """Read RULES and WORDS -> {symbol: [(weight, what it becomes)]}. All else are words."""
+    grammar = {}
+    for line in RULES.strip().replace("\n ", " ").splitlines():
+        symbol, rules = line.split(maxsplit=1)
+        bodies = map(str.split, rules.split("|"))
+        grammar[symbol] = [(float(weight), tuple(body)) for weight, *body in bodies]
+    for line in WORDS.strip().splitlines():
+        symbol, *words = line.split()
+        grammar[symbol] = [(1 / len(words), (word,)) for word in words]
+    return grammar
+
+
+GRAMMAR = read_grammar()
 
 
 def sample(rng):

@@ -54,7 +54,7 @@ def cut_spans(sampler, text):
 def log_likelihood(sampler, spans, calls=DEFAULT.steps):
     """Compute log P(what is not given | what is, length of the text) -> list of float, in nats.
 
-    It is exact under the default sampler with so many calls, see `bfn.log_likelihood`.
+    It is exact under the sampler `commit` with so many calls, see `bfn.log_likelihood`.
     """
     model, found = sampler.model, []
     for begin in tqdm(range(0, len(spans), BATCH), "likelihood", unit="batch", disable=None):
@@ -72,7 +72,8 @@ def log_likelihood(sampler, spans, calls=DEFAULT.steps):
 def likeliest(sampler, spans, calls=DEFAULT.steps):
     """Fill what is not given with the likeliest tokens -> whether that gives back each text."""
     templates = [ids[:n] + [GAP] * (len(ids) - n - 1) + [FREE] for ids, n in spans]
-    options = Options(replace(DEFAULT, steps=calls, argmax=True))
+    commit = dict(sampler="commit", corrections=0, steps=calls, argmax=True)
+    options = Options(replace(DEFAULT, **commit))
     samples = generate(sampler.model, sampler.tokenizer, templates, 0, options)
     return [row == ids for (row, _), (ids, _) in zip(samples, spans, strict=True)]
 
@@ -121,7 +122,8 @@ def minimal_pairs(n=N_PAIRS, seed=0):
     """Draw pairs of sentences, the second with a wrong ending of a noun or verb -> list of dict."""
     partner = {}
     for kind in ("NOUN", "VERB", "ACT"):
-        one, many = ([body[0] for _, body in toy.GRAMMAR[f"{kind}-{n}"]] for n in ("one", "many"))
+        rules = (toy.GRAMMAR[f"{kind}-{number}"] for number in ("one", "many"))
+        one, many = ([body[0] for _, body in symbol] for symbol in rules)
         partner |= dict(zip(one + many, many + one, strict=True))
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
@@ -178,7 +180,10 @@ def main(argv=None):
     sampler = Sampler.load(args.run_dir, args.checkpoint, args.device)
     tasks = [agreement(harness) if n == "agreement" else n for n in args.tasks.split(",")]
     model = make_model(harness, sampler, args.calls)
-    found = harness.evaluator.simple_evaluate(model, tasks=tasks, limit=args.limit)
+    try:
+        found = harness.evaluator.simple_evaluate(model, tasks=tasks, limit=args.limit)
+    except KeyError as error:
+        raise ValueError(f"{error}: python -m lm_eval ls tasks lists the names") from None
     print(harness.utils.make_table(found))
 
 

@@ -64,7 +64,8 @@ def survey(corpus, example):
     with tqdm(desc="reading", total=corpus.n_bytes, **BYTES_BAR) as bar:
         for piece in read_pieces(corpus, example):
             characters.update(piece.text)
-            labels.update({piece.label} - {None})
+            if piece.label is not None:
+                labels[piece.label] += 1
             parts.append(piece.text)
             bar.update(piece.n_bytes)
             if piece.last:
