@@ -166,7 +166,7 @@ def way_back(run_dir):
         return None
     step, path = max(found)
     source, last = (shlex.quote(str(x)) for x in (path, run_dir / "last.pt"))
-    # last.pt may be a link to best.pt, which cp alone would overwrite.
+    # last.pt may be a link to best.pt, which cp without rm would overwrite.
     return f"to go on from step {step}, type: rm -f {last} && cp {source} {last}"
 
 
