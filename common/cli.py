@@ -33,12 +33,6 @@ if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-# OpenMP's threads wait for each other by spinning. With one other busy process on the machine, its
-# usual 300,000 turns make training over two times slower. On a quiet one, 3,000 cost an eighth.
-if _is_command and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "3000"
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser that refuses unknown and abbreviated flags, with a ValueError.
 

@@ -24,6 +24,8 @@ from functools import wraps
 import torch
 import torch.distributed as dist
 
+from common import waiting
+
 # After a lost process, torchrun ends the others 30 seconds later.
 TIMEOUT_MINUTES = os.environ.get("BFN_TIMEOUT_MINUTES", "2")
 STEP_TIMEOUT = timedelta(minutes=float(TIMEOUT_MINUTES) if TIMEOUT_MINUTES.isdecimal() else 2)
@@ -71,6 +73,7 @@ def join(name):
         name = f"cuda:{local}"
     device = find_device(name)
     if not many:
+        waiting.watch()
         return device
     try:
         socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
