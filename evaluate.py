@@ -211,7 +211,7 @@ def flags():
         help="also measure the exact likelihood under commit with so many calls: 8,32,128")
     add("--order", type=parse_orders, default=[],
         help="also measure the chain rule, a call per token, in the orders sampler,left,random, "
-        "and the bound over any order")
+        "its spread over random orders, and the bound over any order")
     add("--gaps", type=cli.counts, default=[],
         help="also measure the tokens of a gap in their full context, and from the left only, for "
         "gaps of so many tokens: 1,4,16; and the tokens of a random share of the text")

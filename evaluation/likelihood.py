@@ -55,6 +55,16 @@ def exact(network, ids, cond_mask, u, config, choose=bfn.spread_out, calls=None)
     return -log_p.double().sum(1)
 
 
+def spread(network, ids, cond_mask, u, config):
+    """Compute the standard deviation of -log P between four random orders of a row -> (B,) nats.
+
+    A consistent network has none: -log P by the chain rule does not depend on the order.
+    """
+    orders = ((u.double() * prime).frac() for prime in (1, 1009, 2003, 3001))
+    nats = [exact(network, ids, cond_mask, order, config, choose=None) for order in orders]
+    return torch.stack(nats).std(0)
+
+
 def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
     """Estimate the bound over all orders: the cross-entropy of m unknown tokens over their share.
 
@@ -114,6 +124,7 @@ ORDERS = {  # by the flag --order: the name of the figure, and how it is compute
     "sampler": ("exact, a call per token", exact),
     "left": ("left to right", partial(exact, choose=leftmost)),
     "random": ("random order", partial(exact, choose=None)),
+    "spread": ("spread over orders", spread),
     "any": ("any order (bound)", any_order),
 }
 

@@ -23,7 +23,7 @@ from text import toy
 
 SEQUENCES, P = random_joint()
 CPU = torch.device("cpu")
-ALL = likelihood.figures_of([1, 2, 3], ["sampler", "left", "random", "any"])
+ALL = likelihood.figures_of([1, 2, 3], ["sampler", "left", "random", "any", "spread"])
 
 
 def network(theta, t, segment_ids):
@@ -43,11 +43,23 @@ def test_the_chain_rule_of_the_exact_network_is_the_joint_in_every_order():
     scores = score(SEQUENCES, ALL)
     for name in ("exact, 3 calls", "exact, a call per token", "left to right", "random order"):
         np.testing.assert_allclose(scores.nats[name], -P.log().numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores.nats["spread over orders"], 0, atol=1e-5)
     assert (
         scores.nats["exact, 1 call"] @ P.numpy()
         > scores.nats["exact, 2 calls"] @ P.numpy()
         > -(P @ P.log())
     )
+
+
+def test_a_network_that_depends_on_the_order_has_a_spread():
+    def uneven(theta, t, segment_ids):
+        """Of what the first token says, it knows the more the more is given."""
+        return network(theta, t, segment_ids) * t.mean(1)[:, None, None]
+
+    uneven.config = network.config
+    functions, work = likelihood.figures_of(orders=["spread"]), bounds.Work(CPU)
+    scores = likelihood.score(uneven, list(SEQUENCES.numpy()), -1, functions, work)
+    assert scores.nats["spread over orders"].mean() > 0.1
 
 
 def test_the_bound_over_all_orders_is_the_mean_over_orders():
@@ -164,7 +176,7 @@ def test_an_order_that_does_not_exist_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         cli.run(evaluate.main)
     assert (
-        error.value.code == 2 and "write some of sampler,left,random,any" in capsys.readouterr().err
+        error.value.code == 2 and "write some of sampler,left,random,spread,any" in capsys.readouterr().err
     )
 
 
