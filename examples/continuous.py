@@ -71,16 +71,6 @@ def squared_error_loss(x_hat, x, t, sigma1):
     return -math.log(sigma1) * ((1 + beta(t, sigma1)) * (x - x_hat).square()).sum(-1)
 
 
-def n_step_error(x_hat, x, i, n, sigma1):
-    """Integrand of the n-step loss at t = (i - 1) / n [Graves et al. 2023, algorithm 1].
-
-        n alpha_i / 2 |x - x_hat|^2,    n times the divergence between sender and receiver
-
-    x_hat, x (B, D), steps i (B, 1) in 1..n -> (B,). Its mean over i is L_n.
-    """
-    return n / 2 * (alpha(i, n, sigma1) * (x - x_hat).square()).sum(-1)
-
-
 def reconstruction_loss(network, x, sigma1, eps=None):
     """One draw of L_rec = -log N(x | x_hat, sigma1^2 I) from the output at t = 1: x (B, D) -> (B,).
 

@@ -47,7 +47,6 @@ class Options:
     strength: float = 0.0  # the draft counts as observed at noise level t = strength
     guide: object = None  # a function (z, t) -> log p of the text's label, see guidance.by_function
     scale: float = 1.0  # of the guide's slope
-    guide_is_exact: bool = False  # the guide is the true log p, not a learned one
     trace: object = None  # a `Trace`, which shows text number 0 at each network call
 
     def __post_init__(self):
@@ -150,8 +149,7 @@ def sample_batch(model, tokenizer, templates, seeds, options, limit=math.inf):
     )
     network = partial(model, segment_ids=segment_ids)
     if options.guide is not None:
-        steering = options.guide, options.scale, options.guide_is_exact
-        network = guidance.by_function(network, *steering)
+        network = guidance.by_function(network, options.guide, options.scale)
     inputs = network, padded.clamp(min=0), given, config.s1, config.K
     ids, calls = bfn.sample(*inputs, controls, draws)
     rows = [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)]

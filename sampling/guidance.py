@@ -19,23 +19,16 @@ SMALLEST = 1e-37  # a probability whose logarithm is finite
 LARGEST = 50.0  # nats by which a guide may lower a token
 
 
-def by_function(network, guide, scale, is_exact=False):
+def by_function(network, guide, scale):
     """Steer towards a large guide(z, t) -> log p(label | z), (B,) -> network(theta, t).
 
-    By default for a guide that was learned, to first order in each token:
+    To first order in each token:
 
         p(x | z, label) is proportional to p(x | z) exp(scale (d log p(label | z) / dz_x) / theta_x)
 
     The exponent is how log p(label | z) changes if theta becomes the one-hot of x [as in Nisonoff
     et al. 2024, arXiv 2406.01572, for other noise]. It is kept below -scale log p(label | z), which
-    no token can gain. is_exact:
-
-        p(x | z, label)  =  p(x | z) + scale d log p(label | z) / dz_x
-
-    For scale 1 and the true log p(label | z) this is exact: z is e_x with Gaussian noise, so the
-    slope of log p(z) tells the mean of e_x (Tweedie's formula), with and without the label. A
-    learned guide has slopes at tokens that p rules out, and would bring these in. In both forms any
-    differentiable function will do, such as a reward minus its maximum.
+    no token can gain. Any differentiable function will do, such as a reward minus its maximum.
     """
 
     def guided(theta, t):
@@ -44,8 +37,6 @@ def by_function(network, guide, scale, is_exact=False):
             z = theta.clamp(min=SMALLEST).log().requires_grad_()
             log_label = guide(z, t)
             (slope,) = torch.autograd.grad(log_label.sum(), z)
-        if is_exact:
-            return (log_p.exp() + scale * slope).clamp(min=SMALLEST).log()
         most = (-scale * log_label.detach()).clamp(min=0)[:, None, None]
         return log_p + (scale * slope / theta.clamp(min=SMALLEST)).clamp(min=-LARGEST).minimum(most)
 

@@ -97,16 +97,16 @@ def continuous_time_loss(m, x, eps, n_times=40):
 
 
 def n_step_loss(m, x, eps, n):
+    """L_n for each x, eps: the sum over steps i of alpha_i / 2 |x - x_hat|^2 at t = (i - 1) / n.
+
+    Each term is the divergence between sender and receiver [Graves et al. 2023, algorithm 1].
+    """
     total = 0.0
     for i in range(1, n + 1):
         i = times(float(i), x)
-        total = (
-            total
-            + continuous.n_step_error(
-                continuous.predict_noisy(m, x, (i - 1) / n, m.sigma1, eps), x, i, n, m.sigma1
-            )
-            / n
-        )
+        x_hat = continuous.predict_noisy(m, x, (i - 1) / n, m.sigma1, eps)
+        alpha = continuous.alpha(i, n, m.sigma1)
+        total = total + (alpha * (x - x_hat).square()).sum(-1) / 2
     return total
 
 

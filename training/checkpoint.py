@@ -170,14 +170,14 @@ def way_back(run_dir):
     return f"to go on from step {step}, type: rm -f {last} && cp {source} {last}"
 
 
-def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
+def load(run_dir, which="best", device="cpu", ema=-1):
     """Load a model from a run folder or an exported one: `model, tokenizer, run = load("runs/a")`.
 
     run_dir: also hf://USER/MODEL[@REVISION], an exported folder on the Hugging Face hub.
     which: "best" by validation or "last". ema: index of the weight average, by default the last.
-    network: its class. run is the rest of the checkpoint: "args" of the training, "step", "lengths"
-    and "word_lengths" of the text. Raises ValueError for a missing or damaged checkpoint, or
-    another tokenizer than the model was trained with.
+    run is the rest of the checkpoint: "args" of the training, "step", "lengths" and "word_lengths"
+    of the text. Raises ValueError for a missing or damaged checkpoint, or another tokenizer than
+    the model was trained with.
     """
     if which not in ("best", "last"):
         raise ValueError(f"there is no checkpoint {which!r}: best or last")
@@ -199,7 +199,7 @@ def load(run_dir, which="best", device="cpu", ema=-1, network=BFNTransformer):
             for name, weight in averages[ema].items()
         }
         with torch.device("meta"):  # no memory, whatever a foreign file says
-            model = network(Config(**run["config"]))
+            model = BFNTransformer(Config(**run["config"]))
             model.load_state_dict(weights, assign=True)
     for name in ("model", "emas", "optimizers"):
         run.pop(name, None)
