@@ -29,6 +29,7 @@ from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import bfn
@@ -58,18 +59,10 @@ SIZES = {  # vocabularies: (K, tokens) of a chunk, K once odd; rates: times the 
 SMALL = "-mdim=32 -nl=1 -nh=2 -bsz=4 -slen=64 -lgi=1 -vli=4 -nex=0 --max_steps=4"  # of --quick
 
 
-def seconds_of(work, device, n=5):
+def seconds_of(work, n=5):
     """Repeat work -> mean seconds of a call, the least of three such means."""
-    work()
-    means = []
-    for _ in range(3):
-        speed.synchronise(device)
-        begin = time.perf_counter()
-        for _ in range(n):
-            work()
-        speed.synchronise(device)
-        means.append((time.perf_counter() - begin) / n)
-    return min(means)
+    timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
+    return min(timer.timeit(n).mean for _ in range(3))  # it waits for the GPU
 
 
 def left(args):
@@ -103,11 +96,11 @@ def machine(args):
     kinds += [("TF32", a, "high")] if args.device.type == "cuda" else []
     for name, x, precision in kinds:
         torch.set_float32_matmul_precision(precision)
-        flops = 2 * n**3 / seconds_of(partial(torch.mm, x, x), args.device)
+        flops = 2 * n**3 / seconds_of(partial(torch.mm, x, x))
         yield f"- product of {n} x {n} in {name}: {flops / 1e12:,.3f} TFLOP/s"
     speed.allow_tf32(args.device)
     x = torch.empty(args.sizes["copied"], dtype=torch.uint8, device=args.device)
-    seconds = seconds_of(partial(torch.empty_like(x).copy_, x), args.device)
+    seconds = seconds_of(partial(torch.empty_like(x).copy_, x))
     yield f"- copy: {2 * len(x) / seconds / 1e9:,.0f} GB/s read and written"
 
 
@@ -158,7 +151,7 @@ def times_of_parts(state, args, batch, device):
         "clipping": partial(torch.nn.utils.clip_grad_norm_, parameters, args.gradient_clipping),
         "average": partial(optim.average_weights, state.emas[0], state.model, 0.999, 9),
     }
-    figures = [f"{name} {1e3 * seconds_of(work, device):.1f}" for name, work in parts.items()]
+    figures = [f"{name} {1e3 * seconds_of(work):.1f}" for name, work in parts.items()]
     return f"- ms of the parts: {', '.join(figures)}"
 
 
@@ -185,7 +178,7 @@ def step(args):
     yield f"- checked, compiled and one step done after {time.perf_counter() - begin:.0f} s"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = seconds_of(whole, device)
+    seconds = seconds_of(whole)
     n_tokens = batches[0][0].numel()
     speed_now = f"{1e3 * seconds:.1f} ms, {n_tokens / seconds:,.0f} tokens/s"
     flops = speed.model_flops(config, s["row"]) * n_tokens / seconds
@@ -211,7 +204,7 @@ def muon(args):
         direct, low = optim.orthogonalise_directly, optim.orthogonalise_in_bf16
         work = {"directly": partial(direct, X), "by X X^T": partial(optim.orthogonalise_by_gram, X)}
         work["in bfloat16"] = partial(low, X)
-        times = [f"{name} {1e3 * seconds_of(f, args.device):.2f}" for name, f in work.items()]
+        times = [f"{name} {1e3 * seconds_of(f):.2f}" for name, f in work.items()]
         cosine = torch.cosine_similarity(low(X).flatten(), direct(X).flatten(), 0).item()
         yield f"- {n_layers} x {height} x {wide}, ms: {', '.join(times)} (cosine {cosine:.5f})"
 
@@ -231,7 +224,7 @@ def chunks(args):
         total = torch.zeros(K, width, device=device)
         add = partial(fused.add_product, total, linear.T, x)
         work = {"theta": theta, "loss": loss, "x W^T": partial(torch.mm, x, W.T), "dW": add}
-        times = [f"{name} {1e3 * seconds_of(f, device):.3f}" for name, f in work.items()]
+        times = [f"{name} {1e3 * seconds_of(f):.3f}" for name, f in work.items()]
         yield f"- K = {K:,}, {n:,} tokens, ms: {', '.join(times)}"
 
 
@@ -252,7 +245,7 @@ def sampling(args):
         torch.set_float32_matmul_precision(precision)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             call = partial(bfn.predict, network, theta, t, ids, nothing)
-            seconds, tokens = seconds_of(call, device, n=2), call().argmax(-1)
+            seconds, tokens = seconds_of(call, n=2), call().argmax(-1)
         best = tokens if best is None else best
         agree = (tokens == best).float().mean().item()
         yield f"- {name}: {1e3 * seconds:.1f} ms a call, {agree:.1%} of likeliest tokens agree"

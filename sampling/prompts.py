@@ -95,14 +95,9 @@ def read_breaks(text, run):
     return re.sub(r"\\([n\\])", lambda m: "\n" if m[1] == "n" else m[1], text)
 
 
-def is_unicode(text):
-    """Tell whether Python could decode all bytes of a text."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
 def check_unicode(text):
     """Raise ValueError for a text from the command line or a file that is not UTF-8."""
-    if not is_unicode(text):
+    if any("\ud800" <= c <= "\udfff" for c in text):  # bytes that Python could not decode
         raise ValueError(f"{shorten(text)} is not UTF-8: convert it, for example with iconv")
 
 

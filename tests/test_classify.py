@@ -111,10 +111,10 @@ def test_the_model_is_not_changed(run_dir, trained):
     "content, message",
     [
         ("anna sleeps\n", "line 1 is not label<TAB>text"),
-        ("a\tanna sleeps\n\na\t \n", "line 3 is not label<TAB>text"),
+        ("a\tanna sleeps\n\na\t \n", "example 2 has a label and no text"),
         ("a\tanna sleeps\na\tthe king\n", "needs two or more labels"),
         ("", "needs two or more labels with at least two texts each, here: none"),
-        (f"a\t{'the king ' * 40}\n", "line 1 takes 82 tokens"),
+        (f"a\t{'the king ' * 40}\n", "example 1 takes 82 tokens"),
     ],
 )
 def test_texts_that_are_not_labelled_get_one_line(

@@ -326,25 +326,16 @@ def _hold(folder):
     """Wait until no other process writes this cache -> the temporary folder to write it into.
 
     Other processes are kept out. Without locks (`cli.hold`), the folder is this process's own, and
-    none continues it.
+    none continues it. The file of the lock stays: others may wait for it.
     """
-    path = folder.with_name(f"{folder.name}.lock")
-    while True:
-        with _open(path) as file:
-            try:
-                is_held = cli.hold(file)
-            except BlockingIOError:
-                print("another process tokenises the same text: waiting for it", file=sys.stderr)
-                is_held = cli.hold(file, wait=True)
-            if is_held and not _is_at(path, file):  # who held it has removed it
-                continue
-            try:
-                own = "" if is_held else f".{uuid.uuid4().hex}"
-                yield folder.with_name(f"{folder.name}{own}.tmp")
-            finally:
-                with suppress(PermissionError):  # Windows: it is open
-                    path.unlink(missing_ok=True)
-            return
+    with _open(folder.with_name(f"{folder.name}.lock")) as file:
+        try:
+            is_held = cli.hold(file)
+        except BlockingIOError:
+            print("another process tokenises the same text: waiting for it", file=sys.stderr)
+            is_held = cli.hold(file, wait=True)
+        own = "" if is_held else f".{uuid.uuid4().hex}"
+        yield folder.with_name(f"{folder.name}{own}.tmp")
 
 
 def _open(path):
@@ -355,13 +346,6 @@ def _open(path):
     except OSError as error:
         found = f"{path.parent} cannot be written ({error.strerror})"
         raise ValueError(f"{found}: give --cache_dir=FOLDER for the tokenised text") from None
-
-
-def _is_at(path, file):
-    """Tell whether an open file is the one at a path."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    return False
 
 
 def _remove_stale(cache_dir):

@@ -28,8 +28,7 @@ from common import files
 from data import pad
 from sample import Sampler
 from sampling.guidance import Classifier, load_classifier, save_classifier
-from sampling.prompts import is_unicode
-from text.reading import lines_of
+from text.reading import read_pieces
 from training.times import draw_times
 
 BATCH = 32  # texts
@@ -42,19 +41,12 @@ def read_labelled(path, sampler):
 
     Raises ValueError for fewer than two labels, and for a line without a tab or that is too long.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"no text file at {path}")
     examples = []
-    for number, line in lines_of(path):
-        label, tab, text = line.partition("\t")
-        if not is_unicode(line):
-            way = "convert it, for example with iconv"
-            raise ValueError(f"{path}, line {number} is not UTF-8: {way}")
-        if not line.strip():
-            continue
-        if not tab or not label.strip() or not text.strip():
-            raise ValueError(f"{path}, line {number} is not label<TAB>text")
-        examples.append((label.strip(), sampler.encode(text, f"{path}, line {number}")))
+    for piece in read_pieces(path, "labelled"):
+        name = f"{path}, example {piece.number + 1}"
+        if not piece.text.strip():
+            raise ValueError(f"{name} has a label and no text")
+        examples.append((piece.label, sampler.encode(piece.text, name)))
     labels = collections.Counter(label for label, _ in examples)
     if len(labels) < 2 or min(labels.values()) < 2:
         rare = ", ".join(f"{label} ({n})" for label, n in labels.items()) or "none"
