@@ -9,14 +9,13 @@
 import argparse
 import math
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common import parallel
@@ -31,6 +30,7 @@ from text import cache, toy
 from text.reading import Corpus, find_files, left_out, read_pieces, reading_notes
 from training.checkpoint import load
 from training.run_folder import VAL_TOKENS
+from training.speed import full_precision
 
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token
 SECONDS = 40  # how long the draws take if no flag says how much to score
@@ -39,17 +39,6 @@ PROMISE = "finishing this batch, then the figures so far"
 
 
 # ---------------------------------------------------------------- validation
-
-
-@contextmanager
-def full_precision():
-    """Multiply float32 matrices in float32: TF32 is accurate enough to train, not to measure."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS, n_exact=VAL_EXACT_TOKENS):

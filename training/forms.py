@@ -167,12 +167,8 @@ class Check:
     @cached_property
     def expected(self):
         """What the plain form gives in full float32 precision: see `step`."""
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
+        with speed.full_precision():
             return self.step(self.network(self.plain))
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
     def own_random_numbers(self):
         """Keep the random numbers of the run as they are: a context."""
