@@ -12,7 +12,7 @@ and noise to every position; the bound is the mean of R draws:
 import math
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ import bfn
 import data
 from common import parallel
 from common.noise import GOLDEN, Draws, mix_seed
+from common.precision import network_of
 from model import rows_at_once, segment_positions
 from text import cache
 
@@ -174,7 +175,7 @@ def draw_times(n_windows, seed, n_steps=None):
 def losses_at(model, ids, segment_ids, cond_mask, t, noise, n_steps=None):
     """Compute the integrand of L_inf (or L_n), the cross-entropy, a draw of L_rec: each (B, L)."""
     K, s1 = model.config.K, model.config.s1
-    network = partial(model, segment_ids=segment_ids)
+    network = network_of(model, segment_ids)
     log_p = bfn.predict_noisy(network, ids, t, cond_mask, s1, K, noise.normal(K))
     if n_steps:
         i = (t * n_steps).round().long() + 1  # t = (i - 1) / n_steps

@@ -1,12 +1,12 @@
 """What a model of the built-in language knows, compared with its grammar."""
 
 import math
-from functools import partial
 from itertools import pairwise
 
 import torch
 
 import bfn
+from common.precision import network_of
 from data import pad
 from evaluation import likelihood
 from evaluation.bounds import Work
@@ -27,7 +27,7 @@ def hidden_word_nats(model, val, n=100):
     ids, segment_ids = pad(rows, next(model.parameters()).device)
     hidden = torch.tensor(hidden, device=ids.device)
     given = torch.ones_like(ids, dtype=torch.bool).scatter(1, hidden, False)
-    network, config = partial(model, segment_ids=segment_ids), model.config
+    network, config = network_of(model, segment_ids), model.config
     log_p = bfn.log_likelihood(network, ids, given, config.s1, config.K, calls=1)
     return -log_p.sum().item() / len(rows), truth / len(rows)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import bfn
 from common import parallel
 from common.noise import Draws, mix_seed, uniform
+from common.precision import network_of
 from data import pad
 from evaluation.bounds import add_up_batches, nothing_given
 from model import rows_at_once
@@ -178,7 +179,7 @@ def score(model, windows, bos, functions, work, seed=0, given=nothing_given):
         seeds = [mix_seed(seed, "likelihood", i) for i in rows]
         keys = Draws.seeded(seeds, [longest + 1] * len(rows), work.device).keys
         inputs = ids, cond_mask, uniform(keys)[:, : ids.shape[1] + 1], model.config
-        network = partial(model, segment_ids=segment_ids)
+        network = network_of(model, segment_ids)
         figures = (function(network, *inputs) for function in functions.values())
         results[:, chunk] = torch.stack([(~cond_mask).sum(1), *figures]).cpu()
         bar.update(len(rows))

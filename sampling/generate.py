@@ -7,7 +7,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ import torch
 import bfn
 from common import cli, parallel
 from common.noise import Draws, mix_seed
+from common.precision import network_of
 from data import pad
 from model import rows_at_once
 from sampling import guidance
@@ -147,7 +147,7 @@ def sample_batch(model, tokenizer, templates, seeds, options, limit=math.inf):
         hint_time=options.strength if options.draft else 0.0,
         watch=options.trace or options.controls.watch,
     )
-    network = partial(model, segment_ids=segment_ids)
+    network = network_of(model, segment_ids)
     if options.guide is not None:
         network = guidance.by_function(network, options.guide, options.scale)
     inputs = network, padded.clamp(min=0), given, config.s1, config.K
@@ -216,7 +216,7 @@ def given_log_likelihood(model, tokenizer, templates):
 
 def batch_log_likelihood(model, padded, segment_ids, bos):
     """Compute log P(given tokens | template) of one batch: padded, segment_ids (B, L) -> (B,)."""
-    network = partial(model, segment_ids=segment_ids)
+    network = network_of(model, segment_ids)
     ids, t = padded.clamp(min=0), torch.zeros(padded.shape, device=padded.device)
     scored = (padded >= 0) & (segment_ids > 0) & (padded != bos)
     known = (padded >= 0) & ~scored  # bos and padding

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import bfn
+from common.precision import network_of
 from model import rows_at_once
 from sampling import prompts
 from text.tokenizer import one_line
@@ -46,7 +47,9 @@ def leave_one_out_log_p(model, ids):
     for cond_mask in others.split(rows_at_once(L, model.config, device)):
         theta = torch.full((*cond_mask.shape, K), 1 / K, device=device)
         t = torch.zeros(cond_mask.shape, device=device)
-        log_p = bfn.predict(model, theta, t, ids.expand(cond_mask.shape), cond_mask)
+        texts = ids.expand(cond_mask.shape)
+        network = network_of(model, torch.ones_like(texts))
+        log_p = bfn.predict(network, theta, t, texts, cond_mask)
         rows.append(log_p[~cond_mask])
     return torch.cat(rows).cpu()
 

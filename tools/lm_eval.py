@@ -13,7 +13,6 @@ import os
 import random
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -21,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import bfn
+from common.precision import network_of
 from data import pad
 from sample import Sampler
 from sampling.generate import DEFAULT, Options, generate
@@ -63,7 +63,7 @@ def log_likelihood(sampler, spans, calls=DEFAULT.steps):
         place = torch.arange(ids.shape[1], device=sampler.device)
         is_given = place < torch.tensor(given, device=sampler.device)[:, None]
         cond_mask = (segment_ids == 0) | (ids == sampler.tokenizer.bos) | is_given
-        network = partial(model, segment_ids=segment_ids)
+        network = network_of(model, segment_ids)
         inputs = network, ids, cond_mask, model.config.s1, model.config.K, calls
         found += bfn.log_likelihood(*inputs).double().sum(1).tolist()
     return found
