@@ -31,14 +31,16 @@ def is_predicted(noisy):
     return mask.view_as(noisy.ids)
 
 
-@pytest.fixture(params=[fused.LEAST_TOKENS, 16])
+@pytest.fixture(params=[(fused.LEAST_TOKENS, 1), (16, 1), (16, 16)])
 def chunk(request, monkeypatch):
-    """All tokens in one chunk, and several chunks of which the last is short."""
+    """One chunk, several of which the last is short, and these with padded rows, as on a GPU."""
+    least_tokens, aligned = request.param
     monkeypatch.setitem(fused.CHUNK, "cpu", 1)
-    monkeypatch.setattr(fused, "LEAST_TOKENS", request.param)
+    monkeypatch.setattr(fused, "LEAST_TOKENS", least_tokens)
+    monkeypatch.setitem(fused.ALIGNED, "cpu", aligned)
 
 
-@pytest.mark.parametrize("K", [2, 3, 28, 1001, 50_257])
+@pytest.mark.parametrize("K", [2, 3, 28, 1001, 1011, 50_257])
 def test_theta_to_h_equals_theta_times_the_embeddings(K, chunk):
     E, _, _, noisy = problem(K)
     theta = bfn.flow(noisy.ids, noisy.t, noisy.s1, K, noise(noisy.keys, K)).softmax(-1)
@@ -50,7 +52,7 @@ def test_theta_to_h_equals_theta_times_the_embeddings(K, chunk):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("K", [2, 3, 28, 1001, 50_257])
+@pytest.mark.parametrize("K", [2, 3, 28, 1001, 1011, 50_257])
 @pytest.mark.parametrize("entropy_weight", [0.0, 5.0])
 def test_hidden_to_loss_equals_the_plain_loss(K, entropy_weight, chunk, monkeypatch):
     monkeypatch.setattr(bfn, "CROSS_ENTROPY", entropy_weight)

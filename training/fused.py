@@ -23,6 +23,7 @@ from common.noise import halves, noise_halves
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of a chunk's (tokens, K) tensor
 LEAST_TOKENS = 128  # chunks are multiples: smaller ones are slow, as each reads the embeddings
+ALIGNED = {"cpu": 1, "cuda": 16}  # K is padded to a multiple: halves of rows begin at 16 bytes
 LARGEST_S1 = 13.0  # exp(z - s^2) overflows beyond
 
 
@@ -54,18 +55,38 @@ def pad(x, size):
     return x if len(x) == size else F.pad(x, (0, 0) * (x.ndim - 1) + (0, size - len(x)))
 
 
+def aligned(K, device):
+    """Round K up to a multiple for which matrix products on the device are fast."""
+    return -(-K // ALIGNED[device.type]) * ALIGNED[device.type]
+
+
+def aligned_halves(x):
+    """Split x (K, D) into the halves of `evidence` -> x with zeros appended, its two halves.
+
+    On a GPU, these overlap if K is not aligned: what multiplies the rows too many must be 0.
+    """
+    begin, n = len(x) - len(x) // 2, aligned(len(x), x.device)
+    x = pad(x, begin + n // 2)
+    return x, (x[: n - n // 2], x[begin:])
+
+
 # ---------------------------------------------------------------- a chunk of n tokens
 
 
 def evidence(ids, t, keys, s1, K):
     """Compute the flow z = s eps + s^2 e_x, s = s1 t, of n tokens -> its two `halves` (n, ~K / 2).
 
-    As the noise comes in halves: if they were joined, the compiler would write it to memory.
+    As the noise comes in halves: if they were joined, or of two sizes, the compiler would write it
+    to memory. On a GPU, each half has -inf appended until K is `aligned`.
     """
     s = s1 * t[:, None]
-    numbers = halves(torch.arange(K, dtype=torch.int32, device=ids.device))
-    both = zip(noise_halves(keys, K), numbers, strict=True)
-    return [s * eps + torch.where(k == ids.int()[:, None], s * s, 0.0) for eps, k in both]
+    begin, size = K - K // 2, aligned(K, ids.device)
+    z = []
+    for eps, first, end in zip(noise_halves(keys, size), (0, begin), (begin, K), strict=True):
+        k = torch.arange(first, first + eps.shape[1], dtype=torch.int32, device=ids.device)
+        half = s * eps + torch.where(k == ids.int()[:, None], s * s, 0.0)
+        z.append(half if size == K else half.masked_fill(k >= end, -torch.inf))
+    return z
 
 
 def theta_times_sum(ids, t, keys, s1, K, dtype):
@@ -78,18 +99,20 @@ def theta_times_sum(ids, t, keys, s1, K, dtype):
 def loss_and_gradient(linear, bias, ids, t, keys, scale, s1):
     """Compute bfn.training_loss for logits = linear + bias + z, summed with weights scale (n,).
 
-    linear (n, K) -> the sum, its gradient with respect to linear (n, K).
+    linear (n, K), or with padding -> the sum, its gradient with respect to linear, as large.
     """
-    z = evidence(ids, t, keys, s1, linear.shape[-1])
-    parts = zip(halves(linear, -1), halves(bias), z, strict=True)
-    logits = torch.cat([x.float() + b + half for x, b, half in parts], -1)
+    K = len(bias)
+    z = evidence(ids, t, keys, s1, K)
+    parts = zip(halves(linear[:, :K], -1), halves(bias), z, strict=True)
+    logits = torch.cat([x.float() + b + half[:, : len(b)] for x, b, half in parts], -1)
 
     def weighted_sum(logits):
         return (scale * bfn.training_loss(logits.log_softmax(-1), ids, t, s1)).sum()
 
     # The gradient with respect to logits is also that with respect to linear.
     gradient, loss = torch.func.grad_and_value(weighted_sum)(logits)
-    return loss, gradient.to(linear.dtype)
+    gradient, n = gradient.to(linear.dtype), linear.shape[1] - K
+    return loss, F.pad(gradient, (0, n)) if n else gradient
 
 
 compiled_theta_times_sum = torch.compile(theta_times_sum, dynamic=False)
@@ -106,7 +129,7 @@ class ThetaToH(torch.autograd.Function):
     def forward(ctx, E, noisy):
         h = F.embedding(noisy.ids, E).to(matmul_dtype(E))
         flat_h = h.flatten(0, 1)
-        parts = halves(E.to(h.dtype))
+        _, parts = aligned_halves(E.to(h.dtype))
         sums = []
         call = compiled_theta_times_sum if noisy.compiled else theta_times_sum
         with torch.autocast(E.device.type, enabled=False):
@@ -125,13 +148,14 @@ class ThetaToH(torch.autograd.Function):
         noisy = ctx.noisy
         K = ctx.shape[0]
         flat_dh = dh.flatten(0, 1)
-        dE = dh.new_zeros(ctx.shape, dtype=torch.float32)
+        dE, parts = aligned_halves(dh.new_zeros(ctx.shape, dtype=torch.float32))
         call = compiled_theta_times_sum if noisy.compiled else theta_times_sum
         for (index, *tokens), total in zip(noisy.chunks(K), ctx.sums, strict=True):
             first, second, _ = call(*tokens, noisy.s1, K, dh.dtype)
             d = (flat_dh[index] / total).to(dh.dtype)
-            for weight, part in zip((first, second), halves(dE), strict=True):
+            for weight, part in zip((first, second), parts, strict=True):
                 add_product(part, weight[: len(index)].T, d)
+        dE = dE[:K]
         dE.index_add_(0, noisy.ids.flatten(), flat_dh.float().index_fill(0, noisy.predicted, 0.0))
         return dE, None
 
@@ -147,9 +171,9 @@ class HiddenToLoss(torch.autograd.Function):
     def forward(ctx, hidden, W, bias, scale, noisy):
         x = hidden.flatten(0, 1).to(matmul_dtype(hidden))
         scale = scale.flatten()
-        cast = W.to(x.dtype)
+        cast = pad(W.to(x.dtype), aligned(len(W), W.device))
         loss = torch.zeros((), device=W.device)
-        dx, dW, d_bias = torch.zeros_like(x), torch.zeros_like(W), torch.zeros_like(bias)
+        dx, dW, d_bias = torch.zeros_like(x), W.new_zeros(cast.shape), torch.zeros_like(bias)
         call = compiled_loss_and_gradient if noisy.compiled else loss_and_gradient
         with torch.autocast(W.device.type, enabled=False):
             for index, *tokens in noisy.chunks(len(W)):
@@ -160,8 +184,8 @@ class HiddenToLoss(torch.autograd.Function):
                 d = d[:n]
                 dx[index] = d @ cast
                 add_product(dW, d.T, x[index])
-                d_bias += d.sum(0, dtype=d_bias.dtype)
-        ctx.save_for_backward(dx.view_as(hidden), dW, d_bias)
+                d_bias += d[:, : len(W)].sum(0, dtype=d_bias.dtype)
+        ctx.save_for_backward(dx.view_as(hidden), dW[: len(W)], d_bias)
         return loss
 
     @staticmethod
