@@ -175,9 +175,8 @@ def test_an_order_that_does_not_exist_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "-d=x", "--order=left,up"])
     with pytest.raises(SystemExit) as error:
         cli.run(evaluate.main)
-    assert (
-        error.value.code == 2 and "write some of sampler,left,random,spread,any" in capsys.readouterr().err
-    )
+    assert error.value.code == 2
+    assert "write some of sampler,left,random,spread,any" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- gaps
