@@ -208,7 +208,7 @@ def flags():
         help="rows per network call (chosen by the size of the model)")
     add("--samples", type=cli.natural, default=0,
         help="also measure the quality of this many generated texts (0)")
-    p.add_flags("--sampler --steps --corrections", FLAGS)
+    p.add_flags("--sampler --steps --corrections --temperature", FLAGS)
     add("--corpus", type=cli.path,
         help="training text that --samples are compared with (that of the model)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")

@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
@@ -46,6 +47,7 @@ N_TEXTS = 5  # of the page of a run; fewer where rows are long
 MOST_TOKENS = 512  # of them
 N_ALTERNATIVES = 6  # at each network call
 LEAST = 5  # per mille: less likely alternatives are left out
+LINE_COLUMNS = 90  # of a text in an animation
 PACKED_ROWS = 32  # that are drawn
 
 
@@ -234,18 +236,30 @@ def to_pieces(ids, tokenizer):
 
 
 def to_frames(texts, tokenizer):
-    """List what texts of `record` show at each call -> frames[i][row] = [(piece, certainty)].
+    """List what texts of `record` show at each call -> frames[i][line] = [(piece, certainty)].
 
     A text that is done stays as it is. What is drawn in its last call counts as certain.
     """
     frames = [[] for _ in range(max(len(calls) for _, calls in texts))]
     for ids, calls in texts:
+        lines = wrap(to_pieces(ids, tokenizer))
         for i, frame in enumerate(frames):
             k, share = ids, np.ones(len(ids))
             if i + 1 < len(calls):
                 k, share = (x[:, 0] for x in calls[i])
-            frame.append(list(zip(to_pieces(k, tokenizer), share, strict=True)))
+            shown = list(zip(to_pieces(k, tokenizer), share, strict=True))
+            frame += [shown[line] for line in lines]
     return frames
+
+
+def wrap(pieces):
+    """Split the pieces of a text into lines of about LINE_COLUMNS, at words -> list of slices."""
+    begins, n = [0], 0
+    for i, piece in enumerate(pieces):
+        if n + len(piece) > LINE_COLUMNS and piece.startswith(" "):
+            begins, n = [*begins, i], 0
+        n += len(piece)
+    return [slice(*ends) for ends in pairwise([*begins, len(pieces)])]
 
 
 # ---------------------------------------------------------------- quality
@@ -391,13 +405,13 @@ FLAGS = {
     "--dark": dict(action="store_true", help="dark colours"),
 } | cli.FLAGS | generate.FLAGS
 RUN = "run_dir --device"
-SAMPLING = f"{RUN} --checkpoint --prompt --num_samples --length --sampler --steps --corrections"
+SAMPLING = "--prompt --num_samples --length --sampler --steps --corrections --temperature"
 PICTURES = {  # what draws it, and its flags
     "simplex": (draw_simplex, "--seed --output --dark"),
     "beta": (draw_beta, "--beta --output --dark"),
     "run": (draw_run, "run_dirs --watch --output --dark"),
     "packing": (draw_packing, "-d -spm --text_field --example -slen --cache_dir --output --dark"),
-    "sampling": (draw_sampling, f"{SAMPLING} --gif --seed --output --dark"),
+    "sampling": (draw_sampling, f"{RUN} --checkpoint {SAMPLING} --gif --seed --output --dark"),
     "quality": (draw_quality, "files --output --dark"),
     "compare": (print_comparison, "run_dirs"),
     "report": (draw_report, f"{RUN} --output"),  # its colours follow the reader's settings

@@ -229,8 +229,7 @@ def flags():
     add("--num_samples", type=cli.samples, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count,
         help="tokens per text, with bos and eos (drawn from the training lengths)")
-    p.add_flags("--sampler --steps --corrections", FLAGS)
-    add("--temperature", type=cli.positive, default=1.0, help="of the output distribution (1)")
+    p.add_flags("--sampler --steps --corrections --temperature", FLAGS)
     add("--top_p", type=cli.above_zero_to_one, default=1.0,
         help="keep the likeliest tokens that sum to this (1)")
     add("--argmax", action="store_true", help="take the likeliest tokens instead of drawing them")

@@ -312,7 +312,8 @@ def n_columns(text):
 
 def draw_row(figure, row, y, fonts):
     """Draw the tokens of one text from left to right in fonts of fixed width."""
-    column, width = 0, CHARACTER_WIDTH / figure.get_size_inches()[0]  # as a share of the figure
+    column = -int(row[0][0].startswith(" "))  # a line of a longer text
+    width = CHARACTER_WIDTH / figure.get_size_inches()[0]  # as a share of the figure
     for text, certainty in row:
         colour = ink(0.12 + 0.88 * (1 - (1 - certainty) ** 0.7))
         look = dict(va="baseline", family=fonts, fontsize=10, color=colour)

@@ -29,6 +29,7 @@ FLAGS = {  # of the commands that sample, see `cli.Parser.add_flags`
         help="most calls that fill the text; the solvers make STEPS + 1 (%(default)s)"),
     "--corrections": dict(type=cli.natural, default=DEFAULT.corrections,
         help="further calls of pace that redraw tokens (%(default)s)"),
+    "--temperature": dict(type=cli.positive, default=1.0, help="of the output distribution (1)"),
 }
 SORTED_BATCHES = 16  # the most within which texts are sorted by length, then printed in order
 
@@ -83,7 +84,7 @@ def refuse_idle(args, given):
 
 def options_of(args):
     """Make the Options that the flags FLAGS say."""
-    return Options(bfn.Controls(args.sampler, args.steps, args.corrections))
+    return Options(bfn.Controls(args.sampler, args.steps, args.corrections, args.temperature))
 
 
 def generate(model, tokenizer, templates, seed, options=Options(), limit=math.inf, numbers=None):

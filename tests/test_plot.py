@@ -416,3 +416,10 @@ def test_other_files_are_refused_in_one_line(draw, capsys, tmp_path):
 
 def test_metrics_are_read_as_they_were_written(run_dir):
     assert read_metrics(run_dir) == METRICS
+
+
+def test_long_texts_of_an_animation_are_split_at_words(monkeypatch):
+    monkeypatch.setattr(plot, "LINE_COLUMNS", 12)
+    pieces = ["a", " story", " of", " lan", "terns", "", " at night", "."]
+    lines = ["".join(pieces[line]) for line in plot.wrap(pieces)]
+    assert lines == ["a story of", " lanterns", " at night."]
