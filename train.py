@@ -118,8 +118,9 @@ def complete(args, saved=None, preset="base"):
     if args.minutes and not args.max_steps and before.get("minutes"):  # as fast as at the start
         args.max_steps = round(before["max_steps"] * args.minutes / before["minutes"])
     choose_source(args, saved)
-    inherited = {} if args.preset else before
+    inherited = before if args.preset in (None, before.get("preset")) else {}
     args.preset = args.preset or inherited.get("preset") or preset
+    args.by_memory = [] if saved else [x for x in memory.CHOSEN if getattr(args, x) is None]
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=False):
         if getattr(args, name) is None:
             setattr(args, name, inherited.get(name, value))
@@ -343,6 +344,7 @@ def train(args, device, until_end):
         saved, (tokens, val) = open_run(args, device, run_dir)
     fit_rows(args, tokens)
     config = make_config(args, len(tokens.tokenizer))
+    memory.grow_batch(config, args, device)
     until_end.enter_context(memory.explained(memory.check(config, args, device)))
     loader = make_loader(args, tokens)
     run = run_folder.describe_run(args, config, tokens, val)

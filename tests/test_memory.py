@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from test_train import TINY
@@ -11,7 +12,9 @@ import train
 from common import cli
 from model import BFNTransformer, Config, Form
 from text import toy
+from text.cache import Tokens
 from training import memory, run_folder, speed
+from training.checkpoint import read_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -219,3 +222,54 @@ def test_a_form_that_needs_more_memory_than_wanted_recomputes(monkeypatch, capsy
     monkeypatch.setattr(memory, "total_bytes", lambda device: 1e6)
     memory.fit(model, args, CPU)
     assert model.form.recompute and "training as with --recompute" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "gigabytes, flags, rows, rate",
+    [
+        (80, [], 256, 2e-3),
+        (48, [], 128, 2**0.5 * 1e-3),
+        (16, [], 64, 1e-3),
+        (80, ["-bsz=64"], 64, 1e-3),  # what the user names stays
+        (80, ["-lr=0.0005"], 256, 5e-4),
+        (80, ["-acc=2"], 128, 2e-3),  # by the tokens of a whole step
+        (80, ["-acc=8"], 64, 2e-3),  # no further than the rule was tried
+        (80, ["--preset=small"], 32, 1e-3),
+    ],
+)
+def test_a_batch_grows_with_the_memory_of_a_gpu_and_the_learning_rate_with_its_root(
+    monkeypatch, gigabytes, flags, rows, rate
+):
+    monkeypatch.setattr(speed, "fast_bf16", lambda device: True)
+    monkeypatch.setattr(memory, "total_bytes", lambda device: gigabytes * 1e9)
+    words = ["-d=none", "-slen=256", "--preset=base", *flags]
+    for device in ("cuda", "cpu"):
+        args = train.complete(train.flags().parse_args(words))
+        train.fit_rows(args, Tokens(None, np.array([0, 300]), 1, 1, 0, "", None))
+        usual = args.batch_size, args.learning_rate
+        memory.grow_batch(train.make_config(args, 32_000), args, torch.device(device))
+        found = args.batch_size, args.learning_rate
+        assert found == pytest.approx((rows, rate) if device == "cuda" else usual)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [[], ["--preset=laptop"]])
+def test_a_resumed_run_keeps_the_batch_that_its_memory_allowed(
+    tmp_path, monkeypatch, capsys, named
+):
+    """It may go on with another amount of memory."""
+    (tmp_path / "corpus.txt").write_text(toy.corpus(300))
+    real = memory.grow_batch
+    monkeypatch.setattr(memory, "GROWN", "laptop")
+    monkeypatch.setattr(
+        memory, "grow_batch", lambda config, args, _: real(config, args, torch.device("cuda"))
+    )
+    words = [f"-d={tmp_path / 'corpus.txt'}", f"-mdir={tmp_path / 'run'}", "--tokenizer=word"]
+    words += [f"--cache_dir={tmp_path}", "-mdim=32", "-nl=1", "-nh=2", "-nex=0", *named]
+    for max_steps, gigabytes in ((1, 80), (2, 1e-3)):
+        monkeypatch.setattr(memory, "total_bytes", lambda device, n=gigabytes: n * 1e9)
+        monkeypatch.setattr(memory, "check", lambda *inputs: "")
+        train.main([*words, f"--max_steps={max_steps}"])
+        assert "8,192 per batch, learning rate 0.012," in capsys.readouterr().out
+    args = read_checkpoint(tmp_path / "run" / "last.pt")["args"]
+    assert (args["batch_size"], args["sequence_length"]) == (128, 64)

@@ -263,11 +263,13 @@ def opening_lines(state, loader, val, seconds_per_step, args, device):
     seconds = (args.max_steps - state.step) * seconds_per_step
     end = time.strftime("%H:%M", time.localtime(time.time() + seconds))
     n_weights = sum(p.numel() for p in state.model.parameters())
+    batch = args.accumulation_steps * args.batch_size * args.sequence_length
     lines = text_lines(args, tokens, val)
     lines.append(
         f"preset {args.preset}: {n_weights:,} parameters, K = {config.K}, "
         f"beta(1) = {config.beta1:.4g}, {peak_memory(device):.1f} GB on {device}, "
         f"{len(tokens.ids):,} tokens per epoch ({loader.fill():.1%} of positions), "
+        f"{batch:,} per batch, learning rate {args.learning_rate:.3g}, "
         f"step {state.step} to {args.max_steps} in about {seconds / 60:.0f} minutes, by {end}"
     )
     for path in filter(None, (args.data_path, args.val_path)):

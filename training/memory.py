@@ -8,6 +8,7 @@ it. With smaller ones, malloc keeps up to as much again.
 import math
 import os
 import sys
+from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,10 @@ OUTSIDE = 55  # the same before and after the layers
 LOGITS = 32  # bytes per token and token of the vocabulary; the fused form has only a chunk of them
 MUON_COPIES = 6  # of all matrices of a shape, while they are orthogonalised
 PROCESS = {"cpu": 0.35e9, "cuda": 0.0}  # of Python and torch
+CHOSEN = "batch_size", "learning_rate"  # by `grow_batch`, where no flag names them
+GROWN = "base"  # the preset whose batch grows, on a GPU
+MOST_GROWTH = 4  # of the tokens of a step: so far the rule for the learning rate was tried
+GROWN_SHARE = 0.5  # of the memory
 MARGIN = 1.3  # refused is only what takes this much more than there is: what fits must start
 
 
@@ -132,6 +137,29 @@ def fit(model, args, device):
         if parallel.rank() == 0:
             print(f"{found}: training as with --recompute", file=sys.stderr)
         model.use(form._replace(recompute=True))
+
+
+def grow_batch(config, args, device):
+    """Double the rows of a micro-batch while memory is left; scale the learning rate with the step.
+
+        learning rate = that of the preset sqrt(tokens of a step / those of the preset)
+
+    Only for a new run of the preset GROWN on a GPU, and only what no flag names (args.by_memory,
+    which this removes).
+    """
+    free = vars(args).pop("by_memory")
+    if device.type != "cuda" or args.preset != GROWN or "batch_size" not in free:
+        return
+    growth, accumulation = 1, args.accumulation_steps
+    while 2 * growth * accumulation <= MOST_GROWTH:
+        larger = Namespace(**vars(args) | dict(batch_size=2 * growth * args.batch_size))
+        if step_bytes(config, larger, device) > GROWN_SHARE * total_bytes(device):
+            break
+        growth *= 2
+    growth = parallel.from_first(growth)  # memories differ
+    args.batch_size *= growth
+    if "learning_rate" in free:
+        args.learning_rate *= min(MOST_GROWTH, growth * accumulation) ** 0.5
 
 
 @contextmanager
