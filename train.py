@@ -26,7 +26,7 @@ from common.files import file_hash
 from common.noise import draw_keys, mix_seed, noise
 from model import BFNTransformer, Config
 from sample import Sampler
-from training import forms, fused, log, memory, optim, run_folder, speed
+from training import forms, fused, log, memory, optim, run_folder, shards, speed
 from training.checkpoint import EXPORTED_FILES, State, load, restore, save
 from training.times import draw_times
 
@@ -96,6 +96,7 @@ def flags():
     add("--fused", choices=on_off, default="auto",
         help="no (tokens, K) tensors (auto: from 1000 tokens of vocabulary)")
     add("--dry_run", action="store_true", help="say what would be trained, and for how long")
+    add("--shard", action="store_true", help="share out the layers' matrices over processes")
     add("--recompute", action="store_true",
         help="keep no activations in the layers: less memory, a third more time")
     return p
@@ -249,7 +250,7 @@ def to_device(x, device):
 
 def update_weights(state, args):
     """Clip, step, average -> gradient norm. If it is not finite, weights and moments stay."""
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.gradient_clipping)
+    norm = shards.clip_gradients(state.model, args.gradient_clipping)
     for optimizer in state.optimizers:
         optimizer.found_inf = (~norm.isfinite()).float()  # on the device: nothing waits for it
         for group in optimizer.param_groups:
@@ -290,7 +291,7 @@ def build(config, args, device, saved=None):
     if args.init_from and not saved:
         model.load_state_dict(load(args.init_from, device=device)[0].state_dict())
     emas = [copy.deepcopy(model).requires_grad_(False).eval() for _ in args.ema_rate]
-    state = State(model, optim.make_optimizers(model, args), emas)
+    state = State(model, optim.make_optimizers(shards.cut(model, args.shard), args), emas)
     if saved:
         restore(state, saved)
     return state
@@ -383,8 +384,7 @@ def train(args, device, until_end):
         seeds = [mix_seed(args.seed, state.step, m) for m in parallel.share(range(accumulation))]
         micro_batches = [next(batches) for _ in seeds]
         loss = accumulate_gradients(state.model, micro_batches, seeds, device, parallel.total)
-        gradients = (p.grad for p in state.model.parameters() if p.requires_grad)
-        parallel.add_up([*gradients, loss])
+        parallel.add_up([*shards.whole_gradients(state.model), loss])
         norm = update_weights(state, args)
         state.step += 1
         meter.add(state.step, loss, norm, micro_batches)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import sample
 import train
 from common import parallel
 from text import toy
-from training.checkpoint import read_checkpoint
+from training.checkpoint import older_checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.slow  # each starts several processes
 
@@ -308,3 +309,30 @@ def test_a_process_with_other_flags_ends_the_run(tmp_path):
     assert done.returncode != 0
     assert "process 1 has other code or flags than the first: start all alike" in done.stderr
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+SHARDED = "--shard", "-acc=4", "--max_steps=6"
+
+
+def losses(run_dir):
+    """The losses, gradient norms and bounds of a run, in order."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    keys = "loss", "grad_norm", "val_bound_nats_per_token"
+    return [line[key] for line in lines for key in keys if key in line]
+
+
+def test_layers_in_shards_train_as_whole_ones_and_resume_on_another_number_of_processes(
+    launch, tmp_path
+):
+    """From two processes to one, and from one to two; each has several micro-batches."""
+    assert launch(tmp_path / "whole", 1, *SHARDED).returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "one")
+    assert launch(tmp_path / "two", 2, *SHARDED, stop=(signal.SIGTERM, 2)).returncode != 0
+    assert launch(tmp_path / "two", 1, *SHARDED).returncode == 0
+    (tmp_path / "one" / "last.pt").unlink()
+    shutil.copy(older_checkpoints(tmp_path / "one")[0], tmp_path / "one" / "last.pt")
+    done = launch(tmp_path / "one", 2, *SHARDED, "--recompute")
+    assert done.returncode == 0, done.stderr
+    expected = losses(tmp_path / "whole")
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-4)
+    assert losses(tmp_path / "one") == pytest.approx(expected, rel=1e-4)

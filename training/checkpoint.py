@@ -31,6 +31,7 @@ from common.cli import import_optional
 from common.files import file_hash, replacing
 from model import BFNTransformer, Config
 from text.tokenizer import load_tokenizer
+from training import shards
 
 FORMAT = 5  # of the checkpoint file and the network in it
 RUN_FILES = (
@@ -292,17 +293,19 @@ class State:
 def restore(state, saved):
     """Put a checkpoint back into a new state."""
     with refuse_other_network():
-        state.model.load_state_dict(saved["model"])
+        own, whole = state.model.state_dict(), saved["model"]
+        state.model.load_state_dict({k: shards.like(x, own.get(k)) for k, x in whole.items()})
         for optimizer, moments in zip(state.optimizers, saved["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]  # today's: weight decay may change
             optimizer.load_state_dict({**moments, "param_groups": groups})
+            for p, kept in optimizer.state.items():
+                kept |= {name: shards.like(x, p) for name, x in kept.items()}
         for ema, weights in zip(state.emas, saved["emas"], strict=True):
             ema.load_state_dict(weights)
     state.step, state.best, state.loss_by_time = saved["step"], saved["best"], saved["loss_by_time"]
     state.saved_step = state.step
 
 
-@parallel.first_only
 def save(state, run, run_dir, is_best=False):
     """Write last.pt, if it is not of this step yet. The best so far is best.pt, linked as last.pt.
 
@@ -312,14 +315,22 @@ def save(state, run, run_dir, is_best=False):
     """
     if state.saved_step == state.step:
         return
-    networks = [network.state_dict() for network in (state.model, *state.emas)]
+    networks = [shards.collect(network.state_dict()) for network in (state.model, *state.emas)]
+    optimizers = [shards.collect(optimizer.state_dict()) for optimizer in state.optimizers]
+    write(state, run, run_dir, is_best, networks, optimizers)
+    state.saved_step = state.step
+
+
+@parallel.first_only
+def write(state, run, run_dir, is_best, networks, optimizers):
+    """Write what `save` has collected."""
     if not all(bool(w.isfinite().all()) for weights in networks for w in weights.values()):
         way = "Run again, with a lower -lr, to resume from last.pt"
         raise ValueError(f"the weights are not finite: nothing is saved. {way}")
     now = dict(
         model=networks[0],
         emas=networks[1:],
-        optimizers=[optimizer.state_dict() for optimizer in state.optimizers],
+        optimizers=optimizers,
         step=state.step,
         best=state.best,
         loss_by_time=state.loss_by_time,
@@ -334,7 +345,6 @@ def save(state, run, run_dir, is_best=False):
     save_checkpoint(path, {**run, **now})
     if is_best:
         link(path, last)
-    state.saved_step = state.step
     delete_older(run_dir, state.step, keep)
 
 

@@ -18,7 +18,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from common import parallel
 from model import Form
-from training import fused, optim, speed
+from training import fused, optim, shards, speed
 
 FUSED_FROM = 1000  # tokens of vocabulary; below, the plain form is as fast
 COMPILED_FROM = 256  # width, on a CPU; below, compiling gains nothing
@@ -260,11 +260,10 @@ def warm_up(state, batch, args, device, accumulate):
         model.zero_grad(set_to_none=True)
         accumulate(model, [batch], [0], device).item()
 
-    gradients = [p for p in model.parameters() if p.requires_grad]
     new = [optimizer for optimizer in state.optimizers if not optimizer.state]
 
     def update():
-        parallel.add_up([p.grad for p in gradients])
+        parallel.add_up(shards.whole_gradients(model))
         for optimizer in state.optimizers:
             optimizer.found_inf = torch.ones((), device=device)  # computed, but left out
             optimizer.step()
@@ -273,7 +272,8 @@ def warm_up(state, batch, args, device, accumulate):
     check_optimizers(state.optimizers)
     for _ in range(2):
         micro_batch()
-    seconds = args.accumulation_steps // parallel.size() * median_seconds(micro_batch)
+    counts = (5, 5) if args.shard else ()  # as often in all processes, which exchange weights
+    seconds = args.accumulation_steps // parallel.size() * median_seconds(micro_batch, *counts)
     parallel.wait()  # they may have compiled for different times
     update()  # the first takes longer
     seconds += median_seconds(update, 5, 5)  # as often in all processes, which exchange updates

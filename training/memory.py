@@ -51,11 +51,17 @@ def step_bytes(config, args, device, form=None):
         of_shape[matrix.shape] += 4 * matrix.numel()
     weights = sum(4 * p.numel() for p in model.parameters())
     in_muon = of_shape.total()
+    averages = weights * len(args.ema_rate)
+    optimizer = MUON_COPIES * max(of_shape.values())
+    if args.shard and parallel.size() > 1:
+        optimizer += in_muon  # while they are orthogonalised, the matrices are whole
+        weights -= in_muon
+        in_muon //= parallel.size()
+        weights += in_muon
     moments = 2 * (weights - in_muon) + in_muon
-    optimizer = weights + MUON_COPIES * max(of_shape.values())
+    optimizer += weights
     accumulated = weights if args.accumulation_steps > parallel.size() else 0
     at_once = max(optimizer, accumulated + activation_bytes(config, args, device, form))
-    averages = weights * len(args.ema_rate)
     return int(PROCESS[device.type] + weights + averages + moments + at_once)
 
 

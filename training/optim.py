@@ -8,6 +8,7 @@ matrices of a shape are done at once, in float32 on CPUs and in bfloat16 on GPUs
 import torch
 
 from common import parallel
+from training.shards import like, local, whole
 
 # Coefficients of a x + b x^3 + c x^5. Applied one after the other, these polynomials map singular
 # values in [0.003, 1] to [0.8, 1.2]: each one minimises the largest distance from 1 on the range
@@ -92,18 +93,19 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        momentum = torch.stack([self.state[p]["momentum"] for p in params])
-        gradient = torch.stack([p.grad for p in params]).nan_to_num(0, 0, 0)
+        momentum = torch.stack([whole(self.state[p]["momentum"]) for p in params])
+        gradient = torch.stack([whole(p.grad) for p in params]).nan_to_num(0, 0, 0)
         momentum += self._keep() * (1 - group["momentum"]) * (gradient - momentum)
         for p, m in zip(params, momentum, strict=True):
-            self.state[p]["momentum"].copy_(m)
+            local(self.state[p]["momentum"]).copy_(local(like(m, p)))
         return gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
 
     def _move_weights(self, params, update, group):
         """Let n parameters of one shape decay, and subtract their update (n, *shape)."""
         rate = self._keep() * group["lr"]
         for p, u in zip(params, update, strict=True):
-            p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * max(p.shape) ** 0.5 * u)
+            p, u, longer = local(p), local(like(u, p)), max(p.shape)
+            p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * longer**0.5 * u)
 
 
 def orthogonalise_in_shares(stacks, fast=True):
@@ -180,4 +182,5 @@ def average_weights(ema, model, rate, step):
     """Move the averaged weights towards the model's: ema <- rate ema + (1 - rate) model."""
     rate = min(rate, (1 + step) / (10 + step))  # early averages forget the initial weights sooner
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+        weights = [whole(p) for p in model.parameters()]
+        torch._foreach_lerp_(list(ema.parameters()), weights, 1 - rate)

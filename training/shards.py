@@ -1,0 +1,70 @@
+"""The matrices of the layers in shards, one for each process [FSDP2]: --shard.
+
+Of a sharded matrix, each process holds some of the rows: of its weights, gradient and momentum. The
+whole of a layer is there while the layer computes. Averages are whole in each process, so that
+validation, samples and checkpoints are those of a run without shards.
+"""
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from common import parallel
+
+
+def cut(model, sharded=True):
+    """Cut the matrices of a network's layers into shards, in place -> the network."""
+    matrices = set(model.layer_matrices())
+    for block in model.blocks if sharded and parallel.size() > 1 else ():
+        fully_shard(block, ignored_params=set(block.parameters()) - matrices)
+        block.set_gradient_divide_factor(1.0)  # add up: the loss has the tokens of all processes
+        block.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def local(x):
+    """The shard of a tensor that is here; any other tensor as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x):
+    """Collect the shards of a tensor from all processes; any other tensor as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(x, other):
+    """Cut a whole tensor as `other` is cut."""
+    if not isinstance(other, DTensor):
+        return x
+    return distribute_tensor(x, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def collect(value):
+    """Collect all shards in nested dicts and lists, for the first process -> the same, whole."""
+    if isinstance(value, dict):
+        return {key: collect(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [collect(part) for part in value]
+    if not isinstance(value, DTensor):
+        return value
+    value = whole(value)
+    return value.cpu() if parallel.rank() == 0 else None
+
+
+def whole_gradients(model):
+    """List the gradients that no backward pass has added up over processes."""
+    return [p.grad for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+
+
+def clip_gradients(model, most):
+    """Scale gradients down to a norm of at most `most`, as torch's clip_grad_norm_ -> the norm."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    shards = [x.to_local() for x in gradients if isinstance(x, DTensor)]
+    if not shards:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    others = [x for x in gradients if not isinstance(x, DTensor)]
+    square = torch.nn.utils.get_total_norm(shards).square()
+    parallel.add_up([square])
+    norm = (square + torch.nn.utils.get_total_norm(others).square()).sqrt()
+    torch._foreach_mul_(shards + others, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
