@@ -377,6 +377,7 @@ def train(args, device, until_end):
     n_batches = args.max_steps * accumulation
     numbers = parallel.share(range(state.step * accumulation, n_batches))
     batches = parallel.prefetch(lambda n: loader.batch(n, n / n_batches), numbers)
+    gradients = parallel.GradientSum(shards.not_cut(state.model), accumulation // parallel.size())
     bar = log.Progress(state, args)
     if state.step and state.step % args.sample_interval == 0:  # stopped before the samples?
         log.write_samples(run_dir, state.step, examples)
@@ -384,7 +385,7 @@ def train(args, device, until_end):
         seeds = [mix_seed(args.seed, state.step, m) for m in parallel.share(range(accumulation))]
         micro_batches = [next(batches) for _ in seeds]
         loss = accumulate_gradients(state.model, micro_batches, seeds, device, parallel.total)
-        parallel.add_up([*shards.whole_gradients(state.model), loss])
+        gradients.finish(loss)
         norm = update_weights(state, args)
         state.step += 1
         meter.add(state.step, loss, norm, micro_batches)

@@ -15,7 +15,7 @@ import io
 import os
 import socket
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -31,6 +31,7 @@ TIMEOUT_MINUTES = os.environ.get("BFN_TIMEOUT_MINUTES", "2")
 STEP_TIMEOUT = timedelta(minutes=float(TIMEOUT_MINUTES) if TIMEOUT_MINUTES.isdecimal() else 2)
 START_TIMEOUT = 5 * STEP_TIMEOUT  # until all processes have started; also between GPUs
 LONG_TIMEOUT = timedelta(days=1)  # for work that nothing has measured, such as tokenising
+BUCKET = 2**23  # numbers that are sent at once
 _step_group = _patient_group = None  # groups of all processes, between CPUs, that wait for so long
 
 
@@ -202,6 +203,52 @@ def add_up(tensors, patient=False):
     with _report_lost_process():
         dist.all_reduce(flat, group=_patient_group if patient else _group_of(flat))
     _unflatten(flat, tensors)
+
+
+class GradientSum:
+    """Adds up gradients over all processes, in place, while the backward pass goes on.
+
+    It sends them in the order in which they become ready, which is the same in all processes.
+    n_passes: backward passes of a step; the last one sends.
+    """
+
+    def __init__(self, parameters, n_passes):
+        self.n_passes, self.counts = n_passes, Counter()
+        self.bucket, self.sent = [], []
+        for p in parameters if size() > 1 else ():
+            p.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, p):
+        self.counts[p] += 1
+        if self.counts[p] == self.n_passes:
+            self.bucket.append(p.grad)
+            if sum(x.numel() for x in self.bucket) >= BUCKET:
+                self._send()
+
+    def _send(self):
+        flat = torch.cat([x.flatten() for x in self.bucket])
+        with _report_lost_process():
+            message = dist.all_reduce(flat, group=_group_of(flat), async_op=True)
+        self.sent.append((message, flat, self.bucket))
+        self.bucket = []
+
+    def finish(self, loss):
+        """Wait until the gradients of a step are added up, and its loss.
+
+        Raises ValueError for a gradient that was not computed in each pass, and was not sent.
+        """
+        if size() == 1:
+            return
+        if any(n != self.n_passes for n in self.counts.values()):
+            raise ValueError("a weight has no gradient in some micro-batch: use it in all")
+        self.bucket.append(loss)
+        self._send()
+        for message, flat, tensors in self.sent:
+            with _report_lost_process():
+                message.wait()
+            _unflatten(flat, tensors)
+        self.counts.clear()
+        self.sent.clear()
 
 
 def exchange(tensors, owners):

@@ -25,7 +25,7 @@ TRAIN = """
 import os, sys
 import train
 from common import cli, parallel
-real = train.update_weights
+real, parallel.BUCKET = train.update_weights, 1000  # several messages in a step
 
 def update_weights(state, args):
     if (state.step, parallel.rank()) == (STEP, 1):

@@ -263,7 +263,7 @@ def warm_up(state, batch, args, device, accumulate):
     new = [optimizer for optimizer in state.optimizers if not optimizer.state]
 
     def update():
-        parallel.add_up(shards.whole_gradients(model))
+        parallel.add_up([p.grad for p in shards.not_cut(model)])
         for optimizer in state.optimizers:
             optimizer.found_inf = torch.ones((), device=device)  # computed, but left out
             optimizer.step()

@@ -51,9 +51,9 @@ def collect(value):
     return value.cpu() if parallel.rank() == 0 else None
 
 
-def whole_gradients(model):
-    """List the gradients that no backward pass has added up over processes."""
-    return [p.grad for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+def not_cut(model):
+    """List the parameters whose gradients no backward pass adds up over processes."""
+    return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
 
 
 def clip_gradients(model, most):
