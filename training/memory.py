@@ -54,7 +54,7 @@ def step_bytes(config, args, device, form=None):
     averages = weights * len(args.ema_rate)
     optimizer = MUON_COPIES * max(of_shape.values())
     if args.shard and parallel.size() > 1:
-        optimizer += in_muon  # while they are orthogonalised, the matrices are whole
+        optimizer = (in_muon + optimizer) // config.n_layers  # those of one layer are whole
         weights -= in_muon
         in_muon //= parallel.size()
         weights += in_muon
