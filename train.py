@@ -345,7 +345,7 @@ def train(args, device, until_end):
         saved, (tokens, val) = open_run(args, device, run_dir)
     fit_rows(args, tokens)
     config = make_config(args, len(tokens.tokenizer))
-    memory.grow_batch(config, args, device)
+    memory.grow_batch(config, args, device, len(tokens.ids))
     until_end.enter_context(memory.explained(memory.check(config, args, device)))
     loader = make_loader(args, tokens)
     run = run_folder.describe_run(args, config, tokens, val)

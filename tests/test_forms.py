@@ -203,7 +203,7 @@ def warmed_up(optimizer):
     w = torch.nn.Parameter(torch.ones(4, 4))
     model = torch.nn.ParameterList([w])
     state = SimpleNamespace(model=model, optimizers=[optimizer(list(model), lr=0.1, fused=True)])
-    args = SimpleNamespace(accumulation_steps=1)
+    args = SimpleNamespace(accumulation_steps=1, shard=False)
 
     def accumulate(model, *_):
         model[0].sum().backward()

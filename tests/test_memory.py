@@ -227,14 +227,16 @@ def test_a_form_that_needs_more_memory_than_wanted_recomputes(monkeypatch, capsy
 @pytest.mark.parametrize(
     "gigabytes, flags, rows, rate",
     [
-        (80, [], 256, 2e-3),
-        (48, [], 128, 2**0.5 * 1e-3),
+        (80, ["-ep=14"], 256, 2e-3),
+        (48, ["-ep=14"], 128, 2**0.5 * 1e-3),
         (16, [], 64, 1e-3),
         (80, ["-bsz=64"], 64, 1e-3),  # what the user names stays
-        (80, ["-lr=0.0005"], 256, 5e-4),
-        (80, ["-acc=2"], 128, 2e-3),  # by the tokens of a whole step
+        (80, ["--max_steps=9", "-lr=0.0005"], 256, 5e-4),
+        (80, ["--max_steps=9", "-acc=2"], 128, 2e-3),  # by the tokens of a whole step
         (80, ["-acc=8"], 64, 2e-3),  # no further than the rule was tried
         (80, ["--preset=small"], 32, 1e-3),
+        (80, ["-ep=7"], 128, 2**0.5 * 1e-3),  # not below LEAST_STEPS
+        (80, ["--minutes=9", "-slen=512"], 128, 2e-3),
     ],
 )
 def test_a_batch_grows_with_the_memory_of_a_gpu_and_the_learning_rate_with_its_root(
@@ -242,12 +244,12 @@ def test_a_batch_grows_with_the_memory_of_a_gpu_and_the_learning_rate_with_its_r
 ):
     monkeypatch.setattr(speed, "fast_bf16", lambda device: True)
     monkeypatch.setattr(memory, "total_bytes", lambda device: gigabytes * 1e9)
-    words = ["-d=none", "-slen=256", "--preset=base", *flags]
+    words = ["-d=none", "--preset=base", "-slen=256", *flags]
     for device in ("cuda", "cpu"):
         args = train.complete(train.flags().parse_args(words))
         train.fit_rows(args, Tokens(None, np.array([0, 300]), 1, 1, 0, "", None))
         usual = args.batch_size, args.learning_rate
-        memory.grow_batch(train.make_config(args, 32_000), args, torch.device(device))
+        memory.grow_batch(train.make_config(args, 32_000), args, torch.device(device), 10**7)
         found = args.batch_size, args.learning_rate
         assert found == pytest.approx((rows, rate) if device == "cuda" else usual)
 
@@ -262,7 +264,7 @@ def test_a_resumed_run_keeps_the_batch_that_its_memory_allowed(
     real = memory.grow_batch
     monkeypatch.setattr(memory, "GROWN", "laptop")
     monkeypatch.setattr(
-        memory, "grow_batch", lambda config, args, _: real(config, args, torch.device("cuda"))
+        memory, "grow_batch", lambda config, args, _, n: real(config, args, torch.device("cuda"), n)
     )
     words = [f"-d={tmp_path / 'corpus.txt'}", f"-mdir={tmp_path / 'run'}", "--tokenizer=word"]
     words += [f"--cache_dir={tmp_path}", "-mdim=32", "-nl=1", "-nh=2", "-nex=0", *named]

@@ -31,6 +31,7 @@ CHOSEN = "batch_size", "learning_rate"  # by `grow_batch`, where no flag names t
 GROWN = "base"  # the preset whose batch grows, on a GPU
 MOST_GROWTH = 4  # of the tokens of a step: so far the rule for the learning rate was tried
 GROWN_SHARE = 0.5  # of the memory
+LEAST_STEPS = 2000  # of a run whose batch grows
 MARGIN = 1.3  # refused is only what takes this much more than there is: what fits must start
 
 
@@ -145,20 +146,24 @@ def fit(model, args, device):
         model.use(form._replace(recompute=True))
 
 
-def grow_batch(config, args, device):
+def grow_batch(config, args, device, n_tokens):
     """Double the rows of a micro-batch while memory is left; scale the learning rate with the step.
 
         learning rate = that of the preset sqrt(tokens of a step / those of the preset)
 
     Only for a new run of the preset GROWN on a GPU, and only what no flag names (args.by_memory,
-    which this removes).
+    which this removes). n_tokens: of an epoch; the steps of --epochs stay above LEAST_STEPS.
     """
     free = vars(args).pop("by_memory")
     if device.type != "cuda" or args.preset != GROWN or "batch_size" not in free:
         return
     growth, accumulation = 1, args.accumulation_steps
+    n_tokens *= math.inf if args.minutes or args.max_steps else args.epochs
     while 2 * growth * accumulation <= MOST_GROWTH:
         larger = Namespace(**vars(args) | dict(batch_size=2 * growth * args.batch_size))
+        step_tokens = larger.batch_size * args.sequence_length * accumulation
+        if LEAST_STEPS * step_tokens > n_tokens:
+            break
         if step_bytes(config, larger, device) > GROWN_SHARE * total_bytes(device):
             break
         growth *= 2
