@@ -5,9 +5,9 @@
 A step consists of numbered micro-batches. Process r takes micro-batches r, r + size, ... What is in
 them follows from the seed and their numbers. So the result does not depend on the number of
 processes, except for the order in which gradients are added up. Each process holds all weights,
-moments and averages. Samples are numbered and shared in the same way. Without torchrun, every
-function here returns what it was given. Small counts are sent between CPUs (gloo), so that nothing
-waits for a GPU. Gradients go by NCCL between GPUs.
+moments and averages, but see training/shards.py. Samples are numbered and shared in the same way.
+Without torchrun, every function here returns what it was given. Small counts are sent between CPUs
+(gloo), so that nothing waits for a GPU. Gradients go by NCCL between GPUs.
 """
 
 import atexit

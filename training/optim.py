@@ -6,9 +6,10 @@ matrices of a shape are done at once, in float32 on CPUs and in bfloat16 on GPUs
 """
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from common import parallel
-from training.shards import is_cut, like, local, whole
+from training.shards import like, local, whole
 
 # Coefficients of a x + b x^3 + c x^5. Applied one after the other, these polynomials map singular
 # values in [0.003, 1] to [0.8, 1.2]: each one minimises the largest distance from 1 on the range
@@ -168,7 +169,7 @@ def make_optimizers(model, args):
     lr = args.learning_rate
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)  # reads found_inf
     n = len(matrices)
-    if any(map(is_cut, matrices)):  # those of one layer at a time are whole
+    if isinstance(matrices[0], DTensor):  # those of one layer at a time are whole
         n //= len(model.blocks)
     layers = [dict(params=matrices[i : i + n]) for i in range(0, len(matrices), n)]
     return [adamw, Muon(layers, lr=lr, weight_decay=args.weight_decay)]
@@ -187,8 +188,8 @@ def average_weights(ema, model, rate, step):
     rate = min(rate, (1 + step) / (10 + step))  # early averages forget the initial weights sooner
     with torch.no_grad():
         pairs = list(zip(ema.parameters(), model.parameters(), strict=True))
-        averages, weights = zip(*((a, p) for a, p in pairs if not is_cut(p)), strict=True)
-        torch._foreach_lerp_(averages, weights, 1 - rate)
+        plain = [pair for pair in pairs if not isinstance(pair[1], DTensor)]
+        torch._foreach_lerp_(*zip(*plain, strict=True), 1 - rate)
         for average, p in pairs:
-            if is_cut(p):
+            if isinstance(p, DTensor):
                 average.lerp_(whole(p), 1 - rate)  # one at a time is whole

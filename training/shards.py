@@ -22,24 +22,19 @@ def cut(model, sharded=True):
     return model
 
 
-def is_cut(x):
-    """Whether a tensor is in shards."""
-    return isinstance(x, DTensor)
-
-
 def local(x):
     """The shard of a tensor that is here; any other tensor as it is."""
-    return x.to_local() if is_cut(x) else x
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x):
     """Collect the shards of a tensor from all processes; any other tensor as it is."""
-    return x.full_tensor() if is_cut(x) else x
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def like(x, other):
     """Cut a whole tensor as `other` is cut."""
-    if not is_cut(other):
+    if not isinstance(other, DTensor):
         return x
     return distribute_tensor(x, other.device_mesh, other.placements, src_data_rank=None)
 
@@ -50,7 +45,7 @@ def collect(value):
         return {key: collect(part) for key, part in value.items()}
     if isinstance(value, list):
         return [collect(part) for part in value]
-    if not is_cut(value):
+    if not isinstance(value, DTensor):
         return value
     value = whole(value)
     return value.cpu() if parallel.rank() == 0 else None
@@ -58,16 +53,16 @@ def collect(value):
 
 def not_cut(model):
     """List the parameters whose gradients no backward pass adds up over processes."""
-    return [p for p in model.parameters() if p.requires_grad and not is_cut(p)]
+    return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
 
 
 def clip_gradients(model, most):
     """Scale gradients down to a norm of at most `most`, as torch's clip_grad_norm_ -> the norm."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    shards = [x.to_local() for x in gradients if is_cut(x)]
+    shards = [x.to_local() for x in gradients if isinstance(x, DTensor)]
     if not shards:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), most)
-    others = [x for x in gradients if not is_cut(x)]
+    others = [x for x in gradients if not isinstance(x, DTensor)]
     square = torch.nn.utils.get_total_norm(shards).square()
     parallel.add_up([square])
     norm = (square + torch.nn.utils.get_total_norm(others).square()).sqrt()
