@@ -121,7 +121,6 @@ def complete(args, saved=None, preset="base"):
     choose_source(args, saved)
     inherited = before if args.preset in (None, before.get("preset")) else {}
     args.preset = args.preset or inherited.get("preset") or preset
-    args.by_memory = [] if saved else [x for x in memory.CHOSEN if getattr(args, x) is None]
     for name, value in zip(PRESET_FLAGS, PRESETS[args.preset], strict=False):
         if getattr(args, name) is None:
             setattr(args, name, inherited.get(name, value))
@@ -268,6 +267,7 @@ def update_weights(state, args):
 def open_run(args, device, run_dir):
     """Complete the flags and read the texts -> checkpoint or None; training and val Tokens."""
     saved = run_folder.open_run_folder(run_dir)
+    args.by_memory = [] if saved or args.init_from else memory.not_named(args)
     complete(args, saved, preset=DEFAULT_PRESET[device.type])
     if saved:
         run_folder.check_identity(saved["identity"], vars(args), args)

@@ -246,7 +246,9 @@ def test_a_batch_grows_with_the_memory_of_a_gpu_and_the_learning_rate_with_its_r
     monkeypatch.setattr(memory, "total_bytes", lambda device: gigabytes * 1e9)
     words = ["-d=none", "--preset=base", "-slen=256", *flags]
     for device in ("cuda", "cpu"):
-        args = train.complete(train.flags().parse_args(words))
+        args = train.flags().parse_args(words)
+        args.by_memory = memory.not_named(args)
+        train.complete(args)
         train.fit_rows(args, Tokens(None, np.array([0, 300]), 1, 1, 0, "", None))
         usual = args.batch_size, args.learning_rate
         memory.grow_batch(train.make_config(args, 32_000), args, torch.device(device), 10**7)

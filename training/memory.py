@@ -27,7 +27,6 @@ OUTSIDE = 55  # the same before and after the layers
 LOGITS = 32  # bytes per token and token of the vocabulary; the fused form has only a chunk of them
 MUON_COPIES = 6  # of all matrices of a shape, while they are orthogonalised
 PROCESS = {"cpu": 0.35e9, "cuda": 0.0}  # of Python and torch
-CHOSEN = "batch_size", "learning_rate"  # by `grow_batch`, where no flag names them
 GROWN = "base"  # the preset whose batch grows, on a GPU
 MOST_GROWTH = 4  # of the tokens of a step: so far the rule for the learning rate was tried
 GROWN_SHARE = 0.5  # of the memory
@@ -144,6 +143,11 @@ def fit(model, args, device):
         if parallel.rank() == 0:
             print(f"{found}: training as with --recompute", file=sys.stderr)
         model.use(form._replace(recompute=True))
+
+
+def not_named(args):
+    """List what `grow_batch` may choose, before the flags are completed."""
+    return [name for name in ("batch_size", "learning_rate") if getattr(args, name) is None]
 
 
 def grow_batch(config, args, device, n_tokens):
