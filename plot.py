@@ -266,10 +266,17 @@ def wrap(pieces):
 
 
 def draw_quality(args):
-    """Draw what evaluate.py --json and experiments.samplers write: by network calls, by time."""
-    exact, by_time, results = {}, {}, []
+    """Draw what evaluate.py --json and experiments.samplers write: by network calls, by time.
+
+    With results.json of experiments.compare, named by their folders, it is one page: the exact
+    likelihoods of training, and the frontier of the samples.
+    """
+    exact, by_time, training, results = {}, {}, {}, []
     for path in args.files:
         content = read_json(path)
+        if is_training(content):
+            training.setdefault(Path(path).resolve().parent.name, []).extend(content)
+            continue
         if is_comparison(content) and not results:
             results = content
             continue
@@ -280,10 +287,10 @@ def draw_quality(args):
         if is_evaluation and "by_time" in content:
             by_time[Path(path).stem] = list(content["by_time"].values())
         elif not curve:
-            known = "one results.json of experiments.samplers, and outputs of evaluate.py --json"
-            raise ValueError(f"{path} is not one of the files to give: {known}")
-    title = ", ".join(Path(path).name for path in args.files)
-    return partial(pictures.quality_figure, exact, results, title, by_time)
+            known = "outputs of evaluate.py --json, results.json of experiments.compare, and one of"
+            raise ValueError(f"{path} is not one of the files to give: {known} samplers")
+    title = "" if training else ", ".join(Path(path).name for path in args.files)
+    return partial(pictures.quality_figure, exact, results, title, by_time, training)
 
 
 def read_json(path):
@@ -301,6 +308,12 @@ def is_comparison(content):
     needed = {"sampler", "calls", "temperature", "calls_per_text", "figures"}
     is_list = isinstance(content, list) and len(content) > 1
     return is_list and all(isinstance(x, dict) and needed <= x.keys() for x in content)
+
+
+def is_training(content):
+    """Tell whether this is a list of records of experiments.compare."""
+    is_list = isinstance(content, list) and len(content) > 0
+    return is_list and all(isinstance(x, dict) and {"name", "curve"} <= x.keys() for x in content)
 
 
 def exact_by_calls(content):
@@ -386,7 +399,7 @@ FLAGS = {
         help="run folder, also of a run that still trains; for the report an exported one too"),
     "run_dirs": dict(nargs="+", type=cli.path, metavar="RUN_DIR", help="run folders"),
     "files": dict(nargs="+", type=cli.path, metavar="FILE.json",
-        help="results.json of experiments.samplers, outputs of evaluate.py --json"),
+        help="results.json of experiments.samplers and .compare, outputs of evaluate.py --json"),
     "--watch": dict(action="store_true",
         help=f"draw again every {WATCH_SECONDS} seconds until Ctrl-C"),
     "--beta": dict(nargs="+", type=cli.positive, default=[],

@@ -1,9 +1,12 @@
 """Figures of the quality of generated text, to be compared with the same figures of real text.
 
-Each figure is easy to deceive: a model that repeats one likely sentence has a low n-gram
-perplexity, and known words do not make a sentence. So perplexity is always shown together with
-entropy, distinct bigrams and how far the texts compress, which shows what texts share [Shaib et al.
-2024, arXiv 2403.00553: as self-BLEU does, which takes far longer].
+A model that repeats one likely sentence has a low n-gram perplexity, and known words do not make a
+sentence. So perplexity is always shown together with entropy and how far the texts compress, which
+shows what texts share [Shaib et al. 2024, arXiv 2403.00553: as self-BLEU does, which takes far
+longer], and with a distance of distributions [Franca and Tong 2026, arXiv 2606.08417]: the n-gram
+divergence is high for texts that are too much alike, and for texts that are too different. Over the
+entropy, at several temperatures, it shows the frontier of a sampler [Pynadath et al. 2026, arXiv
+2604.02718].
 
     stream  (N,)  int64  tokens of all texts in one sequence, with order - 1 marks (the number K)
                          before, between and after
@@ -14,7 +17,8 @@ import bz2
 import math
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -22,6 +26,7 @@ from data import plan_validation
 from text.reading import read_part
 
 REFERENCE_CHARS = 20_000_000  # how much of the training text the n-gram model is fitted to
+N_COMMON = 500  # n-grams whose shares are compared
 N_RESAMPLES = 200  # for the bootstrap
 
 
@@ -67,6 +72,37 @@ class Reference:
             n_successors = np.diff(np.append(first, len(gram)))
             histories.append((history, np.add.reduceat(count, first), n_successors))
         return cls(words, counts, histories, tokenizer)
+
+    @cached_property
+    def common(self):
+        """The commonest n-grams of half the order: n, sorted grams (N,), shares (N + 1,).
+
+        n = 3 for characters, otherwise 2. The first share is that of all other n-grams.
+        """
+        n = (len(self.counts) + 1) // 2
+        gram, count = self.counts[n - 1]
+        chosen = np.sort(np.argsort(count, kind="stable")[-N_COMMON:])
+        share = count[chosen] / count.sum()
+        return n, gram[chosen], np.append(1 - share.sum(), share)
+
+    def find_common(self, text):
+        """Number the n-grams of a text that are common from 1, all others 0 -> (n_tokens,)."""
+        K, (n, gram, _) = len(self.tokenizer), self.common
+        stream = _stream([self.tokenizer.encode(text)], K, n)
+        grams = _grams(stream[: len(stream) - (n - 1)], n, K)  # each ends in a token, not in a mark
+        return _look_up(grams, gram, np.arange(1, len(gram) + 1))
+
+    def divergence(self, numbers):
+        """Compare the shares p of n-grams in texts with q, those in the training text -> bits.
+
+            H((p + q) / 2) - (H(p) + H(q)) / 2,  0 (equal) to 1 (nothing in common)
+
+        Jensen-Shannon [Lin 1991, eq. 4.1]. numbers: of `find_common`, all texts. Rare n-grams count
+        as one: few texts lack most of them, and lack fewer if they were drawn at a low temperature.
+        """
+        *_, q = self.common
+        p = np.bincount(numbers, minlength=len(q)) / max(1, len(numbers))
+        return _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
 
     def nats(self, text):
         """Compute -log P of a text, interpolated as by Witten and Bell -> nats, number of tokens.
@@ -117,24 +153,28 @@ def _look_up(query, grams, values):
 # ---------------------------------------------------------------- figures
 
 
-def _measure(measured):
+def _entropy(share):
+    """Compute the entropy of shares (n,) -> bits."""
+    share = share[share > 0]
+    return -(share * np.log2(share)).sum()
+
+
+def _measure(measured, reference):
     """Compute the figures of texts -> {figure: value}.
 
     measured: of each text, the text, its words, how many of these are in the training text, its
-    nats under the n-gram model, its number of tokens.
+    common n-grams, its nats under the n-gram model, its number of tokens.
     """
-    texts, words, n_known, nats, n_tokens = zip(*measured, strict=True)
-    bigrams = list(chain.from_iterable(map(pairwise, words)))
+    texts, words, n_known, common, nats, n_tokens = zip(*measured, strict=True)
     counts = np.array(list(Counter(chain.from_iterable(words)).values()) or [1])
-    share = counts / counts.sum()
     joined = "\n".join(texts)
     n_bits = 8 * len(bz2.compress(joined.encode()))
     return {
         "known words": sum(n_known) / max(1, sum(map(len, words))),
-        "distinct bigrams": len(set(bigrams)) / max(1, len(bigrams)),
-        "word entropy (bits)": -(share * np.log2(share)).sum(),
+        "word entropy (bits)": _entropy(counts / counts.sum()),
         "compressed (bits per character)": n_bits / max(1, len(joined)),
         "n-gram perplexity": math.exp(sum(nats) / max(1, sum(n_tokens))),
+        "n-gram divergence (bits)": reference.divergence(np.concatenate(common)),
     }
 
 
@@ -148,12 +188,12 @@ def figures(texts, reference, seed=0):
     for text in texts:
         words = text.split()
         n_known = sum(word in reference.words for word in words)
-        measured.append((text, words, n_known, *reference.nats(text)))
+        measured.append((text, words, n_known, reference.find_common(text), *reference.nats(text)))
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(texts), size=(N_RESAMPLES, len(texts)))
-    resamples = [_measure([measured[i] for i in indices]) for indices in chosen]
+    resamples = [_measure([measured[i] for i in indices], reference) for indices in chosen]
     result = {}
-    for name, value in _measure(measured).items():
+    for name, value in _measure(measured, reference).items():
         margin = 1.96 * np.std([resample[name] for resample in resamples])
         result[name] = (float(value), float(value - margin), float(value + margin))
     return result

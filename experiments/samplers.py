@@ -9,8 +9,8 @@ evaluation/quality.py with bootstrap intervals. For a model of the built-in lang
 is checked too.
 
 "pace" is the default of sample.py, with a third of the calls, at most four, for corrections. It and
-"commit" make fewer calls than asked for if a text has fewer tokens. Temperatures below 1 trade
-diversity for quality.
+"commit" make fewer calls than asked for if a text has fewer tokens. A lower temperature makes texts
+better and less diverse: with --temperatures, the picture shows the frontier of both.
 """
 
 import json
@@ -21,7 +21,6 @@ from itertools import product
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
-import numpy as np
 from tqdm import tqdm
 
 import bfn
@@ -35,9 +34,6 @@ from sampling.prompts import make_template
 from text import cache, toy
 from text.reading import Corpus
 from training.checkpoint import load
-
-ENTROPY, PERPLEXITY = "word entropy (bits)", "n-gram perplexity"  # figures of quality.py
-
 
 # ---------------------------------------------------------------- sampling
 
@@ -82,29 +78,6 @@ def summarise(results):
         texts_per_s = f"{r['n_texts'] / r['seconds']:.1f}" if r["seconds"] else ""
         rows.append([*job, *figures, texts_per_s])
     return table(["sampler", "calls", "temperature", *results[0]["figures"], "texts/s"], rows)
-
-
-def equal_entropy_table(results):
-    """Read each sampler's perplexity off at the word entropy of held-out text -> Markdown lines.
-
-    Its logarithm is interpolated between the --temperatures on both sides of that entropy.
-    """
-    held_out, *sampled = (r["figures"] | r for r in results)
-    target, perplexity = held_out[ENTROPY][0], held_out[PERPLEXITY][0]
-    sweeps, rows = {}, []
-    for r in sampled:
-        point = r[ENTROPY][0], r["temperature"], math.log(r[PERPLEXITY][0])
-        sweeps.setdefault((r["sampler"], f"{r['calls']}"), []).append(point)
-    for job, points in sweeps.items():
-        entropies, temperatures, logs = zip(*sorted(points), strict=True)
-        if len(points) > 1 and entropies[0] <= target <= entropies[-1]:
-            T, log = (np.interp(target, entropies, values) for values in (temperatures, logs))
-            rows.append([*job, f"{T:.2f}", f"{math.exp(log):.1f}"])
-        else:
-            rows.append([*job, f"entropies {entropies[0]:.2f} to {entropies[-1]:.2f}", ""])
-    of_text = f"{target:.2f} bits ({PERPLEXITY} {perplexity:.1f})"
-    lines = ["", f"At the word entropy of the held-out text, {of_text}:", ""]
-    return lines + table(["sampler", "calls", "temperature", PERPLEXITY], rows)
 
 
 # ---------------------------------------------------------------- the command
@@ -166,8 +139,6 @@ def main(argv=None):
         with replacing(folder / "results.json") as temporary:  # all can take hours
             temporary.write_text(json.dumps(results, indent=1))
     lines = summarise(results)
-    if args.temperatures:
-        lines += equal_entropy_table(results)
     with replacing(folder / "results.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -329,24 +329,33 @@ def save_gif(path, images, comment):
     few[0].save(path, "GIF", save_all=True, append_images=few[1:], **options)
 
 
-# ---------------------------------------------------------------- quality: by calls, by time
+# ---------------------------------------------------------------- quality: of texts, of samples
+
+DISTANCE, DIVERSITY = "n-gram divergence (bits)", "word entropy (bits)"  # of evaluation/quality.py
+MODELS = {"base": "this code", "masked": "masked diffusion"}  # variants of experiments.compare
 
 
-def quality_figure(exact, results, title, by_time=()):
+def quality_figure(exact, results, title, by_time=(), training=()):
     """Draw exact likelihoods and figures of samples over network calls, and losses over time.
 
     exact: {name: (calls, nats per token, errors, bound)}. results: records of experiments.samplers,
-    the first of held-out text, or []. by_time: {name: (t, loss, cross-entropy)}.
+    the first of held-out text, or []. by_time: {name: (t, loss, cross-entropy)}. training: {text:
+    records of experiments.compare}; next to these, of `results` only the frontier is drawn.
     """
     panels = {}
+    for text in training:
+        panels[f"{text}: exact, bits per character"] = partial(draw_learning, training[text])
     if exact:
         panels["exact likelihood (nats per token)"] = partial(draw_exact, exact)
     if by_time:
         panels["loss by time (nats per token)"] = partial(draw_by_time, by_time)
     n_before = len(panels)
-    for name in results[0]["figures"] if results else ():
+    names = list(results[0]["figures"]) if results else []
+    for name in names if not training else ():
         panels[name] = partial(draw_by_calls, results, name)
-    n_columns = min(3, len(panels))
+    if len({r["temperature"] for r in results}) > 1 and DISTANCE in names:
+        panels[f"{DISTANCE} over {DIVERSITY}"] = partial(draw_frontier, results)
+    n_columns = 2 if len(panels) == 4 else min(3, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     figure = new_figure(0.9 + 2.6 * n_rows, width=WIDTH if n_columns > 1 else 5.5)
     figure.suptitle(plain(title), fontsize=10)
@@ -357,9 +366,49 @@ def quality_figure(exact, results, title, by_time=()):
         axes.set_title(name)
         draw(axes)
         axes.grid()
-    if results:
+    if n_before < len(panels):
         name_lines(figure, all_axes[n_before], "outside lower center")
     return figure
+
+
+def draw_learning(records, axes):
+    """Draw exact likelihoods over tokens of training, and as stars bounds of runs without these."""
+    by_name = {}
+    for r in records:
+        by_name.setdefault(r["name"], []).append(zip(*r["curve"], strict=True))
+    for i, (name, curves) in enumerate(by_name.items()):
+        label = plain(MODELS.get(name, name))
+        for _, n_tokens, bound, exact in curves:
+            if exact[0] is None:
+                axes.plot(n_tokens, bound, "*", color=ink(), markersize=9, label=label)
+            else:
+                axes.plot(n_tokens, exact, "o-", color=f"C{i}", markersize=3, label=label)
+            label = None  # once for all runs of a name
+    axes.set(xscale="log", xlabel="tokens of training")
+    axes.legend(fontsize=8)
+
+
+def draw_frontier(results, axes):
+    """Draw the distance of samples from text over their diversity, by sampler and calls.
+
+    The points of a line are temperatures, the larger the higher; its number is that of the calls.
+    """
+    (_, real), *sampled = (
+        (r, [r["figures"][name][0] for name in (DIVERSITY, DISTANCE)]) for r in results
+    )
+    lines = {}
+    for r, point in sampled:
+        by_calls = lines.setdefault(r["sampler"], {})
+        by_calls.setdefault(r["calls"], []).append((r["temperature"], *point))
+    for i, (label, by_calls) in enumerate(lines.items()):
+        for calls, points in by_calls.items():
+            temperatures, x, y = zip(*sorted(points), strict=True)
+            axes.plot(x, y, color=f"C{i}", linewidth=1.2, label=label)
+            axes.scatter(x, y, [20 * T**2 for T in temperatures], color=f"C{i}")
+            axes.annotate(calls, (x[-1], y[-1]), (3, 3), textcoords="offset points", fontsize=7)
+            label = None
+    axes.plot(*real, "*", color=ink(), markersize=10, label="held-out text")
+    axes.set(xlabel=DIVERSITY)
 
 
 def draw_exact(exact, axes):

@@ -164,29 +164,8 @@ def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys)
     pairs = zip(entropies[::2], entropies[1::2], strict=True)
     assert all(sharp < plain for plain, sharp in pairs)
     assert held_out["figures"]["grammatical"][0] == 1
-    assert capsys.readouterr().out.count("| ode2 |") == 4 + 2  # samples, at equal entropy
+    assert capsys.readouterr().out.count("| ode2 |") == 4
     with pytest.raises(
         ValueError, match="--length=33, but the model was trained on texts of at most"
     ):
         samplers.main([*command.split(), "--length=33"])
-
-
-def test_the_perplexity_at_equal_entropy_is_interpolated_between_temperatures():
-    """Half way between the entropies 8 and 9: the geometric mean of 10 and 1000."""
-
-    def result(job, entropy, perplexity):
-        figures = {"word entropy (bits)": (entropy,), "n-gram perplexity": (perplexity,)}
-        return samplers.record(job, figures)
-
-    held_out = result(("held-out text", 0, 1.0), 8.5, 50.0)
-    swept = [
-        result(("commit", 20, T), *values)
-        for T, values in ((1.0, (9.0, 1000.0)), (0.8, (8.0, 10.0)))
-    ]
-    outside = [
-        result(("sde2", 20, T), *values)
-        for T, values in ((1.0, (9.0, 90.0)), (0.9, (8.8, 80.0)))
-    ]
-    lines = samplers.equal_entropy_table([held_out, *swept, *outside])
-    assert "| commit | 20 | 0.90 | 100.0 |" in lines
-    assert "| sde2 | 20 | entropies 8.80 to 9.00 |  |" in lines

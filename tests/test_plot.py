@@ -356,7 +356,7 @@ def test_an_animation_has_a_frame_per_call_and_holds_the_last(draw, run_dir, tmp
 
 
 def record(sampler, calls, value, temperature=1.0):
-    names = ("distinct bigrams", "n-gram perplexity")
+    names = ("word entropy (bits)", "n-gram divergence (bits)")
     job = dict(sampler=sampler, calls=calls, temperature=temperature, calls_per_text=calls)
     return dict(job, figures={name: (value, value - 1, value + 1) for name in names})
 
@@ -370,10 +370,36 @@ def test_quality_draws_figures_over_calls_at_temperature_one(draw, drawn, tmp_pa
     ]
     (tmp_path / "results.json").write_text(json.dumps(results))
     draw("quality", "results.json")
-    bigrams, perplexity = drawn[0].axes
-    for axes in (bigrams, perplexity):
+    *by_calls, frontier = drawn[0].axes
+    for axes in by_calls:
         assert axes.lines[0].get_xydata().tolist() == [[4, 7], [8, 5]]
         assert axes.lines[1].get_ydata() == [3, 3] and axes.lines[1].get_label() == "held-out text"
+    more, few, real = (line.get_xydata().tolist() for line in frontier.lines)
+    assert (more, few, real) == ([[5, 5]], [[6, 6], [7, 7]], [[3, 3]])
+    assert [text.get_text() for text in frontier.texts] == ["8", "4"]
+
+
+def test_quality_draws_trainings_of_each_text_and_the_frontier_on_one_page(draw, drawn, tmp_path):
+    """Two files of a folder share a panel; a run without exact likelihoods is a star."""
+    curve = [[0.5, 1000, 4.5, 4.0], [1.0, 2000, 3.5, 3.0]]
+    runs = [dict(name="base", curve=curve), dict(name="masked", curve=curve[1:])]
+    results = [record("held-out text", 0, 3.0), record("pace", 4, 7.0), record("pace", 4, 6.0, 0.5)]
+    files = {
+        "wiki8/results": runs,
+        "wiki8/published": [dict(name="published code", curve=[[3.6, 2000, 4.7, None]])],
+        "enwiki/results": runs[:1],
+        "samplers": results,
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    draw("quality", *(f"{name}.json" for name in files))
+    wiki8, enwiki, frontier = drawn[0].axes
+    assert wiki8.get_title() == "wiki8: exact, bits per character"
+    lines = [(line.get_label(), line.get_xydata().tolist()) for line in wiki8.lines]
+    assert lines[0] == ("this code", [[1000, 4], [2000, 3]])
+    assert lines[1:] == [("masked diffusion", [[2000, 3]]), ("published code", [[2000, 4.7]])]
+    assert len(enwiki.lines) == 1 and frontier.lines[0].get_xydata().tolist() == [[6, 6], [7, 7]]
 
 
 def test_quality_draws_the_exact_likelihoods_that_evaluate_prints(draw, drawn, tmp_path):

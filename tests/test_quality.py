@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from exact import vocabulary
 
@@ -31,13 +32,47 @@ def test_the_n_gram_model_follows_witten_and_bells_rule_and_sums_to_one(tmp_path
     assert known + (K - 3) * unseen == pytest.approx(1)
 
 
-def test_repetition_lowers_entropy_distinct_bigrams_and_compressed_size():
+def test_the_n_gram_divergence_is_that_of_jensen_and_shannon(tmp_path):
+    """Equal texts have 0 bits, those without a common n-gram 1, others the mean of two KL."""
+    (tmp_path / "text.txt").write_text("a b a b a c\nb a\n")
+    (tmp_path / "model").write_bytes(train_tokenizer(tmp_path / "text.txt", "word", 100))
+    reference = quality.Reference.fit(tmp_path / "text.txt", load_tokenizer(tmp_path / "model"))
+
+    def divergence(*texts):
+        return reference.divergence(np.concatenate([reference.find_common(text) for text in texts]))
+
+    assert divergence("a b a b a c", "b a") == pytest.approx(0)
+    assert divergence("z z z") == pytest.approx(1)
+    # trigrams: |b once, then ba; in the text, |b and |ba are 1 of 8 each, |a, |ab, aba (twice), bab
+    p, q = [1 / 2, 1 / 2, 0, 0], [1 / 8, 1 / 8, 1 / 2, 1 / 4]
+    m = np.add(p, q) / 2
+    kl = [sum(x * math.log2(x / y) for x, y in zip(d, m, strict=True) if x) for d in (p, q)]
+    assert divergence("b a") == pytest.approx(sum(kl) / 2)
+
+
+def test_the_real_text_is_nearer_than_repeated_or_noisy_text(tmp_path):
+    corpus, texts = toy.corpus(2000), toy.corpus(100, seed=1).splitlines()
+    (tmp_path / "text.txt").write_text(corpus)
+    (tmp_path / "model").write_bytes(train_tokenizer(tmp_path / "text.txt", "word", 100))
+    reference = quality.Reference.fit(tmp_path / "text.txt", load_tokenizer(tmp_path / "model"))
+    shuffled = [" ".join(sorted(text.split())) for text in texts]
+    bits = [
+        quality.figures(some, reference)["n-gram divergence (bits)"]
+        for some in (texts, texts[:10] * 10, shuffled)
+    ]
+    assert all(bits[0][2] < other[1] for other in bits[1:])
+
+
+def test_repetition_lowers_entropy_and_compressed_size():
     texts = toy.corpus(30).splitlines()
     reference = SimpleNamespace(
-        words=set(vocabulary()), nats=lambda text: (len(text.split()), len(text.split()))
+        words=set(vocabulary()),
+        nats=lambda text: (len(text.split()), len(text.split())),
+        find_common=str.split,
+        divergence=len,
     )
     real, repeated = quality.figures(texts, reference), quality.figures([texts[0]] * 30, reference)
     assert real["known words"][0] == repeated["known words"][0] == 1
     assert real["n-gram perplexity"][0] == pytest.approx(math.e)
-    for name in ("distinct bigrams", "word entropy (bits)", "compressed (bits per character)"):
+    for name in ("word entropy (bits)", "compressed (bits per character)"):
         assert repeated[name][2] < real[name][1]
