@@ -49,6 +49,7 @@ N_ALTERNATIVES = 6  # at each network call
 LEAST = 5  # per mille: less likely alternatives are left out
 LINE_COLUMNS = 90  # of a text in an animation
 PACKED_ROWS = 32  # that are drawn
+SAMPLES = "sampler calls temperature calls_per_text figures".split()  # of experiments.samplers
 
 
 # Each function returns what makes its figure, or saves what is no figure itself.
@@ -274,10 +275,10 @@ def draw_quality(args):
     exact, by_time, training, results = {}, {}, {}, []
     for path in args.files:
         content = read_json(path)
-        if is_training(content):
+        if is_records(content, "name", "curve") and len(content[0]["curve"][0]) == 4:  # with exact
             training.setdefault(Path(path).resolve().parent.name, []).extend(content)
             continue
-        if is_comparison(content) and not results:
+        if is_records(content, *SAMPLES) and not results:
             results = content
             continue
         is_evaluation = isinstance(content, dict) and "bound_nats_per_token" in content
@@ -303,17 +304,10 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON") from None
 
 
-def is_comparison(content):
-    """Tell whether this is a list of records of experiments.samplers, first of held-out text."""
-    needed = {"sampler", "calls", "temperature", "calls_per_text", "figures"}
-    is_list = isinstance(content, list) and len(content) > 1
-    return is_list and all(isinstance(x, dict) and needed <= x.keys() for x in content)
-
-
-def is_training(content):
-    """Tell whether this is a list of records of experiments.compare."""
-    is_list = isinstance(content, list) and len(content) > 0
-    return is_list and all(isinstance(x, dict) and {"name", "curve"} <= x.keys() for x in content)
+def is_records(content, *needed):
+    """Tell whether this is a list of dictionaries with these keys."""
+    is_list = isinstance(content, list) and bool(content)
+    return is_list and all(isinstance(x, dict) and {*needed} <= x.keys() for x in content)
 
 
 def exact_by_calls(content):

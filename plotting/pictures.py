@@ -354,7 +354,7 @@ def quality_figure(exact, results, title, by_time=(), training=()):
     for name in names if not training else ():
         panels[name] = partial(draw_by_calls, results, name)
     if len({r["temperature"] for r in results}) > 1 and DISTANCE in names:
-        panels[f"{DISTANCE} over {DIVERSITY}"] = partial(draw_frontier, results)
+        panels["frontier: n-gram divergence"] = partial(draw_frontier, results)
     n_columns = 2 if len(panels) == 4 else min(3, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     figure = new_figure(0.9 + 2.6 * n_rows, width=WIDTH if n_columns > 1 else 5.5)
@@ -374,7 +374,7 @@ def quality_figure(exact, results, title, by_time=(), training=()):
 def draw_learning(records, axes):
     """Draw exact likelihoods over tokens of training, and as stars bounds of runs without these."""
     by_name = {}
-    for r in records:
+    for r in sorted(records, key=lambda r: r["curve"][0][3] is None):  # stars have no colour
         by_name.setdefault(r["name"], []).append(zip(*r["curve"], strict=True))
     for i, (name, curves) in enumerate(by_name.items()):
         label = plain(MODELS.get(name, name))
@@ -384,7 +384,7 @@ def draw_learning(records, axes):
             else:
                 axes.plot(n_tokens, exact, "o-", color=f"C{i}", markersize=3, label=label)
             label = None  # once for all runs of a name
-    axes.set(xscale="log", xlabel="tokens of training")
+    log_axis(axes, "tokens of training")
     axes.legend(fontsize=8)
 
 
@@ -393,11 +393,9 @@ def draw_frontier(results, axes):
 
     The points of a line are temperatures, the larger the higher; its number is that of the calls.
     """
-    (_, real), *sampled = (
-        (r, [r["figures"][name][0] for name in (DIVERSITY, DISTANCE)]) for r in results
-    )
+    real, *points = ([r["figures"][name][0] for name in (DIVERSITY, DISTANCE)] for r in results)
     lines = {}
-    for r, point in sampled:
+    for r, point in zip(results[1:], points, strict=True):
         by_calls = lines.setdefault(r["sampler"], {})
         by_calls.setdefault(r["calls"], []).append((r["temperature"], *point))
     for i, (label, by_calls) in enumerate(lines.items()):
@@ -418,7 +416,7 @@ def draw_exact(exact, axes):
         axes.errorbar(calls, nats, errors, label=plain(f"exact, {name}"), **look)
         look = dict(color=f"C{i}", linestyle="--", linewidth=1)
         axes.axhline(bound, label=plain(f"bound, {name}"), **look)
-    log_calls(axes)
+    log_axis(axes)
     axes.legend(fontsize=8)
 
 
@@ -432,13 +430,13 @@ def draw_by_time(by_time, axes):
     axes.legend(fontsize=8)
 
 
-def log_calls(axes):
-    """Show network calls on a logarithmic axis with plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+def log_axis(axes, label="network calls"):
+    """Show network calls, or what the label says, on a logarithmic axis with plain numbers."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    axes.set(xscale="log", xlabel="network calls")
+    axes.set(xscale="log", xlabel=label)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -455,6 +453,6 @@ def draw_by_calls(results, figure_name, axes):
         axes.plot(calls, value, marker=".", label=sampler, linewidth=1.5)
         axes.fill_between(calls, low, high, alpha=0.15, linewidth=0)
     mark_level(axes, held_out["figures"][figure_name][0], held_out["sampler"])
-    log_calls(axes)
+    log_axis(axes)
     if figure_name.endswith("perplexity"):
         axes.set(yscale="log")
