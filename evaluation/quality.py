@@ -26,7 +26,7 @@ from data import plan_validation
 from text.reading import read_part
 
 REFERENCE_CHARS = 20_000_000  # how much of the training text the n-gram model is fitted to
-N_COMMON = 500  # n-grams whose shares are compared
+N_COMMON = 500  # n-grams whose shares are compared one by one
 N_RESAMPLES = 200  # for the bootstrap
 
 
@@ -74,34 +74,36 @@ class Reference:
         return cls(words, counts, histories, tokenizer)
 
     @cached_property
-    def common(self):
-        """The commonest n-grams of half the order: n, sorted grams (N,), shares (N + 1,).
+    def cells(self):
+        """Sort n-grams, n = order, into cells: sorted grams, the cell of each, shares of cells.
 
-        n = 3 for characters, otherwise 2. The first share is that of all other n-grams.
+        The N_COMMON commonest have a cell each, the others one for 1, 2 to 3, 4 to 7, ... times in
+        the training text; those never seen have cell 0. An n-gram of the training text does not
+        count itself, so that other text of this kind has the same shares.
         """
-        n = (len(self.counts) + 1) // 2
-        gram, count = self.counts[n - 1]
-        chosen = np.sort(np.argsort(count, kind="stable")[-N_COMMON:])
-        share = count[chosen] / count.sum()
-        return n, gram[chosen], np.append(1 - share.sum(), share)
+        gram, count = self.counts[-1]
+        cell, among_others = (np.frexp(n)[1] for n in (count, count - 1))  # 0, 1, 2, 2, 3, ...
+        common = np.argsort(count, kind="stable")[-N_COMMON:]
+        cell[common] = among_others[common] = cell.max() + 1 + np.arange(len(common))
+        return gram, cell, np.bincount(among_others, count) / count.sum()
 
-    def find_common(self, text):
-        """Number the n-grams of a text that are common from 1, all others 0 -> (n_tokens,)."""
-        K, (n, gram, _) = len(self.tokenizer), self.common
+    def find_cells(self, text):
+        """Find the cells of the n-grams of a text -> (n_tokens,)."""
+        K, n, (gram, cell, _) = len(self.tokenizer), len(self.counts), self.cells
         stream = _stream([self.tokenizer.encode(text)], K, n)
         grams = _grams(stream[: len(stream) - (n - 1)], n, K)  # each ends in a token, not in a mark
-        return _look_up(grams, gram, np.arange(1, len(gram) + 1))
+        return _look_up(grams, gram, cell)
 
-    def divergence(self, numbers):
-        """Compare the shares p of n-grams in texts with q, those in the training text -> bits.
+    def divergence(self, cells):
+        """Compare the shares p of cells in texts with q, those in the training text -> bits.
 
             H((p + q) / 2) - (H(p) + H(q)) / 2,  0 (equal) to 1 (nothing in common)
 
-        Jensen-Shannon [Lin 1991, eq. 4.1]. numbers: of `find_common`, all texts. Rare n-grams count
-        as one: few texts lack most of them, and lack fewer if they were drawn at a low temperature.
+        Jensen-Shannon [Lin 1991, eq. 4.1]. cells: those of all texts, one after the other. If each
+        n-gram were its own cell, few texts would seem best at a low temperature.
         """
-        *_, q = self.common
-        p = np.bincount(numbers, minlength=len(q)) / max(1, len(numbers))
+        *_, q = self.cells
+        p = np.bincount(cells, minlength=len(q)) / max(1, len(cells))
         return _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
 
     def nats(self, text):
@@ -163,9 +165,9 @@ def _measure(measured, reference):
     """Compute the figures of texts -> {figure: value}.
 
     measured: of each text, the text, its words, how many of these are in the training text, its
-    common n-grams, its nats under the n-gram model, its number of tokens.
+    cells, its nats under the n-gram model, its number of tokens.
     """
-    texts, words, n_known, common, nats, n_tokens = zip(*measured, strict=True)
+    texts, words, n_known, cells, nats, n_tokens = zip(*measured, strict=True)
     counts = np.array(list(Counter(chain.from_iterable(words)).values()) or [1])
     joined = "\n".join(texts)
     n_bits = 8 * len(bz2.compress(joined.encode()))
@@ -174,7 +176,7 @@ def _measure(measured, reference):
         "word entropy (bits)": _entropy(counts / counts.sum()),
         "compressed (bits per character)": n_bits / max(1, len(joined)),
         "n-gram perplexity": math.exp(sum(nats) / max(1, sum(n_tokens))),
-        "n-gram divergence (bits)": reference.divergence(np.concatenate(common)),
+        "n-gram divergence (bits)": reference.divergence(np.concatenate(cells)),
     }
 
 
@@ -188,7 +190,7 @@ def figures(texts, reference, seed=0):
     for text in texts:
         words = text.split()
         n_known = sum(word in reference.words for word in words)
-        measured.append((text, words, n_known, reference.find_common(text), *reference.nats(text)))
+        measured.append((text, words, n_known, reference.find_cells(text), *reference.nats(text)))
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(texts), size=(N_RESAMPLES, len(texts)))
     resamples = [_measure([measured[i] for i in indices], reference) for indices in chosen]

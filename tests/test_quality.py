@@ -39,15 +39,23 @@ def test_the_n_gram_divergence_is_that_of_jensen_and_shannon(tmp_path):
     reference = quality.Reference.fit(tmp_path / "text.txt", load_tokenizer(tmp_path / "model"))
 
     def divergence(*texts):
-        return reference.divergence(np.concatenate([reference.find_common(text) for text in texts]))
+        return reference.divergence(np.concatenate([reference.find_cells(text) for text in texts]))
 
     assert divergence("a b a b a c", "b a") == pytest.approx(0)
     assert divergence("z z z") == pytest.approx(1)
-    # trigrams: |b once, then ba; in the text, |b and |ba are 1 of 8 each, |a, |ab, aba (twice), bab
-    p, q = [1 / 2, 1 / 2, 0, 0], [1 / 8, 1 / 8, 1 / 2, 1 / 4]
-    m = np.add(p, q) / 2
-    kl = [sum(x * math.log2(x / y) for x, y in zip(d, m, strict=True) if x) for d in (p, q)]
-    assert divergence("b a") == pytest.approx(sum(kl) / 2)
+    # "b a" has 2 of the 8 6-grams of the text, which all occur once
+    entropy_of_mean = -2 * 5 / 16 * math.log2(5 / 16) - 6 / 16 * math.log2(1 / 16)
+    assert divergence("b a") == pytest.approx(entropy_of_mean - (1 + 3) / 2)
+
+
+def test_new_n_grams_are_as_common_as_those_that_the_training_text_has_once(tmp_path, monkeypatch):
+    """One of its four words would be new without itself, as one of the four of other text is."""
+    monkeypatch.setattr(quality, "N_COMMON", 1)
+    (tmp_path / "text.txt").write_text("a\na\na\nb\n")
+    (tmp_path / "model").write_bytes(train_tokenizer(tmp_path / "text.txt", "word", 100))
+    reference = quality.Reference.fit(tmp_path / "text.txt", load_tokenizer(tmp_path / "model"))
+    cells = [reference.find_cells(text) for text in ("a", "a", "a", "zebra")]
+    assert cells[-1] == [0] and reference.divergence(np.concatenate(cells)) == pytest.approx(0)
 
 
 def test_the_real_text_is_nearer_than_repeated_or_noisy_text(tmp_path):
@@ -68,7 +76,7 @@ def test_repetition_lowers_entropy_and_compressed_size():
     reference = SimpleNamespace(
         words=set(vocabulary()),
         nats=lambda text: (len(text.split()), len(text.split())),
-        find_common=str.split,
+        find_cells=str.split,
         divergence=len,
     )
     real, repeated = quality.figures(texts, reference), quality.figures([texts[0]] * 30, reference)
