@@ -26,7 +26,7 @@ from data import plan_validation
 from text.reading import read_part
 
 REFERENCE_CHARS = 20_000_000  # how much of the training text the n-gram model is fitted to
-N_COMMON = 500  # n-grams whose shares are compared one by one
+N_COMMON = 100  # n-grams whose shares are compared one by one
 N_RESAMPLES = 200  # for the bootstrap
 
 
