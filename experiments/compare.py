@@ -234,6 +234,8 @@ def variant(text):
         if word not in VARIANTS and "=" not in word:
             known = f"choose from {', '.join(VARIANTS)}, or FLAG=VALUE"
             raise argparse.ArgumentTypeError(f"{word} is no variant: {known}")
+    if {"autoregressive", "masked"} <= {*text.split()}:
+        raise argparse.ArgumentTypeError(f"{text} is two models: give one")
     return text
 
 

@@ -135,9 +135,17 @@ def test_a_variant_may_have_functions_and_flags(unpatched):
     assert args.dropout_prob == 0.25 and bfn.predict_noisy is not before
 
 
-@pytest.mark.parametrize("text", ["", " ", "masked nothing"])
-def test_a_variant_has_only_words_that_are_known(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is no variant"):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is no variant"),
+        (" ", "is no variant"),
+        ("masked nothing", "nothing is no variant"),
+        ("masked autoregressive", "is two models"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused(text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
         compare.variant(text)
 
 
