@@ -12,8 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.environ.get("BFN_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# A shell's background job, and what it starts, would ignore Ctrl-C.
+# A shell's background job, and what it starts, would ignore Ctrl-C, and under nohup a hang-up.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
