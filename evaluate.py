@@ -30,7 +30,6 @@ from text import cache, toy
 from text.reading import Corpus, find_files, left_out, read_pieces, reading_notes
 from training.checkpoint import load
 from training.run_folder import VAL_TOKENS
-from training.speed import full_precision
 
 ERROR = 0.005  # Monte-Carlo error to reach, nats per token
 SECONDS = 40  # how long the draws take if no flag says how much to score
@@ -49,9 +48,8 @@ def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS, n_exact=V
     even bins.
     """
     text = Text(tokens, row_length).first_tokens(max_tokens)
-    with full_precision():
-        scores = bounds.score(model, text, Work(device), seed="validation")
-        exact = exact_likelihood(model, text.first_tokens(n_exact), device)
+    scores = bounds.score(model, text, Work(device), seed="validation")
+    exact = exact_likelihood(model, text.first_tokens(n_exact), device)
     _, loss_by_time, _ = scores.by_time(20)
     return likelihood_figures(scores) | exact, np.nan_to_num(loss_by_time).tolist()
 

@@ -275,7 +275,7 @@ def draw_quality(args):
     exact, by_time, training, results = {}, {}, {}, []
     for path in args.files:
         content = read_json(path)
-        if is_records(content, "name", "curve") and len(content[0]["curve"][0]) == 4:  # with exact
+        if is_records(content, "name", "curve") and all(has_curve(r) for r in content):
             training.setdefault(Path(path).resolve().parent.name, []).extend(content)
             continue
         if is_records(content, *SAMPLES) and not results:
@@ -308,6 +308,12 @@ def is_records(content, *needed):
     """Tell whether this is a list of dictionaries with these keys."""
     is_list = isinstance(content, list) and bool(content)
     return is_list and all(isinstance(x, dict) and {*needed} <= x.keys() for x in content)
+
+
+def has_curve(record):
+    """Tell whether the curve of a record is a list of (minutes, tokens, bound, exact)."""
+    curve = record["curve"]
+    return isinstance(curve, list) and bool(curve) and all(np.shape(x) == (4,) for x in curve)
 
 
 def exact_by_calls(content):

@@ -291,7 +291,9 @@ def build(config, args, device, saved=None):
     if args.init_from and not saved:
         model.load_state_dict(load(args.init_from, device=device)[0].state_dict())
     emas = [copy.deepcopy(model).requires_grad_(False).eval() for _ in args.ema_rate]
-    state = State(model, optim.make_optimizers(shards.cut(model, args.shard), args), emas)
+    if args.shard:
+        shards.cut(model)
+    state = State(model, optim.make_optimizers(model, args), emas)
     if saved:
         restore(state, saved)
     return state

@@ -52,6 +52,7 @@ def find_device(name):
         found = torch.device(name)
         torch.zeros((), device=found)
         if found.type in ("cpu", "cuda"):
+            waiting.watch()
             return found
     advice = "use --device=cpu, or --device=cuda if there is a GPU"
     raise ValueError(f"no device {name!r} here: {advice}")
@@ -74,7 +75,6 @@ def join(name):
         name = f"cuda:{local}"
     device = find_device(name)
     if not many:
-        waiting.watch()
         return device
     try:
         socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
@@ -215,7 +215,9 @@ class GradientSum:
     def __init__(self, parameters, n_passes):
         self.n_passes, self.counts = n_passes, Counter()
         self.bucket, self.sent = [], []
-        for p in parameters if size() > 1 else ():
+        if size() == 1:
+            return
+        for p in parameters:
             p.register_post_accumulate_grad_hook(self._add)
 
     def _add(self, p):

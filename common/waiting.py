@@ -11,6 +11,7 @@ import atexit
 import os
 import threading
 import time
+from functools import cache
 
 import torch
 
@@ -31,6 +32,7 @@ def used_seconds():
     return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
+@cache
 def watch(n_threads=None, look_seconds=LOOK_SECONDS):
     """Look from now on whether others are busy, and choose how `n_threads` wait.
 
@@ -45,7 +47,7 @@ def watch(n_threads=None, look_seconds=LOOK_SECONDS):
 def _start(work, *args):
     """Start a thread that works until an Event, the last argument, is set -> function that ends it.
 
-    A thread that is still inside of torch when Python ends would abort the process.
+    A thread that is still inside torch when Python ends would abort the process.
     """
     stop = threading.Event()
     thread = threading.Thread(target=work, args=(*args, stop), daemon=True)
@@ -54,6 +56,7 @@ def _start(work, *args):
     def end():
         stop.set()
         thread.join()
+        atexit.unregister(end)
 
     atexit.register(end)
     return end

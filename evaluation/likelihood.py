@@ -59,8 +59,10 @@ def exact(network, ids, cond_mask, u, config, choose=bfn.spread_out, calls=None)
 def spread(network, ids, cond_mask, u, config):
     """Compute the standard deviation of -log P between four random orders of a row -> (B,) nats.
 
-    A consistent network has none: -log P by the chain rule does not depend on the order.
+    A consistent network has none: -log P by the chain rule does not depend on the order. Per token,
+    it is smaller for longer rows.
     """
+    # u is a multiple of 2^-24, so odd factors only permute its values.
     orders = ((u.double() * prime).frac() for prime in (1, 1009, 2003, 3001))
     nats = [exact(network, ids, cond_mask, order, config, choose=None) for order in orders]
     return torch.stack(nats).std(0)

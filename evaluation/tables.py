@@ -62,7 +62,7 @@ def exact_figures(text, scores):
     for name, nats in scores.nats.items():
         mean = float(nats.sum() / scores.n_scored.sum())
         error, _ = clustered_error(nats - mean * scores.n_scored, scores.n_scored, document)
-        figures[f"{to_key(name)}_nats_per_token"] = mean + unknown
+        figures[f"{to_key(name)}_nats_per_token"] = mean + unknown * (not name.startswith("spread"))
         figures[f"{to_key(name)}_text_error_nats_per_token"] = error
     return figures
 

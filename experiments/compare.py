@@ -281,10 +281,9 @@ def measure_gaps(name, model, text, device):
     if "autoregressive" in name.split():
         functions = {key: f for key, f in functions.items() if key.endswith("from the left")}
     figures = {}
-    with speed.full_precision():
-        for key, function in functions.items():
-            some = text.first_tokens(EXACT_TOKENS if "unknown" in key else VAL_TOKENS)
-            figures |= evaluate.measure_exact(model, some, {key: function}, bounds.Work(device))
+    for key, function in functions.items():
+        some = text.first_tokens(EXACT_TOKENS if "unknown" in key else VAL_TOKENS)
+        figures |= evaluate.measure_exact(model, some, {key: function}, bounds.Work(device))
     return figures
 
 

@@ -256,7 +256,10 @@ def run_flags(args, run_dir, seconds):
     """List the flags of train.py for a run of about so many seconds."""
     words = [f"-d={args.data_path}"] if args.data_path else []
     words += [f"--preset={args.preset}", f"-mdir={run_dir}", f"--cache_dir={args.scratch}"]
-    return words + (SMALL.split() if args.quick else [f"--minutes={seconds / 60:.3g}"])
+    if args.quick:
+        return words + SMALL.split()
+    sizes = f"-slen={args.sizes['row']} -bsz={args.sizes['rows']}"  # those of `step`
+    return words + [*sizes.split(), f"--minutes={seconds / 60:.3g}"]
 
 
 def training(args):

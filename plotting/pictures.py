@@ -363,7 +363,7 @@ def quality_figure(exact, results, title, by_time=(), training=()):
     for axes in all_axes[len(panels) :]:
         axes.axis("off")
     for axes, (name, draw) in zip(all_axes, panels.items(), strict=False):
-        axes.set_title(name)
+        axes.set_title(plain(name))
         draw(axes)
         axes.grid()
     if n_before < len(panels):
@@ -391,7 +391,7 @@ def draw_learning(records, axes):
 def draw_frontier(results, axes):
     """Draw the distance of samples from text over their diversity, by sampler and calls.
 
-    The points of a line are temperatures, the larger the higher; its number is that of the calls.
+    Larger points are higher temperatures. The number at a line is its network calls.
     """
     real, *points = ([r["figures"][name][0] for name in (DIVERSITY, DISTANCE)] for r in results)
     lines = {}

@@ -18,7 +18,7 @@ from untrained import make_run
 
 import evaluate
 from common import cli
-from evaluation import bounds, likelihood
+from evaluation import bounds, likelihood, tables
 from text import toy
 
 SEQUENCES, P = random_joint()
@@ -60,6 +60,15 @@ def test_a_network_that_depends_on_the_order_has_a_spread():
     functions, work = likelihood.figures_of(orders=["spread"]), bounds.Work(CPU)
     scores = likelihood.score(uneven, list(SEQUENCES.numpy()), -1, functions, work)
     assert scores.nats["spread over orders"].mean() > 0.1
+
+
+def test_the_spread_has_no_cost_of_unknown_text(monkeypatch):
+    monkeypatch.setattr(tables, "unknown_nats_per_token", lambda tokens: 1.0)
+    nats = {"random order": np.array([2.0, 2.0]), "spread over orders": np.zeros(2)}
+    text = SimpleNamespace(document=np.array([0, 1]), tokens=None)
+    figures = tables.exact_figures(text, likelihood.Likelihoods(nats, np.array([2.0, 2.0])))
+    assert figures["random_order_nats_per_token"] == 2
+    assert figures["spread_over_orders_nats_per_token"] == 0
 
 
 def test_the_bound_over_all_orders_is_the_mean_over_orders():

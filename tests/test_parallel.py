@@ -311,6 +311,28 @@ def test_a_process_with_other_flags_ends_the_run(tmp_path):
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+FORWARD = """
+import torch
+from torch.distributed.tensor import DTensor
+from common import parallel
+from model import BFNTransformer, Config
+from training import shards
+
+device = parallel.join("cpu")
+model = BFNTransformer(Config(50, 0.1, 32, 2, 2))
+shards.cut(model)
+model(torch.full((1, 8, 50), 0.02), torch.zeros(1, 8))
+cut = [isinstance(p, DTensor) for p in model.layer_matrices()]
+print(all(cut), len(cut) > 2)
+"""
+
+
+def test_a_layer_in_shards_is_whole_only_while_it_computes(tmp_path):
+    (tmp_path / "forward.py").write_text(FORWARD)
+    done = start(tmp_path / "forward.py", 2)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
 SHARDED = "--shard", "-acc=4", "--max_steps=6"
 
 

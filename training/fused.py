@@ -63,7 +63,7 @@ def aligned(K, device):
 def aligned_halves(x):
     """Split x (K, D) into the halves of `evidence` -> x with zeros appended, its two halves.
 
-    On a GPU, these overlap if K is not aligned: what multiplies the rows too many must be 0.
+    On a GPU, these overlap if K is not aligned: weights for the additional rows must be 0.
     """
     begin, n = len(x) - len(x) // 2, aligned(len(x), x.device)
     x = pad(x, begin + n // 2)
@@ -99,7 +99,7 @@ def theta_times_sum(ids, t, keys, s1, K, dtype):
 def loss_and_gradient(linear, bias, ids, t, keys, scale, s1):
     """Compute bfn.training_loss for logits = linear + bias + z, summed with weights scale (n,).
 
-    linear (n, K), or with padding -> the sum, its gradient with respect to linear, as large.
+    linear (n, K), or with padding -> the sum, its gradient with respect to linear (same shape).
     """
     K = len(bias)
     z = evidence(ids, t, keys, s1, K)
@@ -111,7 +111,8 @@ def loss_and_gradient(linear, bias, ids, t, keys, scale, s1):
 
     # The gradient with respect to logits is also that with respect to linear.
     gradient, loss = torch.func.grad_and_value(weighted_sum)(logits)
-    gradient, n = gradient.to(linear.dtype), linear.shape[1] - K
+    gradient = gradient.to(linear.dtype)
+    n = linear.shape[1] - K
     return loss, F.pad(gradient, (0, n)) if n else gradient
 
 

@@ -153,7 +153,7 @@ def not_named(args):
 def grow_batch(config, args, device, n_tokens):
     """Double the rows of a micro-batch while memory is left; scale the learning rate with the step.
 
-        learning rate = that of the preset sqrt(tokens of a step / those of the preset)
+        learning rate = that of the preset sqrt(min(4, tokens of a step / those of the preset))
 
     Only for a new run of the preset GROWN on a GPU, and only what no flag names (args.by_memory,
     which this removes). n_tokens: of an epoch; the steps of --epochs stay above LEAST_STEPS.

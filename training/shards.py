@@ -6,20 +6,25 @@ validation, samples and checkpoints are those of a run without shards.
 """
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import parallel
 
 
-def cut(model, sharded=True):
-    """Cut the matrices of a network's layers into shards, in place -> the network."""
+def cut(model):
+    """Cut the matrices of a network's layers into shards, in place, for several processes."""
+    if parallel.size() == 1:
+        return
     matrices = set(model.layer_matrices())
-    for block in model.blocks if sharded and parallel.size() > 1 else ():
-        fully_shard(block, ignored_params=set(block.parameters()) - matrices)
+    mesh = init_device_mesh(next(model.parameters()).device.type, (parallel.size(),))
+    for block in model.blocks:
+        others = set(block.parameters()) - matrices
+        # True: without it, each block would stay whole until its backward pass
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=others)
         block.set_gradient_divide_factor(1.0)  # add up: the loss has the tokens of all processes
         block.set_force_sum_reduction_for_comms(True)
-    return model
 
 
 def local(x):
@@ -40,7 +45,7 @@ def like(x, other):
 
 
 def collect(value):
-    """Collect all shards in nested dicts and lists, for the first process -> the same, whole."""
+    """Collect all shards in nested dicts and lists -> the same, whole; None in other processes."""
     if isinstance(value, dict):
         return {key: collect(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -41,17 +41,6 @@ def allow_tf32(device):
     """Multiply float32 matrices in TF32 on a GPU."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-
-
-@contextmanager
-def full_precision():
-    """Multiply float32 matrices in float32: TF32 is accurate enough to train, not to measure."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def fast_bf16(device):
