@@ -75,7 +75,7 @@ class Options:
 
 
 def refuse_idle(args, given):
-    """Raise ValueError for a flag of sampling in `given` that does nothing beside the others."""
+    """Raise ValueError for a flag of sampling in `given` that does nothing with the others."""
     if "corrections" in given and args.sampler != "pace":
         raise ValueError(f"--corrections does nothing with --sampler={args.sampler}: leave it out")
     if idle := given & {"temperature", "top_p"} if getattr(args, "argmax", False) else None:

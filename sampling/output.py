@@ -38,7 +38,7 @@ def is_output(path):
 
 @contextmanager
 def opened(path):
-    """Open a file that replaces `path` once it is whole. Until then it has a name of its own."""
+    """Open a file that replaces `path` once it is whole. Until then it has a temporary name."""
     path = path if path and parallel.rank() == 0 else os.devnull
     with writing(path):
         unfinished = path if is_special(path) else files.new_temporary(path)

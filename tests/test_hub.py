@@ -67,7 +67,7 @@ def server():
 
 
 def sample(server, home, path):
-    """Sample from a model of the hub in a process of its own -> it, when it has ended."""
+    """Sample from a model of the hub in another process -> it, when it has ended."""
     environment = os.environ | dict(HF_ENDPOINT=server, HF_HOME=str(home), HF_HUB_DISABLE_XET="1")
     command = [sys.executable, "sample.py", f"-mdir={path}", "--num_samples=2", "--steps=4"]
     options = dict(capture_output=True, text=True, cwd=cli.ROOT, env=environment)
