@@ -94,19 +94,25 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        momentum = torch.stack([whole(self.state[p]["momentum"]) for p in params])
+        kept = [self.state[p]["momentum"] for p in params]
+        momentum = torch.stack([whole(m) for m in kept])
         gradient = torch.stack([whole(p.grad) for p in params]).nan_to_num(0, 0, 0)
         momentum += self._keep() * (1 - group["momentum"]) * (gradient - momentum)
-        for p, m in zip(params, momentum, strict=True):
-            local(self.state[p]["momentum"]).copy_(local(like(m, p)))
+        torch._foreach_copy_([local(m) for m in kept], shards_of(momentum, params))
         return gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
 
     def _move_weights(self, params, update, group):
         """Let n parameters of one shape decay, and subtract their update (n, *shape)."""
         rate = self._keep() * group["lr"]
-        for p, u in zip(params, update, strict=True):
-            p, u, longer = local(p), local(like(u, p)), max(p.shape)
-            p.mul_(1 - rate * group["weight_decay"]).sub_(rate * 0.2 * longer**0.5 * u)
+        update = rate * 0.2 * max(update.shape[1:]) ** 0.5 * update
+        weights = [local(p) for p in params]
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        torch._foreach_sub_(weights, shards_of(update, params))
+
+
+def shards_of(stack, params):
+    """Cut whole matrices (n, height, width) as n parameters are -> the shards that are here."""
+    return [local(like(x, p)) for x, p in zip(stack, params, strict=True)]
 
 
 def orthogonalise_in_shares(stacks, fast=True):
