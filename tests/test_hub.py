@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common import cli, hub
+from tools import export
 from training.checkpoint import EXPORTED_FILES
 
 TOY = cli.ROOT / "examples" / "toy"
@@ -101,7 +102,7 @@ def test_a_broken_download_leaves_nothing_half_and_is_repeated(server, tmp_path,
     assert sample(server, tmp_path, "hf://we/toy").returncode == 0
 
 
-def test_a_pushed_folder_has_the_files_of_an_export_and_a_card_with_metadata(monkeypatch):
+def test_a_pushed_run_has_the_files_of_an_export_and_a_card_with_metadata(monkeypatch, capsys):
     calls = []
 
     class Api:
@@ -109,12 +110,17 @@ def test_a_pushed_folder_has_the_files_of_an_export_and_a_card_with_metadata(mon
             calls.append((name, options))
 
         def upload_folder(self, **options):
-            calls.append(options)
+            assert options["repo_id"] == "we/toy"
+            assert options["allow_patterns"] == EXPORTED_FILES
+            calls.append({path.name for path in options["folder_path"].iterdir()})
 
     monkeypatch.setattr(library, "HfApi", Api)
-    hub.push(TOY, "we/toy", EXPORTED_FILES)
-    expected = dict(folder_path=TOY, repo_id="we/toy", allow_patterns=EXPORTED_FILES)
-    assert calls == [("we/toy", dict(exist_ok=True)), expected]
+    export.main([str(TOY), "--push=we/toy", "--license=mit"])
+    assert calls == [("we/toy", dict(exist_ok=True)), set(EXPORTED_FILES)]
+    printed = capsys.readouterr().out
+    assert "toy: model.safetensors" in printed and "-mdir=hf://we/toy" in printed
+    with pytest.raises(ValueError, match="nowhere to write to"):
+        export.main([str(TOY)])
     metadata = library.ModelCard.load(TOY / "README.md").data
     assert metadata.license == "mit" and metadata.library_name == "bayesian-flow-lm"
 

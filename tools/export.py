@@ -1,13 +1,14 @@
 """Write what is needed to sample from a model into a new folder, with a model card.
 
     python -m tools.export RUN_DIR OUT_DIR --dtype=bfloat16
-    python -m tools.export RUN_DIR OUT_DIR --push=USER/MODEL     also to the Hugging Face hub
+    python -m tools.export RUN_DIR --push=USER/MODEL     to the Hugging Face hub
 """
 
 import json
 import math
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 
 from common import cli  # isort: skip - first, because of Ctrl-C
@@ -165,28 +166,32 @@ def flags():
     p = cli.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("run_dir", type=cli.path, help="run folder")
-    add("out_dir", type=cli.path,
+    add("out_dir", nargs="?", type=cli.path,
         help="new folder; sample.py, evaluate.py and --init_from take it as a run folder")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the weights (float32)")
-    add("--push", help="USER/MODEL: upload the folder to the Hugging Face hub too")
+    add("--push", help="USER/MODEL: upload it to the Hugging Face hub")
     add("--license", default="other", help="of the model, an identifier of the hub (other)")
     return p
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    out_dir = Path(args.out_dir)
     if args.run_dir.startswith(hub.HUB):
         raise ValueError(f"{args.run_dir} is exported already")
+    if not (args.out_dir or args.push):
+        raise ValueError("nowhere to write to: give a new folder or --push=USER/MODEL")
     if args.push:
         hub.import_library()  # before the work
-    export(Path(args.run_dir), out_dir, getattr(torch, args.dtype), args.license)
-    size = (out_dir / "model.safetensors").stat().st_size
-    print(f"{out_dir}: {', '.join(checkpoint.EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)")
-    if args.push:
-        hub.push(out_dir, args.push, checkpoint.EXPORTED_FILES)
-        print(f"hf://{args.push}: python sample.py -mdir=hf://{args.push}")
+    with tempfile.TemporaryDirectory() as temporary:
+        out_dir = Path(args.out_dir or Path(temporary, args.push.split("/")[-1]))
+        export(Path(args.run_dir), out_dir, getattr(torch, args.dtype), args.license)
+        size = (out_dir / "model.safetensors").stat().st_size
+        files = f"{', '.join(checkpoint.EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)"
+        print(f"{args.out_dir or out_dir.name}: {files}")
+        if args.push:
+            hub.push(out_dir, args.push, checkpoint.EXPORTED_FILES)
+            print(f"hf://{args.push}: python sample.py -mdir=hf://{args.push}")
 
 
 if __name__ == "__main__":
