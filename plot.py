@@ -68,10 +68,16 @@ def draw_beta(args):
 # ---------------------------------------------------------------- run and compare
 
 
+def short_names(paths):
+    """Name each path by its last part, or whole where names of different paths agree -> list."""
+    names = [path.resolve().name.removesuffix(".json") for path in paths]
+    agree = len({path.resolve() for path in paths}) > len(set(names))
+    return [str(path) for path in paths] if agree else names
+
+
 def read_histories(run_dirs):
     """Read metrics.jsonl of each run -> {name of the folder, or path if names agree: lines}."""
-    names = [Path(run_dir).resolve().name for run_dir in run_dirs]
-    names = names if len(set(names)) == len(names) else map(str, run_dirs)
+    names = short_names([Path(run_dir) for run_dir in run_dirs])
     return {name: read_metrics(run_dir) for name, run_dir in zip(names, run_dirs, strict=True)}
 
 
@@ -273,10 +279,12 @@ def draw_quality(args):
     likelihoods of training, and the frontier of the samples.
     """
     exact, by_time, training, results = {}, {}, {}, []
-    for path in args.files:
+    paths = [Path(path) for path in args.files]
+    named = zip(args.files, short_names(paths), short_names([p.parent for p in paths]), strict=True)
+    for path, name, folder in named:
         content = read_json(path)
         if is_records(content, "name", "curve") and all(has_curve(r) for r in content):
-            training.setdefault(Path(path).resolve().parent.name, []).extend(content)
+            training.setdefault(folder, []).extend(content)
             continue
         if is_records(content, *SAMPLES) and not results:
             results = content
@@ -284,9 +292,9 @@ def draw_quality(args):
         is_evaluation = isinstance(content, dict) and "bound_nats_per_token" in content
         curve = exact_by_calls(content) if is_evaluation else None
         if curve:
-            exact[Path(path).stem] = curve
+            exact[name] = curve
         if is_evaluation and "by_time" in content:
-            by_time[Path(path).stem] = list(content["by_time"].values())
+            by_time[name] = list(content["by_time"].values())
         elif not curve:
             known = "outputs of evaluate.py --json, results.json of experiments.compare, and one of"
             raise ValueError(f"{path} is not one of the files to give: {known} samplers")

@@ -40,7 +40,10 @@ def local_folder(path, files):
 
 
 def push(folder, name, files):
-    """Upload these files of a folder as the model USER/MODEL, which is made if it is missing."""
+    """Upload these files of a folder as the model USER/MODEL, which is made, public, if missing.
+
+    Raises ValueError if that fails.
+    """
     with _library(f"{name} cannot be written to the hub") as library:
         api = library.HfApi()
         api.create_repo(name, exist_ok=True)

@@ -20,7 +20,7 @@ BUSY = 0.25  # cores that others may use before their work counts
 
 
 def used_seconds():
-    """Seconds of CPU time that all processes, and this one, have used on its cores -> 2 floats.
+    """CPU seconds used so far: by all processes on the cores of this one, and by it -> 2 floats.
 
     Raises OSError where /proc/stat does not tell: this is not Linux.
     """
@@ -63,6 +63,7 @@ def _start(work, *args):
 
 
 def _look(n_threads, look_seconds, stop):
+    """Look again and again, and hold a second team of threads as long as others are busy."""
     n_cores = len(os.sched_getaffinity(0))
     end_team, before = None, (time.monotonic(), *used_seconds())
     while not stop.wait(look_seconds):

@@ -62,7 +62,7 @@ def spread(network, ids, cond_mask, u, config):
     A consistent network has none: -log P by the chain rule does not depend on the order. Per token,
     it is smaller for longer rows.
     """
-    # u is a multiple of 2^-24, so odd factors only permute its values.
+    # Multiples of a uniform number are uniform too, and hardly depend on each other.
     orders = ((u.double() * prime).frac() for prime in (1, 1009, 2003, 3001))
     nats = [exact(network, ids, cond_mask, order, config, choose=None) for order in orders]
     return torch.stack(nats).std(0)
@@ -117,7 +117,7 @@ def share_unknown(network, ids, cond_mask, u, config, share):
     It takes the sampler's order and its default number of calls -> (B,) nats.
     """
     n_open = (~cond_mask).sum(1)
-    m = (share * n_open).ceil().long().clamp(min=1)
+    m = (share * n_open.double()).ceil().long().clamp(min=1)
     hidden = ~cond_mask & (ranks(u[:, 1:], ~cond_mask) < m[:, None])
     return exact(network, ids, ~hidden, u, config, calls=bfn.Controls.steps) * n_open / m
 

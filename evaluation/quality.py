@@ -1,12 +1,12 @@
 """Figures of the quality of generated text, to be compared with the same figures of real text.
 
 A model that repeats one likely sentence has a low n-gram perplexity, and known words do not make a
-sentence. So perplexity is always shown together with entropy and how far the texts compress, which
-shows what texts share [Shaib et al. 2024, arXiv 2403.00553: as self-BLEU does, which takes far
-longer], and with a distance of distributions [Franca and Tong 2026, arXiv 2606.08417]: the n-gram
-divergence is high for texts that are too much alike, and for texts that are too different. Over the
-entropy, at several temperatures, it shows the frontier of a sampler [Pynadath et al. 2026, arXiv
-2604.02718].
+sentence. So perplexity is shown with three other figures. The entropy says how different the words
+are. How far texts compress says what they share, as self-BLEU does, which takes far longer [Shaib
+et al. 2024, arXiv 2403.00553]. The n-gram divergence is a distance of distributions [Franca and
+Tong 2026, arXiv 2606.08417]: high for texts that are too much alike, and for texts that are too
+different. Drawn over the entropy, at several temperatures, it shows what a sampler can do at best
+[Pynadath et al. 2026, arXiv 2604.02718].
 
     stream  (N,)  int64  tokens of all texts in one sequence, with order - 1 marks (the number K)
                          before, between and after
@@ -220,8 +220,8 @@ def choose_texts(tokens, window, n, seed):
 def table(samples):
     """Lay out {name: {figure: (value, low, high)}} -> lines of text."""
     figure_names = next(iter(samples.values()))
-    lines = ["", " " * 24 + "".join(f"{name:>26}" for name in figure_names)]
+    lines = ["", " " * 24 + "".join(f"{name:>33}" for name in figure_names)]
     for name, values in samples.items():
-        cells = [f"{v:10.3f} [{low:6.3f}, {high:6.3f}]" for v, low, high in values.values()]
+        cells = [f"{v:15.3f} [{low:6.3f}, {high:6.3f}]" for v, low, high in values.values()]
         lines.append(f"{name:24}" + "".join(cells))
     return lines

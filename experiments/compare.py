@@ -52,6 +52,8 @@ VAL_TOKENS = 32_768  # of the validation text, scored each time
 EXACT_TOKENS = 2048  # and of these, for the exact likelihood
 MEANS = "L_inf_nats_per_token", "L_rec_nats_per_token", "minutes", "n_tokens"
 WARM_UP = 0.1  # share of the budget
+SAME = "data_path val_path text_field example tokenizer vocab_size spm_model init_from seed".split()
+UNUSED = "epochs minutes max_steps warmup_steps accumulation_steps".split()  # see `train_variant`
 BITS = {
     "bits per character: bound": "bits_per_char",
     "lowest bound on the way": "lowest_bits_per_char",
@@ -234,15 +236,21 @@ def variant(text):
         if word not in VARIANTS and "=" not in word:
             known = f"choose from {', '.join(VARIANTS)}, or FLAG=VALUE"
             raise argparse.ArgumentTypeError(f"{word} is no variant: {known}")
+        if word.split("=")[0] in SAME:
+            same = "text and seeds are the same for all variants"
+            raise argparse.ArgumentTypeError(f"{word} is no variant, {same}: give it to --flags")
     if {"autoregressive", "masked"} <= {*text.split()}:
         raise argparse.ArgumentTypeError(f"{text} is two models: give one")
     return text
 
 
 def change(name, args):
-    """Call the functions that the name of a variant has."""
+    """Call the functions that the name of a variant has. Its flags count more than theirs."""
+    named = [word.split("=")[0] for word in name.split() if "=" in word]
+    kept = {flag: getattr(args, flag) for flag in named}
     for word in name.split():
         VARIANTS.get(word, base)(args)
+    vars(args).update(kept)
 
 
 # ---------------------------------------------------------------- one run
@@ -291,8 +299,7 @@ def build(args, tokens, device):
     """Build a network and compile its training, before the time counts -> State, Loader."""
     speed.allow_tf32(device)
     state = train.build(train.make_config(args, len(tokens.tokenizer)), args, device)
-    sizes = args.sequence_length, args.batch_size, args.seed
-    loader = data.Loader(tokens, *sizes, tokens.tokenizer.bos)
+    loader = train.make_loader(args, tokens)
     trial = loader.batch(0, 0.25), args, device, train.accumulate_gradients
     forms.choose_form(state, *trial)
     forms.warm_up(state, *trial)
@@ -336,7 +343,7 @@ def train_variant(name, seed, comparison, folder):
     if name in ("base", "autoregressive"):  # a checkpoint does not say how others differ
         run = describe_run(args, state.model.config, tokens, val)
         save_weights(state, run, folder / f"{name}-{seed}")
-    return record(name, seed, budget, state.model, curve)
+    return settings(comparison) | record(name, seed, budget, state.model, curve)
 
 
 def save_weights(state, run, run_dir):
@@ -396,7 +403,7 @@ def summarise(records):
 
 
 def mean_and_error(records, key):
-    """Write the mean of a figure over seeds with its standard error, "-" if one has not got it."""
+    """Write the mean of a figure over seeds with its standard error, "-" if a record lacks it."""
     values = [r.get(key) for r in records]
     if None in values:
         return "-"
@@ -407,7 +414,14 @@ def mean_and_error(records, key):
 def is_results(path):
     """Tell whether a file is a results.json of this command."""
     records = json.loads(path.read_text())
-    return all({"name", "seed", "budget", "curve"} <= record.keys() for record in records)
+    return all({"name", "seed", "budget", "curve", "flags"} <= record.keys() for record in records)
+
+
+def settings(args):
+    """List what all runs of a folder have in common."""
+    names = "data_path", "val_path", "flags"
+    budget = dict(minutes_given=None if args.tokens else args.minutes)
+    return {name: getattr(args, name) for name in names} | budget
 
 
 def add_record(new, folder):
@@ -432,7 +446,7 @@ def draw(path, records):
     groups = {}
     for r in sorted(records, key=itemgetter("n_tokens")):
         groups.setdefault(f"{r['name']} {r['seed']}", []).append(r)
-    if len({r["budget"] for r in records} - {None}) > 1:
+    if len({r["budget"] for r in records}) > 1:
         series = {
             label: ([r["n_tokens"] for r in rs], [r["exact_bits_per_char"] for r in rs])
             for label, rs in groups.items()
@@ -446,12 +460,18 @@ def draw(path, records):
 
 
 def run_flags(args, name="base", seed=0):
-    """Complete the flags of train.py for one run."""
+    """Complete the flags of train.py for one run. Raises ValueError for flags without a use."""
     words = [f"-d={args.data_path}"] if args.data_path else []
     words += [f"--val_path={args.val_path}"] if args.val_path else []
     words += args.flags.split()
     words += [f"--{word}" for word in name.split() if "=" in word]
-    return train.complete(train.flags().parse_args([*words, f"--seed={seed}"]))
+    parsed = train.flags().parse_args([*words, f"--seed={seed}"])
+    for flag in UNUSED:
+        if getattr(parsed, flag) is not None:
+            length = "the length is that of --tokens or --minutes of this command"
+            raise ValueError(f"--{flag} has no use here: {length}, a step has one micro-batch")
+    preset = train.DEFAULT_PRESET[parallel.find_device(parsed.device).type]
+    return train.complete(parsed, preset=preset)
 
 
 def flags():
@@ -487,9 +507,13 @@ def main(argv=None):
     for name in args.variants:
         run_flags(args, name)  # an error in a flag is found before the first run
     files.check_folder(folder, "results.json", is_results)
-    if not (folder / "results.json").exists():
-        with replacing(folder / "results.json") as temporary:
+    path = folder / "results.json"
+    if not path.exists():
+        with replacing(path) as temporary:
             temporary.write_text("[]")
+    for there in json.loads(path.read_text()):
+        if not settings(args).items() <= there.items():
+            raise ValueError(f"{path} is of other flags, texts or minutes: give another --output")
     budgets = [[f"--tokens={n_tokens}"] for n_tokens in args.tokens] or [[]]
     for seed, budget, name in product(range(args.seeds), budgets, args.variants):
         one = ["--one", name, str(seed), *budget]

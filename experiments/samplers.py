@@ -88,7 +88,7 @@ def flags():
     add = p.add_argument
     p.add_flags("-mdir --seed --device --cache_dir")
     add("-d", "--data_path", type=cli.path,
-        help="held-out text (the validation part of the training text)")
+        help="held-out text (the validation text of the model)")
     add("--corpus", type=cli.path,
         help="training text that samples are compared with (the one of the model)")
     add("--samplers", nargs="+", choices=bfn.SAMPLERS, default=[*bfn.SAMPLERS],
@@ -106,16 +106,16 @@ def flags():
 
 
 def held_out_texts(args, run, tokenizer, corpus):
-    """Choose texts from -d, or from the validation part -> texts, their lengths in tokens."""
+    """Choose texts from -d, or from the validation text -> texts, their lengths in tokens."""
     trained = run["args"]["sequence_length"]
     window = args.length or trained
     if window > trained:
         message = f"--length={window}, but the model was trained on texts of at most"
         raise ValueError(f"{message} {trained} tokens")
-    path, part = corpus, "val"
-    if args.data_path:
-        path, part = Corpus(args.data_path, run["args"]["text_field"]), "all"
-    tokens = cache.load_corpus(path, tokenizer, args.cache_dir, part, run["args"]["example"])
+    text, part = corpus, "val"
+    if path := args.data_path or run["args"]["val_path"]:
+        text, part = Corpus(path, run["args"]["text_field"]), "all"
+    tokens = cache.load_corpus(text, tokenizer, args.cache_dir, part, run["args"]["example"])
     return quality.choose_texts(tokens, window, args.num_samples, args.seed)
 
 

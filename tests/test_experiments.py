@@ -17,6 +17,7 @@ import model as model_file
 import train
 from experiments import compare, samplers
 from text import toy
+from text.reading import Corpus
 from training import checkpoint, optim
 
 PATCHED = [
@@ -142,11 +143,41 @@ def test_a_variant_may_have_functions_and_flags(unpatched):
         (" ", "is no variant"),
         ("masked nothing", "nothing is no variant"),
         ("masked autoregressive", "is two models"),
+        ("vocab_size=4096", "the same for all variants"),
+        ("masked seed=3", "the same for all variants"),
     ],
 )
 def test_a_variant_that_is_none_is_refused(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         compare.variant(text)
+
+
+def test_the_flags_of_a_variant_count_more_than_its_functions(unpatched):
+    name = compare.variant("adamw learning_rate=0.25")
+    args = compare.run_flags(compare.flags().parse_args([name]), name)
+    compare.change(name, args)
+    assert args.learning_rate == 0.25
+
+
+def test_the_preset_is_that_of_training(monkeypatch):
+    args = compare.flags().parse_args(["base", "-d=a.txt"])
+    assert compare.run_flags(args).preset == train.DEFAULT_PRESET["cpu"]
+
+
+def test_flags_that_a_comparison_does_not_use_are_refused():
+    for flag in ("-acc=2", "-wus=0", "-ep=3"):
+        args = compare.flags().parse_args(["base", f"--flags={flag}"])
+        with pytest.raises(ValueError, match="has no use here"):
+            compare.run_flags(args)
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    args = compare.flags().parse_args(["base", "--tokens=100"])
+    there = dict(name="base", seed=0, budget=100, curve=[]) | compare.settings(args)
+    (tmp_path / "results.json").write_text(json.dumps([there]))
+    for words in (["--tokens=100", "--flags=-nl=2"], ["--minutes=3"], ["--tokens=9", "-d=a.txt"]):
+        with pytest.raises(ValueError, match="give another --output"):
+            compare.main(["base", f"--output={tmp_path}", *words])
 
 
 @pytest.mark.parametrize("name, message", [("gone", "gone is no variant"), ("gone=1", "--gone")])
@@ -161,7 +192,7 @@ def test_a_variant_that_does_not_exist_is_refused_before_anything_is_trained(
 def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys):
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(1000))
     command = f"-mdir={run_dir} --corpus={run_dir / 'text.txt'} --cache_dir={tmp_path / 'cache'}"
-    command += f" --output={tmp_path / 'out'} --num_samples=8 --temperatures 1e-3 --calls 2 4"
+    command += f" -d={run_dir / 'text.txt'} --output={tmp_path / 'out'} --num_samples=8 --temperatures 1e-3 --calls 2 4"
     samplers.main([*command.split(), "--samplers", "pace", "commit", "ode2"])
     held_out, *results = json.loads((tmp_path / "out" / "results.json").read_text())
     jobs = [(r["sampler"], r["calls"], r["temperature"]) for r in results]
@@ -177,3 +208,14 @@ def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys)
         ValueError, match="--length=33, but the model was trained on texts of at most"
     ):
         samplers.main([*command.split(), "--length=33"])
+
+
+def test_samplers_are_compared_with_the_validation_text_of_the_run(tmp_path):
+    run_dir = make_run(tmp_path / "run", "word", toy.corpus(100))
+    _, tokenizer, run = checkpoint.load(run_dir)
+    (tmp_path / "val.txt").write_text("the king sees the boat\n" * 9)
+    run["args"]["val_path"] = str(tmp_path / "val.txt")
+    corpus = Corpus(str(run_dir / "text.txt"))
+    args = samplers.flags().parse_args([f"-mdir={run_dir}", f"--cache_dir={tmp_path / 'cache'}"])
+    texts, _ = samplers.held_out_texts(args, run, tokenizer, corpus)
+    assert {line for text in texts for line in text.split("\n")} == {"the king sees the boat"}

@@ -113,14 +113,18 @@ def test_a_pushed_run_has_the_files_of_an_export_and_a_card_with_metadata(monkey
             assert options["repo_id"] == "we/toy"
             assert options["allow_patterns"] == EXPORTED_FILES
             calls.append({path.name for path in options["folder_path"].iterdir()})
+            assert "-mdir=hf://we/toy" in (options["folder_path"] / "README.md").read_text()
 
     monkeypatch.setattr(library, "HfApi", Api)
     export.main([str(TOY), "--push=we/toy", "--license=mit"])
     assert calls == [("we/toy", dict(exist_ok=True)), set(EXPORTED_FILES)]
     printed = capsys.readouterr().out
     assert "toy: model.safetensors" in printed and "-mdir=hf://we/toy" in printed
-    with pytest.raises(ValueError, match="nowhere to write to"):
-        export.main([str(TOY)])
+    for words in ([], ["hf://we/toy"]):
+        with pytest.raises(ValueError, match="nowhere to write to"):
+            export.main([str(TOY), *words])
+    with pytest.raises(ValueError, match="is no name on the hub"):
+        export.main([str(TOY), "--push=we/"])
     metadata = library.ModelCard.load(TOY / "README.md").data
     assert metadata.license == "mit" and metadata.library_name == "bayesian-flow-lm"
 

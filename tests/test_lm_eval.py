@@ -64,6 +64,15 @@ def test_a_text_is_continued_up_to_a_stop(sampler):
     assert 0 < len(lm_eval.write(sampler, longer, 12, []).split()) <= 12
 
 
+def test_text_that_the_tokenizer_does_not_know_is_counted(sampler, capsys):
+    harness = SimpleNamespace(api=SimpleNamespace(model=SimpleNamespace(LM=object)))
+    model = lm_eval.make_model(harness, sampler, calls=2)
+    model.loglikelihood([SimpleNamespace(args=("", text)) for text in ("the king", "the zebra")])
+    assert "1 of 2 texts have text that is unknown" in capsys.readouterr().err
+    model.loglikelihood([SimpleNamespace(args=("", "the king"))])
+    assert "unknown" not in capsys.readouterr().err
+
+
 def test_the_second_sentence_of_a_pair_has_one_wrong_word():
     pairs = lm_eval.minimal_pairs(50)
     assert pairs == lm_eval.minimal_pairs(50) and len({pair["good"] for pair in pairs}) > 40

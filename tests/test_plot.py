@@ -417,6 +417,19 @@ def test_quality_draws_the_exact_likelihoods_that_evaluate_prints(draw, drawn, t
     assert curve.get_xydata().tolist() == [[1, 3], [16, 2]] and bound.get_ydata() == [2.5, 2.5]
 
 
+def test_files_of_one_name_in_different_folders_are_drawn_apart(draw, drawn, tmp_path):
+    for folder, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / folder).mkdir()
+        name = "exact_1_call"
+        content = {f"{name}_nats_per_token": value, f"{name}_text_error_nats_per_token": 0.1}
+        content |= dict(bound_nats_per_token=2.5)
+        (tmp_path / folder / "eval.json").write_text(json.dumps(content))
+    draw("quality", "a/eval.json", "b/eval.json")
+    labels = [line.get_label() for line in drawn[0].axes[0].lines]
+    assert any("a/eval.json" in label for label in labels)
+    assert any("b/eval.json" in label for label in labels)
+
+
 def test_quality_draws_the_losses_by_time_that_evaluate_prints(draw, drawn, tmp_path):
     """A bin is drawn at its middle, a step of L_n where it starts, a bin without draws nowhere."""
     curves = np.array([0]), np.array([2.0, np.nan, 1.0, 3.0]), np.array([4.0, np.nan, 3.0, 2.0])

@@ -72,7 +72,10 @@ def check_column(path, column, columns):
 
 
 def _csv_rows(path, open_text, column):
-    """Yield the number of each row of a .csv or .tsv file, counted from 1, and its text."""
+    """Yield the number of each row of a .csv or .tsv file, counted from 1, and its text.
+
+    Raises ValueError for a row that cannot be read.
+    """
     csv.field_size_limit(CELL_BYTES)
     with open_text(path) as stream:
         file = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")

@@ -6,6 +6,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import tempfile
@@ -60,16 +61,21 @@ them is executed.
 """
 
 
-def model_card(folder, dtype, license):
-    """Describe the model of an exported folder -> markdown. Samples from it."""
+def model_card(folder, dtype, license, name=None):
+    """Describe the model of an exported folder -> markdown. Samples from it.
+
+    name: USER/MODEL on the hub, which the commands of the card then read.
+    """
     dtype_name = str(dtype).removeprefix("torch.")
     model, tokenizer, run = checkpoint.load(folder, device=parallel.find_device("auto"))
     texts = sample.Sampler(model, tokenizer, run)(n=N_SAMPLES)
     separator = [] if run["args"]["example"] in ONE_LINE else [sample.SEPARATOR]  # as it prints
-    quoted = shlex.quote(folder.name if folder.is_absolute() else str(folder))  # no paths from here
+    path = f"{hub.HUB}{name}" if name else folder.name if folder.is_absolute() else str(folder)
+    quoted = shlex.quote(path)  # no paths from here
+    again = f"{EXPORT} {f'--push={name}' if name else quoted} --dtype={dtype_name}"
     return CARD.format(
         license=license,
-        name=folder.name,
+        name=name or folder.name,
         folder=quoted,
         n_parameters=sum(p.numel() for p in model.parameters()),
         K=model.config.K,
@@ -77,7 +83,7 @@ def model_card(folder, dtype, license):
         samples=indent(line for text in texts for line in (text, *separator)),
         figures="\n".join(figure_lines(run["figures"])),
         data="\n".join(data_lines(run)),
-        commands=indent([training_command(run["args"]), f"{EXPORT} {quoted} --dtype={dtype_name}"]),
+        commands=indent([training_command(run["args"]), again]),
         step=run["step"],
         dtype=dtype_name,
     )
@@ -133,11 +139,11 @@ def training_command(args):
     return " \\\n    ".join(" ".join(words[i : i + 5]) for i in range(0, len(words), 5))
 
 
-def export(run_dir, out_dir, dtype=torch.float32, license="other"):
+def export(run_dir, out_dir, dtype=torch.float32, license="other", name=None):
     """Write what sampling, evaluating and fine-tuning need into a new folder, with a model card.
 
-    Weights become `dtype`. license: an identifier of the hub, such as mit. Raises ValueError if the
-    run is damaged or out_dir exists.
+    Weights become `dtype`. license: an identifier of the hub, such as mit. name: see `model_card`.
+    Raises ValueError if the run is damaged or out_dir exists.
     """
     if out_dir.exists():
         raise ValueError(f"{out_dir} exists already: give another folder")
@@ -146,9 +152,9 @@ def export(run_dir, out_dir, dtype=torch.float32, license="other"):
     out_dir.mkdir(parents=True)
     try:
         weights = {}
-        for name, w in model.state_dict().items():
+        for key, w in model.state_dict().items():
             w = w.to(dtype) if w.is_floating_point() else w
-            weights[name] = w.clone().contiguous()  # no two share memory
+            weights[key] = w.clone().contiguous()  # no two share memory
         (out_dir / "model.safetensors").write_bytes(library.save(weights))
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
         run["args"] = checkpoint.without_folders(run["args"])
@@ -156,7 +162,8 @@ def export(run_dir, out_dir, dtype=torch.float32, license="other"):
         run["figures"] = checkpoint.read_figures(run_dir, run["step"]) or run.get("figures", {})
         config = json.dumps(run, indent=1, allow_nan=False)
         (out_dir / "config.json").write_text(config, encoding="utf-8")
-        (out_dir / "README.md").write_text(model_card(out_dir, dtype, license), encoding="utf-8")
+        card = model_card(out_dir, dtype, license, name)
+        (out_dir / "README.md").write_text(card, encoding="utf-8")
     except BaseException:
         shutil.rmtree(out_dir)
         raise
@@ -179,13 +186,15 @@ def main(argv=None):
     args = flags().parse_args(argv)
     if args.run_dir.startswith(hub.HUB):
         raise ValueError(f"{args.run_dir} is exported already")
-    if not (args.out_dir or args.push):
+    if not (args.out_dir or args.push) or (args.out_dir or "").startswith(hub.HUB):
         raise ValueError("nowhere to write to: give a new folder or --push=USER/MODEL")
     if args.push:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push):
+            raise ValueError(f"--push={args.push} is no name on the hub: give --push=USER/MODEL")
         hub.import_library()  # before the work
     with tempfile.TemporaryDirectory() as temporary:
         out_dir = Path(args.out_dir or Path(temporary, args.push.split("/")[-1]))
-        export(Path(args.run_dir), out_dir, getattr(torch, args.dtype), args.license)
+        export(Path(args.run_dir), out_dir, getattr(torch, args.dtype), args.license, args.push)
         size = (out_dir / "model.safetensors").stat().st_size
         files = f"{', '.join(checkpoint.EXPORTED_FILES)} ({size / 1e6:.1f} MB of weights)"
         print(f"{args.out_dir or out_dir.name}: {files}")

@@ -92,14 +92,22 @@ def write(sampler, context, n_tokens, stops, calls=DEFAULT.steps):
 def make_model(harness, sampler, calls):
     """Make the harness's kind of model from a Sampler."""
 
+    def say_unknown(spans):
+        n = sum(sampler.tokenizer.unk in ids for ids, _ in spans)
+        if n:
+            cost = "it costs nothing here, so these figures are too good"
+            print(f"{n} of {len(spans)} texts have text that is unknown: {cost}", file=sys.stderr)
+
     class Model(harness.api.model.LM):
         def loglikelihood(self, requests):
             spans = [find_span(sampler, *request.args) for request in requests]
+            say_unknown(spans)
             found = log_likelihood(sampler, spans, calls), likeliest(sampler, spans, calls)
             return list(zip(*found, strict=True))
 
         def loglikelihood_rolling(self, requests):
             spans = [cut_spans(sampler, request.args[0]) for request in requests]
+            say_unknown([*chain.from_iterable(spans)])
             found = iter(log_likelihood(sampler, [*chain.from_iterable(spans)], calls))
             return [sum(next(found) for _ in parts) for parts in spans]
 

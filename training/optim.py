@@ -1,8 +1,8 @@
 """The optimizer: Muon for the matrices of the layers, AdamW for the rest; schedule and averages.
 
 Muon is momentum, orthogonalised [Jordan et al. 2024]. torch.optim.Muon orthogonalises in bfloat16,
-one matrix at a time, which is slow on CPUs without bfloat16 units. Here all
-matrices of a shape are done at once, in float32 on CPUs and in bfloat16 on GPUs that have it.
+one matrix at a time, which is slow on CPUs without bfloat16 units. Here all matrices of a shape are
+done at once, in float32 on CPUs and in bfloat16 on GPUs that have it.
 """
 
 import torch

@@ -45,7 +45,10 @@ def like(x, other):
 
 
 def collect(value):
-    """Collect all shards in nested dicts and lists -> the same, whole; None in other processes."""
+    """Collect all shards in nested dicts and lists -> the same, each whole in the first process.
+
+    In the others, None takes the place of a tensor that was in shards.
+    """
     if isinstance(value, dict):
         return {key: collect(part) for key, part in value.items()}
     if isinstance(value, list):
