@@ -192,7 +192,8 @@ def test_a_variant_that_does_not_exist_is_refused_before_anything_is_trained(
 def test_a_comparison_of_samplers_writes_a_table_and_a_picture(tmp_path, capsys):
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(1000))
     command = f"-mdir={run_dir} --corpus={run_dir / 'text.txt'} --cache_dir={tmp_path / 'cache'}"
-    command += f" -d={run_dir / 'text.txt'} --output={tmp_path / 'out'} --num_samples=8 --temperatures 1e-3 --calls 2 4"
+    command += f" -d={run_dir / 'text.txt'} --output={tmp_path / 'out'} --num_samples=8"
+    command += " --temperatures 1e-3 --calls 2 4"
     samplers.main([*command.split(), "--samplers", "pace", "commit", "ode2"])
     held_out, *results = json.loads((tmp_path / "out" / "results.json").read_text())
     jobs = [(r["sampler"], r["calls"], r["temperature"]) for r in results]
