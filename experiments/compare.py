@@ -139,27 +139,6 @@ def no_hidden_texts(args):
     data.HIDDEN_SHARE = 0.0
 
 
-def first_formulation(args):
-    """theta @ E, AdamW at 1e-3, beta 0.005, one t per text, one loss; FiLM without 1 +, no skip,
-    convolution or easy start.
-    """
-
-    class FiLM(model_file.FiLM):
-        def __init__(self, d_model, d_time):
-            super().__init__(d_model, d_time)
-            self.linear.reset_parameters()
-
-        def forward(self, h, time):
-            scale, shift = self.linear(time).chunk(2, -1)
-            return F.rms_norm(h, h.shape[-1:]) * scale + shift
-
-    model_file.FiLM = FiLM
-    for variant in (no_skip, no_convolution, adamw, no_cross_entropy, no_easy_start, even):
-        variant(args)
-    args.beta = 0.005
-    args.learning_rate = 1e-3
-
-
 class Causal(model_file.BFNTransformer):
     """The same network as a causal language model: one-hots theta (B, L, K) -> logits (B, L, K).
 
@@ -225,7 +204,7 @@ VARIANTS = {
     f.__name__: f
     for f in (
         base, no_skip, no_convolution, adamw, no_cross_entropy, no_easy_start, even,
-        no_hidden_texts, first_formulation, autoregressive, masked,
+        no_hidden_texts, autoregressive, masked,
     )
 }  # fmt: skip
 

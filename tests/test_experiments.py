@@ -21,7 +21,6 @@ from text.reading import Corpus
 from training import checkpoint, optim
 
 PATCHED = [
-    (model_file, "FiLM"),
     (model_file.BFNTransformer, "__init__ head attention_mask forward"),
     (model_file.Convolution, "forward"),
     (train, "BFNTransformer"),
