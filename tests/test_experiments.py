@@ -158,8 +158,8 @@ def test_the_flags_of_a_variant_count_more_than_its_functions(unpatched):
     assert args.learning_rate == 0.25
 
 
-def test_the_preset_is_that_of_training(monkeypatch):
-    args = compare.flags().parse_args(["base", "-d=a.txt"])
+def test_the_preset_is_that_of_training():
+    args = compare.flags().parse_args(["base", "-d=a.txt", "--flags=--device=cpu"])
     assert compare.run_flags(args).preset == train.DEFAULT_PRESET["cpu"]
 
 
