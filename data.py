@@ -300,17 +300,15 @@ class Loader:
         return tuple(map(torch.from_numpy, (ids, segment_ids, seen)))
 
     def read(self, epoch, rows):
-        """Read rows (n,), numbered through all epochs, of an epoch -> list of ids, segment_ids."""
+        """Read rows (n,), numbered through all epochs, of an epoch; yield ids, segment_ids."""
         order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.rows_of_shard))
         begins = np.append(0, self.rows_of_shard[order].cumsum())
         row = rows - epoch * self.rows_per_epoch
         index = np.searchsorted(begins, row, side="right") - 1  # in `order`
-        parts = []
         for i in np.unique(index):
             plan = self.plan(epoch, int(order[i]))
             rows_of_shard = row[index == i] - begins[i]
-            parts.append(gather_rows(self.tokens, plan, rows_of_shard, self.row_length))
-        return parts
+            yield gather_rows(self.tokens, plan, rows_of_shard, self.row_length)
 
 
 def pad(templates, device):

@@ -49,7 +49,9 @@ def validate(model, tokens, row_length, device, max_tokens=VAL_TOKENS, n_exact=V
     """
     text = Text(tokens, row_length).first_tokens(max_tokens)
     scores = bounds.score(model, text, Work(device), seed="validation")
-    exact = exact_likelihood(model, text.first_tokens(n_exact), device)
+    exact = measure_exact(model, text.first_tokens(n_exact), likelihood.COMMIT, Work(device))
+    bits_per_token = exact["exact_nats_per_token"] / math.log(2)
+    exact["exact_bits_per_char"] = bits_per_token * (n_scorable(tokens) / tokens.n_chars)
     _, loss_by_time, _ = scores.by_time(20)
     return likelihood_figures(scores) | exact, np.nan_to_num(loss_by_time).tolist()
 
@@ -59,14 +61,6 @@ def validation_seconds(model, tokens, row_length, device):
     text = Text(tokens, row_length).first_tokens(VAL_TOKENS)
     seconds = text.plan.n_rows * bounds.seconds_per_row(model, text, device, None, most=16)
     return 1.4 * 2 * seconds  # two draws, exact likelihood and samples
-
-
-def exact_likelihood(model, text, device):
-    """Measure the exact likelihood of a Text under commit -> figures."""
-    figures = measure_exact(model, text, likelihood.COMMIT, Work(device))
-    bits_per_token = figures["exact_nats_per_token"] / math.log(2)
-    tokens_per_char = n_scorable(text.tokens) / text.tokens.n_chars
-    return figures | dict(exact_bits_per_char=bits_per_token * tokens_per_char)
 
 
 def measure_exact(model, text, functions, work, seed=0):

@@ -108,20 +108,17 @@ def print_comparison(args):
 
 
 def difference(checkpoints):
-    """List the flags that differ between runs, and K and beta(1) -> rows of cells."""
+    """Yield the flags that differ between runs, and K and beta(1), as rows of cells."""
     facts = [{"K": c["config"]["K"], "beta(1)": c["config"]["beta1"]} for c in checkpoints]
     facts = [fact | checkpoint["args"] for fact, checkpoint in zip(facts, checkpoints, strict=True)]
-    rows = []
     for name in dict.fromkeys(name for fact in facts for name in fact):
         values = [fact.get(name) for fact in facts]
         if name != "model_dir" and any(value != values[0] for value in values):
-            rows.append([name, *map(to_cell, values)])
-    return rows
+            yield [name, *map(to_cell, values)]
 
 
 def results(histories):
-    """List what runs reached -> rows of cells, the figure's name first."""
-    rows = []
+    """Yield what runs reached as rows of cells, the figure's name first."""
     last = itemgetter(-1)
     for name, key, choose in [
         ("steps", "step", max),
@@ -134,8 +131,7 @@ def results(histories):
         ("peak memory, GB", "peak_memory_gb", max),
     ]:
         values = [pictures.history(metrics, key)[1] for metrics in histories.values()]
-        rows.append([name, *(to_cell(choose(v)) if v else "" for v in values)])
-    return rows
+        yield [name, *(to_cell(choose(v)) if v else "" for v in values)]
 
 
 def to_cell(value):

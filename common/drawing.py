@@ -23,7 +23,6 @@ DARK = dict(background="#0d1117", ink="#e6edf3", pale="#3d444d",
     colours="#58a6ff #ff9b50 #3fcf9f #e58fd0 #e3c04d #9fd3ff")
 MARK = "made by plot.py"  # in each picture, so that only pictures are written over
 METADATA = {"png": {"Software": MARK}, "svg": {"Creator": MARK, "Date": None}}
-_reported = set()  # messages that `try_to_save` has printed
 
 
 @contextmanager
@@ -141,10 +140,8 @@ def try_to_save(path, make_figure):
     try:
         save(Path(path), make_figure)
     except Exception as error:  # noqa: BLE001 - a broken matplotlib raises anything
-        message = f"no picture at {path}: {_reason(error)}"
-        if message not in _reported:
-            _reported.add(message)
-            tqdm.write(message, file=sys.stderr)  # unlike print, it leaves a progress bar whole
+        with tqdm.external_write_mode(sys.stderr):  # leaves a progress bar whole
+            cli.warn_once(f"no picture at {path}: {_reason(error)}")
         return False
     return True
 

@@ -60,14 +60,19 @@ def replacing(path):
     """Yield a temporary path, which replaces `path` at the end. After an error, `path` stays."""
     with writing(path):
         temporary = new_temporary(path)
-    try:
-        with writing(path):
+        try:
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())  # the content must be on the disk before its name
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path, content):
+    """Write bytes as a file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def check_output(path, is_ours, kind):

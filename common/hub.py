@@ -8,17 +8,13 @@ from contextlib import contextmanager
 from common.cli import import_optional
 
 HUB = "hf://"
-
-
-def import_library():
-    """Import huggingface_hub. Raises ValueError if it is missing."""
-    return import_optional("huggingface_hub", "models on the hub need huggingface_hub")
+LIBRARY = "huggingface_hub", "models on the hub need huggingface_hub"
 
 
 @contextmanager
 def _library(failure):
     """Yield huggingface_hub. What goes wrong is a ValueError that begins with `failure`."""
-    library = import_library()
+    library = import_optional(*LIBRARY)
     try:
         yield library
     except Exception as error:  # noqa: BLE001 - the library raises many kinds

@@ -237,7 +237,6 @@ class Scores:
     cross_entropy: np.ndarray  # (R, N) of the output at t, nats
     reconstruction: np.ndarray  # (R, N) nats
     n_scored: np.ndarray  # (N,) tokens
-    document: np.ndarray  # (N,) which document of the text a window belongs to
     n_steps: int | None  # None for the continuous-time loss
     text: Text  # only the rows that were scored
     partial: bool = False  # stopped by Ctrl-C
@@ -245,11 +244,10 @@ class Scores:
     @classmethod
     def of(cls, draws, text, n_steps):
         """Stack the draws of `score_once`. Raises ValueError if they scored no token."""
-        t, loss, cross_entropy, reconstruction, n_scored = map(np.stack, zip(*draws, strict=True))
+        *t_and_losses, n_scored = map(np.stack, zip(*draws, strict=True))
         if n_scored[0].sum() == 0:
             raise ValueError("nothing of this text is left to score: give less of it")
-        losses = loss, cross_entropy, reconstruction
-        return cls(t, *losses, n_scored[0], text.document, n_steps, text)
+        return cls(*t_and_losses, n_scored[0], n_steps, text)
 
     @property
     def share(self):
@@ -311,7 +309,7 @@ class Scores:
         reconstruction = self.nats_per_token[1]
         excess = residuals.mean(0) + self.reconstruction.mean(0) - self.n_scored * reconstruction
         noise_variance = np.nan_to_num(self.monte_carlo_variance())
-        return clustered_error(excess, self.n_scored, self.document, noise_variance)
+        return clustered_error(excess, self.n_scored, self.text.document, noise_variance)
 
 
 def clustered_error(excess, n_scored, document, noise_variance=0.0):

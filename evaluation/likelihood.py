@@ -37,9 +37,10 @@ def leftmost(score, open_mask, n):
     return open_mask & (open_mask.cumsum(1) <= n[:, None])
 
 
-def ranks(u, open_mask):
-    """Number the positions `open_mask` by increasing u, the others after them -> (B, L)."""
-    return u.masked_fill(~open_mask, torch.inf).argsort(1).argsort(1)
+def lowest(u, open_mask, n):
+    """Choose n (B,) of the positions `open_mask` (B, L): those of the lowest u (B, L)."""
+    rank = u.masked_fill(~open_mask, torch.inf).argsort(1).argsort(1)
+    return open_mask & (rank < n[:, None])
 
 
 def exact(network, ids, cond_mask, u, config, choose=bfn.spread_out, calls=None):
@@ -47,12 +48,9 @@ def exact(network, ids, cond_mask, u, config, choose=bfn.spread_out, calls=None)
 
     choose: which positions to fill, see `bfn.spread_out`; None is a random order, by u[:, 1:].
     """
-
-    def by_u(score, open_mask, n):
-        return open_mask & (ranks(u[:, 1:], open_mask) < n[:, None])
-
     calls = calls or ids.shape[1]
-    log_p = bfn.log_likelihood(network, ids, cond_mask, config.s1, config.K, calls, choose or by_u)
+    choose = choose or (lambda score, *rest: lowest(u[:, 1:], *rest))
+    log_p = bfn.log_likelihood(network, ids, cond_mask, config.s1, config.K, calls, choose)
     return -log_p.double().sum(1)
 
 
@@ -79,7 +77,7 @@ def any_order(network, ids, cond_mask, u, config, n_draws=ANY_ORDER_DRAWS):
     nats = 0.0
     for i in range(n_draws):
         m = 1 + ((u[:, 0] + i / n_draws).frac() * n_open).long()
-        unknown = ~cond_mask & (ranks(u[:, 1:], ~cond_mask) < m[:, None])
+        unknown = lowest(u[:, 1:], ~cond_mask, m)
         log_p = bfn.log_likelihood(network, ids, ~unknown, config.s1, config.K, calls=1)
         nats -= log_p.double().sum(1) * n_open / m / n_draws
     return nats
@@ -118,7 +116,7 @@ def share_unknown(network, ids, cond_mask, u, config, share):
     """
     n_open = (~cond_mask).sum(1)
     m = (share * n_open.double()).ceil().long().clamp(min=1)
-    hidden = ~cond_mask & (ranks(u[:, 1:], ~cond_mask) < m[:, None])
+    hidden = lowest(u[:, 1:], ~cond_mask, m)
     return exact(network, ids, ~hidden, u, config, calls=bfn.Controls.steps) * n_open / m
 
 

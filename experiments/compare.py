@@ -39,7 +39,6 @@ import evaluate
 import model as model_file
 import train
 from common import drawing, files, parallel
-from common.files import replacing
 from common.noise import mix_seed
 from evaluation import bounds, likelihood, tables
 from experiments.tables import table
@@ -74,17 +73,10 @@ def head_without_theta(self, hidden, theta):
 
 def train_only(squared_error_loss):
     """Train with this loss only, instead of bfn's; the tokens of a text share their time."""
-
-    def draw_seen(segment_ids, rng, progress=1.0):
-        return np.full_like(segment_ids, data.SHARED, dtype=np.int8)
-
-    def reconstruction_loss(network, ids, *rest):
-        return torch.zeros(ids.shape, device=ids.device)
-
-    data.draw_seen = draw_seen
+    data.draw_seen = lambda segment_ids, *rest: np.full_like(segment_ids, data.SHARED, np.int8)
     bfn.CROSS_ENTROPY = 0.0
     bfn.squared_error_loss = squared_error_loss
-    bfn.reconstruction_loss = reconstruction_loss
+    bfn.reconstruction_loss = lambda network, ids, *rest: torch.zeros(ids.shape, device=ids.device)
 
 
 def base(args):
@@ -98,25 +90,13 @@ def no_skip(args):
 
 def no_convolution(args):
     """No convolutions: only attention sees other positions."""
-
-    def forward(self, h, segment_ids):
-        return h
-
-    model_file.Convolution.forward = forward
+    model_file.Convolution.forward = lambda self, h, segment_ids: h
 
 
 def adamw(args):
     """AdamW for all parameters, at 3e-3."""
     args.learning_rate = 3e-3
-
-    def make_optimizers(model, args):
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        matrices = [p for p in parameters if p.ndim >= 2]
-        vectors = dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0)
-        groups = [dict(params=matrices, weight_decay=args.weight_decay), vectors]
-        return [torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)]
-
-    optim.make_optimizers = make_optimizers
+    optim.make_optimizers = lambda model, args: [optim.make_adamw(model.parameters(), args)]
 
 
 def no_cross_entropy(args):
@@ -173,12 +153,9 @@ def autoregressive(args):
     def predict(network, theta, t, ids, cond_mask):
         return network(F.one_hot(ids, theta.shape[-1]).float(), t).float().log_softmax(-1)
 
-    def squared_error_loss(log_p, ids, t, s1):
-        return bfn.cross_entropy(log_p, ids)
-
     train.BFNTransformer = Causal
     bfn.predict = predict
-    train_only(squared_error_loss)
+    train_only(lambda log_p, ids, t, s1: bfn.cross_entropy(log_p, ids))
 
 
 def masked(args):
@@ -403,21 +380,17 @@ def settings(args):
     return {name: getattr(args, name) for name in names} | budget
 
 
+run_of = itemgetter("name", "seed", "budget")  # what run a record is of
+
+
 def add_record(new, folder):
     """Add a record to results.json, replacing an older one of the same run; redraw all."""
     path = folder / "results.json"
     records = json.loads(path.read_text())
     records = [r for r in records if run_of(r) != run_of(new)] + [new]
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(records, indent=1))
-    with replacing(folder / "results.md") as temporary:
-        temporary.write_text("\n".join(summarise(records)) + "\n")
+    files.write_whole(path, json.dumps(records, indent=1).encode())
+    files.write_whole(folder / "results.md", ("\n".join(summarise(records)) + "\n").encode())
     draw(folder / "results.png", records)
-
-
-def run_of(record):
-    """Tell what run a record is of -> its name, seed and budget."""
-    return record["name"], record["seed"], record["budget"]
 
 
 def draw(path, records):
@@ -488,8 +461,7 @@ def main(argv=None):
     files.check_folder(folder, "results.json", is_results)
     path = folder / "results.json"
     if not path.exists():
-        with replacing(path) as temporary:
-            temporary.write_text("[]")
+        files.write_whole(path, b"[]")
     for there in json.loads(path.read_text()):
         if not settings(args).items() <= there.items():
             raise ValueError(f"{path} is of other flags, texts or minutes: give another --output")

@@ -119,11 +119,10 @@ def equality(args):
     batch = make_batch(K, rows=8, row_length=256)
     config = Config(K, 0.01, 128, 2, 4)
     keys = draw_keys(8, 256, generator=torch.Generator().manual_seed(0))
-    found = {Form(fused=fused) for fused in (False, True)}
     wanted = train.complete(train.flags().parse_args(["-slen=256", f"--preset={args.preset}"]))
     form = forms.wanted_form(wanted, config, device)
     compiled = form._replace(fused=True, compiled=True, flex=device.type == "cuda")
-    found |= {Form(bf16=form.bf16), Form(fused=True, bf16=form.bf16), compiled}
+    found = {Form(fused=f, bf16=b) for f in (False, True) for b in (False, form.bf16)} | {compiled}
     wrong = []
     with mock.patch.object(train, "draw_keys", lambda *shape, device: keys.to(device)):
         plain = forms.Check(BFNTransformer, config, Form(), batch, cpu, train.accumulate_gradients)

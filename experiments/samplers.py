@@ -26,7 +26,6 @@ from tqdm import tqdm
 import bfn
 import evaluate
 from common import files, parallel
-from common.files import replacing
 from evaluation import quality
 from experiments.tables import table
 from sampling.generate import DEFAULT, Options, generate
@@ -132,15 +131,13 @@ def main(argv=None):
     figures = measure(real, reference, is_toy, args.seed)
     results = [record(("held-out text", 0, 1.0), figures, len(real))]
     jobs = dict.fromkeys(product(args.samplers, args.calls, (1.0, *args.temperatures)))
-    for job in tqdm(jobs, disable=None):
+    for job in tqdm(jobs, disable=None):  # which can take hours
         texts, *spent = sample(model, tokenizer, job, templates, args.seed)
         figures = measure(texts, reference, is_toy, args.seed)
         results.append(record(job, figures, len(texts), *spent))
-        with replacing(folder / "results.json") as temporary:  # all can take hours
-            temporary.write_text(json.dumps(results, indent=1))
+        files.write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     lines = summarise(results)
-    with replacing(folder / "results.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+    files.write_whole(folder / "results.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
     print("as a picture: python plot.py quality", shlex.quote(str(folder / "results.json")))
 

@@ -124,11 +124,8 @@ def split_label(text, tokenizer):
 
 def unknown_pieces(prompt, tokenizer):
     """List the texts of a prompt's unknown tokens, with SPACE for a space -> list of str."""
-    found = []
-    _, body = split_label(prompt, tokenizer)
-    for text in split_gaps(body)[0]:
-        found += [p.replace(SPACE + JOIN, "") for p in tokenizer.unknown_pieces(text)]
-    return found
+    texts, _ = split_gaps(split_label(prompt, tokenizer)[1])
+    return [p.replace(SPACE + JOIN, "") for t in texts for p in tokenizer.unknown_pieces(t)]
 
 
 @lru_cache(maxsize=4)

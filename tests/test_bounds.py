@@ -240,7 +240,7 @@ def test_what_fits_in_the_time_has_the_same_figures_as_that_many_tokens(monkeypa
         exact_model(4), tokens, 3, -1, CPU, n_draws=2, batch_size=4, max_tokens=30
     )
     assert np.array_equal(limited.loss, repeated.loss) and np.array_equal(
-        limited.document, repeated.document
+        limited.text.document, repeated.text.document
     )
 
 
@@ -315,7 +315,7 @@ def test_every_token_is_scored_once_for_any_window():
     for window in (5, 16, 50):
         scores = score_text(uniform_model(4), tokens, window, 3, CPU)
         assert scores.n_scored.sum() == (tokens.ids != 3).sum()
-        by_document = np.bincount(scores.document, scores.n_scored)
+        by_document = np.bincount(scores.text.document, scores.n_scored)
         assert by_document.tolist() == [
             (tokens.ids[a:b] != 3).sum() for a, b in zip(tokens.offsets, tokens.offsets[1:])
         ]

@@ -12,7 +12,7 @@ from common import cli, drawing
 @pytest.fixture
 def picture(tmp_path, monkeypatch):
     """picture(name) draws a line into a file of tmp_path."""
-    monkeypatch.setattr(drawing, "_reported", set())
+    cli.warn_once.cache_clear()
     return lambda name: drawing.lines(
         tmp_path / name, {"a line": ([0, 1], [1, 2])}, "t", "nats", "title"
     )

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import cli
-from common.files import check_output, file_hash, replacing, writing
+from common.files import check_output, file_hash, write_whole, writing
 from common.parallel import prefetch
 from text.reading import BYTES_BAR, Corpus, kind_of, look_at, read_part
 from text.tokenizer import JOIN, SPACE, Tokenizer
@@ -282,8 +282,7 @@ def _open_arrays(folder, meta, tokenizer):
 
 def _write_json(path, content):
     """Write a dict with its checksum; the file is replaced as a whole."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({**content, "checksum": _checksum(content)}))
+    write_whole(path, json.dumps({**content, "checksum": _checksum(content)}).encode())
 
 
 def _read_json(path):

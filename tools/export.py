@@ -116,11 +116,10 @@ def data_lines(run):
     """Say what the model was trained and validated on -> lines."""
     path = run["args"]["data_path"]
     text = f"`{path}`" if path else "the built-in language (`text/toy.py`)"
-    lines = [f"Trained on {text}."]
+    yield f"Trained on {text}."
     for name, sizes in run.get("sizes", {}).items():
         listed = ", ".join(f"{n:,} {unit}" for unit, n in sizes.items())
-        lines.append(f"The {name} text has {listed}.")
-    return lines
+        yield f"The {name} text has {listed}."
 
 
 def training_command(args):
@@ -147,14 +146,12 @@ def export(run_dir, out_dir, dtype=torch.float32, license="other", name=None):
     """
     if out_dir.exists():
         raise ValueError(f"{out_dir} exists already: give another folder")
-    library = checkpoint.import_safetensors()
+    library = cli.import_optional(*checkpoint.SAFETENSORS)
     model, _, run = checkpoint.load(run_dir)
     out_dir.mkdir(parents=True)
     try:
-        weights = {}
-        for key, w in model.state_dict().items():
-            w = w.to(dtype) if w.is_floating_point() else w
-            weights[key] = w.clone().contiguous()  # no two share memory
+        weights = model.to(dtype).state_dict().items()
+        weights = {key: w.clone().contiguous() for key, w in weights}  # no two share memory
         (out_dir / "model.safetensors").write_bytes(library.save(weights))
         shutil.copyfile(run_dir / "tokenizer.model", out_dir / "tokenizer.model")
         run["args"] = checkpoint.without_folders(run["args"])
@@ -191,7 +188,7 @@ def main(argv=None):
     if args.push:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push):
             raise ValueError(f"--push={args.push} is no name on the hub: give --push=USER/MODEL")
-        hub.import_library()  # before the work
+        cli.import_optional(*hub.LIBRARY)  # before the work
     with tempfile.TemporaryDirectory() as temporary:
         out_dir = Path(args.out_dir or Path(temporary, args.push.split("/")[-1]))
         export(Path(args.run_dir), out_dir, getattr(torch, args.dtype), args.license, args.push)

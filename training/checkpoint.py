@@ -235,10 +235,7 @@ def refuse_other_network():
 # ---------------------------------------------------------------- exported folders
 
 
-def import_safetensors():
-    """Import the library, which only exported folders need. Raises ValueError if it is missing."""
-    needed = "exported models are read and written with safetensors"
-    return import_optional("safetensors.torch", needed)
+SAFETENSORS = "safetensors.torch", "exported models are read and written with safetensors"
 
 
 def read_exported(folder):
@@ -246,7 +243,7 @@ def read_exported(folder):
 
     Raises ValueError for a damaged or foreign file, or one of another format.
     """
-    library = import_safetensors()
+    library = import_optional(*SAFETENSORS)
     try:
         run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if wrong := fault(run, EXPORTED):

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common import cli, drawing, parallel
-from common.files import replacing, writing
+from common.files import write_whole, writing
 from data import GIVEN
 from text.cache import share_in_training
 from text.reading import Corpus, list_labels, reading_notes
@@ -52,8 +52,7 @@ def drop_undone(path, step_of, step):
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             if step_of(line) <= step:
                 kept.append(line + b"\n")
-    with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(kept))
+    write_whole(path, b"".join(kept))
 
 
 def open_metrics(run_dir, step):
@@ -192,8 +191,7 @@ def write_samples(run_dir, step, sample_texts):
         return []
     texts = sample_texts()
     lines = "".join(f"{step}\t" + text.replace("\n", "\\n") + "\n" for text in texts)
-    with replacing(path) as temporary:  # all texts of a step or none
-        temporary.write_bytes(before + lines.encode())
+    write_whole(path, before + lines.encode())  # all texts of a step or none
     return ["  " + text.replace("\n", "\n  ") for text in texts]
 
 
@@ -293,14 +291,13 @@ def text_lines(args, training, val):
 
 def label_lines(*texts):
     """List the labels of Tokens, the most frequent first -> a line, or none without labels."""
-    tokenizer, counts = texts[0].tokenizer, Counter()
-    names = {k: label for label, k in tokenizer.labels.items()}
-    after_bos = int(tokenizer.bos >= 0)
-    for tokens in texts if names else ():
+    labels, counts = texts[0].tokenizer.labels, Counter()
+    after_bos = int(texts[0].tokenizer.bos >= 0)
+    for tokens in texts if labels else ():
         for shard in range(tokens.n_shards):
             starts, _ = tokens.read_shard(shard)
             counts.update(tokens.ids[starts + after_bos].tolist())
-    return list_labels(Counter({label: counts[k] for k, label in names.items() if counts[k]}))
+    return list_labels(Counter({label: counts[k] for label, k in labels.items() if counts[k]}))
 
 
 def text_warnings(training, val):

@@ -160,25 +160,29 @@ def orthogonalise(X, fast=True):
     return orthogonalise_directly(X)
 
 
+def make_adamw(parameters, args):
+    """Make AdamW, in the form that reads `found_inf`; weight decay is on matrices only."""
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [
+        dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=args.weight_decay),
+        dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
 def make_optimizers(model, args):
-    """Make AdamW and Muon; weight decay is on matrices only.
+    """Make AdamW and Muon.
 
     Every optimizer here must skip its step where its `found_inf` is 1.
     """
     matrices = model.layer_matrices()
     in_muon = set(map(id, matrices))
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_muon]
-    groups = [
-        dict(params=[p for p in rest if p.ndim >= 2], weight_decay=args.weight_decay),
-        dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
-    ]
-    lr = args.learning_rate
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)  # reads found_inf
+    adamw = make_adamw([p for p in model.parameters() if id(p) not in in_muon], args)
     n = len(matrices)
     if isinstance(matrices[0], DTensor):  # those of one layer at a time are whole
         n //= len(model.blocks)
     layers = [dict(params=matrices[i : i + n]) for i in range(0, len(matrices), n)]
-    return [adamw, Muon(layers, lr=lr, weight_decay=args.weight_decay)]
+    return [adamw, Muon(layers, lr=args.learning_rate, weight_decay=args.weight_decay)]
 
 
 def learning_rate(step, args):
