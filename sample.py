@@ -288,8 +288,9 @@ def check(args, parser):
 def main(argv=None):
     parser = flags()
     args = parser.parse_args(argv)
+    device = parallel.join(args.device)
     check(args, parser)
-    model = Sampler.load(args.model_dir, args.checkpoint, parallel.join(args.device))
+    model = Sampler.load(args.model_dir, args.checkpoint, device)
     args.prompt = [prompts.read_breaks(text, model.run) for text in args.prompt]
     args.draft = args.draft and prompts.read_breaks(args.draft, model.run)
     for text in [*args.ban, *args.hint, args.draft or ""]:

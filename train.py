@@ -9,10 +9,10 @@ import copy
 import math
 import signal
 import sys
-import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common import cli  # isort: skip - first, because of Ctrl-C
 import numpy as np
@@ -328,9 +328,10 @@ def main(argv=None):
     """
     args = flags().parse_args(argv)
     with ExitStack() as until_end:
+        device = parallel.join(args.device)
         if args.dry_run:
-            args.model_dir = until_end.enter_context(tempfile.TemporaryDirectory())
-        train(args, parallel.join(args.device), until_end)
+            args.model_dir = parallel.from_first(until_end.enter_context(TemporaryDirectory()))
+        train(args, device, until_end)
 
 
 def train(args, device, until_end):

@@ -7,6 +7,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -178,22 +179,21 @@ def combine_evidence(options, tokenizer, config, draws):
 
 
 def write_blocks(model, tokenizer, templates, seeds, options, limit):
-    """Write one text longer than the limit: given tokens, then FREE -> [(ids, calls)].
+    """Write one text longer than the limit: what is known, then FREE -> [(ids, calls)].
 
     It is written in blocks of `limit` tokens, each of which begins with the last limit // 2 tokens
     so far. It ends with the block that has eos.
     """
     (template,), (seed,) = templates, seeds
-    ids = [k for k in template if k >= 0]
-    calls = 0
+    ids, calls = list(takewhile(lambda k: k != FREE, template)), 0
     while len(ids) < len(template) and tokenizer.eos not in ids:
         given = ids[-(limit // 2) :]
         block = given + [FREE] * min(limit - len(given), len(template) - len(ids))
         block_seed = mix_seed(mix_seed(seed, len(ids)), 0)
         ((block_ids, block_calls),) = sample_batch(model, tokenizer, [block], [block_seed], options)
-        ids = ids + block_ids[len(given) :]
+        ids = ids[: -len(given)] + block_ids  # a label that was not given has been drawn
         calls += block_calls
-    return [(ids, calls)]
+    return [([k for k in ids if k >= 0], calls)]
 
 
 MAX_CALLS = 8  # network calls per template; longer prompts are read several tokens per call
@@ -207,12 +207,9 @@ def given_log_likelihood(model, tokenizer, templates):
     independent.
     """
     device = next(model.parameters()).device
-    batch_size = rows_at_once(max(map(len, templates)), model.config, device)
-    parts = []
-    for i in range(0, len(templates), batch_size):
-        padded, segment_ids = pad(templates[i : i + batch_size], device)
-        parts.append(batch_log_likelihood(model, padded, segment_ids, tokenizer.bos))
-    return torch.cat(parts).cpu()
+    n = rows_at_once(max(map(len, templates)), model.config, device)
+    batches = [pad(templates[i : i + n], device) for i in range(0, len(templates), n)]
+    return torch.cat([batch_log_likelihood(model, *b, tokenizer.bos) for b in batches]).cpu()
 
 
 def batch_log_likelihood(model, padded, segment_ids, bos):

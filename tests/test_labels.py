@@ -189,6 +189,8 @@ def test_a_run_resumes_and_samples_with_and_without_a_label(run_dir, monkeypatch
     lines, _, code = run_command(sample.main, monkeypatch, capsys, *flags)
     model = sample.Sampler.load(run_dir)
     assert code == 0 and all(line.split("\t")[0] in model.tokenizer.labels for line in lines)
+    for text in model(n=2, length=40, steps=3):  # in blocks: longer than the rows of training
+        assert text.split("\t")[0] in model.tokenizer.labels and text.count("\t") == 1
     assert model("anna\t", n=2, steps=3) == [
         text for text, *_ in model.stream([""] * 2, label="anna", steps=3)
     ]

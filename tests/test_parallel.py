@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from test_train import TINY, assert_same_run
@@ -278,7 +279,8 @@ def test_two_processes_print_and_write_the_texts_of_one(tmp_path, monkeypatch, c
 
 def test_many_processes_do_not_share_a_keyboard(tmp_path, monkeypatch, capsys):
     run_dir = make_run(tmp_path / "run", "word", toy.corpus(60))
-    monkeypatch.setattr(parallel, "size", lambda: 2)
+    joined = partial(monkeypatch.setattr, parallel)
+    monkeypatch.setattr(sample.parallel, "join", lambda device: joined("size", lambda: 2))
     _, error, code = run_command(
         sample.main, monkeypatch, capsys, f"-mdir={run_dir}", "--interactive"
     )
@@ -289,6 +291,13 @@ def test_more_processes_than_matrices_train_too(launch, tmp_path):
     done = launch(tmp_path / "run", 5, "-acc=5", "-nl=1", "-nex=0", "--max_steps=2")
     assert done.returncode == 0, done.stderr
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_two_processes_says_what_would_be_trained(launch, tmp_path):
+    done = launch(tmp_path / "run", 2, "-acc=2", "--dry_run")
+    assert done.returncode == 0 and "K = " in done.stdout, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 OTHER_FLAGS = """

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common import cli, parallel
-from common.files import file_hash, remove_leftovers, replacing, writing
+from common.files import file_hash, remove_leftovers, write_whole, writing
 from text import cache, toy
 from text.reading import ONE_LINE, Corpus, check_separator, read_pieces
 from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -64,7 +64,8 @@ def check_folder(run_dir, lock_path):
     """Raise ValueError for files that have the names of a run's, but are of no run."""
     names = [name for name in (*checkpoint.RUN_FILES, "older") if os.path.lexists(run_dir / name)]
     files = [name for name in names if name != "older" and (run_dir / name).is_file()]
-    odd = [name for name in names if name not in files and not (run_dir / name).is_dir()]
+    folders = ["older"] if (run_dir / "older").is_dir() else []
+    odd = [name for name in names if name not in files + folders]
     is_lock = lock_path.is_file() and not lock_path.is_symlink()
     is_lock = is_lock and lock_path.read_bytes()[:4] in (b"", b"pid ")
     if lock_path.name in names and not is_lock:
@@ -105,13 +106,6 @@ def check_own(path, content):
         raise ValueError(f"{there}: move it away or give another -mdir")
 
 
-def write_once(path, content):
-    """Write a file of the run folder. Raises ValueError, see `check_own`."""
-    check_own(path, content)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
 def prepare_text(args, run_dir, saved):
     """Write tokenizer and built-in corpus, and tokenise -> training and val Tokens.
 
@@ -121,7 +115,9 @@ def prepare_text(args, run_dir, saved):
     corpus = Corpus(args.data_path or str(run_dir / "corpus.txt"), args.text_field)
     val = Corpus(args.val_path, args.text_field) if args.val_path else None
     if args.data_path is None and not resume:
-        write_once(run_dir / "corpus.txt", toy.corpus(checkpoint.TOY_SENTENCES, args.seed).encode())
+        sentences = toy.corpus(checkpoint.TOY_SENTENCES, args.seed).encode()
+        check_own(run_dir / "corpus.txt", sentences)
+        write_whole(run_dir / "corpus.txt", sentences)
     for text in filter(None, (corpus, val)):
         check_text(text, run_dir, args.example)
     path = run_dir / "tokenizer.model"
@@ -134,7 +130,7 @@ def prepare_text(args, run_dir, saved):
     parts = [(corpus, "all"), (val, "all")] if val else [(corpus, "train"), (corpus, "val")]
     tokens = [cache.load_corpus(text, *options, part, args.example) for text, part in parts]
     if not resume:
-        write_once(path, content)  # last: a text that is too short leaves none
+        write_whole(path, content)  # last: a text that is too short leaves none
     return tokens
 
 
