@@ -1,8 +1,9 @@
 """The optimizer: Muon for the matrices of the layers, AdamW for the rest; schedule and averages.
 
-Muon is momentum, orthogonalised [Jordan et al. 2024]. torch.optim.Muon orthogonalises in bfloat16,
-one matrix at a time, which is slow on CPUs without bfloat16 units. Here all matrices of a shape are
-done at once, in float32 on CPUs and in bfloat16 on GPUs that have it.
+Muon is momentum, orthogonalised [Jordan et al. 2024]. Rows that are short or long on average over
+steps are made even [NorMuon, Li et al. 2025, arXiv 2510.05491]. torch.optim.Muon orthogonalises in
+bfloat16, one matrix at a time, which is slow on CPUs without bfloat16 units. Here all matrices of a
+shape are done at once, in float32 on CPUs and in bfloat16 on GPUs that have it.
 """
 
 import torch
@@ -23,6 +24,7 @@ QUINTICS = (
 )
 # Polynomials grow fast beyond 1: a rounded norm must not be below the largest singular value.
 MARGIN = 1.01
+ROWS_RATE = 0.95  # of the average that rows are divided by: NorMuon's second moment
 
 
 def orthogonalise_directly(X):
@@ -89,21 +91,36 @@ class Muon(torch.optim.Optimizer):
         """1, or 0 where the step is left out."""
         return 1.0 if self.found_inf is None else 1 - self.found_inf
 
+    def _average(self, name, params, new, rate):
+        """Move the averages `name` of n parameters of one shape to `new`, (n, ...) -> all."""
+        for p, x in zip(params, new, strict=True):
+            if name not in self.state[p]:
+                self.state[p][name] = like(torch.zeros_like(x), p)
+        kept = [self.state[p][name] for p in params]
+        average = torch.stack([whole(x) for x in kept])
+        average += self._keep() * (1 - rate) * (new - average)
+        torch._foreach_copy_([local(x) for x in kept], shards_of(average, params))
+        return average
+
     def _move_momentum(self, params, group):
         """Move the momentum of n parameters of one shape -> what to orthogonalise, (n, *shape)."""
-        for p in params:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        kept = [self.state[p]["momentum"] for p in params]
-        momentum = torch.stack([whole(m) for m in kept])
         gradient = torch.stack([whole(p.grad) for p in params]).nan_to_num(0, 0, 0)
-        momentum += self._keep() * (1 - group["momentum"]) * (gradient - momentum)
-        torch._foreach_copy_([local(m) for m in kept], shards_of(momentum, params))
+        momentum = self._average("momentum", params, gradient, group["momentum"])
         return gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
+
+    def _even_rows(self, params, update):
+        """Divide rows by the root of their average squared norm; each matrix keeps its norm."""
+        update = update.contiguous()  # one layout: the same bits in any number of processes
+        square = torch.linalg.vector_norm(update, dim=-1, keepdim=True).square()
+        factor = (self._average("rows", params, square, ROWS_RATE) + 1e-10).rsqrt()
+        new = square * factor.square()
+        ratio = square.sum(1, keepdim=True) / new.sum(1, keepdim=True).clamp(min=1e-10)
+        return update * (factor * ratio.sqrt())
 
     def _move_weights(self, params, update, group):
         """Let n parameters of one shape decay, and subtract their update (n, *shape)."""
         rate = self._keep() * group["lr"]
+        update = self._even_rows(params, update)
         update = rate * 0.2 * max(update.shape[1:]) ** 0.5 * update
         weights = [local(p) for p in params]
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
