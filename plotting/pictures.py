@@ -385,7 +385,7 @@ def draw_learning(records, axes):
                 axes.plot(n_tokens, exact, "o-", color=f"C{i}", markersize=3, label=label)
             label = None  # once for all runs of a name
     log_axis(axes, "tokens of training")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
 
 
 def draw_frontier(results, axes):

@@ -389,6 +389,10 @@ def test_a_folder_without_a_text_says_what_it_holds(folder):
     found = r"no text file at .*searched for .txt, .*left out: .json 1 .*\*\.json"
     with pytest.raises(ValueError, match=found):
         find_files(str(folder / "sub"))
+    for name in ("README", "LICENSE"):
+        (folder / "sub" / name).write_text("text")
+    with pytest.raises(ValueError, match=r"without an ending 2, .json 1 .*/\*\*/\*'"):
+        find_files(str(folder / "sub"))
 
 
 # ---------------------------------------------------------------- examples

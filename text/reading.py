@@ -191,8 +191,8 @@ def left_out(path):
         return []
     line = "left out: " + ", ".join(f"{reason} {n:,}" for reason, n in counts)
     reasons = [reason for reason, _ in counts if reason != "hidden"]
-    endings = [reason for reason in reasons if reason[0] == "."]
-    ending = endings[0] if endings and "subfolders" not in reasons else ".txt"
+    commonest = reasons[0].removeprefix("without an ending") if reasons else ""
+    ending = ".txt" if "subfolders" in reasons else commonest
     pattern = shlex.quote(os.path.join(entries[0].parent, "**", f"*{ending}"))
     return [f"{line} (a pattern reads more: -d={pattern})" if reasons else line]
 
