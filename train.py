@@ -369,7 +369,7 @@ def train(args, device, until_end):
     seconds = plan(state, loader, val_inputs, args, device, before)
     print(*log.opening_lines(state, loader, val, seconds, args, device), sep="\n")
     if args.dry_run:
-        return
+        return parallel.wait()  # until all have read the first one's temporary folder
 
     # The loop.
     write, minutes = log.open_metrics(run_dir, state.step)

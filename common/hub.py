@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from common.cli import import_optional
 
 HUB = "hf://"
+# for cli.import_optional
 LIBRARY = "huggingface_hub", "models on the hub need huggingface_hub"
 
 

@@ -473,7 +473,7 @@ def main(argv=None):
         if output.returncode:
             raise ValueError(f"variant {name}, seed {seed} failed: see above")
         add_record(json.loads(output.stdout.splitlines()[-1]), folder)
-    print((folder / "results.md").read_text(), end="")
+    print((folder / "results.md").read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

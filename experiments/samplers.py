@@ -131,10 +131,11 @@ def main(argv=None):
     figures = measure(real, reference, is_toy, args.seed)
     results = [record(("held-out text", 0, 1.0), figures, len(real))]
     jobs = dict.fromkeys(product(args.samplers, args.calls, (1.0, *args.temperatures)))
-    for job in tqdm(jobs, disable=None):  # which can take hours
+    for job in tqdm(jobs, disable=None):
         texts, *spent = sample(model, tokenizer, job, templates, args.seed)
         figures = measure(texts, reference, is_toy, args.seed)
         results.append(record(job, figures, len(texts), *spent))
+        # all can take hours, so each result is kept
         files.write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     lines = summarise(results)
     files.write_whole(folder / "results.md", ("\n".join(lines) + "\n").encode())

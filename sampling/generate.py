@@ -179,19 +179,20 @@ def combine_evidence(options, tokenizer, config, draws):
 
 
 def write_blocks(model, tokenizer, templates, seeds, options, limit):
-    """Write one text longer than the limit: what is known, then FREE -> [(ids, calls)].
+    """Write one text longer than the limit: a beginning, then FREE -> [(ids, calls)].
 
-    It is written in blocks of `limit` tokens, each of which begins with the last limit // 2 tokens
-    so far. It ends with the block that has eos.
+    It is written in blocks of `limit` tokens. The first one begins with the whole beginning if that
+    fits, each other one with the last limit // 2 tokens so far. The text ends with the block that
+    has eos.
     """
     (template,), (seed,) = templates, seeds
     ids, calls = list(takewhile(lambda k: k != FREE, template)), 0
     while len(ids) < len(template) and tokenizer.eos not in ids:
-        given = ids[-(limit // 2) :]
+        given = ids if calls == 0 and len(ids) < limit else ids[-(limit // 2) :]
         block = given + [FREE] * min(limit - len(given), len(template) - len(ids))
         block_seed = mix_seed(mix_seed(seed, len(ids)), 0)
         ((block_ids, block_calls),) = sample_batch(model, tokenizer, [block], [block_seed], options)
-        ids = ids[: -len(given)] + block_ids  # a label that was not given has been drawn
+        ids = ids[: -len(given)] + block_ids  # with the label, if that was drawn
         calls += block_calls
     return [([k for k in ids if k >= 0], calls)]
 

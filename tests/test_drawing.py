@@ -10,7 +10,7 @@ from common import cli, drawing
 
 
 @pytest.fixture
-def picture(tmp_path, monkeypatch):
+def picture(tmp_path):
     """picture(name) draws a line into a file of tmp_path."""
     cli.warn_once.cache_clear()
     return lambda name: drawing.lines(

@@ -235,6 +235,7 @@ def refuse_other_network():
 # ---------------------------------------------------------------- exported folders
 
 
+# for cli.import_optional
 SAFETENSORS = "safetensors.torch", "exported models are read and written with safetensors"
 
 

@@ -24,7 +24,7 @@ QUINTICS = (
 )
 # Polynomials grow fast beyond 1: a rounded norm must not be below the largest singular value.
 MARGIN = 1.01
-ROWS_RATE = 0.95  # of the average that rows are divided by: NorMuon's second moment
+ROWS_RATE = 0.95  # of NorMuon's second moment, one for each row
 
 
 def orthogonalise_directly(X):
@@ -65,9 +65,9 @@ def orthogonalise_in_bf16(X):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates, 0.2 sqrt(longer side) times: AdamW's size [Liu 2025].
+    """Orthogonalised momentum with even rows, 0.2 sqrt(longer side) times: AdamW's size [Liu 2025].
 
-    As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and momentum
+    As in torch's fused optimizers, a device scalar `found_inf` of 1 leaves weights and moments
     unchanged. fast: orthogonalise in the fastest way for the device, see `orthogonalise`.
     """
 
@@ -91,28 +91,28 @@ class Muon(torch.optim.Optimizer):
         """1, or 0 where the step is left out."""
         return 1.0 if self.found_inf is None else 1 - self.found_inf
 
-    def _average(self, name, params, new, rate):
-        """Move the averages `name` of n parameters of one shape to `new`, (n, ...) -> all."""
+    def _move(self, name, params, new, rate):
+        """Move the moments `name` of n parameters of one shape towards `new` -> all, (n, ...)."""
         for p, x in zip(params, new, strict=True):
             if name not in self.state[p]:
                 self.state[p][name] = like(torch.zeros_like(x), p)
         kept = [self.state[p][name] for p in params]
-        average = torch.stack([whole(x) for x in kept])
-        average += self._keep() * (1 - rate) * (new - average)
-        torch._foreach_copy_([local(x) for x in kept], shards_of(average, params))
-        return average
+        moments = torch.stack([whole(x) for x in kept])
+        moments += self._keep() * (1 - rate) * (new - moments)
+        torch._foreach_copy_([local(x) for x in kept], shards_of(moments, params))
+        return moments
 
     def _move_momentum(self, params, group):
         """Move the momentum of n parameters of one shape -> what to orthogonalise, (n, *shape)."""
         gradient = torch.stack([whole(p.grad) for p in params]).nan_to_num(0, 0, 0)
-        momentum = self._average("momentum", params, gradient, group["momentum"])
+        momentum = self._move("momentum", params, gradient, group["momentum"])
         return gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
 
     def _even_rows(self, params, update):
         """Divide rows by the root of their average squared norm; each matrix keeps its norm."""
         update = update.contiguous()  # one layout: the same bits in any number of processes
         square = torch.linalg.vector_norm(update, dim=-1, keepdim=True).square()
-        factor = (self._average("rows", params, square, ROWS_RATE) + 1e-10).rsqrt()
+        factor = (self._move("rows", params, square, ROWS_RATE) + 1e-10).rsqrt()
         new = square * factor.square()
         ratio = square.sum(1, keepdim=True) / new.sum(1, keepdim=True).clamp(min=1e-10)
         return update * (factor * ratio.sqrt())

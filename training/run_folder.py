@@ -167,7 +167,7 @@ def make_tokenizer(args, corpus):
 def code_and_flags(args):
     """Compute what all processes of a run must have alike: its sources and flags -> str."""
     sources = sorted(cli.ROOT.glob("*.py")) + sorted(cli.ROOT.glob("*/*.py"))
-    folders = "device", "model_dir", "cache_dir"  # --dry_run has one for each process
+    folders = "device", "model_dir", "cache_dir"  # may differ between machines
     flags = {name: value for name, value in vars(args).items() if name not in folders}
     return f"{list(map(file_hash, sources))} {flags}"
 
