@@ -64,7 +64,8 @@ def check_folder(run_dir, lock_path):
     """Raise ValueError for files that have the names of a run's, but are of no run."""
     names = [name for name in (*checkpoint.RUN_FILES, "older") if os.path.lexists(run_dir / name)]
     files = [name for name in names if name != "older" and (run_dir / name).is_file()]
-    folders = ["older"] if (run_dir / "older").is_dir() else []
+    # A picture that cannot be drawn stops no run.
+    folders = [name for name in ("older", "curves.png") if (run_dir / name).is_dir()]
     odd = [name for name in names if name not in files + folders]
     is_lock = lock_path.is_file() and not lock_path.is_symlink()
     is_lock = is_lock and lock_path.read_bytes()[:4] in (b"", b"pid ")
