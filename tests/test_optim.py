@@ -96,6 +96,23 @@ def test_rows_of_muon_updates_are_even_on_average_as_in_normuons_formula():
             torch.testing.assert_close(norms, norms.mean().expand(40))
 
 
+def test_muon_goes_on_from_a_checkpoint_without_the_average_of_rows():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(40, 8))
+    p.grad = torch.randn(40, 8)
+    muon = Muon([p], lr=0.5, weight_decay=0.0)
+    muon.step()
+    state = muon.state_dict()
+    momentum = state["state"][0]["momentum"].clone()
+    del state["state"][0]["rows"]
+    resumed, before = Muon([p], lr=0.5, weight_decay=0.0), p.detach().clone()
+    resumed.load_state_dict(state)
+    resumed.step()
+    torch.testing.assert_close(resumed.state[p]["momentum"], momentum * 0.95 + p.grad * 0.05)
+    norms = (p.detach() - before).norm(dim=1)
+    torch.testing.assert_close(norms, norms.mean().expand(40))
+
+
 def test_processes_share_the_matrices_by_their_cost():
     shapes = [(3, 64, 64), (4, 64, 256), (4, 192, 64), (1, 8, 8)]
     owners = optim.share_by_cost(list(map(torch.Size, shapes)), 4)
