@@ -45,14 +45,13 @@ from training import forms, fused, log, memory, optim, speed
 ROOT = Path(train.__file__).parent
 TITLE = "# Proof of a machine"
 LEAST_SECONDS = 10  # that a part needs
-TRAINING_SHARE = 0.5  # of the seconds of a run; the rest is for compiling and validating
 KEPT = 0.15  # of the time that is left for training, for several processes
 PROFILED = 25  # operations
 SIZES = {  # vocabularies: (K, tokens) of a chunk, K once odd; rates: times the preset's
     "cuda": dict(preset="base", K=32_000, row=256, rows=64, product=8192, copied=1 << 31,
-        chunks=[(32_000, 2048), (8192, 8192), (50_257, 1280)], texts=32, rates=(1 / 3, 1, 3)),
+        chunks=[(32_000, 2048), (8192, 8192), (50_257, 1280)], texts=32, rates=(1, 3, 1 / 3)),
     "cpu": dict(preset="laptop", K=8192, row=64, rows=16, product=1024, copied=1 << 27,
-        chunks=[(8192, 128), (10_007, 128)], texts=8, rates=(1 / 3, 1, 3)),
+        chunks=[(8192, 128), (10_007, 128)], texts=8, rates=(1, 3, 1 / 3)),
     "quick": dict(preset="toy", K=1000, row=64, rows=4, product=64, copied=1 << 16,
         chunks=[(1000, 32), (1001, 32)], texts=2, rates=(1, 3)),
 }  # fmt: skip
@@ -262,16 +261,22 @@ def run_flags(args, run_dir, seconds):
 
 
 def training(args):
-    """Train at several learning rates, for the same time."""
-    several = torch.cuda.device_count() > 1
-    seconds = left(args) * (1 - KEPT * several) / len(args.sizes["rates"])
-    series, rows, best = {}, [], (math.inf, "")
-    for factor in args.sizes["rates"]:
+    """Train at several learning rates, for the same time or what is left of it."""
+    rates, kept = args.sizes["rates"], KEPT * left(args) * (args.n_processes > 1)
+    series, rows, best, others = {}, [], (math.inf, ""), None
+    for i, factor in enumerate(rates):
+        seconds = (left(args) - kept) / (len(rates) - i)
+        seconds -= seconds / 2 if others is None else others
         rate = f"{train.PRESETS[args.preset][3] * factor:.3g}"
-        run_dir, output = args.scratch / "run", io.StringIO()
+        if rows and seconds < LEAST_SECONDS:
+            yield f"No time left for the rate {rate}: give more --minutes.\n"
+            continue
+        run_dir, output, begin = args.scratch / "run", io.StringIO(), time.monotonic()
         shutil.rmtree(run_dir, ignore_errors=True)  # of the run before: it may take gigabytes
         with contextlib.redirect_stdout(output):
-            train.main([*run_flags(args, run_dir, TRAINING_SHARE * seconds), f"-lr={rate}"])
+            train.main([*run_flags(args, run_dir, seconds), f"-lr={rate}"])
+        if others is None:  # for the tokenizer, compiling and validating: the first takes longest
+            others = time.monotonic() - begin - seconds
         metrics = log.read_metrics(run_dir)
         logged = [m for m in metrics if "loss" in m]
         names = "val_bound_nats_per_token", "val_bits_per_char"
@@ -292,16 +297,12 @@ def training(args):
 
 def processes(args):
     """Compare one process with as many as there are GPUs, on the same step."""
-    n_gpus = 2 if args.quick else torch.cuda.device_count()
-    if n_gpus < 2:
-        yield "Not measured: this needs two GPUs."
-        return
     speeds = {}
-    for n in (1, n_gpus):
+    for n in (1, args.n_processes):
         run_dir = args.scratch / f"processes-{n}"
         start = f"torch.distributed.run --standalone --nproc_per_node={n}".split()
         words = run_flags(args, run_dir, left(args) / (4 if n == 1 else 2))
-        train_command = [str(ROOT / "train.py"), *words, f"-acc={n_gpus}", "-nex=0"]
+        train_command = [str(ROOT / "train.py"), *words, f"-acc={args.n_processes}", "-nex=0"]
         command = [sys.executable, "-m", *start, *train_command]
         limit = max(60, left(args))
         streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -319,7 +320,7 @@ def processes(args):
     yield from table(["processes", "tokens/s", "ratio"], rows)
 
 
-PARTS = machine, equality, step, muon, chunks, sampling, training, processes
+PARTS = machine, equality, step, muon, chunks, sampling, training  # and processes
 
 
 # ---------------------------------------------------------------- the command
@@ -346,8 +347,8 @@ def open_report(folder):
 
 def prove(args, write):
     """Do all parts and write their lines -> names of those that failed."""
-    failed = []
-    for part in tqdm(PARTS, unit="part", leave=False, disable=None):
+    failed, parts = [], [*PARTS, *[processes] * (args.n_processes > 1)]
+    for part in tqdm(parts, unit="part", leave=False, disable=None):
         started = time.monotonic()
         write(f"\n## {part.__name__.capitalize()}\n\n{part.__doc__}\n")
         try:
@@ -377,6 +378,7 @@ def main(argv=None):
     args.device, args.folder = parallel.find_device("auto"), Path(args.output)
     args.sizes = SIZES["quick" if args.quick else args.device.type]
     args.preset, args.deadline = args.sizes["preset"], begin + 60 * args.minutes
+    args.n_processes = 2 if args.quick else torch.cuda.device_count()
     speed.allow_tf32(args.device)
     scratch = tempfile.TemporaryDirectory(prefix="proof-")
     with open_report(args.folder) as report, scratch as folder:

@@ -17,7 +17,7 @@ def args(tmp_path):
     sizes, device = prove.SIZES["quick"], torch.device("cpu")
     return SimpleNamespace(
         sizes=sizes, device=device, preset="toy", deadline=time.monotonic() + 600, folder=tmp_path,
-        scratch=tmp_path, quick=True, data_path=None,
+        scratch=tmp_path, quick=True, data_path=None, n_processes=1,
     )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def test_the_quick_proof_writes_every_part_of_the_report(tmp_path):
     report = (tmp_path / "proof" / "report.md").read_text()
     assert done.returncode == 0, report + done.stderr
     assert done.stdout.strip() == report.strip() and "all parts passed" in report
-    parts = [part.__name__.capitalize() for part in prove.PARTS]
+    parts = [part.__name__.capitalize() for part in (*prove.PARTS, prove.processes)]
     places = [report.index(f"\n## {name}\n") for name in [*parts, "Result"]]
     assert places == sorted(places)
     names = {path.name for path in (tmp_path / "proof").iterdir()}
@@ -89,9 +89,27 @@ def test_bfloat16_is_compared_with_float32_where_texts_are_sampled(args):
     assert len(lines) == 2 and "100.0% of likeliest tokens agree" in lines[0]
 
 
-def test_one_gpu_is_too_few_to_compare_processes(args):
-    args.quick = False
-    assert list(prove.processes(args)) == ["Not measured: this needs two GPUs."]
+@pytest.mark.parametrize("n_seconds, n_trained", [(600, 3), (150, 2), (60, 1)])
+def test_training_ends_in_time_whatever_a_run_needs_besides(
+    args, monkeypatch, n_seconds, n_trained
+):
+    clock, others = [0.0], iter([50, 40, 40])
+
+    def train(words):
+        minutes = next(float(w.split("=")[1]) for w in words if w.startswith("--minutes="))
+        clock[0] += 60 * minutes + next(others)
+
+    logged = dict(loss=1.0, step=1, tokens_per_s=1.0, utilisation=0.5)
+    validated = dict(val_bound_nats_per_token=1.0, val_bits_per_char=1.0)
+    monkeypatch.setattr(prove, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(prove.train, "main", train)
+    monkeypatch.setattr(prove.log, "read_metrics", lambda folder: [logged, validated])
+    args.quick, args.deadline = False, n_seconds
+    args.sizes = args.sizes | dict(rates=(1, 3, 1 / 3))
+    report = "\n".join(prove.training(args))
+    assert report.count("| 1 | 50% |") == n_trained
+    assert report.count("No time left for the rate") == 3 - n_trained
+    assert clock[0] <= n_seconds + 50 / 2  # the first run cannot know what it needs besides
 
 
 def test_gpus_are_named(args, monkeypatch):
