@@ -163,10 +163,10 @@ def packed_rows(tokens, row_length):
     """Lay out rows of one window each, and those of the first epoch -> {title: segment_ids}."""
     plan = data.plan_validation(tokens, row_length, PACKED_ROWS)
     order = np.argsort(plan.starts)  # as in the text
-    alone = data.Plan(plan.starts[order], plan.lengths[order], np.arange(len(order) + 1))
+    single = data.Plan(plan.starts[order], plan.lengths[order], np.arange(len(order) + 1))
     packed = data.plan_epoch(tokens, row_length, seed=0, epoch=0)
     rows = {}
-    for name, plan in (("one example a row", alone), ("packed", packed)):
+    for name, plan in (("one example a row", single), ("packed", packed)):
         title = f"{name}: {plan.fill(row_length):.1%} filled, {plan.n_rows:,} rows"
         numbers = np.arange(min(PACKED_ROWS, plan.n_rows))
         rows[title] = data.gather_rows(tokens, plan, numbers, row_length)[1]

@@ -286,12 +286,12 @@ def test_packing_draws_the_segments_of_both_plans_with_their_fill(draw, drawn, r
         f"--cache_dir={tmp_path}",
     )
     draw("packing", *words)
-    alone, packed = drawn[0].axes
+    single, packed = drawn[0].axes
     tokens = cache.load_corpus(run_dir / "text.txt", load(run_dir)[1], tmp_path)
     n_tokens = len(tokens.ids)
-    assert f"{n_tokens / (32 * tokens.n_documents):.1%} filled" in alone.get_title()
+    assert f"{n_tokens / (32 * tokens.n_documents):.1%} filled" in single.get_title()
     assert f"{data.plan_epoch(tokens, 32, 0, 0).fill(32):.1%} filled" in packed.get_title()
-    bars = alone.images[0].get_array()
+    bars = single.images[0].get_array()
     assert ((bars > 0).sum(1) == np.diff(tokens.offsets)[: len(bars)]).all() and bars.max() == 1
     bars = packed.images[0].get_array()
     assert (bars > 0).mean() > 0.9 and bars.shape == (plot.PACKED_ROWS, 32)
