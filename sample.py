@@ -228,7 +228,7 @@ def flags():
     add("--prompt_file", type=cli.path, help="file with one prompt per line")
     add("--num_samples", type=cli.samples, default=8, help="samples per prompt (8)")
     add("--length", type=cli.count,
-        help="tokens per text, with bos and eos (drawn from the training lengths)")
+        help="tokens of a text without gaps, with bos and eos (drawn from the training lengths)")
     p.add_flags("--sampler --steps --corrections --temperature", FLAGS)
     add("--top_p", type=cli.above_zero_to_one, default=1.0,
         help="keep the likeliest tokens that sum to this (1)")
