@@ -177,7 +177,7 @@ def choose_source(args, saved):
 
 
 def start_from(args, source):
-    """Take model size, tokenizer, beta, rows and averages from the run of --init_from.
+    """Take model size, preset, tokenizer, beta, rows and averages from the run of --init_from.
 
     Raises ValueError if a flag says otherwise of the model size or the tokenizer.
     """
@@ -192,7 +192,7 @@ def start_from(args, source):
     local = hub.local_folder(folder, EXPORTED_FILES)
     args.spm_model, args.vocab_size = str(Path(local) / "tokenizer.model"), None
     args.beta = theirs["beta"] if args.beta == "auto" else args.beta
-    for name in ("batch_size", "sequence_length", "ema_rate", "example"):
+    for name in ("preset", "batch_size", "sequence_length", "ema_rate", "example"):
         setattr(args, name, getattr(args, name) or theirs[name])
 
 

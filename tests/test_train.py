@@ -412,10 +412,10 @@ def test_a_fine_tuned_run_resumes_after_its_source_run_is_deleted(run, tmp_path)
     assert read_checkpoint(tmp_path / "second" / "last.pt")["step"] == 2
 
 
-def test_fine_tuning_starts_from_the_averaged_weights_and_the_tokenizer_of_the_other_run(
+def test_fine_tuning_starts_from_the_averaged_weights_tokenizer_and_preset_of_the_other_run(
     run, tmp_path
 ):
-    run(tmp_path / "first", "--max_steps=3")
+    run(tmp_path / "first", "--max_steps=3", "--preset=toy")
     source = read_checkpoint(tmp_path / "first" / "best.pt")
     run(
         tmp_path / "second",
@@ -426,6 +426,8 @@ def test_fine_tuning_starts_from_the_averaged_weights_and_the_tokenizer_of_the_o
     )
     tuned = read_checkpoint(tmp_path / "second" / "last.pt")
     assert tuned["tokenizer_hash"] == source["tokenizer_hash"]
+    assert tuned["args"]["preset"] == "toy"  # and not the one of this device
+    assert tuned["args"]["warmup_steps"] == source["args"]["warmup_steps"]
     for name, value in source["emas"][-1].items():
         torch.testing.assert_close(tuned["model"][name], value, atol=1e-6, rtol=0)
     other = tmp_path / "other.model"

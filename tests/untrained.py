@@ -26,7 +26,7 @@ WORDS = {
         "sequence_length": 32, "data_path": None, "val_path": "val.txt", "text_field": "text",
         "ema_rate": [0.9], "beta": 0.3, "model_dim": 32, "num_layers": 1, "num_heads": 2,
         "batch_size": 4, "tokenizer": None, "init_from": None, "vocab_size": None, "max_steps": 1,
-        "val_tokens": 1,
+        "val_tokens": 1, "preset": "toy",
     },
 }
 
