@@ -263,10 +263,10 @@ def run_flags(args, run_dir, seconds):
 def training(args):
     """Train at several learning rates, for the same time or what is left of it."""
     rates, kept = args.sizes["rates"], KEPT * left(args) * (args.n_processes > 1)
-    series, rows, best, others = {}, [], (math.inf, ""), None
+    series, rows, best, others = {}, [], (math.inf, ""), 0
     for i, factor in enumerate(rates):
         seconds = (left(args) - kept) / (len(rates) - i)
-        seconds -= seconds / 2 if others is None else others
+        seconds -= others or seconds / 2
         rate = f"{train.PRESETS[args.preset][3] * factor:.3g}"
         if rows and seconds < LEAST_SECONDS:
             yield f"No time left for the rate {rate}: give more --minutes.\n"
@@ -275,8 +275,7 @@ def training(args):
         shutil.rmtree(run_dir, ignore_errors=True)  # of the run before: it may take gigabytes
         with contextlib.redirect_stdout(output):
             train.main([*run_flags(args, run_dir, seconds), f"-lr={rate}"])
-        if others is None:  # for the tokenizer, compiling and validating: the first takes longest
-            others = time.monotonic() - begin - seconds
+        others = others or time.monotonic() - begin - seconds  # tokenizer, compiling, validating
         metrics = log.read_metrics(run_dir)
         logged = [m for m in metrics if "loss" in m]
         names = "val_bound_nats_per_token", "val_bits_per_char"
@@ -302,13 +301,12 @@ def processes(args):
         run_dir = args.scratch / f"processes-{n}"
         start = f"torch.distributed.run --standalone --nproc_per_node={n}".split()
         words = run_flags(args, run_dir, left(args) / (4 if n == 1 else 2))
-        train_command = [str(ROOT / "train.py"), *words, f"-acc={args.n_processes}", "-nex=0"]
-        command = [sys.executable, "-m", *start, *train_command]
-        limit = max(60, left(args))
+        words += [f"-acc={args.n_processes}", "-nex=0"]
+        command = [sys.executable, "-m", *start, str(ROOT / "train.py"), *words]
         streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         with subprocess.Popen(command, **streams) as process:
             try:
-                _, errors = process.communicate(timeout=limit)
+                _, errors = process.communicate(timeout=max(60, left(args)))
             except subprocess.TimeoutExpired:
                 process.terminate()  # torchrun ends its processes
                 _, errors = process.communicate()

@@ -43,8 +43,8 @@ TOY_SENTENCES = 60_000
 # What a record must have, see `fault`: of any run, of one that resumes, of an exported one.
 SIZES = "model_dim num_layers num_heads batch_size sequence_length".split()
 ARGS = dict.fromkeys(SIZES, int) | dict(ema_rate=[float], beta=(float, str))
-ARGS |= dict(example=str, preset=str, text_field=(str, NoneType))
-ARGS |= dict(data_path=(str, NoneType), val_path=(str, NoneType))
+ARGS |= dict.fromkeys(["example", "preset"], str)
+ARGS |= dict.fromkeys("text_field data_path val_path".split(), (str, NoneType))
 RUN = dict(step=int, args=ARGS, config={field.name: field.type for field in fields(Config)})
 RUN |= dict(tokenizer_hash=str, lengths=[int], word_lengths=[int], emas=[dict])
 RUN |= dict(loss_by_time=([float], NoneType))
