@@ -345,7 +345,7 @@ def open_report(folder):
 
 def prove(args, write):
     """Do all parts and write their lines -> names of those that failed."""
-    failed, parts = [], [*PARTS, *[processes] * (args.n_processes > 1)]
+    failed, parts = [], (*PARTS, processes) if args.n_processes > 1 else PARTS
     for part in tqdm(parts, unit="part", leave=False, disable=None):
         started = time.monotonic()
         write(f"\n## {part.__name__.capitalize()}\n\n{part.__doc__}\n")
