@@ -89,7 +89,7 @@ def test_bfloat16_is_compared_with_float32_where_texts_are_sampled(args):
     assert len(lines) == 2 and "100.0% of likeliest tokens agree" in lines[0]
 
 
-@pytest.mark.parametrize("n_seconds, n_trained", [(600, 3), (150, 2), (60, 1)])
+@pytest.mark.parametrize("n_seconds, n_trained", [(600, 3), (200, 2), (150, 2), (60, 1)])
 def test_training_ends_in_time_whatever_a_run_needs_besides(
     args, monkeypatch, n_seconds, n_trained
 ):
