@@ -309,10 +309,11 @@ def test_tokens_committed_together_are_far_apart():
     assert mean == pytest.approx(SHARE_REPEATED, abs=4 * error) and error < 0.01
 
 
-def test_the_output_without_a_positions_own_evidence_is_the_prediction_from_the_others():
+@pytest.mark.parametrize("s1", [3.0, 30.0])  # also where theta is 0 in float32
+def test_the_output_without_a_positions_own_evidence_is_the_prediction_from_the_others(s1):
     torch.manual_seed(8)
     ids = torch.randint(K, (50, L))
-    z = bfn.flow(ids, torch.rand(50, L), 3.0, K)
+    z = bfn.flow(ids, torch.rand(50, L), s1, K)
     found = bfn.log_p_given_others(FLAT(z.softmax(-1), None).log_softmax(-1), z, ids)
     for d in range(L):
         others = z.clone()

@@ -20,6 +20,7 @@ from sampling.prompts import (
     make_template,
 )
 from text import cache
+from text.tokenizer import one_line
 
 
 def run_command(monkeypatch, capsys, *argv):
@@ -130,7 +131,7 @@ def test_the_examples_of_training_are_free_or_continue_validation_texts(run_dir,
     lines = Sampler(model, tokenizer, run).examples(tokens, n=5, seed=3)
     free = [make_template("", tokenizer, run, mix_seed(3, i)) for i in range(2)]
     assert lines[:2] == [
-        tokenizer.decode(ids) for ids, _ in generate(model, tokenizer, free, 3)
+        one_line(tokenizer.decode(ids)) for ids, _ in generate(model, tokenizer, free, 3)
     ]
     plan = data.plan_validation(tokens, 32)
     for i, line in list(enumerate(lines))[2:]:
