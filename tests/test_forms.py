@@ -86,7 +86,10 @@ def reason(request, compile_by):
 
 
 @pytest.mark.parametrize("K", [30, 1500])
-def test_a_compiler_that_is_wrong_is_not_used_and_one_line_says_why(reason, K, capsys):
+def test_a_compiler_that_is_wrong_is_not_used_and_one_line_says_why(
+    reason, K, monkeypatch, capsys
+):
+    monkeypatch.setattr(speed, "fast_bf16", lambda device: False)  # also where a CPU has it
     assert chosen("--compile=on", K=K) == Form(fused=K >= forms.FUSED_FROM)
     error = capsys.readouterr().err
     assert reason in error and "compiled" in error and error.count("\n") == 1

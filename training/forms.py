@@ -209,14 +209,14 @@ class Check:
             found = self.step(self.network(form))
             kind = "bf16" if form.bf16 else "tf32" if self.device.type == "cuda" else "float32"
             if reason := difference(found, self.expected, TOLERANCE[kind]):
-                reason = f"wrong numbers on this machine, {reason}"
+                reason = f"other numbers than the plain form, {reason}"
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # noqa: BLE001 - a compiler raises many kinds
             misfit = f"{form} does not fit this network{in_brackets(error)}"
             reason = compiler_fault(error) if form.compiled else misfit
         n_wrong = parallel.total(int(reason is not None))
-        return reason or ("wrong numbers in another process" if n_wrong else None)
+        return reason or ("other numbers in another process" if n_wrong else None)
 
     def seconds(self, form):
         """Measure a step in this form, as the first process does -> seconds."""
