@@ -379,7 +379,7 @@ def log_p_given_others(log_p, z, ids):
 
         p(k | all) = p(k | others) theta_k / sum,   so   p(. | others) = softmax(log p - log theta)
     """
-    others = log_p - z.softmax(-1).clamp(min=1e-37).log()  # log theta as the network's head has it
+    others = log_p - z.log_softmax(-1).clamp(min=math.log(1e-37))  # log theta, as the head reads it
     return others.gather(-1, ids[..., None]).squeeze(-1) - others.logsumexp(-1)
 
 

@@ -168,9 +168,9 @@ class Sampler:
         if not len(texts):
             return np.zeros(0)
         windows = [np.array(self.encode(text)) for text in texts]
-        functions = {"exact": partial(likelihood.exact, calls=calls)}
-        inputs = self.model, windows, self.tokenizer.bos, functions, Work(self.device)
-        return -likelihood.score(*inputs).nats["exact"]
+        prompts.warn_unknown(texts, self.tokenizer)  # it costs nothing here
+        inputs = {"exact": partial(likelihood.exact, calls=calls)}, Work(self.device)
+        return -likelihood.score(self.model, windows, self.tokenizer.bos, *inputs).nats["exact"]
 
     def fill(self, ids, given, seed: int = 0, **options) -> torch.Tensor:
         """Draw the tokens that are not given: ids, given (B, L) -> ids (B, L) int64.

@@ -310,9 +310,9 @@ def plan(state, loader, val_inputs, args, device, before):
     memory.fit(state.model, args, device)
     seconds = forms.warm_up(state, *trial)
     val_seconds = evaluate.validation_seconds(state.emas[-1], *val_inputs)
+    seconds, val_seconds = parallel.from_first((seconds, val_seconds))  # speeds differ
     parallel.limit_waiting(seconds, val_seconds)
     run_folder.decide_steps(args, before, state.step, seconds, val_seconds)
-    vars(args).update(parallel.from_first(vars(args)))  # speeds differ
     return seconds
 
 

@@ -207,10 +207,10 @@ def choose_texts(tokens, window, n, seed):
     Raises ValueError if all are too short.
     """
     plan = plan_validation(tokens, window, n)
-    long_enough = np.flatnonzero(plan.lengths > 1)
+    given = 1 + bool(tokens.tokenizer.labels)  # bos, and a label
+    long_enough = np.flatnonzero(plan.lengths > given)
     if not len(long_enough):
-        message = "every window of this text is a single token, too short to compare with samples"
-        raise ValueError(f"{message}: give another text")
+        raise ValueError("this text is too short to compare with samples: give another one")
     chosen = np.random.default_rng(seed).permutation(long_enough)[:n]
     starts, lengths = plan.starts[chosen].tolist(), plan.lengths[chosen].tolist()
     pairs = zip(starts, lengths, strict=True)

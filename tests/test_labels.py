@@ -12,6 +12,7 @@ from untrained import run_command
 import data
 import sample
 import train
+from evaluation import quality
 from sampling.prompts import ANY_LABEL, allowed_tokens, split_label
 from text import cache, toy
 from text.reading import Corpus, read_part, read_pieces, reading_notes
@@ -197,6 +198,13 @@ def test_a_run_resumes_and_samples_with_and_without_a_label(run_dir, monkeypatch
     assert {line.count("\t") for line in open(run_dir / "samples.txt")} == {
         2
     }  # after the step and after the label
+
+
+def test_windows_of_a_label_only_are_not_compared_with_samples(corpus, model, tmp_path):
+    tokens = cache.load_corpus(corpus, model, tmp_path, example="labelled")
+    assert min(quality.choose_texts(tokens, 3, 20, 0)[1]) == 3
+    with pytest.raises(ValueError, match="too short to compare with samples"):
+        quality.choose_texts(tokens, 2, 20, 0)
 
 
 def test_a_whole_text_needs_its_label(run_dir):

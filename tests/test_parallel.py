@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -318,6 +319,38 @@ def test_a_process_with_other_flags_ends_the_run(tmp_path):
     assert done.returncode != 0
     assert "process 1 has other code or flags than the first: start all alike" in done.stderr
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+OTHER_FOLDER = """
+import os, sys
+import train
+from common import cli
+from training import run_folder
+
+real, rank = train.plan, os.environ["RANK"]
+
+def plan(*inputs):
+    seconds = real(*inputs)
+    print(rank, inputs[3].model_dir, inputs[3].max_steps, file=sys.stderr)
+    return seconds
+
+train.plan = plan
+sys.argv += [f"-mdir={sys.argv.pop()}/run{rank}"]
+cli.run(train.main)
+"""
+
+
+def test_each_process_keeps_its_own_path_of_the_folder_and_all_train_as_long(tmp_path):
+    (tmp_path / "corpus.txt").write_text(toy.corpus(300))
+    (tmp_path / "other.py").write_text(OTHER_FOLDER)
+    (tmp_path / "run1").symlink_to("run0")  # as machines name a shared folder
+    flags = [f"-d={tmp_path / 'corpus.txt'}", "--tokenizer=word", "-nex=0", *TINY]
+    flags = [flag for flag in flags if "max_steps" not in flag]
+    end = ["--minutes=0.02", f"--cache_dir={tmp_path}", str(tmp_path)]
+    done = start(tmp_path / "other.py", 2, *flags, *end)
+    found = dict(re.findall(r"^([01]) (.*/run[01] \d+)$", done.stderr, re.MULTILINE))
+    steps = {value.split()[-1] for value in found.values()}
+    assert len(steps) == 1 and all(f"/run{rank} " in found[rank] for rank in "01"), done.stderr
 
 
 FORWARD = """

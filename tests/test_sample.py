@@ -341,6 +341,14 @@ def test_log_likelihoods_are_those_of_the_function_for_each_text_alone(mixing):
         model.log_likelihood(["the king " * 40])
 
 
+def test_text_that_costs_nothing_in_a_log_likelihood_is_named(mixing, capsys):
+    """BPE writes each byte, so it knows all."""
+    model, text = sample.Sampler(*mixing), "the \u4e2d sleeps"
+    model.log_likelihood([text], calls=2)
+    is_named = "the tokenizer does not know '\u4e2d'" in capsys.readouterr().err
+    assert is_named == bool(model.tokenizer.unknown_pieces(text))
+
+
 def test_filling_keeps_given_tokens_and_draws_no_mark_before_the_end(mixing):
     model = sample.Sampler(*mixing)
     ids = torch.randint(
